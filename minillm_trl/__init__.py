@@ -1,0 +1,32 @@
+"""MiniLLM: on-policy distillation of large language models (arXiv 2306.08543) as a trainer on TRL."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MiniLLMConfig": ".config",
+    "MiniLLMTrainer": ".trainer",
+    "TeacherMixedLogitsProcessor": ".sampling",
+    "objectives": ".objectives",
+}
+__all__ = ["MiniLLMConfig", "MiniLLMTrainer", "TeacherMixedLogitsProcessor", "__version__", "objectives"]
+
+if TYPE_CHECKING:
+    from . import objectives
+    from .config import MiniLLMConfig
+    from .sampling import TeacherMixedLogitsProcessor
+    from .trainer import MiniLLMTrainer
+
+
+def __getattr__(name: str) -> Any:
+    # torch and trl take seconds to import, which `minillm-trl --help` need not wait for
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_EXPORTS[name], __name__)
+    return module if name == "objectives" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,72 @@
+"""What the trainer refuses before any weight is loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import MiniLLMConfig
+from .teacher import check_same_tokenizer
+
+
+def check_arguments(
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel,
+    reward_funcs: Any,
+    args: MiniLLMConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    rollout_func: Callable | None,
+) -> None:
+    """Check the arguments of [`MiniLLMTrainer`] against each other.
+
+    Raises:
+        TypeError: if `args` is no [`MiniLLMConfig`].
+        ValueError: naming the argument, its value and the fix.
+    """
+    if not isinstance(args, MiniLLMConfig):
+        raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
+    if model is teacher_model and not isinstance(model, str):
+        raise ValueError("model and teacher_model are the same object; training it would move the teacher.")
+    _check_train_dataset(train_dataset, args)
+    if reward_funcs and args.num_generations == 1:
+        raise ValueError(
+            "reward_funcs need num_generations > 1: their advantage is relative to the other completions of the same "
+            "prompt, and would be zero for a single one."
+        )
+    if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs):
+        raise ValueError(
+            "rkl_advantage=False, single_step_decomposition=False and no reward_funcs leave nothing to train on."
+        )
+    if rollout_func is not None and args.teacher_mixed_alpha > 0:
+        raise ValueError(
+            f"rollout_func samples by itself, so its rollouts do not follow the mixture of teacher_mixed_alpha="
+            f"{args.teacher_mixed_alpha}: set teacher_mixed_alpha=0.0."
+        )
+    if isinstance(teacher_model, str):
+        student_tokenizer = processing_class
+        if student_tokenizer is None:
+            student_tokenizer = AutoTokenizer.from_pretrained(
+                model if isinstance(model, str) else model.config._name_or_path
+            )
+        first_prompt = next(iter(train_dataset))["prompt"]
+        check_same_tokenizer(
+            student_tokenizer,
+            AutoTokenizer.from_pretrained(teacher_model),
+            conversational=not isinstance(first_prompt, str),
+        )
+
+
+def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
+    if dataset is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
+    columns = dataset.column_names  # None for a stream of unknown features
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"train_dataset has no column 'prompt'; its columns are {columns}. Rename the right one.")
+    if isinstance(dataset, Dataset) and len(dataset) * args.num_generations < args.generation_batch_size:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, too few for one rollout of generation_batch_size="
+            f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
+            "steps_per_generation or per_device_train_batch_size, or raise num_generations."
+        )

@@ -1,0 +1,252 @@
+"""Log-probs, entropy and full-vocabulary reverse KL from hidden states, a chunk of tokens at a time.
+
+The logits of a whole batch, (B, T, V) for student and teacher, never exist: each chunk of tokens is projected through
+the LM heads, reduced to three numbers a token, and projected again in the backward pass. Only real completion tokens
+are scored. `add_scoring` puts the computation inside the model's own forward, so that DDP, FSDP, DeepSpeed, PEFT and
+autocast treat it like any other forward pass.
+"""
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .objectives import reverse_kl
+
+# Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are.
+CHUNK_ELEMENTS = 2**23
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last projection of a causal language model: `softcap(scale * (W h + b))`.
+
+    Args:
+        weight (`torch.Tensor` of shape `(V, H)`): projection.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): bias.
+        scale (`float`): factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap (`float`, *optional*): c in c tanh(z / c) (Gemma's `final_logit_softcapping`).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "LMHead":
+        """Read the head of `model` as it stands now (sharding wrappers may replace its tensors between calls)."""
+        projection = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        bias = getattr(projection, "bias", None)
+        return cls(projection.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        weight = self.weight[:vocab_size]
+        logits = torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class TokenScores(NamedTuple):
+    """Per-token values of shape `(B, T)`, nats; 0 outside the mask. `entropy` is detached.
+
+    `reverse_kl` is None unless the teacher's hidden states were given.
+    """
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    reverse_kl: torch.Tensor | None
+
+
+class ScoreRequest(NamedTuple):
+    """What a scoring forward computes; the last columns of `input_ids` are the completion.
+
+    Attributes:
+        completion_mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        temperature (`float`): temperature of `logps` and `entropy`.
+        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H_teacher)`, *optional*): the teacher's last hidden
+            states
+            at the positions that predict the completion's tokens.
+        kd_temperature (`float`, *optional*): temperature of `reverse_kl`; None means `temperature`.
+    """
+
+    completion_mask: torch.Tensor
+    temperature: float = 1.0
+    teacher_hidden_states: torch.Tensor | None = None
+    kd_temperature: float | None = None
+
+
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each real token counted from its row's first real token, `(B, L) -> (B, L)`.
+
+    Learned positions (GPT-2) are wrong under left padding without it; rotary ones do not care.
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def accepts_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the architecture takes `position_ids` (BLOOM's ALiBi, for one, has no positions to pass)."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def completion_hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+) -> torch.Tensor:
+    """Last hidden states at the positions that predict the completion.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model, not wrapped.
+        input_ids (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts and right-padded completions.
+        attention_mask (`torch.Tensor` of shape `(B, P+T)`): non-zero on real tokens.
+        completion_length (`int`): T.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, H)`.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if accepts_position_ids(model):
+        inputs["position_ids"] = position_ids(attention_mask)
+    hidden_states = model.base_model(**inputs).last_hidden_state
+    return hidden_states[:, -completion_length - 1 : -1]
+
+
+def score_hidden_states(
+    hidden_states: torch.Tensor,
+    head: LMHead,
+    completion_ids: torch.Tensor,
+    request: ScoreRequest,
+    vocab_size: int,
+    teacher_head: LMHead | None = None,
+) -> TokenScores:
+    r"""Score the tokens of completions from the hidden states that predict them.
+
+    With logits z = head(h): `logps` = log softmax(z / temperature)[y_t], `entropy` of the same distribution, and
+    `reverse_kl` = KL(softmax(z / kd_temperature) || softmax(teacher_head(h_teacher) / kd_temperature)).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, T, H)`): carries the gradient, as do the head's tensors.
+        head ([`LMHead`]): the student's head.
+        completion_ids (`torch.Tensor` of shape `(B, T)`): sampled tokens.
+        request ([`ScoreRequest`]): mask, temperatures and the teacher's hidden states.
+        vocab_size (`int`): number of leading vocabulary rows that both models share; others are excluded from both.
+        teacher_head ([`LMHead`], *optional*): required with `request.teacher_hidden_states`. Receives no gradient.
+
+    Returns:
+        [`TokenScores`]. Memory beyond the inputs is bounded by `CHUNK_ELEMENTS`, not by B * T * V.
+    """
+    rows = request.completion_mask.flatten().nonzero().squeeze(1)  # (N,)
+    hidden = hidden_states.flatten(0, 1)[rows]
+    targets = completion_ids.flatten()[rows]
+    teacher_hidden = request.teacher_hidden_states
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
+
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    pieces = []
+    for start in range(0, max(len(rows), 1), chunk):  # an empty batch makes one empty chunk: zeros with a graph
+        part = slice(start, start + chunk)
+        teacher_part = None if teacher_hidden is None else teacher_hidden[part]
+        score = functools.partial(_score_chunk, head, teacher_head, request, vocab_size)
+        if torch.is_grad_enabled():
+            piece = checkpoint(score, hidden[part], targets[part], teacher_part, use_reentrant=False)
+        else:
+            piece = score(hidden[part], targets[part], teacher_part)
+        pieces.append(piece)
+
+    def scatter(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        flat = torch.cat(values)
+        return flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat).view_as(completion_ids)
+
+    logps, entropy, kl = zip(*pieces, strict=True)
+    return TokenScores(scatter(logps), scatter(entropy), None if teacher_hidden is None else scatter(kl))
+
+
+def _score_chunk(
+    head: LMHead,
+    teacher_head: LMHead | None,
+    request: ScoreRequest,
+    vocab_size: int,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    logits = head.logits(hidden, vocab_size)  # (n, V)
+    log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
+    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
+    with torch.no_grad():
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
+    if teacher_hidden is None:
+        return logps, entropy, None
+    kd_temperature = request.kd_temperature or request.temperature
+    with torch.no_grad():
+        teacher_log_probs = torch.log_softmax(teacher_head.logits(teacher_hidden, vocab_size) / kd_temperature, dim=-1)
+    if kd_temperature != request.temperature:
+        log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
+    return logps, entropy, reverse_kl(log_probs, teacher_log_probs)
+
+
+def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:
+    """Let `model(input_ids=..., attention_mask=..., score_request=...)` return [`TokenScores`] instead of logits.
+
+    Without `score_request` the forward is the one it was. Patch before the model is wrapped (DDP, FSDP, DeepSpeed,
+    PEFT may wrap it afterwards), as the wrapper's forward is what synchronises gradients and gathers sharded weights.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
+        vocab_size (`int`): number of leading vocabulary rows shared with the teacher.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): whose LM head turns `teacher_hidden_states` into the
+            teacher's distribution. Held by the closure, so it is no submodule of `model`.
+    """
+    original_forward = model.forward
+
+    # `generate` validates its keyword arguments against this signature
+    @functools.wraps(original_forward)
+    def forward(self, *args, score_request: ScoreRequest | None = None, **kwargs):
+        if score_request is None:
+            return original_forward(*args, **kwargs)
+        input_ids, attention_mask = kwargs["input_ids"], kwargs["attention_mask"]
+        length = score_request.completion_mask.shape[1]
+        hidden_states = completion_hidden_states(self, input_ids, attention_mask, length)
+        teacher_head = None if teacher is None else LMHead.of(teacher)
+        completion_ids = input_ids[:, -length:]
+        return score_hidden_states(
+            hidden_states, LMHead.of(self), completion_ids, score_request, vocab_size, teacher_head
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Check on a short input that [`LMHead`] reproduces the model's own logits.
+
+    Raises:
+        ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
+            Scoring
+            such a model would be silently wrong.
+    """
+    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    hidden_states = completion_hidden_states(model, ids, mask, ids.shape[1] - 1)
+    actual = LMHead.of(model).logits(hidden_states, expected.shape[-1])
+    model.train(training)
+    error = (actual - expected).abs().max().item()
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    if not error <= tolerance * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ by up "
+            f"to {error:.2g}. Its architecture transforms hidden states or logits in a way that is not supported yet."
+        )

@@ -1,0 +1,57 @@
+"""Masks over completions, and the only places where something is divided by a number of tokens.
+
+Shapes: B sequences, T completion positions. A mask is boolean, True where a token counts. The end-of-sequence token
+counts; padding never does, whatever value stands there (also NaN or infinity).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def completion_mask(completion_ids: torch.Tensor, eos_token_ids: Sequence[int]) -> torch.Tensor:
+    """Mark the tokens up to and including the first end-of-sequence token of each row.
+
+    Args:
+        completion_ids (`torch.Tensor` of shape `(B, T)`): sampled token ids.
+        eos_token_ids (`Sequence[int]`): every id that ends a completion.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, bool. A row without an end-of-sequence token is marked whole: a completion
+        cut at the limit is a full sample of the problem with that horizon.
+    """
+    eos = torch.tensor(list(eos_token_ids), device=completion_ids.device)
+    is_eos = torch.isin(completion_ids, eos)
+    ended_before = is_eos.cumsum(dim=1) - is_eos.long()  # ends seen strictly before t
+    return ended_before == 0
+
+
+def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Sum of `values` where `mask` is True; what stands elsewhere has neither value nor gradient."""
+    selected = values.masked_fill(~mask, 0.0)
+    return selected.sum() if dim is None else selected.sum(dim=dim)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Mean of `values` where `mask` is True; 0 (with zero gradient) where nothing is marked."""
+    count = mask.sum() if dim is None else mask.sum(dim=dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def reduce_loss(per_token_loss: torch.Tensor, mask: torch.Tensor, normalizer: torch.Tensor | float) -> torch.Tensor:
+    r"""Reduce per-token losses to the scalar that one micro-batch contributes to an optimizer step.
+
+    $$ L = \frac{1}{N} \sum_{b,t} m_{b,t}\, \ell_{b,t} $$
+
+    Args:
+        per_token_loss (`torch.Tensor` of shape `(B, T)`): losses in nats.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        normalizer (`torch.Tensor` or `float`): N. For the token mean, the number of completion tokens in the whole
+            optimizer step (all micro-batches of the accumulation window, all processes) divided by the number of
+            processes, because gradients are averaged over them. For the sequence sum, the number of sequences instead.
+
+    Returns:
+        `torch.Tensor`, a scalar; 0 with zero gradient for a micro-batch without tokens.
+    """
+    normalizer = torch.as_tensor(normalizer, dtype=per_token_loss.dtype, device=per_token_loss.device)
+    return masked_sum(per_token_loss, mask) / normalizer.clamp(min=torch.finfo(per_token_loss.dtype).tiny)

@@ -1,0 +1,272 @@
+r"""Sampling completions from the student or from the teacher-student mixture.
+
+Sampling from $\mu = \alpha p + (1-\alpha) q$ (Eq. 4) is a coin toss, then a draw from one of the two models. The coin
+is
+drawn first, so each model runs only at its own steps, over the tokens since its last call: N calls in all for N
+tokens, where mixing the two distributions at every step takes 2 N.
+
+Randomness is stateless: a token is the inverse CDF at a uniform number that is a pure function of a key (seed, round,
+row, ...). So a sample does not depend on the rows beside it, on the number of processes, or on what else drew random
+numbers, and an interrupted run resumes with the samples it would have drawn.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+
+from .fused_head import accepts_position_ids, position_ids
+from .masking import completion_mask
+
+# Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
+_DROP_SHARE = 0.25
+
+
+def keyed_uniforms(length: int, *key: int) -> np.ndarray:
+    """`length` uniform numbers in [0, 1), float64, a pure function of the non-negative integers in `key`."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(length)
+
+
+def toss_coins(length: int, alpha: float, *key: int) -> list[bool]:
+    """Toss the coin of every step: True (with probability `alpha`) where the teacher samples."""
+    return (keyed_uniforms(length, *key) < alpha).tolist()
+
+
+def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    """Draw one token a row: the inverse CDF of softmax(logits / temperature) at `uniforms`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, V)`): unnormalised log-probs; -inf excludes a token.
+        uniforms (`torch.Tensor` of shape `(B,)`, float64, *optional*): numbers in [0, 1). None takes the most likely
+            token instead.
+        temperature (`float`): > 0; unused when `uniforms` is None.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, int64.
+    """
+    if uniforms is None:
+        return logits.argmax(dim=-1)
+    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    threshold = uniforms[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+class _LazyDecoder:
+    """A model with its KV cache that is fed the tokens since its last call only when its logits are wanted."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int):
+        self.model = model
+        self.vocab_size = vocab_size
+        self.cache = DynamicCache(config=model.config)
+        self.fed = 0
+        self.takes_positions = accepts_position_ids(model)
+
+    def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits of the token after `ids`, `(B, L) -> (B, V)`; `mask` is False on left padding."""
+        inputs = {"input_ids": ids[:, self.fed :], "attention_mask": mask.long(), "past_key_values": self.cache}
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids(mask)[:, self.fed :]
+        self.fed = ids.shape[1]
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        if self.fed:
+            self.cache.batch_select_indices(rows)
+
+
+@torch.no_grad()
+def sample_completions(
+    student: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    uniforms: torch.Tensor | None,
+    temperature: float = 1.0,
+    teacher: PreTrainedModel | None = None,
+    teacher_steps: Sequence[bool] = (),
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one completion a row, each token from the student or, at the teacher's steps, from the teacher.
+
+    With `teacher_steps` tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. The
+    coins are shared by the rows of a call, so rows of one call are dependent; rows of different calls are not.
+    Nothing else reshapes the distributions: generation configs are not read.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
+        prompt_ids (`torch.Tensor` of shape `(B, P)`): left-padded prompts, P >= 1 real token each.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens.
+        max_new_tokens (`int`): length limit N, the end-of-sequence token included.
+        eos_token_ids (`Sequence[int]`): ids that end a completion.
+        pad_token_id (`int`): fills up finished rows.
+        uniforms (`torch.Tensor` of shape `(B, N)`, float64, *optional*): one number a token, see [`keyed_uniforms`].
+            None decodes greedily.
+        temperature (`float`, *optional*, defaults to `1.0`): sampling temperature of both models, > 0.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): needed where a step of `teacher_steps` is True.
+        teacher_steps (`Sequence[bool]`, *optional*): coin of each of the N steps; empty means student alone.
+        vocab_size (`int`, *optional*): number of leading vocabulary rows that may be sampled; all by default.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: completion ids `(B, T)`, right-padded, T <= N the longest completion, and
+        their bool mask, which includes the end-of-sequence token.
+    """
+    device, batch_size = prompt_ids.device, prompt_ids.shape[0]
+    vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
+    eos = torch.tensor(list(eos_token_ids), device=device)
+    decoders = [_LazyDecoder(model, vocab_size) for model in (student, teacher) if model is not None]
+    completions = torch.full((batch_size, max_new_tokens), pad_token_id, device=device)
+    ids, mask = prompt_ids, prompt_mask.bool()  # of the rows that are still decoded
+    rows = torch.arange(batch_size, device=device)
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+
+    for step in range(max_new_tokens):
+        decoder = decoders[1] if len(teacher_steps) and teacher_steps[step] else decoders[0]
+        noise = None if uniforms is None else uniforms[rows, step]
+        tokens = draw_tokens(decoder.next_logits(ids, mask), noise, temperature)
+        tokens = tokens.masked_fill(finished, pad_token_id)
+        completions[rows, step] = tokens
+        finished = finished | torch.isin(tokens, eos)
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        num_finished = int(finished.sum())
+        if num_finished == len(rows):
+            break
+        if num_finished > _DROP_SHARE * len(rows):
+            keep = (~finished).nonzero().squeeze(1)
+            ids, mask, rows, finished = ids[keep], mask[keep], rows[keep], finished[keep]
+            for each in decoders:
+                each.keep_rows(keep)
+
+    sampled = completions[:, : step + 1]
+    return sampled, completion_mask(sampled, eos_token_ids)
+
+
+def sample_prompts(
+    student: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[tuple[int, ...]] | None,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    teacher: PreTrainedModel | None = None,
+    alpha: float = 0.0,
+    coin_key: tuple[int, ...] = (),
+    vocab_size: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
+        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
+        keys (`Sequence[tuple[int, ...]]`, *optional*): key of each prompt's random numbers, see [`keyed_uniforms`].
+            None
+            decodes greedily.
+        batch_size (`int`, *optional*): rows decoded together; all by default. They share their coins.
+        alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
+        coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it.
+        on_batch (`Callable[[int], None]`, *optional*): called with the number of completions after each batch.
+        max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size: see [`sample_completions`].
+
+    Returns:
+        `list[list[int]]`: token ids of each completion in the order of the prompts, the end-of-sequence token
+        included.
+    """
+    device = student.get_output_embeddings().weight.device
+    order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))  # the largest batch comes first
+    batch_size = batch_size or max(len(order), 1)
+    completions: list[list[int]] = [[] for _ in order]
+    for number, start in enumerate(range(0, len(order), batch_size)):
+        rows = order[start : start + batch_size]
+        ids, mask = _left_pad([prompt_ids[row] for row in rows], pad_token_id)
+        uniforms = None
+        if keys is not None:
+            noise = np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
+            uniforms = torch.from_numpy(noise).to(device)
+        sampled, sampled_mask = sample_completions(
+            student,
+            ids.to(device),
+            mask.to(device),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            uniforms=uniforms,
+            temperature=temperature,
+            teacher=teacher,
+            teacher_steps=toss_coins(max_new_tokens, alpha, *coin_key, number) if alpha > 0 else (),
+            vocab_size=vocab_size,
+        )
+        for row, length, tokens in zip(rows, sampled_mask.sum(dim=1).tolist(), sampled.tolist(), strict=True):
+            completions[row] = tokens[:length]
+        if on_batch is not None:
+            on_batch(len(rows))
+    return completions
+
+
+def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), pad_token_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = True
+    return ids, mask
+
+
+class TeacherMixedLogitsProcessor(LogitsProcessor):
+    r"""Teacher-mixed sampling for `student.generate(..., do_sample=True, logits_processor=[processor])`.
+
+    At each step a coin decides whether the scores are the student's or the teacher's; `generate` then draws from them.
+    So each sequence follows $\alpha p + (1-\alpha) q$ (Eq. 4) at any `temperature`, which `generate` applies after its
+    custom processors. The coin is shared by the batch, and the teacher runs only at its own steps. One processor
+    serves one call of `generate`; beams and anything that reshapes the scores (top-k, top-p, penalties) do not mix
+    with it.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]): the teacher, in eval mode, with the student's tokenizer.
+        alpha (`float`): the teacher's share, in [0, 1].
+        attention_mask (`torch.Tensor` of shape `(B, P)`): mask of the left-padded prompts given to `generate`.
+        seed (`int`, *optional*, defaults to `0`): seed of the coins.
+
+    Raises:
+        ValueError: if `alpha` lies outside [0, 1], or the rows do not match those of `attention_mask`, or the
+            processor
+            is used for a second call of `generate`.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int = 0):
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+        self.alpha = alpha
+        self.attention_mask = attention_mask
+        self.seed = seed
+        self._decoder = _LazyDecoder(teacher, teacher.get_output_embeddings().weight.shape[0])
+        self._length = attention_mask.shape[1]
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[0] != self.attention_mask.shape[0] or input_ids.shape[1] != self._length:
+            raise ValueError(
+                f"Expected input_ids of shape {(self.attention_mask.shape[0], self._length)}, got "
+                f"{tuple(input_ids.shape)}. Make one TeacherMixedLogitsProcessor for each call of generate, with the "
+                "attention_mask of that call and without beams or num_return_sequences."
+            )
+        step = self._length - self.attention_mask.shape[1]
+        self._length += 1
+        shared = min(self._decoder.vocab_size, scores.shape[1])
+        if keyed_uniforms(1, self.seed, step)[0] >= self.alpha:
+            mixed = scores.clone()
+            mixed[:, shared:] = -torch.inf  # rows that the teacher lacks are excluded from both
+            return mixed
+        generated = self.attention_mask.new_ones(input_ids.shape[0], step)
+        mask = torch.cat([self.attention_mask, generated], dim=1).bool()
+        mixed = torch.full_like(scores, -torch.inf)
+        mixed[:, :shared] = self._decoder.next_logits(input_ids, mask)[:, :shared].to(scores)
+        return mixed

@@ -1,0 +1,153 @@
+"""The teacher: loading and freezing it, and refusing one that does not fit the student."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .fused_head import LMHead, ScoreRequest, completion_hidden_states, score_hidden_states
+
+# Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.
+_PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
+
+
+def load_teacher(
+    teacher_model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, default_dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load the teacher (or take it as it is), freeze it and switch its dropout off.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]): a name on the hub, a folder, or a model.
+        init_kwargs (`dict`, *optional*): keyword arguments of `from_pretrained`; only for a name or folder.
+        default_dtype (`torch.dtype`): dtype of the weights unless `init_kwargs` has a `dtype`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`] in eval mode; none of its parameters requires a gradient.
+
+    Raises:
+        ValueError: if `init_kwargs` are given for a teacher that is loaded already.
+    """
+    if isinstance(teacher_model, str):
+        kwargs = copy.copy(init_kwargs) or {}
+        kwargs.setdefault("dtype", default_dtype)
+        teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+    elif init_kwargs:
+        raise ValueError(
+            f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is loaded already. Pass "
+            "the teacher's name or folder, or drop teacher_model_init_kwargs."
+        )
+    return teacher_model.eval().requires_grad_(False)
+
+
+def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of leading vocabulary rows that both models have (members of a family pad them differently).
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than one of the models has rows.
+    """
+    rows = {
+        "student": student.get_output_embeddings().weight.shape[0],
+        "teacher": teacher.get_output_embeddings().weight.shape[0],
+    }
+    for name, size in rows.items():
+        if size < len(tokenizer):
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens but the {name}'s LM head has {size} rows. Use the "
+                f"tokenizer that the {name} was trained with, or resize its embeddings."
+            )
+    return min(rows.values())
+
+
+def check_same_tokenizer(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    conversational: bool = False,
+) -> None:
+    """Check that both tokenizers give every text the same ids.
+
+    Args:
+        student_tokenizer, teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the two tokenizers.
+        conversational (`bool`): whether prompts are conversations, so that the chat templates must agree too.
+
+    Raises:
+        ValueError: naming the first difference. Token-level distillation compares distributions over one vocabulary.
+    """
+    advice = (
+        "MiniLLM compares next-token distributions, so student and teacher must share one tokenizer. Choose models of "
+        "one family, or distil through text with SeqKD."
+    )
+    student_vocab, teacher_vocab = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student_vocab != teacher_vocab:
+        differing = dict(student_vocab.items() ^ teacher_vocab.items())
+        token = min(differing, key=lambda token: (differing[token], token))
+        raise ValueError(
+            f"Student and teacher have different tokenizers ({len(student_vocab)} and {len(teacher_vocab)} tokens): "
+            f"the first difference is the token {token!r}, id {student_vocab.get(token)} for the student and "
+            f"{teacher_vocab.get(token)} for the teacher. {advice}"
+        )
+    student_ids = student_tokenizer(_PROBE_TEXT)["input_ids"]
+    teacher_ids = teacher_tokenizer(_PROBE_TEXT)["input_ids"]
+    if student_ids != teacher_ids:
+        pairs = enumerate(zip(student_ids, teacher_ids, strict=False))
+        position = next((i for i, (a, b) in pairs if a != b), min(len(student_ids), len(teacher_ids)))
+        raise ValueError(
+            f"Student and teacher tokenizers share a vocabulary but encode the same text differently, from token "
+            f"{position} on: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. {advice}"
+        )
+    if conversational and student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+        raise ValueError(
+            "Student and teacher have different chat templates, so a conversation would reach the teacher in a format "
+            "that it was not trained on. Save the teacher's template with the student: "
+            "student_tokenizer.chat_template = teacher_tokenizer.chat_template."
+        )
+
+
+def max_context(*models: PreTrainedModel) -> int | None:
+    """Longest sequence that every model can take, prompt and completion together; None where no config states one."""
+    configs = (model.config.get_text_config() for model in models)
+    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+    return min(limits, default=None)
+
+
+@torch.no_grad()
+def score_teacher(
+    teacher: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    temperatures: tuple[float, float],
+    vocab_size: int,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the teacher once over rollouts.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]): the frozen teacher, not wrapped.
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
+        completion_mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        temperatures (`tuple[float, float]`): sampling temperature and KD temperature.
+        vocab_size (`int`): number of leading vocabulary rows shared with the student.
+        batch_size (`int`): rows of one forward pass.
+
+    Returns:
+        Log-probs of the completion's tokens at either temperature, `(B, T)` in nats, and the hidden states that
+        predict them, `(B, T, H)`, from which the single-step term is computed in every inner pass without the teacher.
+    """
+    length = completion_mask.shape[1]
+    head = LMHead.of(teacher)
+    hidden, logps, kd_logps = [], [], []
+    for part in torch.arange(len(input_ids)).split(batch_size):
+        ids, mask = input_ids[part], completion_mask[part]
+        states = completion_hidden_states(teacher, ids, attention_mask[part], length)
+        by_temperature = {
+            temperature: score_hidden_states(
+                states, head, ids[:, -length:], ScoreRequest(mask, temperature), vocab_size
+            ).logps
+            for temperature in set(temperatures)
+        }
+        hidden.append(states)
+        logps.append(by_temperature[temperatures[0]])
+        kd_logps.append(by_temperature[temperatures[1]])
+    return torch.cat(logps), torch.cat(kd_logps), torch.cat(hidden)
