@@ -1,0 +1,211 @@
+"""The law of sampled completions against enumeration, and what does not change it."""
+
+from itertools import product
+
+import pytest
+import torch
+from conftest import build_model
+from transformers import GenerationConfig, PreTrainedModel
+
+from minillm_trl import TeacherMixedLogitsProcessor
+from minillm_trl.sampling import draw_tokens, keyed_uniforms, sample_completions, sample_prompts, toss_coins
+
+VOCAB, HORIZON, EOS = 3, 3, 0
+PROMPTS = [[1], [2, 1, 2, 2]]
+
+
+def tiny(seed: int, family: str = "gpt2") -> PreTrainedModel:
+    model = build_model(family, vocab_size=VOCAB, seed=seed, width=8, layers=1).double()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    return model
+
+
+def mixture_law(student, teacher, prompt: list[int], alpha: float, temperature: float) -> dict[tuple, float]:
+    """Probability of every completion under the per-token mixture, from plain forward passes without padding."""
+
+    def next_probs(model, ids):
+        return torch.softmax(model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
+
+    law = {}
+    for tokens in product(range(VOCAB), repeat=HORIZON):
+        completion = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+        if completion in law:
+            continue
+        probability = 1.0
+        for t, token in enumerate(completion):
+            ids = prompt + list(completion[:t])
+            mixed = alpha * next_probs(teacher, ids) + (1 - alpha) * next_probs(student, ids)
+            probability *= mixed[token].item()
+        law[completion] = probability
+    return law
+
+
+def distance(counts: dict[tuple, float], law: dict[tuple, float]) -> float:
+    """Total variation distance."""
+    return sum(abs(counts.get(key, 0.0) - value) for key, value in law.items()) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["padded by 4", "padded by 1"])
+def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(family: str, prompt: list[int]):
+    """With coins of probability alpha this is the mixture: P(token) = alpha p(token) + (1 - alpha) q(token)."""
+    models = [tiny(0, family), tiny(1, family)]
+    temperature, margin = 1.7, 1e-9
+    completions = list(product(range(VOCAB), repeat=HORIZON))
+    padding = 5 - len(prompt)
+    for coins in product([False, True], repeat=HORIZON):
+        low, high = torch.zeros(2, len(completions), HORIZON, dtype=torch.float64)
+        for n, completion in enumerate(completions):
+            for t, coin in enumerate(coins):
+                logits = models[coin](torch.tensor([prompt + list(completion[:t])])).logits[0, -1]
+                bounds = torch.softmax(logits / temperature, -1).cumsum(0).tolist()
+                low[n, t], high[n, t] = [0.0, *bounds][completion[t]], bounds[completion[t]]
+        uniforms = torch.cat([low + margin, high - margin])
+        sampled, mask = sample_completions(
+            models[0],
+            torch.tensor([[1] * padding + prompt]).expand(len(uniforms), -1),
+            torch.tensor([[0] * padding + [1] * len(prompt)]).expand(len(uniforms), -1),
+            max_new_tokens=HORIZON,
+            eos_token_ids=[EOS],
+            pad_token_id=1,
+            uniforms=uniforms,
+            temperature=temperature,
+            teacher=models[1],
+            teacher_steps=coins,
+        )
+        expected = torch.tensor(completions * 2)
+        assert torch.equal(sampled[mask], expected[mask])
+
+
+@torch.no_grad()
+def test_logits_processor_follows_the_mixture_at_any_temperature():
+    student, teacher = tiny(0), tiny(1)
+    alpha, temperature, calls, rows = 0.5, 2.0, 250, 8
+    prompt = PROMPTS[1]
+    ids, mask = torch.tensor([[1, 1, *prompt]] * rows), torch.tensor([[0, 0, *[1] * len(prompt)]] * rows)
+    config = GenerationConfig(
+        max_new_tokens=HORIZON, do_sample=True, temperature=temperature, eos_token_id=EOS, pad_token_id=1, top_k=0
+    )
+    counts: dict[tuple, float] = {}
+    torch.manual_seed(0)
+    for call in range(calls):  # rows of one call share their coins; calls are independent
+        processor = TeacherMixedLogitsProcessor(teacher, alpha, mask, seed=call)
+        output = student.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[processor]
+        )
+        for row in output[:, ids.shape[1] :].tolist():
+            key = tuple(row[: row.index(EOS) + 1] if EOS in row else row[:HORIZON])
+            counts[key] = counts.get(key, 0.0) + 1 / (calls * rows)
+    assert distance(counts, mixture_law(student, teacher, prompt, alpha, temperature)) < 0.06
+    assert distance(counts, mixture_law(student, teacher, prompt, alpha, 1.0)) > 0.08
+    assert distance(counts, mixture_law(student, teacher, prompt, 0.0, temperature)) > 0.08
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_logits_processor_refuses_a_second_call_of_generate(rows: int):
+    processor = TeacherMixedLogitsProcessor(tiny(1), 0.5, torch.ones(2, 2))
+    processor(torch.ones(2, 2, dtype=torch.long), torch.zeros(2, VOCAB))
+    with pytest.raises(ValueError, match="Make one TeacherMixedLogitsProcessor for each call"):
+        processor(torch.ones(rows, 2, dtype=torch.long), torch.zeros(rows, VOCAB))
+
+
+def sample(prompts: list[list[int]], batch_size: int | None, family: str = "gpt2", alpha: float = 0.0, **options):
+    model = build_model(family, vocab_size=50, width=16, layers=2)
+    keys = [(7, sum(prompt)) for prompt in prompts]
+    return sample_prompts(
+        model,
+        prompts,
+        keys=keys,
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=batch_size,
+        alpha=alpha,
+        teacher=build_model(family, vocab_size=50, seed=1, width=16, layers=2),
+        **options,
+    )
+
+
+LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str):
+    alone = sample(LONG_PROMPTS, batch_size=1, family=family)
+    assert sample(LONG_PROMPTS, batch_size=5, family=family) == alone
+    assert sample(LONG_PROMPTS[::-1], batch_size=None, family=family) == alone[::-1]
+    assert len({len(completion) for completion in alone}) > 3  # rows finish at different steps
+
+
+def test_completions_end_with_the_first_of_several_ends_or_at_the_limit():
+    for completion in sample(LONG_PROMPTS, batch_size=4):
+        assert not {0, 3} & set(completion[:-1])
+        assert completion[-1] in (0, 3) or len(completion) == 24
+
+
+def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
+    student, teacher = tiny(0), tiny(1)
+    calls = []
+    for name, model in (("student", student), ("teacher", teacher)):
+        forward = model.forward
+
+        def counted(*args, _name=name, _forward=forward, **kwargs):
+            calls.append((_name, kwargs["input_ids"].shape[1]))
+            return _forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counted)
+    sample_completions(
+        student,
+        torch.tensor([[1, 2]]),
+        torch.ones(1, 2),
+        max_new_tokens=6,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=torch.full((1, 6), 0.5, dtype=torch.float64),
+        teacher=teacher,
+        teacher_steps=[False, False, True, False, True, True],
+    )
+    assert calls == [("student", 2), ("student", 1), ("teacher", 4), ("student", 2), ("teacher", 2), ("teacher", 1)]
+
+
+def test_rows_of_the_vocabulary_beyond_the_shared_ones_are_never_sampled():
+    completions = sample(LONG_PROMPTS, batch_size=4, alpha=0.5, vocab_size=10)
+    assert max(max(completion) for completion in completions) < 10
+    assert max(max(completion) for completion in sample(LONG_PROMPTS, batch_size=4, alpha=0.5)) >= 10
+
+
+def test_greedy_decoding_equals_generate():
+    model = build_model("gpt2", vocab_size=50, width=16)
+    prompt = [7, 8, 9]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=0, pad_token_id=1
+    )[0, 3:].tolist()
+    actual = sample_prompts(model, [prompt, [4]], keys=None, max_new_tokens=10, eos_token_ids=[0], pad_token_id=1)
+    assert actual[0] == expected
+
+
+class TestDrawTokens:
+    def test_inverse_cdf_picks_the_token_whose_interval_holds_the_number(self):
+        logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(5, -1)
+        uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999999], dtype=torch.float64)
+        assert draw_tokens(logits, uniforms, 1.0).tolist() == [0, 0, 1, 1, 2]
+
+    def test_excluded_tokens_are_never_drawn(self):
+        logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+        uniforms = torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64)
+        assert draw_tokens(logits, uniforms, 1.0).tolist() == [1, 3, 3]
+
+
+class TestKeyedUniforms:
+    def test_numbers_are_a_function_of_the_key(self):
+        assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(5, 1, 2)).all()
+        assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(9, 1, 2)[:5]).all()  # a longer limit keeps the first tokens
+        assert (keyed_uniforms(5, 1, 2) != keyed_uniforms(5, 2, 1)).all()
+
+    def test_coins_come_up_with_probability_alpha(self):
+        tosses = [coin for seed in range(200) for coin in toss_coins(50, 0.2, seed)]
+        assert sum(tosses) / len(tosses) == pytest.approx(0.2, abs=0.015)
+        assert not any(toss_coins(50, 0.0, 1))
+        assert all(toss_coins(50, 1.0, 1))
