@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
 
 from .checks import check_arguments
 from .config import MiniLLMConfig
@@ -19,11 +20,11 @@ from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
 from .masking import reduce_loss
 from .objectives import clipped_policy_gradient_loss, mixture_logps, reward_to_go, token_rewards
 from .rollouts import Batch, loss_metrics, loss_totals, window_token_counts
-from .sampling import sample_prompts
+from .sampling import keyed_uniforms, sample_prompts
 from .teacher import load_teacher, max_context, score_teacher, shared_vocab_size
 
 # First element of the keys of stateless randomness, after the seed
-_TRAIN_TOKENS, _EVAL_TOKENS, _COINS = range(3)
+_TRAIN_TOKENS, _EVAL_TOKENS, _COINS, _ORDER = range(4)
 
 
 class MiniLLMTrainer(GRPOTrainer):
@@ -353,20 +354,25 @@ class MiniLLMTrainer(GRPOTrainer):
         return torch.zeros(rows, 1, device=self.accelerator.device)
 
     def _prepare_inputs(self, generation_batch):
-        buffered = self._buffered_inputs
-        if self.model.training and buffered is None:
-            # a resumed run starts at a fresh rollout, in step with the optimizer
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        if self._buffered_inputs is None:  # a resumed run starts at a fresh rollout, in step with the optimizer
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        batch = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not buffered:
-            batches, window = self._buffered_inputs, self.args.gradient_accumulation_steps
-            counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
-            self._buffered_inputs = [
-                {**each, "window_tokens": counts[i // window].expand(len(each["completion_mask"]))}
-                for i, each in enumerate(batches)
-            ]
-            batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        return batch
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self._step % generate_every == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            noise = keyed_uniforms(len(generation_batch), self.args.seed, _ORDER, self.state.global_step)
+            order = torch.from_numpy(noise.argsort())
+            shuffled = {key: values[order.to(values.device)] for key, values in batch.items()}
+            self._buffered_inputs = self._count_window_tokens(
+                split_tensor_dict(shuffled, self.args.steps_per_generation)
+            )
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _count_window_tokens(self, batches: list[Batch]) -> list[Batch]:
+        window = self.args.gradient_accumulation_steps
+        counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
+        return [{**batch, "window_tokens": counts[i // window]} for i, batch in enumerate(batches)]
 
     # Loss
 
@@ -391,7 +397,7 @@ class MiniLLMTrainer(GRPOTrainer):
         in_window = "window_tokens" in inputs  # otherwise the batch counts as one optimizer step
         if self.args.loss_reduction == "sequence_sum":
             return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
-        tokens = inputs["window_tokens"][0] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
+        tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
         return tokens / self.accelerator.num_processes
 
     # Metrics

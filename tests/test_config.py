@@ -1,0 +1,107 @@
+"""Every value that has no meaning for MiniLLM is refused at construction, with the field's name and the fix."""
+
+from dataclasses import fields
+
+import pytest
+from trl import GRPOConfig
+
+from minillm_trl import MiniLLMConfig
+from minillm_trl.config import _REFUSED_FIELDS, _RESHAPING_FIELDS
+
+
+def make(tmp_path, **options) -> MiniLLMConfig:
+    return MiniLLMConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_defaults_are_the_paper_s(tmp_path):
+    config = make(tmp_path)
+    assert config.teacher_mixed_alpha == 0.2
+    assert config.gamma == 1.0
+    assert config.epsilon == 0.2
+    assert config.temperature == 1.0
+    assert config.length_normalization
+    assert config.single_step_decomposition
+    assert config.rkl_advantage
+    assert config.disable_dropout
+    assert type(config.num_generations) is int
+    assert config.num_generations == 1
+    assert not config.bf16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_mixed_alpha": 1.2}, r"teacher_mixed_alpha must lie in \[0, 1\], got 1.2"),
+        ({"teacher_mixed_alpha": -0.1}, r"teacher_mixed_alpha must lie in \[0, 1\]"),
+        ({"gamma": 2.0}, r"gamma must lie in \[0, 1\]"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"kd_temperature": -1.0}, "kd_temperature must be positive"),
+        ({"epsilon": 0.0}, "epsilon must be positive"),
+        ({"max_completion_length": 0}, "max_completion_length must be positive"),
+        ({"loss_reduction": "mean"}, "loss_reduction must be one of"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "must be a multiple of gradient_accumulation"),
+        ({"use_vllm": True}, "use_vllm=True cannot sample from the teacher-student mixture"),
+    ],
+)
+def test_bad_value_is_refused_by_name(tmp_path, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+RESHAPING = {
+    "top_p": 0.9,
+    "top_k": 50,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "generation_kwargs": {"no_repeat_ngram_size": 3},
+    "cache_implementation": "static",
+}
+
+
+def test_all_reshaping_fields_are_covered():
+    assert RESHAPING.keys() == _RESHAPING_FIELDS.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), RESHAPING.items())
+def test_reshaped_sampling_is_refused_with_mixing_only(tmp_path, name: str, value):
+    with pytest.raises(ValueError, match=f"{name}=.* reshapes the sampling distribution"):
+        make(tmp_path, **{name: value})
+    assert make(tmp_path, teacher_mixed_alpha=0.0, **{name: value}).reshaping_fields() == [name]
+
+
+REFUSED = {
+    "loss_type": "grpo",
+    "delta": 1.5,
+    "epsilon_high": 0.3,
+    "importance_sampling_level": "sequence",
+    "beta": 0.1,
+    "sync_ref_model": True,
+    "top_entropy_quantile": 0.5,
+    "entropy_coef": 0.1,
+    "use_adaptive_entropy": True,
+    "off_policy_mask_threshold": 0.5,
+    "mask_truncated_completions": True,
+    "cast_lm_head_to_fp32": True,
+    "use_liger_kernel": True,
+    "use_transformers_continuous_batching": True,
+    "use_transformers_paged": True,
+    "router_aux_loss_coef": 0.1,
+    "pad_to_multiple_of": 8,
+}
+
+
+def test_all_refused_fields_are_covered_and_exist():
+    assert REFUSED.keys() == _REFUSED_FIELDS.keys()
+    assert REFUSED.keys() <= {field.name for field in fields(GRPOConfig)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("name", "value"), REFUSED.items())
+def test_field_without_meaning_is_refused_with_a_reason(tmp_path, name: str, value):
+    with pytest.raises(ValueError, match="is not supported by MiniLLM: .+ Leave it at"):
+        make(tmp_path, **{name: value})
+
+
+def test_dict_fields_are_parsed_from_json(tmp_path):
+    config = make(tmp_path, teacher_model_init_kwargs='{"dtype": "float32"}')
+    assert config.teacher_model_init_kwargs == {"dtype": "float32"}

@@ -1,0 +1,255 @@
+"""Training runs: what is logged, what stays the same however a step is cut into micro-batches, what is refused."""
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+
+import minillm_trl.trainer
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.sampling import sample_prompts
+
+PROMPTS = [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(32)]
+DATASET = Dataset.from_dict({"prompt": PROMPTS, "references": [["cheap food", "italian food"]] * len(PROMPTS)})
+
+
+def make_config(tmp_path, **options) -> MiniLLMConfig:
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "max_completion_length": 12,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return MiniLLMConfig(str(tmp_path), **{**defaults, **options})
+
+
+def make_trainer(tmp_path, *, family: str = "gpt2", student=None, teacher=None, dataset=DATASET, **options):
+    trainer_options = {
+        key: options.pop(key) for key in ("reward_funcs", "peft_config", "eval_dataset") if key in options
+    }
+    tokenizer = build_tokenizer()
+    return MiniLLMTrainer(
+        student or build_model(family, len(tokenizer), 0),
+        teacher or build_model(family, len(tokenizer), 1, width=48),
+        args=make_config(tmp_path, **options),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        **trainer_options,
+    )
+
+
+def weights(trainer: MiniLLMTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+METRICS = [
+    "completions/mean_length",
+    "rollout/eos_rate",
+    "rollout/repeated_4grams",
+    "objective/long_term",
+    "objective/single_step",
+    "objective/reverse_kl",
+    "objective/advantage",
+    "entropy",
+    "clip_ratio/mixing",
+    "clip_ratio/drift",
+    "importance_weight/mean",
+    "importance_weight/max",
+    "importance_weight/effective_sample_size",
+]
+
+
+class TestTraining:
+    def test_reverse_kl_falls_over_several_passes_with_mixing(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_steps=60, num_iterations=3, learning_rate=3e-3, steps_per_generation=4)
+        trainer.train()
+        kl = [
+            entry["objective/single_step"] for entry in trainer.state.log_history if "objective/single_step" in entry
+        ]
+        assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
+
+    def test_every_metric_is_logged_in_training_and_evaluation(self, tmp_path):
+        trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
+        trainer.train()
+        logged = set().union(*trainer.state.log_history)
+        assert {*METRICS, *(f"eval_{name}" for name in METRICS), "eval_rouge_l", "eval_loss"} <= logged
+        assert "reward" not in logged
+        first = trainer.state.log_history[0]
+        assert first["importance_weight/mean"] == pytest.approx(1.0, abs=0.1)
+        assert first["clip_ratio/drift"] == 0.0  # the student has not moved yet
+        assert first["clip_ratio/mixing"] > 0.0
+        assert first["objective/long_term"] + first["objective/single_step"] == pytest.approx(first["loss"], abs=1e-4)
+
+    def test_evaluation_samples_from_the_student_alone(self, tmp_path, monkeypatch: pytest.MonkeyPatch):
+        calls = []
+
+        def recorded(*args, **kwargs):
+            calls.append((kwargs["keys"][0][1], kwargs["alpha"]))
+            return sample_prompts(*args, **kwargs)
+
+        monkeypatch.setattr(minillm_trl.trainer, "sample_prompts", recorded)
+        trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
+        trainer.train()
+        train_tokens, eval_tokens = minillm_trl.trainer._TRAIN_TOKENS, minillm_trl.trainer._EVAL_TOKENS
+        assert set(calls) == {(train_tokens, 0.2), (eval_tokens, 0.0)}
+
+    def test_evaluation_does_not_change_training(self, tmp_path):
+        plain = make_trainer(tmp_path)
+        plain.train()
+        evaluated = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=1)
+        evaluated.train()
+        assert torch.equal(weights(plain), weights(evaluated))
+
+    def test_teacher_is_frozen_and_unchanged(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        before = [parameter.clone() for parameter in trainer.teacher_model.parameters()]
+        trainer.train()
+        assert not trainer.teacher_model.training
+        assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
+        assert all(map(torch.equal, before, trainer.teacher_model.parameters()))
+
+    def test_lora_student_trains_its_adapter_alone(self, tmp_path):
+        trainer = make_trainer(tmp_path, peft_config=LoraConfig(target_modules=["c_attn"], r=4), num_iterations=2)
+        before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+        trainer.train()
+        changed = {
+            name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+        }
+        assert changed
+        assert all("lora" in name for name in changed)
+
+    def test_gradient_checkpointing_leaves_the_weights_as_they_are_without(self, tmp_path):
+        plain, checkpointed = make_trainer(tmp_path), make_trainer(tmp_path, gradient_checkpointing=True)
+        plain.train()
+        checkpointed.train()
+        torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=0, atol=1e-5)
+
+    def test_reward_functions_add_their_advantage_to_every_token(self, tmp_path):
+        def short(completion_ids, **kwargs):
+            return [-float(len(ids)) for ids in completion_ids]
+
+        trainer = make_trainer(tmp_path, reward_funcs=short, num_generations=4, rkl_advantage=False, max_steps=1)
+        batch = trainer._generate_and_score_completions([{"prompt": PROMPTS[0]}] * 4)
+        advantage = batch["advantages"]
+        lengths = batch["completion_mask"].sum(1).float()
+        assert (advantage == advantage[:, :1]).all()
+        if lengths.std() > 0:
+            assert torch.corrcoef(torch.stack([advantage[:, 0], lengths]))[0, 1] < -0.99
+
+
+class TestLossScaling:
+    @pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
+    def test_weights_do_not_depend_on_how_a_step_is_cut_into_micro_batches(self, tmp_path, reduction: str):
+        results = []
+        for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+            trainer = make_trainer(
+                tmp_path,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                steps_per_generation=2 * accumulation,
+                num_iterations=2,
+                loss_reduction=reduction,
+                optim="sgd",  # Adam would hide a wrong scale
+                learning_rate=0.05,
+                max_steps=5,
+            )
+            before = weights(trainer)
+            trainer.train()
+            results.append(weights(trainer) - before)
+        lengths = [
+            entry["completions/max_length"] for entry in trainer.state.log_history if "completions/max_length" in entry
+        ]
+        shortest = [
+            entry["completions/min_length"] for entry in trainer.state.log_history if "completions/max_length" in entry
+        ]
+        assert max(lengths) > min(shortest)  # otherwise the token mean would not be tested
+        for other in results[1:]:
+            assert (other - results[0]).norm() < 1e-4 * results[0].norm()
+
+    def test_buffered_batches_are_not_written_to(self, tmp_path):
+        trainer = make_trainer(tmp_path, num_iterations=3, max_steps=2)
+        trainer.train()
+        before = [{key: value.clone() for key, value in batch.items()} for batch in trainer._buffered_inputs]
+        trainer.model.train()
+        for batch in trainer._buffered_inputs:
+            trainer.compute_loss(trainer.model, batch).backward()
+        for batch, copy in zip(trainer._buffered_inputs, before, strict=True):
+            assert batch.keys() == copy.keys()
+            assert all(torch.equal(batch[key], copy[key]) for key in copy)
+
+
+class TestForwardPasses:
+    def test_one_teacher_pass_a_rollout_and_one_student_pass_an_inner_step(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, num_iterations=3, steps_per_generation=2, max_steps=6, teacher_mixed_alpha=0.0
+        )
+        rows = {"student": 0, "teacher": 0}
+
+        def count(name):
+            def hook(module, args, kwargs):
+                if not kwargs.get("use_cache"):  # decoding passes have a cache
+                    rows[name] += kwargs["input_ids"].shape[0]
+
+            return hook
+
+        trainer.model.base_model.register_forward_pre_hook(count("student"), with_kwargs=True)
+        trainer.teacher_model.base_model.register_forward_pre_hook(count("teacher"), with_kwargs=True)
+        trainer.train()
+        rollout = 2 * 4
+        assert rows == {"teacher": rollout, "student": rollout + 3 * rollout}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dataset": None}, "train_dataset is missing or empty"),
+            ({"dataset": Dataset.from_dict({"prompt": []})}, "train_dataset is missing or empty"),
+            ({"dataset": Dataset.from_dict({"text": ["a"]})}, r"no column 'prompt'; its columns are \['text'\]"),
+            ({"dataset": DATASET.select(range(3))}, "has 3 prompts, too few for one rollout"),
+            ({"reward_funcs": [len]}, "reward_funcs need num_generations > 1"),
+            ({"rkl_advantage": False, "single_step_decomposition": False}, "leave nothing to train on"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, tmp_path, options: dict, message: str):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, **options)
+
+    def test_one_model_as_student_and_teacher_is_refused(self, tmp_path):
+        model = build_model("gpt2")
+        with pytest.raises(ValueError, match="are the same object"):
+            make_trainer(tmp_path, student=model, teacher=model)
+
+    def test_prompt_beyond_the_context_is_refused_with_its_length(self, tmp_path):
+        trainer = make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["the river " * 100] * 8}))
+        with pytest.raises(ValueError, match=r"exceed the models' context of 128.*'the river "):
+            trainer.train()
+
+    def test_different_tokenizers_are_refused_before_a_model_is_loaded(self, tmp_path, tokenizer):
+        other = build_tokenizer(vocab_size=280)
+        other.save_pretrained(
+            tmp_path / "teacher"
+        )  # a tokenizer without weights: loading the model would fail otherwise
+        with pytest.raises(ValueError, match="different tokenizers"):
+            MiniLLMTrainer(
+                "no-such-student",
+                str(tmp_path / "teacher"),
+                args=make_config(tmp_path),
+                train_dataset=DATASET,
+                processing_class=tokenizer,
+            )
+
+    def test_unreproducible_head_is_refused(self, tmp_path):
+        student = build_model("gpt2")
+        student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+        with pytest.raises(ValueError, match="LM head of the student .* is not reproduced"):
+            make_trainer(tmp_path, student=student)
