@@ -1,0 +1,105 @@
+"""Completions of a model on its own: the same for any batch size, given the seed and the prompt's index."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..sampling import sample_prompts
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        text (`str`): decoded without special tokens.
+        token_ids (`list[int]`): the end-of-sequence token included.
+        finished (`bool`): whether it ended by itself and not at the length limit.
+    """
+
+    text: str
+    token_ids: list[int]
+    finished: bool
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, str]]]
+) -> list[list[int]]:
+    """Token ids of texts, or of conversations through the chat template with the generation prompt.
+
+    Raises:
+        ValueError: if a prompt has no tokens, naming its index, or the tokenizer lacks a chat template.
+    """
+    encoded: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise ValueError(
+                f"Prompt {index} is a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, "
+                "or give the prompts as text."
+            )
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not ids:
+            raise ValueError(f"Prompt {index} ({prompt!r}) has no tokens. Drop it.")
+        encoded.append(list(ids))
+    return encoded
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: those of the model's generation config and the tokenizer's."""
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return sorted({id_ for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None})
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    greedy: bool = False,
+    progress: bool = False,
+) -> list[Completion]:
+    """Sample one completion for each prompt from `model` alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model; put in eval mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        prompts (`Sequence`): texts or conversations.
+        max_new_tokens (`int`): length limit, the end-of-sequence token included.
+        temperature (`float`, *optional*, defaults to `1.0`): sampling temperature.
+        seed (`int`, *optional*, defaults to `0`): together with a prompt's index it determines the completion, whatever
+            the batch size.
+        batch_size (`int`, *optional*, defaults to `64`): prompts decoded together.
+        greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
+
+    Returns:
+        `list[Completion]` in the order of the prompts.
+    """
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = end_token_ids(model, tokenizer)
+    with tqdm(total=len(prompts), desc="Generating", unit=" prompts", disable=not progress) as bar:
+        sampled = sample_prompts(
+            model.eval(),
+            encode_prompts(tokenizer, prompts),
+            keys=None if greedy else [(seed, index) for index in range(len(prompts))],
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=ends,
+            pad_token_id=pad_token_id,
+            temperature=temperature,
+            batch_size=batch_size,
+            vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+            on_batch=bar.update,
+        )
+    texts: list[Any] = tokenizer.batch_decode(sampled, skip_special_tokens=True)
+    return [Completion(text, ids, ids[-1] in ends) for text, ids in zip(texts, sampled, strict=True)]

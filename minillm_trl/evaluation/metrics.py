@@ -1,0 +1,123 @@
+"""Measures of completions and intervals over prompts, as pure functions."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Rouge-L of a prediction against the reference that it fits best, in [0, 100].
+
+    F-measure of the longest common subsequence of stemmed words (package `rouge-score`), texts stripped, maximum over
+    references; the original code's `rouge_metric.py` does the same.
+
+    Args:
+        prediction (`str`): generated text; an empty one scores 0.
+        references (`Sequence[str]`): at least one reference text.
+
+    Raises:
+        ValueError: if there is no reference.
+    """
+    if not references:
+        raise ValueError("rouge_l needs at least one reference.")
+    prediction = prediction.strip()
+    return 100 * max(_scorer().score(reference.strip(), prediction)["rougeL"].fmeasure for reference in references)
+
+
+def repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that stood earlier in the same sequence: 1 - distinct / total, in [0, 1).
+
+    Args:
+        token_ids (`Sequence[int]`): one completion.
+        n (`int`, *optional*, defaults to `4`): length of the n-grams. Sequences shorter than n score 0.
+    """
+    total = len(token_ids) - n + 1
+    if total <= 0:
+        return 0.0
+    return 1 - len({tuple(token_ids[i : i + n]) for i in range(total)}) / total
+
+
+def distinct_outputs(outputs: Sequence[str]) -> float:
+    """Share of different texts among several samples for one prompt: 1 if all differ, 1/n if all are the same.
+
+    Raises:
+        ValueError: if `outputs` is empty.
+    """
+    if not outputs:
+        raise ValueError("distinct_outputs needs at least one output.")
+    return len({output.strip() for output in outputs}) / len(outputs)
+
+
+class MeanInterval(NamedTuple):
+    """A mean over `n` prompts with the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> MeanInterval:
+    """Mean with its percentile bootstrap interval over prompts.
+
+    Args:
+        values (`Sequence[float]`): one number a prompt (the mean over its sampling seeds), so that prompts are the unit
+            of resampling and several samples of one prompt do not count as independent.
+        confidence (`float`, *optional*, defaults to `0.95`): probability mass of the interval.
+        resamples (`int`, *optional*, defaults to `10_000`): number of resampled means.
+        seed (`int`, *optional*, defaults to `0`): seed of the resampling.
+
+    Raises:
+        ValueError: if `values` is empty.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("bootstrap_interval needs at least one value.")
+    generator = np.random.default_rng(seed)
+    # a resample is a count for each value, so memory is resamples x n in blocks and no index array is gathered
+    means = np.concatenate(
+        [
+            generator.multinomial(array.size, np.full(array.size, 1 / array.size), size=block) @ array / array.size
+            for block in _blocks(resamples, max(1, 2**22 // array.size))
+        ]
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return MeanInterval(float(array.mean()), float(low), float(high), int(array.size))
+
+
+def paired_bootstrap(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> MeanInterval:
+    """Mean difference `values - baseline` over the same prompts with its bootstrap interval.
+
+    Args:
+        values, baseline (`Sequence[float]`): one number a prompt, in the same order.
+        confidence, resamples, seed: see [`bootstrap_interval`].
+
+    Raises:
+        ValueError: if the two have different lengths.
+    """
+    if len(values) != len(baseline):
+        raise ValueError(f"paired_bootstrap needs the same prompts: got {len(values)} values and {len(baseline)}.")
+    differences = (np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)).tolist()
+    return bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def _blocks(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]

@@ -1,0 +1,214 @@
+"""A report of a comparison: `report.html` (one self-contained file), `report.md` with its figures, and a terminal table."""
+
+import html
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .metrics import MeanInterval
+from .plots import Curve, curve_png, curve_svg
+from .style import STYLE
+
+Cell = MeanInterval | float | str
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure: its key in the rows, its heading, which direction is better, and the number of decimals."""
+
+    key: str
+    label: str
+    better: Literal["higher", "lower", "teacher"]
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model: its name and a cell for each column's key. `is_teacher` marks the row that students are compared with."""
+
+    name: str
+    cells: dict[str, Cell]
+    is_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Models by measures."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its references and each model's answer."""
+
+    prompt: str
+    references: list[str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What [`write_report`] writes.
+
+    Attributes:
+        title, summary (`str`): heading and the result in one or two sentences.
+        facts (`list[tuple[str, str]]`): what was trained, on what, for how long.
+        table ([`Table`]): the comparison.
+        curves (`list[Curve]`): small multiples over training.
+        samples (`list[Sample]`): answers side by side.
+        notes (`list[str]`): how to read the numbers.
+    """
+
+    title: str
+    summary: str
+    facts: list[tuple[str, str]]
+    table: Table
+    curves: list[Curve] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def format_cell(cell: Cell, digits: int) -> str:
+    """`53.5 ± 0.4` where the interval is symmetric to about the digit shown, `53.5 [52.9, 53.9]` where it is not."""
+    if isinstance(cell, str):
+        return cell
+    if not isinstance(cell, MeanInterval):
+        return f"{cell:.{digits}f}"
+    below, above = cell.mean - cell.low, cell.high - cell.mean
+    if abs(above - below) < 1.5 * 10**-digits:
+        return f"{cell.mean:.{digits}f} ± {max(above, below):.{digits}f}"
+    return f"{cell.mean:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+
+
+def format_table(table: Table) -> str:
+    """The table as aligned plain text for a terminal."""
+    lines = [["", *(column.label for column in table.columns)]]
+    lines += [[row.name, *_cells(row, table)] for row in table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def align(line: list[str]) -> str:
+        return "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([align(lines[0]), "  ".join("─" * width for width in widths), *map(align, lines[1:])])
+
+
+def best_students(table: Table) -> set[tuple[str, str]]:
+    """(row name, column key) of the best student in each column that has a better direction."""
+    best = set()
+    for column in table.columns:
+        values = {
+            row.name: value
+            for row in table.rows
+            if not row.is_teacher and (value := _value(row.cells.get(column.key))) is not None
+        }
+        if values and column.better in ("higher", "lower"):
+            pick = max if column.better == "higher" else min
+            best.add((pick(values, key=lambda name: values[name]), column.key))
+    return best
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `report.html`, `report.md` and `figures/` into `folder`; each file appears complete or not at all."""
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for number, curve in enumerate(report.curves):
+        _write(figures / f"curve_{number}.png", curve_png(curve))
+    _write(folder / "report.md", _markdown(report).encode())
+    _write(folder / "report.html", _html(report).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _value(cell: Cell | None) -> float | None:
+    if isinstance(cell, MeanInterval):
+        return cell.mean
+    return cell if isinstance(cell, float) else None
+
+
+def _cells(row: Row, table: Table) -> list[str]:
+    return [format_cell(row.cells.get(column.key, "–"), column.digits) for column in table.columns]
+
+
+def _markdown(report: Report) -> str:
+    best = best_students(report.table)
+    lines = [f"# {report.title}", "", report.summary, "", "| | |", "|---|---|"]
+    lines += [f"| {_md(name)} | {_md(value)} |" for name, value in report.facts]
+    lines += ["", "## Results", ""]
+    lines += ["| model | " + " | ".join(_md(column.label) for column in report.table.columns) + " |"]
+    lines += ["|---|" + "---:|" * len(report.table.columns)]
+    for row in report.table.rows:
+        texts = [
+            f"**{text}**" if (row.name, column.key) in best else text
+            for text, column in zip(_cells(row, report.table), report.table.columns, strict=True)
+        ]
+        lines.append(f"| {_md(row.name)} | " + " | ".join(texts) + " |")
+    lines += ["", *(f"- {note}" for note in report.notes)]
+    if report.curves:
+        lines += ["", "## Training", ""]
+        lines += [f"![{curve.title}](figures/curve_{number}.png)" for number, curve in enumerate(report.curves)]
+    if report.samples:
+        lines += ["", "## Answers side by side", ""]
+    for sample in report.samples:
+        lines += [f"### {_md(sample.prompt.strip())}", "", "| | |", "|---|---|"]
+        lines += [f"| {_md(name)} | {_md(text)} |" for name, text in sample.outputs.items()]
+        lines += [f"| *a reference* | *{_md(text)}* |" for text in sample.references[:1]] + [""]
+    return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    return html.escape(text.strip(), quote=False).replace("|", "\\|").replace("\n", "<br>")
+
+
+def _html(report: Report) -> str:
+    best = best_students(report.table)
+    head = "".join(f"<th>{_h(column.label)}{_arrow(column)}</th>" for column in report.table.columns)
+    body = ""
+    for row in report.table.rows:
+        cells = "".join(
+            f'<td class="best">{_h(text)}</td>' if (row.name, column.key) in best else f"<td>{_h(text)}</td>"
+            for text, column in zip(_cells(row, report.table), report.table.columns, strict=True)
+        )
+        kind = ' class="teacher"' if row.is_teacher else ""
+        body += f"<tr{kind}><th>{_h(row.name)}</th>{cells}</tr>"
+    facts = "".join(f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in report.facts)
+    notes = "".join(f"<li>{_h(note)}</li>" for note in report.notes)
+    figures = "".join(
+        f"<figure><figcaption>{_h(curve.title)}</figcaption>{curve_svg(curve)}</figure>" for curve in report.curves
+    )
+    sections = [f'<h2>Training</h2><div class="figures">{figures}</div>'] if report.curves else []
+    if report.samples:
+        sections.append("<h2>Answers side by side</h2>" + "".join(map(_sample_html, report.samples)))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_h(report.title)}</title><style>{STYLE}</style></head><body><main>"
+        f'<h1>{_h(report.title)}</h1><p class="summary">{_h(report.summary)}</p><dl>{facts}</dl>'
+        f'<h2>Results</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>{"".join(sections)}</main></body></html>\n'
+    )
+
+
+def _sample_html(sample: Sample) -> str:
+    answers = "".join(f"<div><h4>{_h(name)}</h4><p>{_h(text)}</p></div>" for name, text in sample.outputs.items())
+    reference = "".join(f'<p class="reference">A reference: {_h(text)}</p>' for text in sample.references[:1])
+    return f'<article><h3>{_h(sample.prompt.strip())}</h3><div class="answers">{answers}</div>{reference}</article>'
+
+
+def _arrow(column: Column) -> str:
+    hints = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "teacher": ("", "")}
+    arrow, title = hints[column.better]
+    return f' <span title="{title}">{arrow}</span>' if arrow else ""
+
+
+def _h(text: str) -> str:
+    return html.escape(text.strip())
