@@ -1,0 +1,73 @@
+"""The command `minillm-trl`: finds the subcommand and turns its errors into one clear message."""
+
+import difflib
+import os
+import sys
+from importlib import import_module
+
+from .. import __version__
+
+# Each is a module of this package with `run(argv) -> int`, imported only when it is chosen.
+SUBCOMMANDS = {
+    "demo": "train a teacher and a student on real data, distil, and write a report (CPU, minutes)",
+    "sft": "supervised fine-tuning of a teacher or a student",
+    "minillm": "distil a teacher into a student with MiniLLM",
+    "generate": "sample completions from a model",
+    "evaluate": "measure a model on prompts with references",
+}
+
+_USAGE = """\
+usage: minillm-trl SUBCOMMAND [options]
+       minillm-trl SUBCOMMAND --config FILE.yaml [options that override the file]
+
+MiniLLM: on-policy distillation of large language models, as a trainer on TRL.
+
+subcommands:
+{subcommands}
+
+`minillm-trl SUBCOMMAND --help` lists the options. The training subcommands also run under
+`accelerate launch --config_file FILE -m minillm_trl SUBCOMMAND ...`, or hand themselves over to it with
+`--accelerate_config NAME` (a file, or a name from recipes/accelerate_configs) and `--num_processes N`.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv (`list[str]`, *optional*): arguments without the program's name; those of the process by default.
+
+    Returns:
+        `int`: exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(subcommands="\n".join(f"  {name:<10} {text}" for name, text in SUBCOMMANDS.items())))
+        return 0
+    if arguments[0] == "--version":
+        print(f"minillm-trl {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in SUBCOMMANDS:
+        near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(SUBCOMMANDS)}."
+        print(f"minillm-trl: unknown subcommand {name!r}. {hint}", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f".{name}", __name__).run(rest)
+    except KeyboardInterrupt:
+        print(f"\nminillm-trl {name}: stopped. {_how_to_continue(name)}", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, OSError) as error:
+        if os.environ.get("MINILLM_TRL_TRACEBACK") == "1":
+            raise
+        print(f"minillm-trl {name}: {error}\n(MINILLM_TRL_TRACEBACK=1 shows where this was raised.)", file=sys.stderr)
+        return 2
+
+
+def _how_to_continue(name: str) -> str:
+    if name == "demo":
+        return "The same command continues from the last finished stage or checkpoint."
+    if name in ("sft", "minillm"):
+        return "Add --resume_from_checkpoint true to continue from the newest checkpoint."
+    return "Run the same command again."

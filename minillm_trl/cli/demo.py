@@ -1,0 +1,33 @@
+"""`minillm-trl demo`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments and run the demo."""
+    parser = argparse.ArgumentParser(
+        prog="minillm-trl demo",
+        description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
+        "(E2E NLG, ships with the package), distil the teacher into the student with MiniLLM, compare it with a student "
+        "that was fine-tuned for as long, and write report.html and report.md. Runs on a CPU; a run that was stopped "
+        "continues where it was.",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=None, help="run folder (default: runs/demo or runs/demo-quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="less of everything: minutes become seconds, gains smaller"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, data order and rollouts")
+    arguments = parser.parse_args(argv)
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
+
+    from ..demo import DemoSettings, run_demo  # torch and transformers take seconds, --help should not
+
+    settings = replace(DemoSettings(), seed=arguments.seed)
+    folder = arguments.output_dir or Path("runs") / ("demo-quick" if arguments.quick else "demo")
+    run_demo(folder, settings.quick() if arguments.quick else settings)
+    return 0

@@ -1,0 +1,76 @@
+"""`minillm-trl generate`: sample completions from a model."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from ..data import load_examples, unique_prompts
+from ..evaluation.generation import generate_completions
+from .models import load_model, load_tokenizer
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, sample, and write one JSON object a line: prompt, completion, sample, finished."""
+    parser = argparse.ArgumentParser(prog="minillm-trl generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="name or folder")
+    parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", nargs="+", help="prompts as texts; \\n stands for a line break")
+    source.add_argument("--dataset", help="prompts from a dataset, see `minillm-trl sft --help`")
+    parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
+    parser.add_argument("--prompt_column", default="prompt")
+    parser.add_argument("--max_rows", type=int, help="use the first prompts only")
+    parser.add_argument("--output", default="-", help="a .jsonl file, or - for standard output (default)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit (default: 256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    parser.add_argument("--num_samples", type=int, default=1, help="completions for each prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
+    arguments = parser.parse_args(argv)
+    for name in ("max_new_tokens", "temperature", "num_samples", "batch_size"):
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    if arguments.greedy and arguments.num_samples > 1:
+        raise ValueError("--greedy gives the same completion each time: drop --num_samples, or sample.")
+    if arguments.prompt:
+        prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]
+    else:
+        examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
+        prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model, arguments.adapter)
+    lines = []
+    for sample in range(arguments.num_samples):
+        completions = generate_completions(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed + sample,
+            batch_size=arguments.batch_size,
+            greedy=arguments.greedy,
+            progress=True,
+        )
+        lines += [
+            json.dumps(
+                {"prompt": prompt, "completion": each.text, "sample": sample, "finished": each.finished},
+                ensure_ascii=False,
+            )
+            for prompt, each in zip(prompts, completions, strict=True)
+        ]
+    _write(arguments.output, "\n".join(lines) + "\n")
+    return 0
+
+
+def _write(output: str, text: str) -> None:
+    if output == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

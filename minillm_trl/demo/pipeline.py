@@ -1,0 +1,196 @@
+"""The demo's stages in order. Each keeps its result, so that a run that was stopped continues where it was."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data import load_e2e, unique_prompts
+from ..evaluation.evaluate import evaluate_model
+from ..evaluation.report import format_table, write_report
+from .models import build_model, train_tokenizer
+from .report import build_report
+from .settings import DemoSettings
+from .training import train_minillm, train_sft
+
+MODELS = ("teacher", "sft", "control", "minillm")
+
+
+def run_demo(folder: Path, settings: DemoSettings) -> Path:
+    """Run the demo in `folder`, or what is left of it, and print the comparison.
+
+    Args:
+        folder (`Path`): where every stage keeps its result.
+        settings ([`DemoSettings`]): what to train.
+
+    Returns:
+        `Path` of `report.html`.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    # the stages say what they do; the libraries' own bars and notices would bury it
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(folder, settings)
+    data = load_e2e()
+    tokenizer = _tokenizer(folder, data["train"], settings)
+    print(f"Run folder: {folder}")
+
+    def sft(
+        name: str, title: str, make_model: Callable[[], PreTrainedModel], steps: int, learning_rate: float
+    ) -> dict:
+        return _stage(
+            folder / name,
+            lambda: train_sft(
+                title, folder / name, make_model(), tokenizer, data["train"], settings, steps, learning_rate
+            ),
+        )
+
+    print("1/6  Teacher: supervised fine-tuning from scratch")
+    teacher_lr, student_lr = settings.teacher_learning_rate, settings.student_learning_rate
+    records = {
+        "teacher": sft(
+            "teacher",
+            "teacher",
+            lambda: build_model(settings.teacher, tokenizer, settings.seed),
+            settings.teacher_steps,
+            teacher_lr,
+        )
+    }
+    print("2/6  Student: supervised fine-tuning from scratch")
+    records["sft"] = sft(
+        "sft",
+        "student",
+        lambda: build_model(settings.student, tokenizer, settings.seed + 1),
+        settings.student_steps,
+        student_lr,
+    )
+    print("3/6  MiniLLM: the student learns from the teacher on its own samples")
+    records["minillm"] = _stage(
+        folder / "minillm",
+        lambda: train_minillm(
+            folder / "minillm",
+            load_model(folder, "sft"),
+            load_model(folder, "teacher"),
+            tokenizer,
+            unique_prompts(data["train"]),
+            unique_prompts(data["validation"]),
+            settings,
+        ),
+    )
+    print("4/6  Control: the same student, fine-tuned on for as long as MiniLLM took")
+    seconds_per_update = records["sft"]["seconds"] / records["sft"]["updates"]
+    control_steps = max(1, round(records["minillm"]["seconds"] / seconds_per_update))
+    records["control"] = sft("control", "control", lambda: load_model(folder, "sft"), control_steps, student_lr)
+    print("5/6  Evaluation on the test prompts")
+    evaluations = _evaluate(folder, tokenizer, unique_prompts(data["test"]), settings)
+    print("6/6  Report")
+    report = build_report(records, evaluations, settings, load_sizes(folder))
+    _write_json(folder / "run.json", {"environment": _environment(), "stages": records})
+    write_report(folder, report)
+    print(f"\n{format_table(report.table)}\n\n{report.summary}\n\nReport: {folder / 'report.html'}")
+    return folder / "report.html"
+
+
+def load_model(folder: Path, name: str) -> PreTrainedModel:
+    """Load the model that a stage saved."""
+    return AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32)
+
+
+def load_sizes(folder: Path) -> dict[str, int]:
+    """Number of parameters of teacher and student."""
+    return {name: load_model(folder, name).num_parameters() for name in ("teacher", "sft")}
+
+
+def _check_settings(folder: Path, settings: DemoSettings) -> None:
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if not path.is_file():
+        _write_json(path, wanted)
+        return
+    found = json.loads(path.read_text())
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{folder} holds a run with other settings ({name} is {found.get(name)!r} there and {wanted[name]!r} now). "
+            "Choose another --output_dir, or delete the folder."
+        )
+
+
+def _tokenizer(folder: Path, train, settings: DemoSettings) -> PreTrainedTokenizerBase:
+    path = folder / "tokenizer"
+
+    def make() -> dict:
+        texts = [*dict.fromkeys(train["prompt"]), *train["completion"]]
+        train_tokenizer(texts, settings.vocab_size).save_pretrained(path)
+        return {}
+
+    _stage(path, make)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _stage(folder: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The stage's kept result, or a new one; `stage.json` appears only when the stage is complete."""
+    path = folder / "stage.json"
+    if path.is_file():
+        print("     done before")
+        return json.loads(path.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    result = compute()
+    _write_json(path, result)
+    if (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")
+    return result
+
+
+def _evaluate(folder: Path, tokenizer, prompts, settings: DemoSettings) -> dict[str, dict]:
+    teacher = load_model(folder, "teacher")
+    evaluations = {}
+    for name in tqdm(MODELS, desc="  evaluation", unit=" models"):
+        path = folder / "evaluation" / f"{name}.json"
+        if not path.is_file():
+            evaluation = evaluate_model(
+                load_model(folder, name),
+                tokenizer,
+                prompts,
+                seeds=settings.sampling_seeds,
+                max_new_tokens=settings.max_completion_length,
+                batch_size=128,
+                teacher=None if name == "teacher" else teacher,
+                progress=False,
+            )
+            path.parent.mkdir(exist_ok=True)
+            _write_json(path, asdict(evaluation))
+        evaluations[name] = json.loads(path.read_text())
+    return evaluations
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("minillm-trl", "torch", "trl", "transformers", "accelerate", "datasets")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
