@@ -1,4 +1,4 @@
-"""Datasets: loading with validation that names file, line and field, and the E2E data that ships with the package."""
+"""Examples to train on and to evaluate with: formats, checks with file and line, and the E2E NLG data."""
 
 from .e2e import load_e2e
 from .errors import DataError

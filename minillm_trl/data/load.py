@@ -1,23 +1,23 @@
-"""Load prompts, completions and references from a file, a folder, the hub or the package, and check every row."""
+"""Loads examples from anywhere, and the two views of them that training and evaluation ask for."""
 
-import difflib
+import json
 from pathlib import Path
-from typing import Any
 
-import datasets
-from datasets import Dataset, DatasetDict
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .e2e import load_e2e
-from .errors import DataError, shortened
-from .readers import PlacedRow, read_rows
+from .errors import DataError, listing, nearest, shortened
+from .examples import check_examples, find_columns
+from .files import EXTENSIONS, Table, read_file
 
-_ROLES = ("system", "user", "assistant", "tool", "developer")
-_FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+_REFERENCES = List(Value("string"))
 
 
 def load_examples(
-    source: str,
+    source: str | Path,
     *,
     split: str = "train",
     prompt_column: str = "prompt",
@@ -27,176 +27,176 @@ def load_examples(
     max_rows: int | None = None,
     dataset_config: str | None = None,
 ) -> Dataset:
-    """Load a dataset and check every row before anything else is spent on it.
+    """Load and check prompts, with their completions and references where there are any.
 
     Args:
-        source (`str`): `"e2e"` for the data in the package; a `.jsonl`, `.json`, `.csv` or `.parquet` file (text formats
-            also with `.gz`); a folder written by `save_to_disk` or holding `<split>.jsonl` and its like; else a dataset
-            on the hub.
-        split (`str`, *optional*, defaults to `"train"`): split of a folder, of the hub's dataset or of `"e2e"`.
-        prompt_column, completion_column, references_column (`str`, *optional*): names of the columns in the source.
-        require_completion (`bool`, *optional*, defaults to `False`): whether each row must have a completion.
-        max_rows (`int`, *optional*): keep the first rows only.
-        dataset_config (`str`, *optional*): configuration of a dataset on the hub.
+        source (`str` or `Path`): one of
+
+            - `"e2e"`: the data that ships with this package, see [`load_e2e`] (a folder of that name is `./e2e`);
+            - a file: `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet`;
+            - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one that holds
+              `<split>.jsonl` (or another of these formats);
+            - the name of a dataset on the hub.
+        split (`str`, *optional*, defaults to `"train"`): which split of `"e2e"`, a folder or a hub dataset. A file,
+            or a folder of a single saved `Dataset`, has no splits: all of it is loaded, whatever the split.
+        prompt_column, completion_column, references_column (`str`, *optional*): the names in the source. `prompt` must
+            exist; a name other than the default must exist too.
+        require_completion (`bool`, *optional*, defaults to `False`): refuse rows without a completion, as supervised
+            training must.
+        max_rows (`int`, *optional*): read the first rows only; what comes after them is not checked.
+        dataset_config (`str`, *optional*): configuration of a hub dataset.
 
     Returns:
-        [`~datasets.Dataset`] with `prompt` (text, or a list of messages), `completion` of the same kind if the source has
-        it, `references` (list of texts; the completion's text if the source has none), and all other columns.
+        [`~datasets.Dataset`] with the columns
+
+        - `prompt`: text, or a list of `{"role", "content"}` messages, the same in all rows;
+        - `completion`: of the same kind, only if the source has it, null where the source has null;
+        - `references` (`list[str]`): the given ones (a single text counts as a list of one), else the text of the
+          completion (as messages: of the first); only if the source has one of the two, and `[]` where the
+          completion is null and no references are given;
+        - all others of the source, untouched.
 
     Raises:
-        DataError: naming file and line (or row), field, value and fix.
+        DataError: if the source cannot be found or read, or a row cannot be used. The message names the file and line
+            (the row, counting from 0, where a format has no lines), the field, what was seen and the fix.
     """
-    rows = _load_rows(source, split, dataset_config)
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    _require_column(prompt_column, columns, source, "prompt_column")
-    if require_completion:
-        _require_column(completion_column, columns, source, "completion_column")
-    has_completion = completion_column in columns
-    conversational = isinstance(rows[0][1].get(prompt_column), list)
-    examples = []
-    for place, row in rows[:max_rows]:
-        example = {k: v for k, v in row.items() if k not in (prompt_column, completion_column, references_column)}
-        example["prompt"] = _check_text(row.get(prompt_column), prompt_column, place, conversational)
-        completion = row.get(completion_column)
-        if has_completion and (require_completion or completion is not None):
-            completion = _check_text(completion, completion_column, place, conversational)
-        if has_completion:
-            example["completion"] = completion
-        references = row.get(references_column)
-        if references is not None:
-            example["references"] = _check_references(references, references_column, place)
-        elif completion is not None:
-            example["references"] = [completion if isinstance(completion, str) else completion[-1]["content"]]
-        examples.append(example)
-    return Dataset.from_list(examples)
+    if max_rows is not None and max_rows < 1:
+        raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
+    table = _read(str(source), split, dataset_config, max_rows)
+    found = find_columns(table, prompt_column, completion_column, references_column, require_completion)
+    references = check_examples(table, found, require_completion)
+    dataset = table.to_dataset(without=found.pop("references", None))
+    dataset = dataset.rename_columns({name: role for role, name in found.items() if name != role})
+    if references is not None:
+        dataset = dataset.add_column("references", references, feature=_REFERENCES)
+    first = [role for role in ("prompt", "completion", "references") if role in dataset.column_names]
+    return dataset.select_columns(first + [name for name in dataset.column_names if name not in first])
 
 
 def unique_prompts(dataset: Dataset) -> Dataset:
-    """One row for each different prompt, in order of first appearance.
+    """Keep each prompt once, as training on the student's own samples and evaluation want it.
 
     Args:
-        dataset ([`~datasets.Dataset`]): as from [`load_examples`].
+        dataset ([`~datasets.Dataset`]): the result of [`load_examples`].
 
     Returns:
-        [`~datasets.Dataset`] with `prompt` and, where the rows have them, `references`: all different references of the
-        prompt's rows, in order. On-policy training and evaluation want each prompt once.
+        [`~datasets.Dataset`], one row for each different prompt, in order of first appearance: its first row without
+        `completion`, and with all different `references` of that prompt, in order, if the dataset has them.
     """
-    grouped: dict[str, dict[str, Any]] = {}
-    has_references = "references" in dataset.column_names
-    for row in dataset:
-        entry = grouped.setdefault(repr(row["prompt"]), {"prompt": row["prompt"]})
-        if has_references:
-            known = entry.setdefault("references", [])
-            known.extend(text for text in dict.fromkeys(row["references"] or []) if text not in known)
-    return Dataset.from_list(list(grouped.values()))
+    keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    first_rows: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        first_rows.setdefault(key, row)
+    if "references" in dataset.column_names:
+        pooled: dict[str, dict[str, None]] = {key: {} for key in first_rows}  # a dict's keys are an ordered set
+        for key, references in zip(keys, dataset["references"], strict=True):
+            pooled[key].update(dict.fromkeys(references))
+        # added before the selection: adding to selected rows would copy the whole dataset
+        column = [list(pooled[key]) if first_rows[key] == row else [] for row, key in enumerate(keys)]
+        dataset = dataset.remove_columns("references").add_column("references", column, feature=_REFERENCES)
+    dataset = dataset.remove_columns([name for name in dataset.column_names if name == "completion"])
+    return dataset.select(list(first_rows.values()))
 
 
 def check_prompt_lengths(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, source: str
 ) -> None:
-    """Check that every prompt fits.
+    """Check that every prompt leaves room for its completion, before a model is loaded.
+
+    Prompts are tokenized as the trainer does it: text by the tokenizer with its special tokens, conversations through
+    its chat template with the generation prompt.
 
     Args:
-        dataset ([`~datasets.Dataset`]): with a column `prompt`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): conversations go through its chat template.
-        max_prompt_tokens (`int`): longest prompt allowed: the models' context less the completion's limit.
-        source (`str`): name of the dataset in the error.
+        dataset ([`~datasets.Dataset`]): has a column `prompt`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
+        max_prompt_tokens (`int`): the most tokens a prompt may have, usually the models' context less
+            `max_completion_length`.
+        source (`str`): what the user called the dataset; errors begin with it.
 
     Raises:
-        DataError: with the number of prompts that are too long, the first of them and its length.
+        DataError: with the number of longer prompts, the first of them and its length; or if prompts are conversations
+            and the tokenizer has no chat template.
     """
-    too_long = []
-    for index, prompt in enumerate(dataset["prompt"]):
-        if isinstance(prompt, str):
-            length = len(tokenizer(prompt)["input_ids"])
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-            length = len(ids)
-        if length > max_prompt_tokens:
-            too_long.append((index, length))
-    if too_long:
-        index, length = too_long[0]
-        raise DataError(
-            f"{source}: {len(too_long)} of {len(dataset)} prompts are longer than the {max_prompt_tokens} tokens that are "
-            f"left for a prompt; the first is row {index + 1} with {length} tokens: "
-            f"{shortened(dataset[index]['prompt'])}. Lower max_completion_length, or drop long prompts."
-        )
-
-
-def _load_rows(source: str, split: str, dataset_config: str | None) -> list[PlacedRow]:
-    path = Path(source)
-    if source == "e2e":
-        return _dataset_rows(_pick_split(load_e2e(), split, source), source)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _dataset_rows(_pick_split(datasets.load_from_disk(source), split, source), source)
-        candidates = [path / f"{split}{ending}" for ending in _FILE_ENDINGS]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            raise DataError(
-                f"{source}: no {split}.jsonl (or .json, .csv, .parquet) in this folder, nor a saved dataset."
-            )
-        return read_rows(found)
-    if path.is_file() or source.endswith(_FILE_ENDINGS):
-        return read_rows(path)
-    if path.suffix:
-        return read_rows(path)  # says what is wrong with it
-    try:
-        dataset = datasets.load_dataset(source, dataset_config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{source!r} is neither a local file or folder nor could it be loaded from the hub: {error}"
-        ) from error
-    return _dataset_rows(dataset, source)
-
-
-def _dataset_rows(dataset: Dataset, source: str) -> list[PlacedRow]:
-    if len(dataset) == 0:
-        raise DataError(f"{source}: no rows.")
-    return [(f"{source}: row {number}", row) for number, row in enumerate(dataset, start=1)]
-
-
-def _pick_split(dataset: Dataset | DatasetDict, split: str, source: str) -> Dataset:
-    if isinstance(dataset, Dataset):
-        return dataset
-    if split not in dataset:
-        raise DataError(f"{source}: no split {split!r}; there are {sorted(dataset)}.")
-    return dataset[split]
-
-
-def _require_column(name: str, columns: list[str], source: str, option: str) -> None:
-    if name in columns:
+    prompts = list(dataset["prompt"])
+    if not prompts:
         return
-    near = difflib.get_close_matches(name, columns, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise DataError(f"{source}: no column {name!r}; there are {columns}.{hint} Set {option} to the right one.")
-
-
-def _check_text(value: Any, field: str, place: str, conversational: bool) -> Any:
-    kind = "a list of messages" if conversational else "a text"
-    if conversational != isinstance(value, list) or not isinstance(value, str | list):
+    if isinstance(prompts[0], str):
+        encoded = tokenizer(text=prompts)
+    elif tokenizer.chat_template is None:
         raise DataError(
-            f"{place}: {field} must be {kind} as in the first row, got {shortened(value)}. Mend or drop the row."
+            f"{source}: its prompts are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat "
+            "template. Set tokenizer.chat_template, or write the prompts as text."
         )
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{place}: {field} is empty. Mend or drop the row.")
-    if conversational:
-        for number, message in enumerate(value, start=1):
-            _check_message(message, f"{place}: {field}, message {number}")
-    return value
+    else:
+        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    too_long = [row for row, length in enumerate(lengths) if length > max_prompt_tokens]
+    if too_long:
+        raise DataError(
+            f"{source}: {len(too_long)} of {len(prompts)} prompts have more than {max_prompt_tokens} tokens; the "
+            f"first is row {too_long[0]} (counting from 0) with {lengths[too_long[0]]} tokens, "
+            f"{shortened(prompts[too_long[0]])}. Raise the limit if the models' context allows, lower "
+            "max_completion_length to leave more room, or filter these prompts out."
+        )
 
 
-def _check_message(message: Any, place: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise DataError(f"{place}: expected an object with role and content, got {shortened(message)}.")
-    if message["role"] not in _ROLES:
-        raise DataError(f"{place}: unknown role {message['role']!r}; known are {', '.join(_ROLES)}.")
-    if not isinstance(message["content"], str):
-        raise DataError(f"{place}: content must be a text, got {shortened(message['content'])}.")
+def _read(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:
+    path = Path(source).expanduser()
+    is_local = source == "e2e" or path.exists()
+    if is_local and dataset_config is not None:
+        raise DataError(
+            f"{source}: dataset_config={dataset_config!r} chooses a configuration of a dataset on the hub, but this "
+            "source is local. Leave dataset_config out."
+        )
+    if source == "e2e":
+        return Table.from_dataset(f"{source} ({split})", _choose_split(source, load_e2e(), split), max_rows)
+    if path.is_file():
+        return read_file(path, max_rows)
+    if path.is_dir():
+        return _read_folder(path, split, max_rows)
+    if _looks_like_path(source):
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{source}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
+    return _read_hub(source, split, dataset_config, max_rows)
 
 
-def _check_references(value: Any, field: str, place: str) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{place}: {field} must be a text or a list of texts, got {shortened(value)}.")
-    return texts
+def _looks_like_path(source: str) -> bool:
+    """Whether the name can only be meant as a path: a dataset on the hub is `name` or `owner/name`."""
+    return source.startswith((".", "/", "~")) or source.lower().endswith(EXTENSIONS) or source.count("/") > 1
+
+
+def _choose_split(source: str, splits: DatasetDict, split: str) -> Dataset:
+    if split not in splits:
+        raise DataError(f"{source}: no split {split!r}; its splits are {listing(splits)}.{nearest(split, splits)}")
+    return splits[split]
+
+
+def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        try:
+            saved = load_from_disk(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read as a saved dataset ({error}). Save it again.") from error
+        if isinstance(saved, DatasetDict):
+            return Table.from_dataset(f"{path} ({split})", _choose_split(str(path), saved, split), max_rows)
+        return Table.from_dataset(str(path), saved, max_rows)
+    files = [path / f"{split}{extension}" for extension in EXTENSIONS if (path / f"{split}{extension}").is_file()]
+    if len(files) != 1:
+        names = sorted(entry.name for entry in path.iterdir())
+        problem = f"more than one file of the split {split!r}" if files else f"no file of the split {split!r}"
+        raise DataError(
+            f"{path}: holds {problem}; it holds {listing(names)}.{nearest(split + '.jsonl', names)} Keep one of "
+            f"{split}.jsonl, {split}.jsonl.gz, {split}.json, {split}.csv and {split}.parquet there, or name a file."
+        )
+    return read_file(files[0], max_rows)
+
+
+def _read_hub(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:
+    try:
+        dataset = load_dataset(source, dataset_config, split=split)
+    except (OSError, ValueError, DatasetsError) as error:  # the hub's own errors are OSErrors
+        raise DataError(
+            f"{source}: neither a local file or folder, nor loadable from the hub with split {split!r} and "
+            f"configuration {dataset_config!r} ({error}). Check the name, and the network or HF_HUB_OFFLINE."
+        ) from error
+    return Table.from_dataset(f"{source} ({split})", dataset, max_rows)

@@ -24,10 +24,12 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         references (`Sequence[str]`): at least one reference text.
 
     Raises:
-        ValueError: if there is no reference.
+        ValueError: if there is no reference, or `references` is one text instead of a list.
     """
     if not references:
         raise ValueError("rouge_l needs at least one reference.")
+    if isinstance(references, str):
+        raise ValueError(f"rouge_l needs a list of references, got the text {references!r}: write [reference].")
     prediction = prediction.strip()
     return 100 * max(_scorer().score(reference.strip(), prediction)["rougeL"].fmeasure for reference in references)
 
@@ -38,7 +40,12 @@ def repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> float:
     Args:
         token_ids (`Sequence[int]`): one completion.
         n (`int`, *optional*, defaults to `4`): length of the n-grams. Sequences shorter than n score 0.
+
+    Raises:
+        ValueError: if n is less than 1.
     """
+    if n < 1:
+        raise ValueError(f"repeated_ngrams needs n >= 1, got {n}.")
     total = len(token_ids) - n + 1
     if total <= 0:
         return 0.0
@@ -71,8 +78,8 @@ def bootstrap_interval(
     """Mean with its percentile bootstrap interval over prompts.
 
     Args:
-        values (`Sequence[float]`): one number a prompt (the mean over its sampling seeds), so that prompts are the unit
-            of resampling and several samples of one prompt do not count as independent.
+        values (`Sequence[float]`): one number a prompt (the mean over its sampling seeds), so that prompts are the
+            unit of resampling and several samples of one prompt do not count as independent.
         confidence (`float`, *optional*, defaults to `0.95`): probability mass of the interval.
         resamples (`int`, *optional*, defaults to `10_000`): number of resampled means.
         seed (`int`, *optional*, defaults to `0`): seed of the resampling.
@@ -84,11 +91,11 @@ def bootstrap_interval(
     if array.size == 0:
         raise ValueError("bootstrap_interval needs at least one value.")
     generator = np.random.default_rng(seed)
-    # a resample is a count for each value, so memory is resamples x n in blocks and no index array is gathered
+    # in blocks that fit in the cache, so that memory does not grow with the number of prompts
     means = np.concatenate(
         [
-            generator.multinomial(array.size, np.full(array.size, 1 / array.size), size=block) @ array / array.size
-            for block in _blocks(resamples, max(1, 2**22 // array.size))
+            array[generator.integers(array.size, size=(block, array.size))].mean(axis=1)
+            for block in _blocks(resamples, max(1, 2**18 // array.size))
         ]
     )
     tail = (1 - confidence) / 2

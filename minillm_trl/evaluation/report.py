@@ -1,7 +1,9 @@
-"""A report of a comparison: `report.html` (one self-contained file), `report.md` with its figures, and a terminal table."""
+"""Report of a comparison: `report.html` (one self-contained file), `report.md` with figures, and a terminal table."""
 
 import html
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A model: its name and a cell for each column's key. `is_teacher` marks the row that students are compared with."""
+    """A model: its name and a cell for each column's key; `is_teacher` marks the one that students learn from."""
 
     name: str
     cells: dict[str, Cell]
@@ -34,10 +36,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Models by measures."""
+    """Models by measures.
+
+    Raises:
+        ValueError: if a row has a cell that no column shows.
+    """
 
     columns: list[Column]
     rows: list[Row]
+
+    def __post_init__(self) -> None:
+        keys = [column.key for column in self.columns]
+        for row in self.rows:
+            if unknown := sorted(set(row.cells) - set(keys)):
+                raise ValueError(f"Row {row.name!r} has cells {unknown} that no column shows; the columns are {keys}.")
 
 
 @dataclass(frozen=True)
@@ -72,15 +84,19 @@ class Report:
 
 
 def format_cell(cell: Cell, digits: int) -> str:
-    """`53.5 ± 0.4` where the interval is symmetric to about the digit shown, `53.5 [52.9, 53.9]` where it is not."""
+    """`53.5 ± 0.4` where the interval is about symmetric, `53.5 [52.9, 53.9]` where it is not.
+
+    About symmetric: its two halves round to the same, or differ by at most a quarter of the larger, which is shown.
+    """
     if isinstance(cell, str):
         return cell
     if not isinstance(cell, MeanInterval):
-        return f"{cell:.{digits}f}"
-    below, above = cell.mean - cell.low, cell.high - cell.mean
-    if abs(above - below) < 1.5 * 10**-digits:
-        return f"{cell.mean:.{digits}f} ± {max(above, below):.{digits}f}"
-    return f"{cell.mean:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+        return f"{cell:z.{digits}f}"
+    mean, low, high = (f"{value:z.{digits}f}" for value in cell[:3])
+    smaller, larger = sorted((cell.mean - cell.low, cell.high - cell.mean))
+    if f"{smaller:z.{digits}f}" == f"{larger:z.{digits}f}" or smaller >= 0.75 * larger:
+        return f"{mean} ± {larger:z.{digits}f}"
+    return f"{mean} [{low}, {high}]"
 
 
 def format_table(table: Table) -> str:
@@ -99,17 +115,17 @@ def format_table(table: Table) -> str:
 
 
 def best_students(table: Table) -> set[tuple[str, str]]:
-    """(row name, column key) of the best student in each column that has a better direction."""
+    """(row name, column key) of the best student in each column with a better direction; all that round alike."""
     best = set()
     for column in table.columns:
         values = {
-            row.name: value
+            row.name: round(value, column.digits)
             for row in table.rows
-            if not row.is_teacher and (value := _value(row.cells.get(column.key))) is not None
+            if not row.is_teacher and math.isfinite(value := _value(row.cells.get(column.key)))
         }
-        if values and column.better in ("higher", "lower"):
-            pick = max if column.better == "higher" else min
-            best.add((pick(values, key=lambda name: values[name]), column.key))
+        if values and column.better != "teacher":
+            target = (max if column.better == "higher" else min)(values.values())
+            best |= {(name, column.key) for name, value in values.items() if value == target}
     return best
 
 
@@ -129,10 +145,10 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _value(cell: Cell | None) -> float | None:
-    if isinstance(cell, MeanInterval):
-        return cell.mean
-    return cell if isinstance(cell, float) else None
+def _value(cell: Cell | None) -> float:
+    if cell is None or isinstance(cell, str):
+        return math.nan
+    return cell.mean if isinstance(cell, MeanInterval) else float(cell)
 
 
 def _cells(row: Row, table: Table) -> list[str]:
@@ -141,32 +157,37 @@ def _cells(row: Row, table: Table) -> list[str]:
 
 def _markdown(report: Report) -> str:
     best = best_students(report.table)
-    lines = [f"# {report.title}", "", report.summary, "", "| | |", "|---|---|"]
+    lines = [f"# {_md(report.title)}", "", _md(report.summary), "", "| | |", "|---|---|"]
     lines += [f"| {_md(name)} | {_md(value)} |" for name, value in report.facts]
     lines += ["", "## Results", ""]
     lines += ["| model | " + " | ".join(_md(column.label) for column in report.table.columns) + " |"]
     lines += ["|---|" + "---:|" * len(report.table.columns)]
     for row in report.table.rows:
         texts = [
-            f"**{text}**" if (row.name, column.key) in best else text
+            f"**{_md(text)}**" if (row.name, column.key) in best else _md(text)
             for text, column in zip(_cells(row, report.table), report.table.columns, strict=True)
         ]
         lines.append(f"| {_md(row.name)} | " + " | ".join(texts) + " |")
-    lines += ["", *(f"- {note}" for note in report.notes)]
+    lines += ["", *(f"- {_md(note)}" for note in report.notes)]
     if report.curves:
         lines += ["", "## Training", ""]
-        lines += [f"![{curve.title}](figures/curve_{number}.png)" for number, curve in enumerate(report.curves)]
+        lines += [f"![{_md(curve.title)}](figures/curve_{number}.png)" for number, curve in enumerate(report.curves)]
     if report.samples:
         lines += ["", "## Answers side by side", ""]
     for sample in report.samples:
         lines += [f"### {_md(sample.prompt.strip())}", "", "| | |", "|---|---|"]
-        lines += [f"| {_md(name)} | {_md(text)} |" for name, text in sample.outputs.items()]
+        lines += [f"| {_md(name)} | {_md(text)} |" for name, text in _outputs(sample)]
         lines += [f"| *a reference* | *{_md(text)}* |" for text in sample.references[:1]] + [""]
     return "\n".join(lines) + "\n"
 
 
 def _md(text: str) -> str:
-    return html.escape(text.strip(), quote=False).replace("|", "\\|").replace("\n", "<br>")
+    escaped = re.sub(r"([\\`*_~$|\[\]])", r"\\\1", html.escape(text.strip(), quote=False))
+    return "<br>".join(escaped.splitlines())
+
+
+def _outputs(sample: Sample) -> list[tuple[str, str]]:
+    return [(name, text if text.strip() else "(empty)") for name, text in sample.outputs.items()]
 
 
 def _html(report: Report) -> str:
@@ -183,7 +204,8 @@ def _html(report: Report) -> str:
     facts = "".join(f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in report.facts)
     notes = "".join(f"<li>{_h(note)}</li>" for note in report.notes)
     figures = "".join(
-        f"<figure><figcaption>{_h(curve.title)}</figcaption>{curve_svg(curve)}</figure>" for curve in report.curves
+        f"<figure><figcaption>{_h(curve.title)}</figcaption>{curve_svg(curve, f'curve-{number}')}</figure>"
+        for number, curve in enumerate(report.curves)
     )
     sections = [f'<h2>Training</h2><div class="figures">{figures}</div>'] if report.curves else []
     if report.samples:
@@ -191,23 +213,28 @@ def _html(report: Report) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # the browser itself then refuses any load, so the file stays self-contained whatever a model wrote into it
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{_h(report.title)}</title><style>{STYLE}</style></head><body><main>"
         f'<h1>{_h(report.title)}</h1><p class="summary">{_h(report.summary)}</p><dl>{facts}</dl>'
-        f'<h2>Results</h2><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+        f'<h2>Results</h2><div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
         f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>{"".join(sections)}</main></body></html>\n'
     )
 
 
 def _sample_html(sample: Sample) -> str:
-    answers = "".join(f"<div><h4>{_h(name)}</h4><p>{_h(text)}</p></div>" for name, text in sample.outputs.items())
+    answers = "".join(f"<div><h4>{_h(name)}</h4><p>{_h(text)}</p></div>" for name, text in _outputs(sample))
     reference = "".join(f'<p class="reference">A reference: {_h(text)}</p>' for text in sample.references[:1])
     return f'<article><h3>{_h(sample.prompt.strip())}</h3><div class="answers">{answers}</div>{reference}</article>'
 
 
 def _arrow(column: Column) -> str:
-    hints = {"higher": ("↑", "higher is better"), "lower": ("↓", "lower is better"), "teacher": ("", "")}
-    arrow, title = hints[column.better]
-    return f' <span title="{title}">{arrow}</span>' if arrow else ""
+    arrow, title = {
+        "higher": ("↑", "higher is better"),
+        "lower": ("↓", "lower is better"),
+        "teacher": ("≈", "closer to the teacher is better"),
+    }[column.better]
+    return f'&nbsp;<span title="{title}">{arrow}</span>'
 
 
 def _h(text: str) -> str:

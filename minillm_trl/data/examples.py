@@ -1,0 +1,148 @@
+"""Checks every example of a table, and gathers the references of each."""
+
+from typing import Any, Literal
+
+from .errors import DataError, listing, nearest, shortened
+from .files import Table
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Kind = Literal["text", "conversation"]
+
+
+def find_columns(
+    table: Table, prompt_column: str, completion_column: str, references_column: str, require_completion: bool
+) -> dict[str, str]:
+    """Map `prompt`, and those of `completion` and `references` that the table has, to the names they have there.
+
+    Raises:
+        DataError: if a required or explicitly named column is missing, two options name the same column, or a column
+            would be renamed to a name that another column has.
+    """
+    options = {"prompt": prompt_column, "completion": completion_column, "references": references_column}
+    required = {"prompt": True, "completion": require_completion, "references": False}
+    found = {}
+    for role, name in options.items():
+        if name in table.columns:
+            found[role] = name
+        elif required[role] or name != role:
+            raise DataError(
+                f"{table.source}: no column {name!r}; its columns are {listing(table.columns)}."
+                f"{nearest(name, table.columns)} Name the right one with {role}_column, or rename it."
+            )
+    for role, name in found.items():
+        if list(found.values()).count(name) > 1:
+            raise DataError(f"{table.source}: column {name!r} is named by two options. Give {role}_column another.")
+        if role != name and role in table.columns:
+            raise DataError(
+                f"{table.source}: {role}_column={name!r} becomes {role!r}, but another column has that name already; "
+                f"the columns are {listing(table.columns)}. Drop or rename {role!r}, or leave {role}_column out."
+            )
+    return found
+
+
+def check_examples(table: Table, found: dict[str, str], require_completion: bool) -> list[list[str]] | None:
+    """Check every row, and return its references: the given ones, or else the text of its completion.
+
+    Args:
+        table (`Table`): what was read.
+        found (`dict[str, str]`): the result of [`find_columns`].
+        require_completion (`bool`): whether a row may have no completion.
+
+    Returns:
+        `list[list[str]]`, one list a row, empty only where the completion is null and there is no column of
+        references; `None` if the table has neither column.
+
+    Raises:
+        DataError: at the first bad row.
+    """
+    columns = [
+        table.columns[found[role]] if role in found else None for role in ("prompt", "completion", "references")
+    ]
+    prompts, completions, references = columns
+    gathered = []
+    first_kind = None
+    for index, prompt in enumerate(prompts):
+        place = table.place(index)
+        kind = _kind(prompt, place, found["prompt"])
+        if kind == "conversation" and prompt[-1]["role"] == "assistant":
+            raise DataError(
+                f"{place}: field {found['prompt']!r} ends with an assistant message, {shortened(prompt[-1])}. Move it "
+                "to the completion: a prompt ends where the model's turn begins."
+            )
+        first_kind = first_kind or kind
+        if kind != first_kind:
+            raise DataError(
+                f"{place}: field {found['prompt']!r} is a {kind}, {shortened(prompt)}, but the rows from "
+                f"{table.place(0)} on hold a {first_kind}. Use one kind in the whole file."
+            )
+        answers = []
+        if completions is not None:
+            answers = _check_completion(completions[index], kind, place, found["completion"], require_completion)
+        if references is not None:
+            answers = _check_references(references[index], place, found["references"])
+        gathered.append(answers)
+    return gathered if len(found) > 1 else None
+
+
+def _kind(value: Any, place: str, field: str) -> Kind:
+    if isinstance(value, str) and value.strip():
+        return "text"
+    if isinstance(value, str):
+        raise DataError(f"{place}: field {field!r} is empty ({value!r}). Fill it in or drop the row.")
+    if value is None:
+        raise DataError(f"{place}: field {field!r} is missing or null. Fill it in or drop the row.")
+    if not isinstance(value, list):
+        raise DataError(
+            f"{place}: field {field!r} is {shortened(value)} ({type(value).__name__}). Make it text, or a list of "
+            '{"role": ..., "content": ...} messages.'
+        )
+    if not value:
+        raise DataError(f"{place}: field {field!r} is an empty list of messages. Fill it in or drop the row.")
+    for position, message in enumerate(value):
+        _check_message(message, f"{place}: field {field!r}, message {position} (counting from 0)")
+    return "conversation"
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise DataError(f'{where} is {shortened(message)}. Make it {{"role": ..., "content": ...}}.')
+    role = message.get("role")
+    if role not in ROLES:
+        raise DataError(
+            f"{where} has the role {shortened(role)}; known are {listing(ROLES)}.{nearest(str(role), ROLES)} The "
+            f"message is {shortened(message)}."
+        )
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise DataError(f"{where} has the content {shortened(content)}. Make it text; only text is supported.")
+
+
+def _check_completion(value: Any, prompt_kind: Kind, place: str, field: str, required: bool) -> list[str]:
+    """Check a completion and return its text as the only reference, or none if it is rightly null."""
+    if value is None and not required:
+        return []
+    kind = _kind(value, place, field)
+    if kind != prompt_kind:
+        raise DataError(
+            f"{place}: field {field!r} is a {kind}, {shortened(value)}, but its prompt is a {prompt_kind}. Use one "
+            'kind: as a conversation, a completion is [{"role": "assistant", "content": ...}].'
+        )
+    if kind == "text":
+        return [value]
+    if value[0]["role"] != "assistant":
+        raise DataError(
+            f"{place}: field {field!r} begins with the role {value[0]['role']!r}. The first message of a completion "
+            "is the assistant's; move what comes before to the prompt."
+        )
+    return [value[0]["content"]]
+
+
+def _check_references(value: Any, place: str, field: str) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(
+            f"{place}: field {field!r} is {shortened(value)}. Make it text or a non-empty list of texts, none of them "
+            "empty."
+        )
+    return texts

@@ -1,0 +1,146 @@
+"""Rouge-L, repetition, diversity and bootstrap intervals against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from minillm_trl.evaluation.metrics import (
+    MeanInterval,
+    bootstrap_interval,
+    distinct_outputs,
+    paired_bootstrap,
+    repeated_ngrams,
+    rouge_l,
+)
+
+# (prediction, references, 100 * 2PR / (P + R) with P, R = LCS / words of prediction, of reference)
+ROUGE_CASES = [
+    ("the cat sat", ["the cat sat"], 100.0),
+    ("the cat sat", ["the cat sat on the mat"], 200 / 3),  # LCS 3 of 3 and of 6 words
+    ("the cat sat on the mat", ["the cat sat"], 200 / 3),
+    ("the gunman kill police", ["police kill the gunman"], 50.0),  # LCS "the gunman": order counts
+    ("a x b y c", ["a b c"], 75.0),  # LCS 3 of 5 and of 3: a subsequence, not a substring
+    ("police kill the gunman", ["police killed the gunman"], 100.0),  # stems
+    ("The Punter, CHEAP!", ["the punter cheap"], 100.0),  # case and punctuation do not count
+    ("  the cat sat \n", ["the cat sat"], 100.0),
+    ("a b c d", ["nothing alike", "a b"], 200 / 3),  # the better reference: LCS 2 of 4 and of 2
+    ("a b c d", ["a b", "nothing alike"], 200 / 3),
+    ("red", ["blue"], 0.0),
+    ("", ["the cat"], 0.0),
+    (" \n", ["the cat"], 0.0),
+    ("...", ["the cat"], 0.0),
+]
+
+
+@pytest.mark.parametrize(("prediction", "references", "expected"), ROUGE_CASES)
+def test_rouge_l_of_hand_computed_cases_is_exact(prediction, references, expected):
+    assert rouge_l(prediction, references) == pytest.approx(expected, abs=1e-9)
+
+
+def test_rouge_l_equals_the_reference_package():
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for prediction, references, _ in ROUGE_CASES:
+        scores = [scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references]
+        assert rouge_l(prediction, references) == pytest.approx(100 * max(scores), abs=1e-12)
+
+
+def test_rouge_l_without_references_is_refused():
+    with pytest.raises(ValueError, match="at least one reference"):
+        rouge_l("the cat", [])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "n", "expected"),
+    [
+        ([1, 2, 1, 2, 1], 2, 0.5),  # 12 21 12 21: two of four stood before
+        ([7] * 8, 4, 0.8),  # one distinct of five
+        ([1, 2, 3, 4, 1, 2, 3, 4], 4, 0.2),  # 1234 stands twice among five
+        ([1, 2, 3, 4, 5, 6], 4, 0.0),
+        ([1, 2, 3, 4], 4, 0.0),
+        ([1, 1, 1], 4, 0.0),  # no 4-grams at all
+        ([], 4, 0.0),
+        ([5, 5, 6], 1, 1 / 3),
+    ],
+)
+def test_repeated_ngrams_of_hand_computed_cases_is_exact(token_ids, n, expected):
+    assert repeated_ngrams(token_ids, n) == pytest.approx(expected, abs=1e-12)
+
+
+def test_repeated_ngrams_by_default_counts_4grams():
+    assert repeated_ngrams([7] * 8) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"), [(["a", "b", "c"], 1.0), (["a", "a", "b"], 2 / 3), (["a", "a", "a"], 1 / 3), (["a"], 1.0)]
+)
+def test_distinct_outputs_is_the_share_of_different_texts(outputs, expected):
+    assert distinct_outputs(outputs) == pytest.approx(expected)
+
+
+def test_distinct_outputs_without_outputs_is_refused():
+    with pytest.raises(ValueError, match="at least one output"):
+        distinct_outputs([])
+
+
+def test_bootstrap_interval_of_constant_values_has_no_width():
+    interval = bootstrap_interval([53.5] * 30)
+    assert interval == MeanInterval(53.5, 53.5, 53.5, 30)
+
+
+@pytest.mark.parametrize(("confidence", "low", "high"), [(0.95, 0.0, 1.0), (0.4, 0.5, 0.5)])
+def test_bootstrap_interval_of_two_values_has_the_exact_quantiles(confidence, low, high):
+    # the mean of two draws from {0, 1} is 0, 1/2, 1 with probability 1/4, 1/2, 1/4
+    assert bootstrap_interval([0.0, 1.0], confidence=confidence) == MeanInterval(0.5, low, high, 2)
+
+
+def test_bootstrap_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(3).normal(50, 20, 2000)
+    interval = bootstrap_interval(values)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert interval.mean == pytest.approx(values.mean())
+    assert interval.mean - interval.low == pytest.approx(half, rel=0.05)
+    assert interval.high - interval.mean == pytest.approx(half, rel=0.05)
+
+
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_claims():
+    generator = np.random.default_rng(0)
+    intervals = [bootstrap_interval(generator.normal(0, 1, 40), resamples=400, seed=i) for i in range(400)]
+    coverage = np.mean([low <= 0 <= high for _, low, high, _ in intervals])
+    assert 0.90 <= coverage <= 0.97
+
+
+def test_bootstrap_interval_depends_on_the_seed_alone():
+    values = np.random.default_rng(1).normal(size=50)
+    assert bootstrap_interval(values, seed=4) == bootstrap_interval(values.tolist(), seed=4)
+    assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+
+
+def test_bootstrap_interval_without_values_is_refused():
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_interval([])
+
+
+def test_paired_bootstrap_removes_what_prompts_share():
+    baseline = np.random.default_rng(2).normal(50, 20, 200)
+    interval = paired_bootstrap(baseline + 1.0, baseline)
+    assert interval == pytest.approx((1.0, 1.0, 1.0, 200), abs=1e-9)
+    assert bootstrap_interval(baseline).high - bootstrap_interval(baseline).low > 4
+
+
+def test_paired_bootstrap_subtracts_the_baseline():
+    assert paired_bootstrap([1.0, 2.0], [3.0, 2.0], confidence=0.95) == MeanInterval(-1.0, -2.0, 0.0, 2)
+
+
+def test_paired_bootstrap_of_different_prompts_is_refused():
+    with pytest.raises(ValueError, match="2 values and 3"):
+        paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_rouge_l_of_one_text_for_references_is_refused():
+    with pytest.raises(ValueError, match=r"list of references, got the text 'the cat'"):
+        rouge_l("the cat", "the cat")
+
+
+def test_repeated_ngrams_of_length_zero_is_refused():
+    with pytest.raises(ValueError, match="n >= 1, got 0"):
+        repeated_ngrams([1, 2], 0)
