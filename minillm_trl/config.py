@@ -164,13 +164,13 @@ class MiniLLMConfig(GRPOConfig):
             return
         if self.use_vllm:
             raise ValueError(
-                "use_vllm=True cannot sample from the teacher-student mixture: set teacher_mixed_alpha=0.0 to use vLLM, "
-                "or use_vllm=False to keep teacher-mixed sampling."
+                "use_vllm=True cannot sample from the teacher-student mixture: set teacher_mixed_alpha=0.0 to use "
+                "vLLM, or use_vllm=False to keep teacher-mixed sampling."
             )
         for name in self.reshaping_fields():
             raise ValueError(
-                f"{name}={getattr(self, name)!r} reshapes the sampling distribution, which then is not the mixture that "
-                f"the importance weights assume. Drop {name}, or set teacher_mixed_alpha=0.0."
+                f"{name}={getattr(self, name)!r} reshapes the sampling distribution, which then is not the mixture "
+                f"that the importance weights assume. Drop {name}, or set teacher_mixed_alpha=0.0."
             )
 
     def _check_inherited(self) -> None:

@@ -247,6 +247,6 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
     if not error <= tolerance * max(1.0, expected.abs().max().item()):
         raise ValueError(
-            f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ by up "
-            f"to {error:.2g}. Its architecture transforms hidden states or logits in a way that is not supported yet."
+            f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ by "
+            f"up to {error:.2g}. Its architecture transforms hidden states or logits in a way that is not supported."
         )

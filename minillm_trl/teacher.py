@@ -93,7 +93,8 @@ def check_same_tokenizer(
         position = next((i for i, (a, b) in pairs if a != b), min(len(student_ids), len(teacher_ids)))
         raise ValueError(
             f"Student and teacher tokenizers share a vocabulary but encode the same text differently, from token "
-            f"{position} on: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. {advice}"
+            f"{position} on: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. "
+            f"{advice}"
         )
     if conversational and student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         raise ValueError(

@@ -321,8 +321,8 @@ class MiniLLMTrainer(GRPOTrainer):
             raise FloatingPointError(
                 f"log p(y) - log q(y) is {rewards[row, position].item()} for token {token} "
                 f"({self._tokenizer.decode([token])!r}) at position {position} of completion {row}: the teacher gives "
-                "it probability zero, or a model overflowed. Check the teacher in float32 on this prompt; a token that "
-                "the teacher can never produce must be impossible for the student too."
+                "it probability zero, or a model overflowed. Check the teacher in float32 on this prompt; a token "
+                "that the teacher can never produce must be impossible for the student too."
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:

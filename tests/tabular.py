@@ -11,7 +11,7 @@ class Tabular:
     """All completions of at most `horizon` tokens over `vocab` tokens, of which token 0 may end a completion.
 
     Attributes:
-        ids, mask: `(N, T)`, right-padded with token 0, as a tokenizer whose padding is its end-of-sequence token would.
+        ids, mask: `(N, T)`, right-padded with token 0, as by a tokenizer whose padding is its end token.
         prefixes: `(N, T)`, the row of logits that predicts each token; arbitrary on padding.
         num_prefixes: number of rows.
     """

@@ -98,7 +98,7 @@ def test_all_refused_fields_are_covered_and_exist():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("name", "value"), REFUSED.items())
 def test_field_without_meaning_is_refused_with_a_reason(tmp_path, name: str, value):
-    with pytest.raises(ValueError, match="is not supported by MiniLLM: .+ Leave it at"):
+    with pytest.raises(ValueError, match=r"is not supported by MiniLLM: .+ Leave it at"):
         make(tmp_path, **{name: value})
 
 

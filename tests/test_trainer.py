@@ -251,5 +251,5 @@ class TestRefusals:
     def test_unreproducible_head_is_refused(self, tmp_path):
         student = build_model("gpt2")
         student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
-        with pytest.raises(ValueError, match="LM head of the student .* is not reproduced"):
+        with pytest.raises(ValueError, match=r"LM head of the student .* is not reproduced"):
             make_trainer(tmp_path, student=student)

@@ -20,8 +20,8 @@ class DataArguments:
 
     dataset: str = field(
         metadata={
-            "help": "`e2e` (ships with the package), a .jsonl, .json, .csv or .parquet file, a folder, or a dataset on "
-            "the hub."
+            "help": "`e2e` (ships with the package), a .jsonl, .json, .csv or .parquet file, a folder, or a dataset "
+            "on the hub."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
@@ -77,8 +77,8 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
         The dataclass instances, and the flags meant for `accelerate launch` (empty unless a hand-over is asked for).
 
     Raises:
-        ValueError: for YAML that cannot be read, unknown keys and flags (with the nearest right name) and wrong values;
-            for YAML with file and line.
+        ValueError: for YAML that cannot be read, unknown keys and flags (with the nearest right name) and wrong
+            values; for YAML with file and line.
     """
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])

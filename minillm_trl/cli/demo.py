@@ -10,9 +10,9 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="minillm-trl demo",
         description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
-        "(E2E NLG, ships with the package), distil the teacher into the student with MiniLLM, compare it with a student "
-        "that was fine-tuned for as long, and write report.html and report.md. Runs on a CPU; a run that was stopped "
-        "continues where it was.",
+        "(E2E NLG, ships with the package), distil the teacher into the student with MiniLLM, compare it with a "
+        "student that was fine-tuned for as long, and write report.html and report.md. Runs on a CPU; a run that was "
+        "stopped continues where it was.",
     )
     parser.add_argument(
         "--output_dir", type=Path, default=None, help="run folder (default: runs/demo or runs/demo-quick)"

@@ -19,9 +19,9 @@ def run(argv: list[str]) -> int:
     """Parse the arguments, sample from the model alone, and write `results.json` and `samples.jsonl`."""
     parser = argparse.ArgumentParser(
         prog="minillm-trl evaluate",
-        description="Sample completions (temperature 1, nothing else shapes the distribution) and measure Rouge-L, length, "
-        "end-of-sequence rate, repetition, distinct outputs and, with a teacher, reverse KL; means over prompts with 95 %% "
-        "bootstrap intervals.",
+        description="Sample completions (temperature 1, nothing else shapes the distribution) and measure Rouge-L, "
+        "length, end-of-sequence rate, repetition, distinct outputs and, with a teacher, reverse KL; means over "
+        "prompts with 95 %% bootstrap intervals.",
     )
     parser.add_argument("--model", required=True, help="name or folder")
     parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")

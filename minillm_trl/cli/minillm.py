@@ -7,10 +7,11 @@ from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import MiniLLMConfig
-from ..data import check_prompt_lengths, load_examples, unique_prompts
+from ..data import check_prompt_lengths, unique_prompts
 from ..teacher import check_same_tokenizer
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, make_parser, parse
+from .examples import load_splits
 from .launch import hand_over
 from .models import checkpoint_to_resume, load_tokenizer
 
@@ -28,13 +29,9 @@ def run(argv: list[str]) -> int:
     (data, teacher, args, model), launch = parse(parser, argv)
     if launch:
         return hand_over("minillm", argv, launch)
-    train = _load(data, data.dataset, data.dataset_train_split, data.max_train_rows).select_columns(["prompt"])
-    evaluation = None
-    if data.dataset_eval_split is not None or data.eval_dataset is not None:
-        split = data.dataset_eval_split or data.dataset_train_split
-        evaluation = _load(data, data.eval_dataset or data.dataset, split, data.max_eval_rows)
-    elif args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={str(args.eval_strategy)!r} needs dataset_eval_split or eval_dataset.")
+    train, evaluation = load_splits(data, str(args.eval_strategy), require_completion=False)
+    train = unique_prompts(train).select_columns(["prompt"])
+    evaluation = None if evaluation is None else unique_prompts(evaluation)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path)
     teacher_tokenizer = load_tokenizer(teacher.teacher_model_name_or_path)
@@ -64,19 +61,6 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _load(data: DataArguments, source: str, split: str, max_rows: int | None) -> Dataset:
-    examples = load_examples(
-        source,
-        split=split,
-        prompt_column=data.prompt_column,
-        completion_column=data.completion_column,
-        references_column=data.references_column,
-        max_rows=max_rows,
-        dataset_config=data.dataset_config,
-    )
-    return unique_prompts(examples)
-
-
 def _check_lengths(data, args, names, tokenizer, train: Dataset, evaluation: Dataset | None) -> None:
     configs = [AutoConfig.from_pretrained(name).get_text_config() for name in names]
     limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
@@ -85,8 +69,8 @@ def _check_lengths(data, args, names, tokenizer, train: Dataset, evaluation: Dat
     room = min(limits) - args.max_completion_length
     if room <= 0:
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the models' context of "
-            f"{min(limits)} tokens. Lower it."
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the models' context "
+            f"of {min(limits)} tokens. Lower it."
         )
     check_prompt_lengths(train, tokenizer, max_prompt_tokens=room, source=data.dataset)
     if evaluation is not None:

@@ -1,4 +1,4 @@
-"""The demo: a teacher from scratch, a much smaller student, MiniLLM, a control, and a report, on real data in minutes."""
+"""The demo: a teacher from scratch, a much smaller student, MiniLLM, a control, a report; real data, in minutes."""
 
 from .pipeline import run_demo
 from .settings import DemoSettings

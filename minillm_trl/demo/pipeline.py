@@ -127,8 +127,8 @@ def _check_settings(folder: Path, settings: DemoSettings) -> None:
     if different:
         name = different[0]
         raise ValueError(
-            f"{folder} holds a run with other settings ({name} is {found.get(name)!r} there and {wanted[name]!r} now). "
-            "Choose another --output_dir, or delete the folder."
+            f"{folder} holds a run with other settings ({name} is {found.get(name)!r} there and {wanted[name]!r} "
+            "now). Choose another --output_dir, or delete the folder."
         )
 
 

@@ -72,8 +72,8 @@ def _summary(gains: dict[str, dict[str, MeanInterval]]) -> str:
         else "MiniLLM does not beat both the SFT student and the longer fine-tuned one by more than the interval"
     )
     return (
-        f"{verdict}: against the control, Rouge-L {rouge.mean:+.1f} [{rouge.low:+.1f}, {rouge.high:+.1f}] and reverse KL "
-        f"{kl.mean:+.1f} [{kl.low:+.1f}, {kl.high:+.1f}] nats per completion."
+        f"{verdict}: against the control, Rouge-L {rouge.mean:+.1f} [{rouge.low:+.1f}, {rouge.high:+.1f}] and reverse "
+        f"KL {kl.mean:+.1f} [{kl.low:+.1f}, {kl.high:+.1f}] nats per completion."
     )
 
 
@@ -84,9 +84,9 @@ def _notes(gains: dict[str, dict[str, MeanInterval]], settings: DemoSettings, pr
         "else shapes the distribution), with 95 % bootstrap intervals over prompts. The best student is in bold.",
         f"Against the SFT student, paired by prompt: Rouge-L {rouge.mean:+.1f} [{rouge.low:+.1f}, {rouge.high:+.1f}], "
         f"reverse KL {kl.mean:+.1f} [{kl.low:+.1f}, {kl.high:+.1f}].",
-        "Rouge-L is against all human references of a prompt (maximum). Reverse KL is KL(student || teacher) over whole "
-        "completions. Length, ends, repetition and distinct outputs should be like the teacher's: reverse KL alone also "
-        "falls when texts degenerate.",
+        "Rouge-L is against all human references of a prompt (maximum). Reverse KL is KL(student || teacher) over "
+        "whole completions. Length, ends, repetition and distinct outputs should be like the teacher's: reverse KL "
+        "alone also falls when texts degenerate.",
         "The control spends on supervised updates the time that MiniLLM spent on sampling, scoring and updates.",
     ]
 

@@ -23,8 +23,8 @@ def completion_reverse_kl(
 
     $$ \sum_{t=1}^{T} \mathrm{KL}\big(q(\cdot|y_{<t}, x) \,\|\, p(\cdot|y_{<t}, x)\big) $$
 
-    On completions sampled from the student its mean is an unbiased estimate of KL(q || p) over whole completions (of at
-    most the length limit), with less variance than that of the log-ratio of the sampled tokens.
+    On completions sampled from the student its mean is an unbiased estimate of KL(q || p) over whole completions (of
+    at most the length limit), with less variance than that of the log-ratio of the sampled tokens.
 
     Args:
         student, teacher ([`~transformers.PreTrainedModel`]): the two models, with one tokenizer.

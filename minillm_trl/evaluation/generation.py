@@ -39,8 +39,8 @@ def encode_prompts(
             ids = tokenizer(prompt)["input_ids"]
         elif tokenizer.chat_template is None:
             raise ValueError(
-                f"Prompt {index} is a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, "
-                "or give the prompts as text."
+                f"Prompt {index} is a conversation, but the tokenizer has no chat template. Set "
+                "tokenizer.chat_template, or give the prompts as text."
             )
         else:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -77,8 +77,8 @@ def generate_completions(
         prompts (`Sequence`): texts or conversations.
         max_new_tokens (`int`): length limit, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature.
-        seed (`int`, *optional*, defaults to `0`): together with a prompt's index it determines the completion, whatever
-            the batch size.
+        seed (`int`, *optional*, defaults to `0`): together with a prompt's index it determines the completion,
+            whatever the batch size.
         batch_size (`int`, *optional*, defaults to `64`): prompts decoded together.
         greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead.
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.

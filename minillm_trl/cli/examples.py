@@ -1,0 +1,47 @@
+"""Training and evaluation examples for the training subcommands."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..data import load_examples
+from .arguments import DataArguments
+
+
+def load_splits(data: DataArguments, eval_strategy: str, require_completion: bool) -> tuple[Dataset, Dataset | None]:
+    """Load and check what to train on and, if it is asked for, what to evaluate on.
+
+    Args:
+        data ([`DataArguments`]): sources, splits and columns.
+        eval_strategy (`str`): `"no"`, or when the trainer evaluates.
+        require_completion (`bool`): whether each row must have a completion.
+
+    Raises:
+        ValueError: if evaluation is asked for without data for it, or on a split of a single file, which has none.
+    """
+    wants_evaluation = data.dataset_eval_split is not None or data.eval_dataset is not None
+    if eval_strategy != "no" and not wants_evaluation:
+        raise ValueError(f"eval_strategy={eval_strategy!r} needs dataset_eval_split or eval_dataset.")
+    if data.eval_dataset is None and data.dataset_eval_split is not None and Path(data.dataset).is_file():
+        raise ValueError(
+            f"dataset_eval_split={data.dataset_eval_split!r}: the file {data.dataset} has no splits, so this would "
+            "evaluate on the training data. Name another file with eval_dataset."
+        )
+
+    def load(source: str, split: str, max_rows: int | None) -> Dataset:
+        return load_examples(
+            source,
+            split=split,
+            prompt_column=data.prompt_column,
+            completion_column=data.completion_column,
+            references_column=data.references_column,
+            require_completion=require_completion,
+            max_rows=max_rows,
+            dataset_config=data.dataset_config,
+        )
+
+    train = load(data.dataset, data.dataset_train_split, data.max_train_rows)
+    if not wants_evaluation:
+        return train, None
+    split = data.dataset_eval_split or data.dataset_train_split
+    return train, load(data.eval_dataset or data.dataset, split, data.max_eval_rows)
