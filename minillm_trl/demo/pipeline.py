@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -44,6 +45,7 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(folder, settings)
     data = load_e2e()

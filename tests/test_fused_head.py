@@ -1,0 +1,140 @@
+"""The chunked scoring head against the plain formulas, values and gradients."""
+
+import pytest
+import torch
+from conftest import build_model
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+import minillm_trl.fused_head
+from minillm_trl.fused_head import (
+    LMHead,
+    ScoreRequest,
+    add_scoring,
+    check_head,
+    completion_hidden_states,
+    position_ids,
+    score_hidden_states,
+)
+from minillm_trl.objectives import reverse_kl
+
+
+def make_head(width: int, vocab: int, bias: bool, softcap: float | None, scale: float = 1.0) -> LMHead:
+    weight = torch.randn(vocab, width, dtype=torch.float64, requires_grad=True)
+    return LMHead(
+        weight, torch.randn(vocab, dtype=torch.float64, requires_grad=True) if bias else None, scale, softcap
+    )
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 60, 2**23], ids=["a token a chunk", "odd chunks", "one chunk"])
+@pytest.mark.parametrize(
+    ("bias", "softcap", "scale", "kd_temperature"),
+    [(False, None, 1.0, None), (True, 5.0, 0.5, None), (True, None, 1.0, 2.5)],
+)
+def test_values_and_gradients_equal_the_plain_formulas(
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: bool, softcap, scale: float, kd_temperature
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", chunk_elements)
+    rows, length, vocab, shared, temperature = 3, 7, 31, 29, 1.3
+    head, teacher_head = make_head(5, vocab, bias, softcap, scale), make_head(9, shared, bias, softcap, scale)
+    hidden = torch.randn(rows, length, 5, dtype=torch.float64, requires_grad=True)
+    teacher_hidden = torch.randn(rows, length, 9, dtype=torch.float64)
+    ids = torch.randint(shared, (rows, length))
+    mask = torch.rand(rows, length) < 0.7
+    request = ScoreRequest(mask, temperature, teacher_hidden, kd_temperature)
+    scores = score_hidden_states(hidden, head, ids, request, shared, teacher_head)
+
+    logits = scale * (hidden @ head.weight[:shared].T + (head.bias[:shared] if bias else 0.0))
+    teacher_logits = scale * (teacher_hidden @ teacher_head.weight.T + (teacher_head.bias if bias else 0.0))
+    if softcap:
+        logits, teacher_logits = (softcap * torch.tanh(each / softcap) for each in (logits, teacher_logits))
+    log_probs = torch.log_softmax(logits / temperature, -1)
+    kd = kd_temperature or temperature
+    kl = reverse_kl(torch.log_softmax(logits / kd, -1), torch.log_softmax(teacher_logits / kd, -1))
+    expected = {
+        "logps": log_probs.gather(2, ids[..., None]).squeeze(2),
+        "entropy": -(log_probs.exp() * log_probs).sum(-1),
+        "reverse_kl": kl,
+    }
+    weights = {name: torch.randn(rows, length, dtype=torch.float64) for name in ("logps", "reverse_kl")}
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(scores, name), value.masked_fill(~mask, 0.0))
+    inputs = [hidden, head.weight, *([head.bias] if bias else [])]
+    actual_total = sum((weights[name] * getattr(scores, name)).sum() for name in weights)
+    expected_total = sum((weights[name] * expected[name])[mask].sum() for name in weights)
+    actual, reference = torch.autograd.grad(actual_total, inputs), torch.autograd.grad(expected_total, inputs)
+    for a, b in zip(actual, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert not scores.entropy.requires_grad
+    assert not teacher_head.weight.grad
+
+
+def test_batch_without_tokens_scores_zero_and_stays_connected():
+    head = make_head(4, 6, False, None)
+    hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    request = ScoreRequest(torch.zeros(2, 3, dtype=torch.bool))
+    scores = score_hidden_states(hidden, head, torch.zeros(2, 3, dtype=torch.long), request, 6)
+    assert scores.logps.abs().sum() == 0
+    gradient = torch.autograd.grad(scores.logps.sum(), [hidden, head.weight])
+    assert all(each.abs().sum() == 0 for each in gradient)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_log_probs_do_not_depend_on_padding(family: str):
+    model = build_model(family, vocab_size=40)
+    add_scoring(model, 40)
+    prompt, completion = [5, 6, 7], [8, 9, 10, 11]
+    expected = torch.log_softmax(model(torch.tensor([prompt + completion])).logits[0, 2:-1], -1)
+    expected = expected.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+    for padding in (0, 1, 6):
+        ids = torch.tensor([[1] * padding + prompt + completion + [1, 1]])
+        mask = torch.tensor([[0] * padding + [1] * 7 + [0, 0]])
+        request = ScoreRequest(mask[:, -6:].bool())
+        scores = model(input_ids=ids, attention_mask=mask, score_request=request)
+        torch.testing.assert_close(scores.logps[0, :4], expected, rtol=1e-5, atol=1e-5)
+        assert scores.logps[0, 4:].tolist() == [0.0, 0.0]
+
+
+def test_forward_without_a_request_is_unchanged():
+    model = build_model("gpt2", vocab_size=40)
+    ids = torch.tensor([[3, 4, 5]])
+    before = model(ids).logits
+    add_scoring(model, 40)
+    assert torch.equal(model(ids).logits, before)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=1).shape[0] == 1
+
+
+def test_position_ids_start_at_the_first_real_token():
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=2.0, **SMALL)), id="soft-capping"),
+        pytest.param(lambda: CohereForCausalLM(CohereConfig(logit_scale=0.25, **SMALL)), id="logit scale"),
+        pytest.param(lambda: build_model("llama", vocab_size=40), id="plain"),
+    ],
+)
+def test_head_reproduces_the_logits_of_the_family(model):
+    torch.manual_seed(0)
+    model = model().eval()
+    check_head(model, "student")
+    ids = torch.randint(40, (2, 6))
+    hidden = completion_hidden_states(model, ids, torch.ones_like(ids), 5)
+    torch.testing.assert_close(LMHead.of(model).logits(hidden, 40), model(ids).logits[:, :-1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,124 @@
+"""What minillm_trl relies on in TRL 1.16 beyond its public interface. These fail first when TRL moves."""
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
+
+from minillm_trl.config import _OneGeneration
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version_is_the_tested_line():
+    assert version("trl").startswith("1.16.")
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("_tokenize_prompts", ["self", "prompts"]),
+        (
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+    ],
+)
+def test_overridden_methods_keep_their_signature(method: str, expected: list[str]):
+    assert parameters(getattr(GRPOTrainer, method)) == expected
+
+
+def test_scoring_method_is_called_with_the_arguments_that_ours_takes():
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:6] == expected
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(" in source
+    assert 'output["old_per_token_logps"] = old_per_token_logps' in source
+
+
+def test_compute_loss_goes_through_our_override():
+    assert "return self._compute_loss(model, inputs)" in inspect.getsource(GRPOTrainer.compute_loss)
+
+
+def test_loss_is_taken_as_scaled_for_gradient_accumulation():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_constructor_takes_what_ours_passes_on():
+    assert {
+        "model",
+        "reward_funcs",
+        "args",
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "reward_processing_classes",
+        "callbacks",
+        "optimizers",
+        "quantization_config",
+        "peft_config",
+        "rollout_func",
+    } <= set(parameters(GRPOTrainer.__init__))
+
+
+def test_constructor_sets_what_ours_reads():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for line in (
+        "self._tokenizer = processing_class",
+        "self.eos_token_ids = eos_token_ids",
+        "self.temperature = args.temperature",
+        "self.max_completion_length = args.max_completion_length",
+        "self.num_iterations = args.num_iterations",
+        "self._step = 0",
+        "self._buffered_inputs = None",
+        "self.aux_loss_enabled =",
+        "self.num_generations_eval =",
+        'self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}',
+    ):
+        assert line in source, line
+
+
+def test_constructor_refuses_to_work_without_a_reward_source():
+    # the reason for the placeholder; if this goes, the placeholder can go
+    assert "No reward source provided" in inspect.getsource(GRPOTrainer.__init__)
+
+
+def test_training_step_counts_the_micro_batches_that_we_index_by():
+    assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step)
+
+
+def test_config_compares_num_generations_in_the_ways_that_our_one_answers():
+    source = inspect.getsource(GRPOConfig.__post_init__)
+    assert "if self.num_generations < 2:" in source
+    assert not _OneGeneration(1) < 2
+    assert _OneGeneration(1) < 3
+    assert 8 % _OneGeneration(1) == 0
+
+
+def test_helpers_keep_their_signature():
+    assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"]
+    assert {"model", "accelerator", "gradient_checkpointing_kwargs"} <= set(parameters(unwrap_model_for_generation))
+    assert parameters(split_tensor_dict) == ["tensor_dict", "num_chunks"]
+
+
+def test_split_keeps_rows_together_and_in_order():
+    parts = split_tensor_dict({"a": torch.arange(6), "b": torch.arange(12).view(6, 2)}, 3)
+    assert [part["a"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert parts[1]["b"].tolist() == [[4, 5], [6, 7]]
+
+
+def test_sft_trainer_takes_what_the_command_line_passes():
+    assert {"model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"} <= set(
+        parameters(SFTTrainer.__init__)
+    )
