@@ -85,19 +85,21 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
     ]
     known = {action.dest: action for action in parser._actions}
     launch = launch_flags()
-    yaml_launch = check_yaml(_config_path(argv), known, launch) if "--config" in argv else []
+    if "--config" in argv:
+        check_yaml(_config_path(argv), known, launch)
     _check_flags(argv, set(known), launch)
     *values, from_yaml, from_cli = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
+    # what follows the dataclasses is a namespace with --config, which only the help needs
+    instances = tuple(values[: len(parser.dataclass_types)])
     if os.environ.get(LAUNCHED) == "1":  # a child of the hand-over: those keys of the YAML have been obeyed
-        return tuple(values), []
-    assert len(from_yaml) == 2 * len(yaml_launch)
-    return tuple(values), [*from_yaml, *from_cli]
+        return instances, []
+    return instances, [*from_yaml, *from_cli]
 
 
-def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) -> list[str]:
-    """Check a YAML file against the options; returns the keys that are meant for `accelerate launch`.
+def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) -> None:
+    """Check a YAML file against the options, and those of `accelerate launch`.
 
     Raises:
         ValueError: with file and line.
@@ -113,20 +115,16 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) 
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}).") from error
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{path}:1: expected `name: value` lines.")
-    for_launch = []
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
         if name in seen:
             raise ValueError(f"{path}:{line}: {name!r} stands in line {seen[name]} already.")
         seen[name] = line
-        if name in launch and name not in known:
-            for_launch.append(name)
-        elif name not in known and name != "env":
+        if name not in known and name not in launch and name != "env":
             raise ValueError(f"{path}:{line}: unknown option {name!r}.{_nearest(name, known)}")
         elif name in known:
             _check_yaml_value(known[name], value_node, f"{path}:{line}: {name}")
-    return for_launch
 
 
 def _check_yaml_value(action: argparse.Action, node: yaml.Node, place: str) -> None:

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     (data, teacher, args, model), launch = parse(parser, argv)
     if launch:
         return hand_over("minillm", argv, launch)
-    train, evaluation = load_splits(data, str(args.eval_strategy), require_completion=False)
+    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

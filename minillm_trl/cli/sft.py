@@ -14,7 +14,7 @@ def run(argv: list[str]) -> int:
     (data, model, args), launch = parse(parser, argv)
     if launch:
         return hand_over("sft", argv, launch)
-    train, evaluation = load_splits(data, str(args.eval_strategy), require_completion=True)
+    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path)
     args.model_init_kwargs = {

@@ -1,0 +1,240 @@
+"""The real command line: runs in subprocesses, and mistakes answered with one clear message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillm_trl.cli import SUBCOMMANDS, main
+
+pytestmark = pytest.mark.cli
+
+TRAINING = [
+    "--use_cpu",
+    "true",
+    "--bf16",
+    "false",
+    "--report_to",
+    "none",
+    "--max_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--save_strategy",
+    "no",
+]
+
+
+def run_cli(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "-m", "minillm_trl", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The message of a command that must end with status 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"the mill {i}\n", "completion": f"the mill is cheap {i}"} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class TestTopLevel:
+    def test_help_names_every_subcommand_without_importing_torch(self):
+        code = "import sys; from minillm_trl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert all(name in result.stdout for name in SUBCOMMANDS)
+
+    def test_unknown_subcommand_offers_the_nearest(self, capsys: pytest.CaptureFixture):
+        assert "unknown subcommand 'minilm'. Did you mean 'minillm'?" in refused(capsys, "minilm")
+
+    def test_version_is_the_package_s(self, capsys: pytest.CaptureFixture):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.startswith("minillm-trl 0.")
+
+    @pytest.mark.parametrize("name", SUBCOMMANDS)
+    def test_help_of_each_subcommand_is_shown(self, name: str, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"minillm-trl {name}" in capsys.readouterr().out
+
+    def test_own_options_come_before_the_inherited_ones(self, capsys: pytest.CaptureFixture):
+        with pytest.raises(SystemExit):
+            main(["minillm", "--help"])
+        text = capsys.readouterr().out
+        text = text[text.index("\noptions:") :]
+        assert text.index("--dataset ") < text.index("--teacher_mixed_alpha") < text.index("--num_train_epochs")
+
+
+class TestMistakes:
+    def test_yaml_typo_is_named_with_line_and_nearest_option(self, tmp_path, capsys):
+        path = tmp_path / "run.yaml"
+        path.write_text("dataset: e2e\nteacher_mixed_alfa: 0.2\n")
+        message = refused(capsys, "minillm", "--config", path)
+        assert f"{path}:2: unknown option 'teacher_mixed_alfa'. Did you mean 'teacher_mixed_alpha'?" in message
+
+    def test_flag_typo_is_named_with_nearest_option(self, capsys):
+        message = refused(capsys, "minillm", "--teacher_mixed_alfa", "0.2")
+        assert "unknown option '--teacher_mixed_alfa'. Did you mean 'teacher_mixed_alpha'?" in message
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("dataset: [e2e\n", ":2: broken YAML"),
+            ("- a\n", ":1: expected `name: value` lines"),
+            ("gamma: often\n", ":1: gamma: expected float, got 'often'"),
+            ("max_steps: [1, 2]\n", ":1: max_steps: expected one value, got a list"),
+            ("gamma: 1.0\ngamma: 0.5\n", ":2: 'gamma' stands in line 1 already"),
+        ],
+    )
+    def test_bad_yaml_is_named_with_file_and_line(self, tmp_path, capsys, text: str, message: str):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        assert f"{path}{message}" in refused(capsys, "minillm", "--config", path)
+
+    def test_missing_yaml_is_named(self, capsys):
+        assert "--config nowhere.yaml: no such file" in refused(capsys, "sft", "--config", "nowhere.yaml")
+
+    def test_missing_required_option_is_named(self, capsys):
+        assert "--dataset" in refused(capsys, "sft", "--output_dir", "x")
+
+    def test_broken_data_line_is_named_before_any_model_loads(self, tmp_path, capsys, data_file):
+        with data_file.open("a") as file:
+            file.write('{"prompt": "the mill", \n')
+        message = refused(
+            capsys,
+            *("minillm", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--teacher_model_name_or_path", "none", "--use_cpu", "true"),
+        )
+        assert f"{data_file}:17" in message
+
+    def test_value_outside_its_range_is_named(self, tmp_path, capsys, data_file):
+        message = refused(
+            capsys,
+            *("minillm", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--teacher_model_name_or_path", "none", "--use_cpu", "true", "--teacher_mixed_alpha", "1.5"),
+        )
+        assert "teacher_mixed_alpha must lie in [0, 1], got 1.5" in message
+
+    def test_evaluation_on_a_split_of_a_single_file_is_refused(self, tmp_path, capsys, data_file):
+        message = refused(
+            capsys,
+            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--use_cpu", "true", "--bf16", "false", "--dataset_eval_split", "test"),
+        )
+        assert "has no splits, so this would evaluate on the training data" in message
+
+    def test_unknown_accelerate_config_lists_the_known_ones(self, tmp_path, capsys, data_file):
+        message = refused(
+            capsys,
+            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--use_cpu", "true", "--bf16", "false", "--accelerate_config", "v100"),
+        )
+        assert "neither a file nor one of cpu, ddp_bf16, single_gpu, v100_ddp_fp16" in message
+
+    def test_no_checkpoint_to_resume_is_said(self, tmp_path, capsys, data_file):
+        message = refused(
+            capsys,
+            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path / "new"),
+            *("--use_cpu", "true", "--bf16", "false", "--resume_from_checkpoint", "true"),
+        )
+        assert "no checkpoint in" in message
+
+
+class TestRuns:
+    def test_sft_then_minillm_by_yaml_then_generate_and_evaluate(self, tmp_path, model_dir, data_file):
+        student, distilled = tmp_path / "student", tmp_path / "distilled"
+        result = run_cli(
+            *("sft", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", student),
+            *TRAINING,
+            *("--per_device_train_batch_size", "4"),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        config = tmp_path / "minillm.yaml"
+        config.write_text(
+            f"model_name_or_path: {student}\nteacher_model_name_or_path: {model_dir('llama', 1, 48)}\n"
+            f"dataset: {data_file}\neval_dataset: {data_file}\neval_strategy: steps\neval_steps: 1\n"
+            f"output_dir: {distilled}\nuse_cpu: true\nbf16: false\nreport_to: none\nmax_steps: 9\n"
+            "learning_rate: 1e-3\n"
+            "per_device_train_batch_size: 4\nsteps_per_generation: 2\nnum_iterations: 2\nmax_completion_length: 8\n"
+            "logging_steps: 1\nsave_strategy: 'no'\n"
+        )
+        result = run_cli("minillm", "--config", config, "--max_steps", "2")  # the command line wins
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "'eval_rouge_l'" in result.stdout
+        assert "2/2" in result.stderr
+        generated = tmp_path / "out.jsonl"
+        result = run_cli(
+            *("generate", "--model", distilled, "--prompt", "the mill\\n", "the pub\\n", "--num_samples", "2"),
+            *("--max_new_tokens", "6", "--output", generated),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        rows = [json.loads(line) for line in generated.read_text().splitlines()]
+        assert [(row["prompt"], row["sample"]) for row in rows] == [
+            ("the mill\n", 0),
+            ("the pub\n", 0),
+            ("the mill\n", 1),
+            ("the pub\n", 1),
+        ]
+        result = run_cli(
+            *("evaluate", "--model", distilled, "--teacher", model_dir("llama", 1, 48), "--dataset", data_file),
+            *("--seeds", "1", "2", "--max_new_tokens", "6", "--output_dir", tmp_path / "results"),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        results = json.loads((tmp_path / "results" / "results.json").read_text())
+        assert results["summary"].keys() >= {"rouge_l", "reverse_kl", "length", "eos_rate"}
+        assert len((tmp_path / "results" / "samples.jsonl").read_text().splitlines()) == 16
+
+    def test_lora_student_is_saved_as_an_adapter_that_evaluates(self, tmp_path, model_dir, data_file):
+        result = run_cli(
+            *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
+            *("--teacher_model_name_or_path", model_dir("llama", 1, 48), *TRAINING, "--max_completion_length", "8"),
+            *("--per_device_train_batch_size", "4", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert (tmp_path / "adapter_config.json").is_file()
+        assert not (tmp_path / "model.safetensors").exists()
+        result = run_cli(
+            *("generate", "--model", model_dir("llama"), "--adapter", tmp_path, "--prompt", "the mill", "--greedy"),
+            *("--max_new_tokens", "3"),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert json.loads(result.stdout)["prompt"] == "the mill"
+
+    def test_different_tokenizers_are_refused_before_a_model_is_loaded(self, tmp_path, capsys, model_dir, data_file):
+        from conftest import build_tokenizer
+
+        build_tokenizer(280).save_pretrained(tmp_path / "teacher")  # no weights: loading them would fail otherwise
+        message = refused(
+            capsys,
+            *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir(), "--output_dir", tmp_path),
+            *("--teacher_model_name_or_path", tmp_path / "teacher", "--use_cpu", "true"),
+        )
+        assert "different tokenizers" in message
+
+    @pytest.mark.distributed
+    def test_accelerate_config_hands_over_to_two_processes(self, tmp_path, model_dir, data_file):
+        result = run_cli(
+            *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
+            *("--teacher_model_name_or_path", model_dir("llama", 1, 48), *TRAINING, "--max_completion_length", "8"),
+            *("--per_device_train_batch_size", "2", "--accelerate_config", "cpu", "--num_processes", "2"),
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert (tmp_path / "model.safetensors").is_file()
+        assert result.stdout.count("Saved to") == 1  # by the main process
