@@ -1,0 +1,76 @@
+"""Claim: in the demo the MiniLLM student beats the SFT student and the control, whatever the training seed.
+
+    python benchmarks/demo_seeds.py --seeds 0 1 2 --runs runs/demo-seeds
+
+runs the demo for each seed (or takes the runs that are complete) and writes `results/demo_seeds.json`: each seed's table,
+the paired differences on the test prompts, versions, machine and commit.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from minillm_trl.demo import DemoSettings, run_demo
+from minillm_trl.evaluation.metrics import paired_bootstrap
+
+RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
+MODELS = ("teacher", "sft", "control", "minillm")
+
+
+def summarize(folder: Path) -> dict:
+    """The table of one run and MiniLLM's differences to its baselines, paired by prompt."""
+    evaluations = {name: json.loads((folder / "evaluation" / f"{name}.json").read_text()) for name in MODELS}
+    run = json.loads((folder / "run.json").read_text())
+
+    def difference(baseline: str, key: str) -> dict:
+        ours, theirs = ([row[key] for row in evaluations[name]["per_prompt"]] for name in ("minillm", baseline))
+        return paired_bootstrap(ours, theirs)._asdict()
+
+    return {
+        "table": {
+            name: {key: values[:3] for key, values in each["summary"].items()} for name, each in evaluations.items()
+        },
+        "minillm_minus": {
+            baseline: {key: difference(baseline, key) for key in ("rouge_l", "reverse_kl")}
+            for baseline in ("sft", "control")
+        },
+        "updates": {name: run["stages"][name]["updates"] for name in MODELS},
+        "control_to_minillm_seconds": run["stages"]["control"]["seconds"] / run["stages"]["minillm"]["seconds"],
+        "environment": run["environment"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"))
+    arguments = parser.parse_args()
+    seeds = {}
+    for seed in arguments.seeds:
+        folder = arguments.runs / f"seed-{seed}"
+        run_demo(folder, replace(DemoSettings(), seed=seed))
+        seeds[seed] = summarize(folder)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    result = {
+        "command": f"python benchmarks/demo_seeds.py --seeds {' '.join(map(str, arguments.seeds))}",
+        "commit": commit,
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "seeds": seeds,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    wins = sum(
+        each["minillm_minus"][baseline]["rouge_l"]["low"] > 0
+        and each["minillm_minus"][baseline]["reverse_kl"]["high"] < 0
+        for each in seeds.values()
+        for baseline in ("sft", "control")
+    )
+    print(f"{wins} of {2 * len(seeds)} comparisons won in both measures; written to {RESULTS}")
+    sys.exit(0 if wins == 2 * len(seeds) else 1)
+
+
+if __name__ == "__main__":
+    main()
