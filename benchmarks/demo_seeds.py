@@ -2,8 +2,8 @@
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 --runs runs/demo-seeds
 
-runs the demo for each seed (or takes the runs that are complete) and writes `results/demo_seeds.json`: each seed's table,
-the paired differences on the test prompts, versions, machine and commit.
+runs the demo for each seed (or takes the runs that are complete) and writes `results/demo_seeds.json` (each
+seed's table, the paired differences on the test prompts, versions, machine and commit) and the curves beside it.
 """
 
 import argparse
@@ -14,10 +14,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from minillm_trl.demo import DemoSettings, run_demo
 from minillm_trl.evaluation.metrics import paired_bootstrap
 
 RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
+PICTURE = RESULTS.with_suffix(".png")
 MODELS = ("teacher", "sft", "control", "minillm")
 
 
@@ -44,6 +47,35 @@ def summarize(folder: Path) -> dict:
     }
 
 
+def plot(folders: dict[int, Path]) -> None:
+    """Validation curves of every seed, with the teacher's and the control's test values as lines."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    panels = [
+        ("eval_objective/reverse_kl", "reverse_kl", "reverse KL (nats per completion)", ("control",)),
+        ("eval_rouge_l", "rouge_l", "Rouge-L", ("teacher", "control")),
+    ]
+    for axes, (logged, key, label, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for number, (seed, folder) in enumerate(folders.items()):
+            history = json.loads((folder / "minillm" / "stage.json").read_text())["history"]
+            x, y = [entry["step"] for entry in history], [entry[logged] for entry in history]
+            axes.plot(x, y, color=("#1F83CC", "#009E73", "#CC79A7")[number % 3], label=f"MiniLLM, seed {seed}")
+        for line in lines:
+            means = [
+                json.loads((folder / "evaluation" / f"{line}.json").read_text())["summary"][key][0]
+                for folder in folders.values()
+            ]
+            style = {"teacher": "--", "control": ":"}[line]
+            axes.axhline(sum(means) / len(means), color="#444", linestyle=style, label=f"{line} (mean)")
+        axes.set_xlabel("MiniLLM update")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.2)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=9)
+    figure.savefig(PICTURE, dpi=130, facecolor="white", metadata={"Software": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -61,6 +93,7 @@ def main() -> None:
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "seeds": seeds,
     }
+    plot({seed: arguments.runs / f"seed-{seed}" for seed in arguments.seeds})
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     wins = sum(
         each["minillm_minus"][baseline]["rouge_l"]["low"] > 0

@@ -1,5 +1,6 @@
 """What the trainer refuses before any weight is loaded."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .config import MiniLLMConfig
 from .teacher import check_same_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def check_arguments(
     model: str | PreTrainedModel,
@@ -16,6 +19,7 @@ def check_arguments(
     reward_funcs: Any,
     args: MiniLLMConfig,
     train_dataset: Dataset | IterableDataset | None,
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
     processing_class: PreTrainedTokenizerBase | None,
     rollout_func: Callable | None,
 ) -> None:
@@ -30,6 +34,9 @@ def check_arguments(
     if model is teacher_model and not isinstance(model, str):
         raise ValueError("model and teacher_model are the same object; training it would move the teacher.")
     _check_train_dataset(train_dataset, args)
+    for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+        if dataset is not None:
+            _check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
     if reward_funcs and args.num_generations == 1:
         raise ValueError(
             "reward_funcs need num_generations > 1: their advantage is relative to the other completions of the same "
@@ -44,29 +51,54 @@ def check_arguments(
             f"rollout_func samples by itself, so its rollouts do not follow the mixture of teacher_mixed_alpha="
             f"{args.teacher_mixed_alpha}: set teacher_mixed_alpha=0.0."
         )
-    if isinstance(teacher_model, str):
-        student_tokenizer = processing_class
-        if student_tokenizer is None:
-            student_tokenizer = AutoTokenizer.from_pretrained(
-                model if isinstance(model, str) else model.config._name_or_path
-            )
-        first_prompt = next(iter(train_dataset))["prompt"]
-        check_same_tokenizer(
-            student_tokenizer,
-            AutoTokenizer.from_pretrained(teacher_model),
-            conversational=not isinstance(first_prompt, str),
+    _check_tokenizers(model, teacher_model, processing_class, train_dataset)
+
+
+def _check_tokenizers(
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    train_dataset: Dataset | IterableDataset,
+) -> None:
+    student_name, teacher_name = (
+        each if isinstance(each, str) else each.config._name_or_path for each in (model, teacher_model)
+    )
+    if not teacher_name:  # built in process: its vocabulary's size is all that can be checked, once it is placed
+        return
+    try:
+        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+    except (OSError, ValueError) as error:
+        if isinstance(teacher_model, str):
+            raise ValueError(
+                f"teacher_model={teacher_name!r}: no tokenizer could be loaded from there: {error}"
+            ) from error
+        logger.warning(
+            f"The teacher's tokenizer could not be loaded from {teacher_name!r}, so it was not compared. "
+            "Make sure that it is the student's."
         )
+        return
+    check_same_tokenizer(
+        processing_class or AutoTokenizer.from_pretrained(student_name),
+        teacher_tokenizer,
+        conversational=not isinstance(next(iter(train_dataset))["prompt"], str),
+    )
 
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
     if dataset is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
-    columns = dataset.column_names  # None for a stream of unknown features
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(f"train_dataset has no column 'prompt'; its columns are {columns}. Rename the right one.")
+    _check_columns(dataset, "train_dataset")
     if isinstance(dataset, Dataset) and len(dataset) * args.num_generations < args.generation_batch_size:
         raise ValueError(
             f"train_dataset has {len(dataset)} prompts, too few for one rollout of generation_batch_size="
             f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
             "steps_per_generation or per_device_train_batch_size, or raise num_generations."
         )
+
+
+def _check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name} is empty.")
+    columns = dataset.column_names  # None for a stream of unknown features
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"{name} has no column 'prompt'; its columns are {columns}. Rename the right one.")

@@ -99,7 +99,9 @@ class MiniLLMTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MiniLLMConfig(f"{name.rstrip('/').split('/')[-1]}-MiniLLM")
-        check_arguments(model, teacher_model, reward_funcs, args, train_dataset, processing_class, rollout_func)
+        check_arguments(
+            model, teacher_model, reward_funcs, args, train_dataset, eval_dataset, processing_class, rollout_func
+        )
         has_reward_funcs = reward_funcs is not None and reward_funcs != []
         super().__init__(
             model=model,

@@ -145,6 +145,25 @@ class TestTraining:
         if lengths.std() > 0:
             assert torch.corrcoef(torch.stack([advantage[:, 0], lengths]))[0, 1] < -0.99
 
+    def test_run_resumed_between_two_rollouts_reaches_the_same_weights(self, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "num_iterations": 2}
+        whole = make_trainer(tmp_path, **options)
+        whole.train()
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert torch.equal(weights(resumed), weights(whole))
+
+    def test_checkpoint_has_a_model_card_with_the_paper(self, tmp_path):
+        make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+        card = (tmp_path / "checkpoint-4" / "README.md").read_text()
+        assert "MiniLLM" in card
+        assert "gu2024minillm" in card
+
+    def test_each_prompt_may_have_several_completions(self, tmp_path):
+        trainer = make_trainer(tmp_path, num_generations=4, max_steps=1)
+        batch = trainer._generate_and_score_completions([{"prompt": PROMPTS[0]}] * 4)
+        assert len({tuple(row) for row in batch["completion_ids"].tolist()}) > 1
+
 
 class TestLossScaling:
     @pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
@@ -215,6 +234,8 @@ class TestRefusals:
             ({"dataset": None}, "train_dataset is missing or empty"),
             ({"dataset": Dataset.from_dict({"prompt": []})}, "train_dataset is missing or empty"),
             ({"dataset": Dataset.from_dict({"text": ["a"]})}, r"no column 'prompt'; its columns are \['text'\]"),
+            ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "eval_dataset has no column 'prompt'"),
+            ({"eval_dataset": {"a": DATASET, "b": DATASET.select([])}}, r"eval_dataset\['b'\] is empty"),
             ({"dataset": DATASET.select(range(3))}, "has 3 prompts, too few for one rollout"),
             ({"reward_funcs": [len]}, "reward_funcs need num_generations > 1"),
             ({"rkl_advantage": False, "single_step_decomposition": False}, "leave nothing to train on"),

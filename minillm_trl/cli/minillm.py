@@ -10,7 +10,7 @@ from ..config import MiniLLMConfig
 from ..data import check_prompt_lengths, unique_prompts
 from ..teacher import check_same_tokenizer
 from ..trainer import MiniLLMTrainer
-from .arguments import DataArguments, make_parser, parse
+from .arguments import DataArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
 from .models import checkpoint_to_resume, load_tokenizer
@@ -23,10 +23,14 @@ class TeacherArguments:
     teacher_model_name_or_path: str = field(metadata={"help": "Name or folder of the teacher model."})
 
 
+def build_parser() -> Parser:
+    """The subcommand's parser."""
+    return make_parser("minillm", (DataArguments, TeacherArguments, MiniLLMConfig, ModelConfig), __doc__)
+
+
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
-    parser = make_parser("minillm", (DataArguments, TeacherArguments, MiniLLMConfig, ModelConfig), __doc__)
-    (data, teacher, args, model), launch = parse(parser, argv)
+    (data, teacher, args, model), launch = parse(build_parser(), argv)
     if launch:
         return hand_over("minillm", argv, launch)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)

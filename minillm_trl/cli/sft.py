@@ -2,16 +2,20 @@
 
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from .arguments import DataArguments, make_parser, parse
+from .arguments import DataArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
 from .models import checkpoint_to_resume, load_tokenizer
 
 
+def build_parser() -> Parser:
+    """The subcommand's parser."""
+    return make_parser("sft", (DataArguments, ModelConfig, SFTConfig), __doc__)
+
+
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizer, train, and save to `output_dir`."""
-    parser = make_parser("sft", (DataArguments, ModelConfig, SFTConfig), __doc__)
-    (data, model, args), launch = parse(parser, argv)
+    (data, model, args), launch = parse(build_parser(), argv)
     if launch:
         return hand_over("sft", argv, launch)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)

@@ -1,0 +1,94 @@
+"""The demo with a handful of updates: it continues where it was stopped, and its report is complete."""
+
+import html.parser
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import minillm_trl.demo.training
+from minillm_trl.demo import DemoSettings, run_demo
+from minillm_trl.demo.pipeline import MODELS
+from minillm_trl.demo.progress import StageProgress
+from minillm_trl.demo.settings import Shape
+
+TINY = DemoSettings(
+    teacher=Shape(32, 1, 2),
+    student=Shape(16, 1, 2),
+    sft_batch_size=8,
+    teacher_steps=10,
+    student_steps=10,
+    minillm_steps=8,
+    minillm_batch_size=4,
+    steps_per_generation=2,
+    num_iterations=2,
+    eval_steps=4,
+    max_completion_length=8,
+    sampling_seeds=(1, 2),
+)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that Ctrl-C stopped in the middle of the student's fine-tuning, after a checkpoint."""
+
+    class Stopping(StageProgress):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if self.title == "student" and state.global_step == 7:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minillm_trl.demo.training, "StageProgress", Stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path, TINY)
+    return tmp_path
+
+
+class Started(StageProgress):
+    """Records the update at which each stage's training began."""
+
+    first: dict[str, int]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        Started.first[self.title] = state.global_step
+
+
+def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    assert (interrupted / "teacher" / "stage.json").is_file()
+    assert not (interrupted / "sft" / "stage.json").exists()
+    Started.first = {}
+    monkeypatch.setattr(minillm_trl.demo.training, "StageProgress", Started)
+    run_demo(interrupted, TINY)
+    assert Started.first == {"student": 6, "MiniLLM": 0, "control": 0}  # the teacher was not trained again
+
+    output = capsys.readouterr().out
+    for name in ("Teacher", "SFT student", "SFT continued (control)", "MiniLLM student"):
+        assert name in output
+    page = (interrupted / "report.html").read_text()
+    html.parser.HTMLParser().feed(page)
+    assert page.count("<svg") == 6
+    assert page.count("<article") == 10
+    markdown = (interrupted / "report.md").read_text()
+    assert markdown.count("figures/") == len(list((interrupted / "figures").glob("*.png"))) == 6
+    run = json.loads((interrupted / "run.json").read_text())
+    assert run["stages"].keys() == set(MODELS)
+    assert run["stages"]["minillm"]["seconds"] > 0
+    steps = [entry["step"] for entry in run["stages"]["minillm"]["history"]]
+    assert steps == [0, 4, 8]
+    for name in MODELS:
+        evaluation = json.loads((interrupted / "evaluation" / f"{name}.json").read_text())
+        assert len(evaluation["per_prompt"]) == 109
+
+    Started.first = {}
+    run_demo(interrupted, TINY)
+    assert Started.first == {}  # a finished run has nothing left to train
+
+
+def test_folder_of_a_run_with_other_settings_is_refused(interrupted: Path):
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed is 0 there and 1 now\)"):
+        run_demo(interrupted, replace(TINY, seed=1))
