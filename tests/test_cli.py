@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minillm_trl.cli import SUBCOMMANDS, main
+from minillm_trl.cli.launch import LAUNCHED, accelerate_config_path, hand_over, read_flags
 
 pytestmark = pytest.mark.cli
 
@@ -101,12 +102,43 @@ class TestMistakes:
             ("gamma: often\n", ":1: gamma: expected float, got 'often'"),
             ("max_steps: [1, 2]\n", ":1: max_steps: expected one value, got a list"),
             ("gamma: 1.0\ngamma: 0.5\n", ":2: 'gamma' stands in line 1 already"),
+            ("\nbf16: maybe\n", ":2: bf16: expected true or false, got 'maybe'"),
+            ("dtype: float33\n", ":1: dtype: expected one of auto, bfloat16, float16, float32, got 'float33'"),
+            ("gamma: \x07\n", ": broken YAML: character #x0007 is not allowed"),
         ],
     )
     def test_bad_yaml_is_named_with_file_and_line(self, tmp_path, capsys, text: str, message: str):
         path = tmp_path / "run.yaml"
         path.write_text(text)
         assert f"{path}{message}" in refused(capsys, "minillm", "--config", path)
+
+    def test_word_that_belongs_to_no_option_is_refused_and_not_launched_as_a_script(self, tmp_path, capsys, data_file):
+        message = refused(
+            capsys,
+            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--use_cpu", "true", "--bf16", "false", "stray"),
+        )
+        assert "unexpected 'stray'" in message
+
+    @pytest.mark.parametrize("name", ["generate", "evaluate"])
+    def test_flag_typo_without_yaml_is_named_with_nearest_option(self, tmp_path, capsys, name: str):
+        where = ["--prompt", "a"] if name == "generate" else ["--dataset", "e2e", "--output_dir", str(tmp_path)]
+        message = refused(capsys, name, "--model", "none", *where, "--temprature", "1")
+        assert "unknown option '--temprature'. Did you mean 'temperature'?" in message
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--prompt", "a", "--output", "nowhere/x.jsonl"], "there is no folder nowhere"),
+            (["--prompt", "a", "--seed", "-1"], "--seed must not be negative, got -1"),
+            (["--dataset", "e2e", "--max_rows", "-1"], "--max_rows must be positive, got -1"),
+        ],
+    )
+    def test_generate_refuses_before_a_model_is_loaded(self, capsys, arguments: list[str], message: str):
+        assert message in refused(capsys, "generate", "--model", "none", *arguments)
+
+    def test_missing_student_is_named(self, capsys):
+        assert "required: --model_name_or_path" in refused(capsys, "sft", "--dataset", "e2e")
 
     def test_missing_yaml_is_named(self, capsys):
         assert "--config nowhere.yaml: no such file" in refused(capsys, "sft", "--config", "nowhere.yaml")
@@ -155,6 +187,28 @@ class TestMistakes:
             *("--use_cpu", "true", "--bf16", "false", "--resume_from_checkpoint", "true"),
         )
         assert "no checkpoint in" in message
+
+
+class TestLaunchFlags:
+    def test_command_line_wins_over_yaml_and_booleans_lose_their_value(self):
+        flags = read_flags(
+            ["--num_processes", "2", "--cpu", "True", "--multi_gpu", "False"], ["--num_processes", "4", "--debug"]
+        )
+        assert flags == {"--num_processes": "4", "--cpu": None, "--debug": None}
+
+    @pytest.mark.parametrize(("returncode", "status"), [(2, 2), (-9, 1)])
+    def test_failure_of_a_single_process_is_the_status(self, monkeypatch, returncode: int, status: int):
+        def fail(arguments):
+            assert os.environ[LAUNCHED] == "1"
+            raise subprocess.CalledProcessError(returncode, ["python"])
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+        assert hand_over("sft", ["--num_processes=1", "--seed", "3"], {"--num_processes": "1"}) == status
+        assert LAUNCHED not in os.environ
+
+    def test_option_without_its_value_is_refused(self):
+        with pytest.raises(ValueError, match="--num_processes needs a value"):
+            read_flags([], ["--num_processes"])
 
 
 class TestRuns:
@@ -227,6 +281,56 @@ class TestRuns:
             *("--teacher_model_name_or_path", tmp_path / "teacher", "--use_cpu", "true"),
         )
         assert "different tokenizers" in message
+
+    def test_mistake_found_after_the_hand_over_ends_with_its_message_and_status(self, tmp_path, model_dir, data_file):
+        data_file.write_text(data_file.read_text() + "{broken\n")
+        result = run_cli(
+            *("sft", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
+            *(*TRAINING, "--accelerate_config", "cpu", "--num_processes", "1"),
+        )
+        assert result.returncode == 2, result.stderr[-2000:]
+        assert f"{data_file}:17" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_sft_resumes_from_the_newest_checkpoint(self, tmp_path, model_dir, data_file):
+        def sft(*more: str) -> None:
+            result = run_cli(
+                *("sft", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
+                *(*TRAINING, "--save_strategy", "steps", "--save_steps", "1", *more),
+            )
+            assert result.returncode == 0, result.stderr[-2000:]
+
+        sft("--max_steps", "2")
+        saved = tmp_path / "checkpoint-2" / "trainer_state.json"
+        state = json.loads(saved.read_text())
+        # a mark that training anew would not have: the same seed gives the same losses again
+        state["log_history"][1]["loss"] = 123.0
+        saved.write_text(json.dumps(state))
+        sft("--max_steps", "3", "--resume_from_checkpoint", "true")
+        history = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in history] == [1, 2, 3]
+        assert history[1]["loss"] == 123.0
+
+    @pytest.mark.distributed
+    def test_accelerate_launch_with_a_yaml_that_asks_for_it_too_launches_once(self, tmp_path, model_dir, data_file):
+        config = tmp_path / "sft.yaml"
+        config.write_text(
+            f"dataset: {data_file}\nmodel_name_or_path: {model_dir('llama')}\noutput_dir: {tmp_path / 'out'}\n"
+            "use_cpu: true\nbf16: false\nreport_to: [none]\nmax_steps: 1\nsave_strategy: 'no'\n"
+            "per_device_train_batch_size: 2\naccelerate_config: cpu\nnum_processes: 2\n"
+        )
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+                *("--config_file", str(accelerate_config_path("cpu")), "-m", "minillm_trl", "sft", "--config", config),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("Saved to") == 1
 
     @pytest.mark.distributed
     def test_accelerate_config_hands_over_to_two_processes(self, tmp_path, model_dir, data_file):

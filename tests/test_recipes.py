@@ -20,6 +20,6 @@ PARSERS = {"sft": sft.build_parser, "minillm": minillm.build_parser}
 def test_recipe_is_parsed_and_names_its_launch_line(path: Path):
     subcommand = path.stem.split("_")[0]
     values, launch = parse(PARSERS[subcommand](), ["--config", str(path)])
-    assert launch == []
+    assert launch == {}
     assert values[0].dataset
     assert f"minillm-trl {subcommand} --config {path.relative_to(ROOT)}" in path.read_text()

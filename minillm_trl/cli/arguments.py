@@ -1,17 +1,17 @@
 """Dataclasses shared by the subcommands, and a parser that refuses what it does not know by its nearest right name."""
 
 import argparse
+import copy
 import difflib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from .launch import LAUNCHED, launch_flags
+from .launch import is_launched, launch_options, read_flags
 
 
 @dataclass
@@ -37,21 +37,32 @@ class DataArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # HfArgumentParser has each option with dashes too, which doubles the length of the help
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        return super()._format_action_invocation(shown)
+
+
 class Parser(TrlParser):
-    """`TrlParser` whose help puts each dataclass's own fields into a group, and whose errors are exceptions."""
+    """`TrlParser` whose help groups the options by dataclass, inherited ones last, and whose errors are exceptions."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         for dataclass_type in dataclass_types:
-            own = set(vars(dataclass_type).get("__annotations__", {}))
-            self._move(own, f"{dataclass_type.__name__}: {(dataclass_type.__doc__ or '').strip().splitlines()[0]}")
-        inherited = {action.dest for action in self._optionals._group_actions} - {"help", "config"}
-        self._move(inherited, "inherited from TRL and transformers")
+            summary = (dataclass_type.__doc__ or "").strip().splitlines()[0].rstrip(".")
+            self._move(dataclass_type, f"{dataclass_type.__name__}: {summary}")
+        for dataclass_type in dataclass_types:
+            for base in filter(is_dataclass, dataclass_type.__mro__[1:]):
+                self._move(base, f"inherited from {base.__name__.lstrip('_')}")
 
-    def _move(self, names: set[str], title: str) -> None:
-        group = self.add_argument_group(title)
+    def _move(self, dataclass_type: type, title: str) -> None:
+        names = vars(dataclass_type).get("__annotations__", {})
         moved = [action for action in self._optionals._group_actions if action.dest in names]
-        group._group_actions.extend(moved)
+        if not moved:
+            return
+        self.add_argument_group(title)._group_actions.extend(moved)
         for action in moved:
             self._optionals._group_actions.remove(action)
 
@@ -61,12 +72,22 @@ class Parser(TrlParser):
 
 def make_parser(name: str, dataclass_types: Sequence[type], description: str) -> Parser:
     """The parser of a training subcommand."""
-    parser = Parser(dataclass_types, prog=f"minillm-trl {name}", description=description)
+    parser = Parser(
+        dataclass_types,
+        prog=f"minillm-trl {name}",
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description=description,
+        epilog="`--accelerate_config NAME`, `--num_processes N` and the other options of `accelerate launch` hand the "
+        "command over to it.",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with values for any of these options")
+    for action in parser._actions:
+        if action.dest == "model_name_or_path":  # TRL's dataclass has a default of None that no command can use
+            action.required = True
     return parser
 
 
-def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
+def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, str | None]]:
     """Parse YAML and command line into the parser's dataclasses.
 
     Args:
@@ -74,7 +95,8 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
         argv (`list[str]`): arguments; `--config FILE` names a YAML file whose values they override.
 
     Returns:
-        The dataclass instances, and the flags meant for `accelerate launch` (empty unless a hand-over is asked for).
+        The dataclass instances, and the flags meant for `accelerate launch`: none unless a hand-over is asked for, and
+        none in a process that a launcher has started, whose settings stand already.
 
     Raises:
         ValueError: for YAML that cannot be read, unknown keys and flags (with the nearest right name) and wrong
@@ -83,23 +105,36 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
     ]
-    known = {action.dest: action for action in parser._actions}
-    launch = launch_flags()
+    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
+    known = {action.dest: action for action in reversed(parser._actions)}
+    launch = {option.removeprefix("--") for option in launch_options()}
     if "--config" in argv:
-        check_yaml(_config_path(argv), known, launch)
+        check_yaml(_config_path(argv), known, launch, _list_fields(parser.dataclass_types))
     _check_flags(argv, set(known), launch)
     *values, from_yaml, from_cli = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     # what follows the dataclasses is a namespace with --config, which only the help needs
     instances = tuple(values[: len(parser.dataclass_types)])
-    if os.environ.get(LAUNCHED) == "1":  # a child of the hand-over: those keys of the YAML have been obeyed
-        return instances, []
-    return instances, [*from_yaml, *from_cli]
+    flags = read_flags(from_yaml, from_cli)
+    return instances, {} if is_launched() else flags
 
 
-def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) -> None:
-    """Check a YAML file against the options, and those of `accelerate launch`.
+def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a subcommand that has no YAML.
+
+    Raises:
+        ValueError: for an unknown flag, with the nearest right name.
+    """
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = {action.dest for action in parser._actions}
+        raise ValueError(f"unknown option {unknown[0]!r}.{_nearest(unknown[0].removeprefix('--'), known)}")
+    return values
+
+
+def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], lists: set[str]) -> None:
+    """Check a YAML file against the options, those of `accelerate launch`, and those that take lists.
 
     Raises:
         ValueError: with file and line.
@@ -111,6 +146,8 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) 
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}:{line}: broken YAML: {error.problem}.") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"{path}: broken YAML: character #x{error.character:04x} is not allowed.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}).") from error
     if not isinstance(node, yaml.MappingNode):
@@ -124,18 +161,33 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str]) 
         if name not in known and name not in launch and name != "env":
             raise ValueError(f"{path}:{line}: unknown option {name!r}.{_nearest(name, known)}")
         elif name in known:
-            _check_yaml_value(known[name], value_node, f"{path}:{line}: {name}")
+            _check_yaml_value(known[name], value_node, name in lists, f"{path}:{line}: {name}")
 
 
-def _check_yaml_value(action: argparse.Action, node: yaml.Node, place: str) -> None:
-    if isinstance(node, yaml.SequenceNode) and action.nargs is None and action.type is not None:
+def _check_yaml_value(action: argparse.Action, node: yaml.Node, takes_list: bool, place: str) -> None:
+    if isinstance(node, yaml.SequenceNode) and not takes_list and action.type is not None:
         raise ValueError(f"{place}: expected one value, got a list.")
-    if not isinstance(node, yaml.ScalarNode) or action.type not in (int, float) or node.tag.endswith(":null"):
+    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
+        return
+    if action.choices is not None and node.value not in map(str, action.choices):
+        # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
+        raise ValueError(f"{place}: expected one of {', '.join(map(str, action.choices))}, got {node.value!r}.")
+    is_number = action.type in (int, float)
+    is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not know
+    if action.type in (None, str) or action.choices is not None or (is_yaml_bool and not is_number):
         return
     try:
         action.type(node.value)
-    except ValueError as error:
-        raise ValueError(f"{place}: expected {action.type.__name__}, got {node.value!r}.") from error
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        expected = action.type.__name__ if is_number else "true or false"
+        raise ValueError(f"{place}: expected {expected}, got {node.value!r}.") from error
+
+
+def _list_fields(dataclass_types: Iterable[type]) -> set[str]:
+    """Names of the fields that take lists, from the annotations: HfArgumentParser simplifies the fields' types."""
+    classes = [base for dataclass_type in dataclass_types for base in dataclass_type.__mro__]
+    annotations = [each for base in classes for each in vars(base).get("__annotations__", {}).items()]
+    return {name for name, annotation in annotations if "list" in str(annotation)}
 
 
 def _config_path(argv: list[str]) -> Path:
@@ -155,6 +207,6 @@ def _check_flags(argv: list[str], known: set[str], launch: set[str]) -> None:
         raise ValueError(f"unknown option {word!r}.{_nearest(name, known)}")
 
 
-def _nearest(name: str, known: Sequence[str] | set[str] | dict[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""

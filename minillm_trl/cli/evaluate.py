@@ -6,17 +6,19 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+from .. import __version__
 from ..data import load_examples, unique_prompts
 from ..evaluation.evaluate import Evaluation, evaluate_model
 from ..evaluation.report import format_cell
 from ..teacher import check_same_tokenizer
+from .arguments import parse_plain
 from .models import load_model, load_tokenizer
 
 _DIGITS = {"rouge_l": 2, "length": 1, "reverse_kl": 2}
 
 
-def run(argv: list[str]) -> int:
-    """Parse the arguments, sample from the model alone, and write `results.json` and `samples.jsonl`."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="minillm-trl evaluate",
         description="Sample completions (temperature 1, nothing else shapes the distribution) and measure Rouge-L, "
@@ -37,10 +39,20 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and samples.jsonl")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, sample from the model alone, and write `results.json` and `samples.jsonl`."""
+    arguments = parse_plain(make_parser(), argv)
     for name in ("max_new_tokens", "temperature", "batch_size"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    if min(arguments.seeds) < 0:
+        raise ValueError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
+    if arguments.max_rows is not None and arguments.max_rows < 1:
+        raise ValueError(f"--max_rows must be positive, got {arguments.max_rows}.")
     examples = load_examples(
         arguments.dataset,
         split=arguments.split,
@@ -52,14 +64,16 @@ def run(argv: list[str]) -> int:
     if arguments.max_rows is not None:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     teacher = None
     if arguments.teacher is not None:
         conversational = not isinstance(prompts[0]["prompt"], str)
-        check_same_tokenizer(tokenizer, load_tokenizer(arguments.teacher), conversational)
-        teacher = load_model(arguments.teacher)
+        check_same_tokenizer(
+            tokenizer, load_tokenizer(arguments.teacher, trust_remote_code=arguments.trust_remote_code), conversational
+        )
+        teacher = load_model(arguments.teacher, trust_remote_code=arguments.trust_remote_code)
     evaluation = evaluate_model(
-        load_model(arguments.model, arguments.adapter),
+        load_model(arguments.model, arguments.adapter, trust_remote_code=arguments.trust_remote_code),
         tokenizer,
         prompts,
         seeds=arguments.seeds,
@@ -85,7 +99,7 @@ def _save(arguments: argparse.Namespace, evaluation: Evaluation) -> None:
             "dataset": arguments.dataset,
             "split": arguments.split,
         },
-        "versions": {name: version(name) for name in ("minillm-trl", "torch", "transformers")},
+        "versions": {"minillm-trl": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "summary": {name: interval._asdict() for name, interval in evaluation.summary.items()},
         "per_prompt": evaluation.per_prompt,
     }

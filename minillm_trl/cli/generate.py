@@ -8,11 +8,12 @@ from pathlib import Path
 
 from ..data import load_examples, unique_prompts
 from ..evaluation.generation import generate_completions
+from .arguments import parse_plain
 from .models import load_model, load_tokenizer
 
 
-def run(argv: list[str]) -> int:
-    """Parse the arguments, sample, and write one JSON object a line: prompt, completion, sample, finished."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
     parser = argparse.ArgumentParser(prog="minillm-trl generate", description=__doc__)
     parser.add_argument("--model", required=True, help="name or folder")
     parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
@@ -29,10 +30,24 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--num_samples", type=int, default=1, help="completions for each prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, sample, and write one JSON object a line: prompt, completion, sample, finished."""
+    arguments = parse_plain(make_parser(), argv)
     for name in ("max_new_tokens", "temperature", "num_samples", "batch_size"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
+    if arguments.max_rows is not None and arguments.max_rows < 1:
+        raise ValueError(f"--max_rows must be positive, got {arguments.max_rows}.")
+    if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
+        raise ValueError(
+            f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}. Make it first."
+        )
     if arguments.greedy and arguments.num_samples > 1:
         raise ValueError("--greedy gives the same completion each time: drop --num_samples, or sample.")
     if arguments.prompt:
@@ -40,8 +55,8 @@ def run(argv: list[str]) -> int:
     else:
         examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
         prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
-    tokenizer = load_tokenizer(arguments.model)
-    model = load_model(arguments.model, arguments.adapter)
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = load_model(arguments.model, arguments.adapter, trust_remote_code=arguments.trust_remote_code)
     lines = []
     for sample in range(arguments.num_samples):
         completions = generate_completions(

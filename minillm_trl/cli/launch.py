@@ -1,6 +1,8 @@
 """Hand a training subcommand over to `accelerate launch`."""
 
 import os
+import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -8,13 +10,51 @@ from pathlib import Path
 LAUNCHED = "MINILLM_TRL_LAUNCHED"
 
 
+def is_launched() -> bool:
+    """Whether a hand-over, `accelerate launch` or `torchrun` (both set LOCAL_RANK) started this process."""
+    return os.environ.get(LAUNCHED) == "1" or "LOCAL_RANK" in os.environ
+
+
 @cache
-def launch_flags() -> set[str]:
-    """Names of the options of `accelerate launch` (without dashes), and `accelerate_config`."""
+def launch_options() -> dict[str, bool]:
+    """Whether each option of `accelerate launch`, and `--accelerate_config`, takes a value; with their dashes."""
     from accelerate.commands.launch import launch_command_parser  # takes seconds, and few commands need it
 
-    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return {"accelerate_config"} | {option.removeprefix("--") for option in options if option.startswith("--")}
+    options = {
+        option: action.nargs != 0 for action in launch_command_parser()._actions for option in action.option_strings
+    }
+    return {"--accelerate_config": True} | {name: value for name, value in options.items() if name.startswith("--")}
+
+
+def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, str | None]:
+    """Sort what the subcommand's own parser left over into options of `accelerate launch`.
+
+    Args:
+        from_yaml (`Sequence[str]`): option and value by turns; an option without a value has `"True"` or `"False"`.
+        from_cli (`Sequence[str]`): the words of the command line, which win.
+
+    Returns:
+        `dict[str, str | None]`: value of each option, `None` for one that takes none.
+
+    Raises:
+        ValueError: for a word that is neither an option nor the value of one.
+    """
+    options, flags = launch_options(), {}
+    for option, value in zip(from_yaml[::2], from_yaml[1::2], strict=True):
+        if options[option]:
+            flags[option] = value
+        elif value == "True":
+            flags[option] = None
+        elif value != "False":
+            raise ValueError(f"{option.removeprefix('--')} is true or false, got {value!r}.")
+    words = iter(from_cli)
+    for word in words:
+        if word not in options:
+            raise ValueError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
+        flags[word] = next(words, None) if options[word] else None
+        if options[word] and flags[word] is None:
+            raise ValueError(f"{word} needs a value.")
+    return flags
 
 
 def accelerate_config_path(name: str) -> Path:
@@ -38,42 +78,44 @@ def accelerate_config_path(name: str) -> Path:
     raise ValueError(f"--accelerate_config {name!r} is neither a file nor one of {', '.join(names)}.")
 
 
-def hand_over(subcommand: str, argv: list[str], flags: list[str]) -> int:
+def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) -> int:
     """Run `accelerate launch <flags> -m minillm_trl <subcommand> <argv without flags>`.
 
     Args:
         subcommand (`str`): a training subcommand.
         argv (`list[str]`): its arguments.
-        flags (`list[str]`): flags for `accelerate launch` as found in `argv` and the YAML; `--accelerate_config NAME`
-            becomes `--config_file FILE`.
+        flags (`dict[str, str | None]`): from [`read_flags`]; `--accelerate_config NAME` becomes `--config_file FILE`.
 
     Returns:
-        `int`: exit status.
+        `int`: exit status: 0, or that of the first process that failed (1 if a signal ended it).
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     rest = _without(argv, flags)
+    flags = dict(flags)
     if "--accelerate_config" in flags:
-        index = flags.index("--accelerate_config")
-        if index + 1 == len(flags):
-            raise ValueError("--accelerate_config needs a name or a file.")
-        config = accelerate_config_path(flags[index + 1])
-        flags = ["--config_file", str(config), *flags[:index], *flags[index + 2 :]]
-    os.environ[LAUNCHED] = "1"
-    arguments = launch_command_parser().parse_args([*flags, "--module", "minillm_trl", subcommand, *rest])
-    launch_command(arguments)
+        flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
+    words = [word for pair in flags.items() for word in pair if word is not None]
+    arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
+    with patch_environment(**{LAUNCHED: "1"}):
+        try:
+            launch_command(arguments)
+        except subprocess.CalledProcessError as error:  # the process has said what was wrong
+            return max(error.returncode, 0) or 1
+        except ChildFailedError as error:
+            return max(error.get_first_failure()[1].exitcode, 0) or 1
     return 0
 
 
-def _without(argv: list[str], flags: list[str]) -> list[str]:
-    """`argv` without the flags and their values, which stand in it in the same order after those of the YAML."""
-    wanted = set(flags)
-    rest, skip = [], False
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if skip:
-            skip = False
-        elif word.startswith("--") and word in wanted:
-            skip = following in wanted and not following.startswith("--")
-        else:
+def _without(argv: list[str], flags: dict[str, str | None]) -> list[str]:
+    """`argv` without the flags and their values."""
+    rest, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in flags:
             rest.append(word)
+        elif launch_options()[name] and not equals:
+            next(words)
     return rest

@@ -37,8 +37,12 @@ def run(argv: list[str]) -> int:
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    tokenizer = load_tokenizer(model.model_name_or_path)
-    teacher_tokenizer = load_tokenizer(teacher.teacher_model_name_or_path)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    teacher_tokenizer = load_tokenizer(
+        teacher.teacher_model_name_or_path,
+        (args.teacher_model_init_kwargs or {}).get("revision"),
+        args.trust_remote_code,
+    )
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
     _check_lengths(
         data, args, (model.model_name_or_path, teacher.teacher_model_name_or_path), tokenizer, train, evaluation
@@ -66,7 +70,9 @@ def run(argv: list[str]) -> int:
 
 
 def _check_lengths(data, args, names, tokenizer, train: Dataset, evaluation: Dataset | None) -> None:
-    configs = [AutoConfig.from_pretrained(name).get_text_config() for name in names]
+    configs = [
+        AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).get_text_config() for name in names
+    ]
     limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
     if not limits:
         return

@@ -8,14 +8,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_utils import get_last_checkpoint
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer for left-padded generation; the padding token falls back to the end-of-sequence token.
 
     Raises:
         ValueError: if there is no tokenizer at `name`, or it has neither token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer at {name!r}: {error}") from error
     if tokenizer.pad_token is None:
@@ -25,11 +31,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, adapter: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    name: str, adapter: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a causal language model for inference, on the GPU if there is one; an adapter is merged into it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.to(device).eval()

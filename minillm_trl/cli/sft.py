@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
         return hand_over("sft", argv, launch)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    tokenizer = load_tokenizer(model.model_name_or_path)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
