@@ -82,7 +82,7 @@ def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     assert steps == [0, 4, 8]
     for name in MODELS:
         evaluation = json.loads((interrupted / "evaluation" / f"{name}.json").read_text())
-        assert len(evaluation["per_prompt"]) == 109
+        assert len(evaluation["per_prompt"]) == 205
 
     Started.first = {}
     run_demo(interrupted, TINY)

@@ -37,11 +37,11 @@ def test_licence_note_stands_beside_the_data():
 
 
 def test_split_sizes_are_pinned(e2e):
-    assert {split: len(rows) for split, rows in e2e.items()} == {"train": 7439, "validation": 815, "test": 844}
+    assert {split: len(rows) for split, rows in e2e.items()} == {"train": 6671, "validation": 768, "test": 1659}
     assert {split: len(set(rows["mr"])) for split, rows in e2e.items()} == {
-        "train": 972,
-        "validation": 96,
-        "test": 109,
+        "train": 874,
+        "validation": 98,
+        "test": 205,
     }
 
 
@@ -97,8 +97,8 @@ def test_load_examples_gives_the_split_and_unique_prompts_one_row_each(e2e):
     assert examples.column_names == ["prompt", "completion", "references", "mr"]
     assert examples["completion"][:] == e2e["validation"]["completion"][:]
     prompts = unique_prompts(examples)
-    assert len(prompts) == 96
-    assert sum(map(len, prompts["references"])) == 815
+    assert len(prompts) == 98
+    assert sum(map(len, prompts["references"])) == 768
 
 
 def test_unknown_split_offers_the_nearest():

@@ -1,6 +1,7 @@
 """`minillm-trl demo`."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def run(argv: list[str]) -> int:
     if arguments.seed < 0:
         raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
 
+    # threads that spin while they wait slow each other down on a machine that is busy with something else, too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ..demo import DemoSettings, run_demo  # torch and transformers take seconds, --help should not
 
     settings = replace(DemoSettings(), seed=arguments.seed)

@@ -17,7 +17,7 @@ def load_e2e() -> DatasetDict:
     """Load the E2E NLG data (Novikova, Dusek, Rieser 2017, CC BY-SA 4.0), split anew.
 
     The published development and test files differ in distribution, so both are pooled and split by meaning
-    representation: the SHA-256 of its UTF-8 text, as a number modulo 100, is below 10 for `test`, below 20 for
+    representation: the SHA-256 of its UTF-8 text, as a number modulo 100, is below 20 for `test`, below 28 for
     `validation`, and else means `train`. Descriptions lose white space at their ends; the 267 rows that repeat a
     (meaning representation, description) pair are dropped, which leaves 9,098 rows of 1,177 meaning representations.
 
@@ -50,11 +50,11 @@ def load_e2e() -> DatasetDict:
 
 
 def split_of(mr: str) -> str:
-    """The split of a meaning representation, by its SHA-256 alone: 80 % `train`, 10 % `validation`, 10 % `test`."""
+    """The split of a meaning representation, by its SHA-256 alone: 72 % `train`, 8 % `validation`, 20 % `test`."""
     bucket = int.from_bytes(_digest(mr), "big") % 100
-    if bucket < 10:
+    if bucket < 20:
         return "test"
-    return "validation" if bucket < 20 else "train"
+    return "validation" if bucket < 28 else "train"
 
 
 def format_prompt(mr: str) -> str:

@@ -32,12 +32,12 @@ class DemoSettings:
     seed: int = 0
     vocab_size: int = 1024
     teacher: Shape = Shape(192, 3, 6)
-    student: Shape = Shape(96, 2, 4)
+    student: Shape = Shape(64, 1, 4)
     sft_batch_size: int = 32
-    teacher_steps: int = 960
+    teacher_steps: int = 1200
     teacher_learning_rate: float = 2e-3
-    student_steps: int = 960
-    student_learning_rate: float = 3e-3
+    student_steps: int = 1440
+    student_learning_rate: float = 4e-3
     minillm_steps: int = 480
     minillm_batch_size: int = 32
     minillm_learning_rate: float = 1e-3
@@ -50,5 +50,5 @@ class DemoSettings:
     def quick(self) -> "DemoSettings":
         """The same pipeline with less of everything, for a first look and for continuous integration."""
         return replace(
-            self, teacher_steps=360, student_steps=480, minillm_steps=96, eval_steps=32, sampling_seeds=(10, 20)
+            self, teacher_steps=360, student_steps=720, minillm_steps=96, eval_steps=32, sampling_seeds=(10, 20)
         )
