@@ -2,8 +2,9 @@
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 --runs runs/demo-seeds
 
-runs the demo for each seed (or takes the runs that are complete) and writes `results/demo_seeds.json` (each
-seed's table, the paired differences on the test prompts, versions, machine and commit) and the curves beside it.
+runs the demo for each seed (or takes the runs that are complete), writes `results/demo_seeds.json` (each seed's table,
+the paired differences on the test prompts, versions, machine and commit) and the curves beside it, and prints the
+README's table.
 """
 
 import argparse
@@ -45,6 +46,38 @@ def summarize(folder: Path) -> dict:
         "control_to_minillm_seconds": run["stages"]["control"]["seconds"] / run["stages"]["minillm"]["seconds"],
         "environment": run["environment"],
     }
+
+
+def markdown_table(result: dict) -> str:
+    """The README's table: mean over training seeds, in brackets the range over them."""
+    columns = [
+        ("rouge_l", "Rouge-L", 1),
+        ("reverse_kl", "reverse KL (nats)", 1),
+        ("length", "length (tokens)", 1),
+        ("eos_rate", "ends by itself", 2),
+        ("repeated_4grams", "repeated 4-grams", 3),
+        ("distinct_outputs", "distinct outputs", 2),
+    ]
+    names = {
+        "teacher": "teacher",
+        "sft": "SFT student",
+        "control": "SFT continued for as long (control)",
+        "minillm": "**MiniLLM student**",
+    }
+    lines = ["| | " + " | ".join(label for _, label, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for model, name in names.items():
+        cells = []
+        for key, _, digits in columns:
+            values = [each["table"][model][key][0] for each in result["seeds"].values() if key in each["table"][model]]
+            if not values:
+                cells.append("–")
+                continue
+            mean, low, high = (
+                f"{value:.{digits}f}" for value in (sum(values) / len(values), min(values), max(values))
+            )
+            cells.append(mean if low == high else f"{mean} [{low}, {high}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def plot(folders: dict[int, Path]) -> None:
@@ -95,6 +128,7 @@ def main() -> None:
     }
     plot({seed: arguments.runs / f"seed-{seed}" for seed in arguments.seeds})
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown_table(result))
     wins = sum(
         each["minillm_minus"][baseline]["rouge_l"]["low"] > 0
         and each["minillm_minus"][baseline]["reverse_kl"]["high"] < 0

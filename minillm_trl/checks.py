@@ -1,9 +1,10 @@
-"""What the trainer refuses before any weight is loaded."""
+"""What the trainer refuses: arguments before any weight is loaded, and rewards that are no numbers."""
 
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,6 +53,25 @@ def check_arguments(
             f"{args.teacher_mixed_alpha}: set teacher_mixed_alpha=0.0."
         )
     _check_tokenizers(model, teacher_model, processing_class, train_dataset)
+
+
+def check_rewards(rewards: torch.Tensor, completion_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every reward `(B, T)` of the completions `(B, T)` is finite.
+
+    Raises:
+        FloatingPointError: naming the first token, its position and its completion.
+    """
+    bad = (~rewards.isfinite()).nonzero()
+    if len(bad) == 0:
+        return
+    row, position = bad[0].tolist()
+    token = completion_ids[row, position].item()
+    raise FloatingPointError(
+        f"log p(y) - log q(y) is {rewards[row, position].item()} for token {token} ({tokenizer.decode([token])!r}) at "
+        f"position {position} of completion {row}: the teacher gives it probability zero, or a model overflowed. "
+        "Check the teacher in float32 on this prompt; a token that the teacher can never produce must be impossible for "
+        "the student too."
+    )
 
 
 def _check_tokenizers(

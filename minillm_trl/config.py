@@ -86,8 +86,7 @@ class MiniLLMConfig(GRPOConfig):
             Whether the student's dropout is off in training. The teacher's always is.
         bf16 (`bool`, *optional*):
             Mixed precision in bfloat16. By default on CUDA devices that have it (compute capability 8.0 and above)
-            unless
-            `fp16` is set. TRL's default is `True` everywhere.
+            unless `fp16` is set. TRL's default is `True` everywhere.
     """
 
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(

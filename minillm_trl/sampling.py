@@ -167,8 +167,7 @@ def sample_prompts(
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
         keys (`Sequence[tuple[int, ...]]`, *optional*): key of each prompt's random numbers, see [`keyed_uniforms`].
-            None
-            decodes greedily.
+            None decodes greedily.
         batch_size (`int`, *optional*): rows decoded together; all by default. They share their coins.
         alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
         coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it.
@@ -237,8 +236,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError: if `alpha` lies outside [0, 1], or the rows do not match those of `attention_mask`, or the
-            processor
-            is used for a second call of `generate`.
+            processor is used for a second call of `generate`.
     """
 
     def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int = 0):

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-from .checks import check_arguments
+from .checks import check_arguments, check_rewards
 from .config import MiniLLMConfig
 from .evaluation.metrics import repeated_ngrams, rouge_l
 from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
@@ -61,8 +61,7 @@ class MiniLLMTrainer(GRPOTrainer):
 
     Raises:
         ValueError: for a teacher that does not share the student's tokenizer, an LM head that cannot be reproduced,
-            and
-            settings that have no meaning here; before any training.
+            and settings that have no meaning here; before any training.
     """
 
     _tag_names = ("trl", "minillm")
@@ -253,8 +252,7 @@ class MiniLLMTrainer(GRPOTrainer):
             completion_ids, completion_mask (`torch.Tensor` of shape `(B, T)`): right-padded completions; the mask is
                 non-zero up to and including the end-of-sequence token.
             behavior_logps (`torch.Tensor` of shape `(B, T)`, *optional*): log-probs under the policy that sampled, at
-                the
-                sampling temperature; those of the mixture at `teacher_mixed_alpha` if not given.
+                the sampling temperature; those of the mixture at `teacher_mixed_alpha` if not given.
 
         Returns:
             `dict` of tensors for `compute_loss`, all detached: the inputs, `advantages` (return of the teacher's
@@ -294,7 +292,7 @@ class MiniLLMTrainer(GRPOTrainer):
         if kd_temperature != self.temperature:
             student_kd_logps = self._score_student(input_ids, attention_mask, mask, kd_temperature).logps
         rewards = token_rewards(teacher_kd_logps, student_kd_logps, mask)
-        self._check_finite(rewards, completion_ids)
+        check_rewards(rewards, completion_ids, self._tokenizer)
         advantages = torch.zeros_like(rewards)
         if self.args.rkl_advantage:
             advantages = reward_to_go(
@@ -314,18 +312,6 @@ class MiniLLMTrainer(GRPOTrainer):
             "student_logps": student_logps,
             "teacher_hidden_states": teacher_hidden_states,
         }
-
-    def _check_finite(self, rewards: torch.Tensor, completion_ids: torch.Tensor) -> None:
-        bad = (~rewards.isfinite()).nonzero()
-        if len(bad):
-            row, position = bad[0].tolist()
-            token = completion_ids[row, position].item()
-            raise FloatingPointError(
-                f"log p(y) - log q(y) is {rewards[row, position].item()} for token {token} "
-                f"({self._tokenizer.decode([token])!r}) at position {position} of completion {row}: the teacher gives "
-                "it probability zero, or a model overflowed. Check the teacher in float32 on this prompt; a token "
-                "that the teacher can never produce must be impossible for the student too."
-            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         mode = "train" if self.model.training else "eval"

@@ -1,5 +1,7 @@
 """The package's metadata, its licences, and the launch configurations that ship with it."""
 
+import json
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -14,6 +16,16 @@ from minillm_trl.cli.launch import accelerate_config_path
 ROOT = Path(minillm_trl.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONFIGS = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
+
+
+def test_table_of_the_readme_is_that_of_the_results():
+    namespace = runpy.run_path(str(ROOT / "benchmarks" / "demo_seeds.py"))
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo_seeds.json").read_text())
+    assert namespace["markdown_table"](result) in (ROOT / "README.md").read_text()
+    for seed in result["seeds"].values():  # what the text below the table says
+        for gain in seed["minillm_minus"].values():
+            assert gain["rouge_l"]["low"] > 0
+            assert gain["reverse_kl"]["high"] < 0
 
 
 def test_public_names_can_be_imported():
