@@ -69,8 +69,8 @@ def check_rewards(rewards: torch.Tensor, completion_ids: torch.Tensor, tokenizer
     raise FloatingPointError(
         f"log p(y) - log q(y) is {rewards[row, position].item()} for token {token} ({tokenizer.decode([token])!r}) at "
         f"position {position} of completion {row}: the teacher gives it probability zero, or a model overflowed. "
-        "Check the teacher in float32 on this prompt; a token that the teacher can never produce must be impossible for "
-        "the student too."
+        "Check the teacher in float32 on this prompt; a token that the teacher can never produce must be impossible "
+        "for the student too."
     )
 
 
