@@ -109,6 +109,7 @@ def _curves(history: list[dict], evaluations: dict[str, dict]) -> list[Curve]:
             label,
             {"student": (steps, [entry[key] for entry in history])},
             {"teacher (test prompts)": teacher[reference][0]} if reference else {},
+            y_min=0.0 if reference in ("eos_rate", "repeated_4grams") else None,
         )
         for title, label, key, reference in plotted
     ]

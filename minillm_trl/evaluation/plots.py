@@ -23,6 +23,8 @@ class Curve:
         title, x_label, y_label (`str`): texts.
         series (`dict[str, tuple[list[float], list[float]]]`): x and y values by name.
         reference_lines (`dict[str, float]`): horizontal lines by name (the teacher's value, say).
+        y_min (`float`, *optional*): where the y axis begins; from the data if not given. Shares begin at 0, so that
+            one completion more or less does not look like a change.
 
     Raises:
         ValueError: if a series has unequal numbers of x and y values, or there are more series than colours.
@@ -33,6 +35,7 @@ class Curve:
     y_label: str
     series: dict[str, tuple[list[float], list[float]]]
     reference_lines: dict[str, float] = field(default_factory=dict)
+    y_min: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.series) > len(COLOURS):
@@ -96,6 +99,7 @@ def _draw(curve: Curve, ink: str) -> Figure:
         axes.plot(x, y, color=colour, linewidth=1.8, label=name, marker="o" if len(x) < 25 else None, markersize=3)
     for number, (name, value) in enumerate(curve.reference_lines.items()):
         axes.axhline(value, color=ink, linewidth=1.1, linestyle=("--", ":", "-.")[number % 3], alpha=0.75, label=name)
+    axes.set_ylim(bottom=curve.y_min)
     axes.set_xlabel(curve.x_label, color=ink, fontsize=10)
     axes.set_ylabel(curve.y_label, color=ink, fontsize=10)
     axes.tick_params(colors=ink, labelsize=9)
