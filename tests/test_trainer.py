@@ -153,9 +153,9 @@ class TestTraining:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
         assert torch.equal(weights(resumed), weights(whole))
 
-    def test_checkpoint_has_a_model_card_with_the_paper(self, tmp_path):
+    def test_checkpoint_comes_with_a_model_card_that_cites_the_paper(self, tmp_path):
         make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
-        card = (tmp_path / "checkpoint-4" / "README.md").read_text()
+        card = (tmp_path / "README.md").read_text()
         assert "MiniLLM" in card
         assert "gu2024minillm" in card
 

@@ -50,5 +50,5 @@ class DemoSettings:
     def quick(self) -> "DemoSettings":
         """The same pipeline with less of everything, for a first look and for continuous integration."""
         return replace(
-            self, teacher_steps=360, student_steps=720, minillm_steps=96, eval_steps=32, sampling_seeds=(10, 20)
+            self, teacher_steps=280, student_steps=440, minillm_steps=96, eval_steps=32, sampling_seeds=(10, 20)
         )
