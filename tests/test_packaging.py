@@ -1,8 +1,12 @@
 """The package's metadata, its licences, and the launch configurations that ship with it."""
 
+import ast
+import inspect
 import json
+import re
 import runpy
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
 
 import minillm_trl
+from minillm_trl.cli import SUBCOMMANDS
 from minillm_trl.cli.launch import accelerate_config_path
 
 ROOT = Path(minillm_trl.__file__).parents[1]
@@ -60,3 +65,30 @@ def test_launch_configuration_is_read_by_accelerate(path: Path):
     config = load_config_from_file(str(path))
     assert config.mixed_precision == yaml.safe_load(path.read_text())["mixed_precision"]
     assert accelerate_config_path(path.stem) == path
+
+
+class TestReadme:
+    TEXT = (ROOT / "README.md").read_text()
+
+    def test_links_lead_to_files(self):
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", self.TEXT) if not link.startswith("http")]
+        assert len(links) > 8
+        assert [link for link in links if not (ROOT / link).exists()] == []
+
+    def test_python_example_uses_fields_that_exist(self):
+        (code,) = re.findall(r"```python\n(.*?)```", self.TEXT, flags=re.DOTALL)
+        calls = {
+            node.func.id: {keyword.arg for keyword in node.keywords}
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert calls["MiniLLMConfig"] <= {field.name for field in fields(minillm_trl.MiniLLMConfig)}
+        assert calls["MiniLLMTrainer"] <= set(inspect.signature(minillm_trl.MiniLLMTrainer.__init__).parameters)
+
+    def test_commands_name_subcommands_and_launch_configurations_that_exist(self):
+        for name in re.findall(r"minillm-trl (\w+)", self.TEXT):
+            assert name in SUBCOMMANDS
+        for name in re.findall(r"--accelerate_config (\w+)", self.TEXT):
+            assert accelerate_config_path(name).is_file()
+        for name in re.findall(r"make (\w+)", self.TEXT):
+            assert f"\n{name}:" in (ROOT / "Makefile").read_text()
