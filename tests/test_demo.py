@@ -29,21 +29,19 @@ TINY = DemoSettings(
 )
 
 
-@pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that Ctrl-C stopped in the middle of the student's fine-tuning, after a checkpoint."""
+def run_until(folder: Path, stage: str, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that Ctrl-C stops at an update of a stage, after a checkpoint."""
 
     class Stopping(StageProgress):
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
-            if self.title == "student" and state.global_step == 7:
+            if self.title == stage and state.global_step == update:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(minillm_trl.demo.training, "StageProgress", Stopping)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(tmp_path, TINY)
-    return tmp_path
+            run_demo(folder, TINY)
 
 
 class Started(StageProgress):
@@ -57,38 +55,37 @@ class Started(StageProgress):
 
 
 def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
-    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    assert (interrupted / "teacher" / "stage.json").is_file()
-    assert not (interrupted / "sft" / "stage.json").exists()
+    run_until(tmp_path, "student", 7, monkeypatch)
+    assert (tmp_path / "teacher" / "stage.json").is_file()
+    assert not (tmp_path / "sft" / "stage.json").exists()
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed is 0 there and 1 now\)"):
+        run_demo(tmp_path, replace(TINY, seed=1))
+    run_until(tmp_path, "MiniLLM", 6, monkeypatch)
     Started.first = {}
     monkeypatch.setattr(minillm_trl.demo.training, "StageProgress", Started)
-    run_demo(interrupted, TINY)
-    assert Started.first == {"student": 6, "MiniLLM": 0, "control": 0}  # the teacher was not trained again
+    run_demo(tmp_path, TINY)
+    assert Started.first == {"MiniLLM": 4, "control": 0}  # nothing before was trained again
 
     output = capsys.readouterr().out
     for name in ("Teacher", "SFT student", "SFT continued (control)", "MiniLLM student"):
         assert name in output
-    page = (interrupted / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     html.parser.HTMLParser().feed(page)
     assert page.count("<svg") == 6
     assert page.count("<article") == 10
-    markdown = (interrupted / "report.md").read_text()
-    assert markdown.count("figures/") == len(list((interrupted / "figures").glob("*.png"))) == 6
-    run = json.loads((interrupted / "run.json").read_text())
+    markdown = (tmp_path / "report.md").read_text()
+    assert markdown.count("figures/") == len(list((tmp_path / "figures").glob("*.png"))) == 6
+    run = json.loads((tmp_path / "run.json").read_text())
     assert run["stages"].keys() == set(MODELS)
     assert run["stages"]["minillm"]["seconds"] > 0
     steps = [entry["step"] for entry in run["stages"]["minillm"]["history"]]
     assert steps == [0, 4, 8]
     for name in MODELS:
-        evaluation = json.loads((interrupted / "evaluation" / f"{name}.json").read_text())
+        evaluation = json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())
         assert len(evaluation["per_prompt"]) == 205
 
     Started.first = {}
-    run_demo(interrupted, TINY)
+    run_demo(tmp_path, TINY)
     assert Started.first == {}  # a finished run has nothing left to train
-
-
-def test_folder_of_a_run_with_other_settings_is_refused(interrupted: Path):
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed is 0 there and 1 now\)"):
-        run_demo(interrupted, replace(TINY, seed=1))

@@ -111,8 +111,9 @@ def train_minillm(
         callbacks=[StageProgress("MiniLLM", shown), UpdateTimer()],
     )
     _train(trainer, folder)
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    return {"updates": settings.minillm_steps, "seconds": _seconds(trainer), "history": history}
+    # a resumed run evaluates where it starts, which may be where it stopped
+    history = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    return {"updates": settings.minillm_steps, "seconds": _seconds(trainer), "history": list(history.values())}
 
 
 def _train(trainer: Trainer, folder: Path) -> None:
