@@ -1,6 +1,7 @@
 """The demo's two kinds of training: supervised with TRL's `SFTTrainer`, and MiniLLM."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
@@ -12,7 +13,7 @@ from ..trainer import MiniLLMTrainer
 from .progress import StageProgress, UpdateTimer
 from .settings import DemoSettings
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
     "report_to": "none",
