@@ -119,7 +119,8 @@ def main() -> None:
         folder = arguments.runs / f"seed-{seed}"
         run_demo(folder, replace(DemoSettings(), seed=seed))
         seeds[seed] = summarize(folder)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    revision = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
     result = {
         "command": f"python benchmarks/demo_seeds.py --seeds {' '.join(map(str, arguments.seeds))}",
         "commit": commit,
