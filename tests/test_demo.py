@@ -63,6 +63,7 @@ def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     with pytest.raises(ValueError, match=r"holds a run with other settings \(seed is 0 there and 1 now\)"):
         run_demo(tmp_path, replace(TINY, seed=1))
     run_until(tmp_path, "MiniLLM", 6, monkeypatch)
+    (tmp_path / "minillm" / "checkpoints" / "checkpoint-6").mkdir()  # as a kill in the middle of saving leaves it
     Started.first = {}
     monkeypatch.setattr(minillm_trl.demo.training, "StageProgress", Started)
     run_demo(tmp_path, TINY)
