@@ -73,6 +73,7 @@ def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     for name in ("Teacher", "SFT student", "SFT continued (control)", "MiniLLM student"):
         assert name in output
     page = (tmp_path / "report.html").read_text()
+    assert "A shortened run" in page
     html.parser.HTMLParser().feed(page)
     assert page.count("<svg") == 6
     assert page.count("<article") == 10
