@@ -1,12 +1,13 @@
 """What the trainer refuses: arguments before any weight is loaded, and rewards that are no numbers."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer
 
 from .config import MiniLLMConfig
 from .teacher import check_same_tokenizer
@@ -23,6 +24,8 @@ def check_arguments(
     eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
     processing_class: PreTrainedTokenizerBase | None,
     rollout_func: Callable | None,
+    lm_dataset: Dataset | IterableDataset | None = None,
+    has_environment: bool = False,
 ) -> None:
     """Check the arguments of [`MiniLLMTrainer`] against each other.
 
@@ -34,25 +37,91 @@ def check_arguments(
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
     if model is teacher_model and not isinstance(model, str):
         raise ValueError("model and teacher_model are the same object; training it would move the teacher.")
-    _check_train_dataset(train_dataset, args)
+    if not (has_environment and train_dataset is None):  # an environment may bring its own prompts
+        _check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if dataset is not None:
             _check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
-    if reward_funcs and args.num_generations == 1:
-        raise ValueError(
-            "reward_funcs need num_generations > 1: their advantage is relative to the other completions of the same "
-            "prompt, and would be zero for a single one."
-        )
-    if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs):
+    if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs or has_environment):
         raise ValueError(
             "rkl_advantage=False, single_step_decomposition=False and no reward_funcs leave nothing to train on."
         )
     if rollout_func is not None and args.teacher_mixed_alpha > 0:
-        raise ValueError(
-            f"rollout_func samples by itself, so its rollouts do not follow the mixture of teacher_mixed_alpha="
-            f"{args.teacher_mixed_alpha}: set teacher_mixed_alpha=0.0."
+        logger.warning(
+            f"rollout_func samples by itself, so teacher_mixed_alpha={args.teacher_mixed_alpha} is not used; the "
+            "importance weights are those of the logprobs that it returns. Set teacher_mixed_alpha=0.0."
         )
-    _check_tokenizers(model, teacher_model, processing_class, train_dataset)
+    if lm_dataset is None:
+        for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
+            if getattr(args, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
+                )
+    elif isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
+        raise ValueError("lm_dataset is empty.")
+    if args.beta > 0 and not isinstance(model, str) and not hasattr(model, "peft_config"):
+        name = model.config._name_or_path
+        if not name:
+            raise ValueError(
+                f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; "
+                "this model was built in process. Save it and pass the folder, or set beta=0.0."
+            )
+    conversational = train_dataset is None or not isinstance(next(iter(train_dataset))["prompt"], str)
+    _check_tokenizers(model, teacher_model, processing_class, conversational)
+
+
+def check_model(trainer: GRPOTrainer) -> None:
+    """Check what is known of the student once GRPOTrainer has loaded and placed it.
+
+    Raises:
+        ValueError: naming what is not supported, and what to do instead.
+    """
+    if isinstance(trainer.processing_class, ProcessorMixin):
+        raise ValueError("Vision-language students are not supported: the teacher is scored on text alone.")
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "
+            "router_aux_loss_coef to 0 in the model's config to train without it."
+        )
+    deepspeed = trainer.accelerator.state.deepspeed_plugin
+    if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and deepspeed.zero_stage == 3):
+        raise ValueError("ZeRO-3 and FSDP are not supported yet: use DDP or ZeRO stage 1 or 2.")
+
+
+def check_prompt_ids(
+    prompts: Sequence, prompt_ids: Sequence[Sequence[int]], max_completion_length: int, max_context: int | None
+) -> None:
+    """Check that every encoded prompt has a token, and room for its completion.
+
+    Raises:
+        ValueError: naming the first prompt that does not.
+    """
+    for prompt, ids in zip(prompts, prompt_ids, strict=True):
+        if len(ids) == 0:
+            raise ValueError(f"The prompt {prompt!r} has no tokens, so nothing predicts its completion's first token.")
+        if max_context is not None and len(ids) + max_completion_length > max_context:
+            raise ValueError(
+                f"A prompt of {len(ids)} tokens and max_completion_length={max_completion_length} exceed the models' "
+                f"context of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, or "
+                "lower max_completion_length."
+            )
+
+
+def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
+    """Check the `logprobs` of a rollout function, `(B, T)`, where tokens are trained.
+
+    Raises:
+        ValueError: if they cannot be log-probs of sampled tokens, on which the importance weights rest.
+    """
+    if logps is None or not mask.any():
+        return
+    given = logps[mask]
+    if not given.isfinite().all() or given.max() > 1e-3 or (given == 0).all():
+        raise ValueError(
+            f"rollout_func returned logprobs that are none: their range is {given.min().item()} to "
+            f"{given.max().item()}. Return the log-probs of the sampled tokens under the policy that sampled them, at "
+            "the sampling temperature; or None if the student sampled as it is."
+        )
 
 
 def check_rewards(rewards: torch.Tensor, completion_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,7 +147,7 @@ def _check_tokenizers(
     model: str | PreTrainedModel,
     teacher_model: str | PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | None,
-    train_dataset: Dataset | IterableDataset,
+    conversational: bool,
 ) -> None:
     student_name, teacher_name = (
         each if isinstance(each, str) else each.config._name_or_path for each in (model, teacher_model)
@@ -100,7 +169,7 @@ def _check_tokenizers(
     check_same_tokenizer(
         processing_class or AutoTokenizer.from_pretrained(student_name),
         teacher_tokenizer,
-        conversational=not isinstance(next(iter(train_dataset))["prompt"], str),
+        conversational=conversational,
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .objectives import WEIGHTING_LEVELS
+
 # Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
 _RESHAPING_FIELDS: dict[str, tuple] = {
     "top_p": (1.0,),
@@ -16,26 +18,58 @@ _RESHAPING_FIELDS: dict[str, tuple] = {
     "cache_implementation": (None,),
 }
 
-# Fields of GRPOConfig that act on parts of GRPO's loss or generation that MiniLLM replaces: refused unless at their
-# default.
+# Inherited fields that act on something that MiniLLM replaces, or that would bias it: refused unless at their default.
 _REFUSED_FIELDS: dict[str, str] = {
     "loss_type": "MiniLLM has a loss of its own; choose how it is reduced with `loss_reduction`",
-    "delta": "two-sided clipping belongs to GRPO's loss",
-    "epsilon_high": "the clip range of MiniLLM is symmetric; set `epsilon`",
-    "importance_sampling_level": "importance weights are per token here (GRPO's sequence level is a geometric mean)",
-    "beta": "a KL term to a reference model is not part of this trainer's loss",
-    "sync_ref_model": "there is no reference model",
+    "sapo_temperature_neg": "it belongs to `loss_type='sapo'`",
+    "sapo_temperature_pos": "it belongs to `loss_type='sapo'`",
+    "vespo_k_pos": "it belongs to `loss_type='vespo'`",
+    "vespo_lambda_pos": "it belongs to `loss_type='vespo'`",
+    "vespo_k_neg": "it belongs to `loss_type='vespo'`",
+    "vespo_lambda_neg": "it belongs to `loss_type='vespo'`",
+    "importance_sampling_level": (
+        "GRPO's sequence level is a geometric mean, which is no importance weight; choose with `importance_weighting`"
+    ),
     "top_entropy_quantile": "selecting tokens by entropy would bias the reverse KL",
     "entropy_coef": "reverse KL contains the student's entropy with weight 1 already",
     "use_adaptive_entropy": "reverse KL contains the student's entropy with weight 1 already",
+    "entropy_coef_min": "there is no entropy bonus",
+    "entropy_coef_max": "there is no entropy bonus",
+    "entropy_coef_delta": "there is no entropy bonus",
+    "entropy_target": "there is no entropy bonus",
     "off_policy_mask_threshold": "the ratio to the behavior policy and its clipping take this role",
     "mask_truncated_completions": "a completion cut at the limit is a full sample of the problem with that horizon",
     "cast_lm_head_to_fp32": "the LM head's logits are reduced in float32 already",
     "use_liger_kernel": "its kernels need Triton and would bypass the scoring forward",
     "use_transformers_continuous_batching": "it casts the trained weights to half precision for good",
     "use_transformers_paged": "it casts the trained weights to half precision for good",
+    "transformers_continuous_batching_config": "continuous batching is refused",
     "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not part of this trainer's loss",
     "pad_to_multiple_of": "the decode loop pads to the longest row",
+    "neftune_noise_alpha": "noise in the embeddings would train another distribution than the one that sampled",
+    "label_smoothing_factor": "there are no labels; L_PT is a plain cross-entropy",
+    "torch_compile": "the scoring forward has not been tested under it",
+}
+
+_POSITIVE_FIELDS = (
+    "temperature",
+    "epsilon",
+    "epsilon_high",
+    "kd_temperature",
+    "sampling_batch_size",
+    "max_completion_length",
+    "importance_weight_cap",
+    "reward_scale",
+    "reward_clip",
+    "lm_coef",
+    "lm_batch_size",
+    "lm_max_length",
+)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "loss_reduction": ("token_mean", "sequence_sum"),
+    "importance_weighting": WEIGHTING_LEVELS,
+    "whiten_advantages": ("none", "tokens", "padding"),
 }
 
 
@@ -61,15 +95,37 @@ class MiniLLMConfig(GRPOConfig):
             Share of the teacher in the behavior policy (the paper's alpha, section 2.2). `0.0` samples from the
             student alone. Anything that reshapes the sampling distribution is refused with a positive value.
             Evaluation always samples from the student alone.
+        importance_weighting (`str`, *optional*, defaults to `"token"`):
+            How samples of the mixture stand for samples of the student, see [`objectives.importance_weights`].
+            `"token"`: the paper's, the clipped ratio to the behavior policy is the weight of its token.
+            `"decoupled"`: the drift since sampling is clipped, and multiplied by the token's weight.
+            `"prefix"`: by the product of the weights up to the token.
+            `"sequence"`: by the product over the completion, which makes the expected gradient exact.
+        importance_weight_cap (`float`, *optional*):
+            Upper bound of the weights of all but `"token"`, whose ratio is clipped.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount of future rewards. TRL's former trainer had 0.0, which left only the current token's reward.
         length_normalization (`bool`, *optional*, defaults to `True`):
             Whether a return is the mean of the future rewards (Eq. 6) and not their sum.
+        discounted_length (`bool`, *optional*, defaults to `True`):
+            Whether the length that a return is divided by is discounted like the return. The authors' code: `False`.
         rkl_advantage (`bool`, *optional*, defaults to `True`):
             Whether the long term is part of the loss: the return of teacher rewards as advantage.
         single_step_decomposition (`bool`, *optional*, defaults to `True`):
-            Whether the exact reverse KL of each next-token distribution is part of the loss (Eq. 3). If not, the
-            return includes the current token's reward.
+            Whether the exact reverse KL of each next-token distribution is part of the loss (Eq. 3).
+        include_current_reward (`bool`, *optional*):
+            Whether a return includes the current token's reward. By default only without
+            `single_step_decomposition`, which accounts for it exactly. The authors' code: `True`, so counted twice.
+        reward_scale (`float`, *optional*, defaults to `1.0`):
+            Divisor of the teacher's rewards. The authors' scripts: 0.5.
+        reward_clip (`float`, *optional*):
+            Largest size of a scaled reward. The authors' scripts: 100.
+        whiten_advantages (`str` or `bool`, *optional*, defaults to `"none"`):
+            Whether the teacher's returns are shifted and scaled to mean 0 and variance 1 over the rollout buffer of
+            all processes: `"none"`; `"tokens"` (or `True`), over the completions' tokens; `"padding"`, over
+            `max_completion_length` slots a completion with zeros in those that are empty, as in the authors' code.
+            Whitening makes the size of the long term independent of how far student and teacher are apart, so it
+            never fades beside the single step.
         kd_temperature (`float`, *optional*):
             Temperature of the rewards and of the single-step term; the sampling temperature if not given. The ratio to
             the behavior policy is always at the sampling temperature.
@@ -82,6 +138,19 @@ class MiniLLMConfig(GRPOConfig):
             rollout by default.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
+        lm_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of L_PT, the language-modelling loss on `lm_dataset` (Algorithm 1). It is divided by its own number
+            of tokens in the optimizer step.
+        lm_kd_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of forward KL to the teacher in L_PT, the rest being cross-entropy. The authors' code: 0.5.
+        lm_batch_size (`int`, *optional*):
+            Sequences of `lm_dataset` in each micro-batch; `per_device_train_batch_size` by default.
+        lm_max_length (`int`, *optional*, defaults to `512`):
+            Tokens of one of its sequences.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of a KL to the student as it was, per token as in GRPO (`use_bias_correction_kl` included).
+        epsilon_high, delta (`float`, *optional*):
+            As in GRPO: another upper half of the clip range, and a bound of the ratio at negative advantages.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the student's dropout is off in training. The teacher's always is.
         bf16 (`bool`, *optional*):
@@ -95,15 +164,43 @@ class MiniLLMConfig(GRPOConfig):
     teacher_mixed_alpha: float = field(
         default=0.2, metadata={"help": "Share of the teacher in the policy that samples rollouts, in [0, 1]."}
     )
+    importance_weighting: str = field(
+        default="token",
+        metadata={
+            "help": "Importance weights of samples of the mixture: per token (clipped), decoupled from the drift, or "
+            "products over the prefix or the sequence.",
+            "choices": list(WEIGHTING_LEVELS),
+        },
+    )
+    importance_weight_cap: float | None = field(
+        default=None, metadata={"help": "Upper bound of decoupled, prefix and sequence weights."}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount of future rewards, in [0, 1]."})
     length_normalization: bool = field(
         default=True, metadata={"help": "Use the mean of the future rewards as return, not their sum."}
+    )
+    discounted_length: bool = field(
+        default=True, metadata={"help": "Discount the length that returns are divided by, like the returns."}
     )
     rkl_advantage: bool = field(
         default=True, metadata={"help": "Include the long term: returns of teacher rewards as advantages."}
     )
     single_step_decomposition: bool = field(
         default=True, metadata={"help": "Include the exact reverse KL of every next-token distribution."}
+    )
+    include_current_reward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Include the current token's reward in its return; by default without the single step only."
+        },
+    )
+    reward_scale: float = field(default=1.0, metadata={"help": "Divisor of the teacher's rewards."})
+    reward_clip: float | None = field(default=None, metadata={"help": "Largest size of a scaled reward."})
+    whiten_advantages: str = field(
+        default="none",
+        metadata={
+            "help": "Whiten the teacher's returns over the tokens of the rollout buffer, or over its padded slots."
+        },
     )
     kd_temperature: float | None = field(
         default=None,
@@ -119,6 +216,15 @@ class MiniLLMConfig(GRPOConfig):
     sampling_batch_size: int | None = field(
         default=None, metadata={"help": "Rows decoded together on a process; all rows of a rollout if not given."}
     )
+    lm_coef: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on lm_dataset."})
+    lm_kd_ratio: float = field(
+        default=0.0, metadata={"help": "Share of forward KL to the teacher in that loss, in [0, 1]."}
+    )
+    lm_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Sequences of lm_dataset a micro-batch; per_device_train_batch_size if not given."},
+    )
+    lm_max_length: int = field(default=512, metadata={"help": "Tokens of a sequence of lm_dataset."})
     num_generations: int = field(default=1, metadata={"help": "Completions sampled per prompt."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch the student's dropout off in training."})
 
@@ -133,6 +239,10 @@ class MiniLLMConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
+        if isinstance(self.whiten_advantages, bool):
+            self.whiten_advantages = "tokens" if self.whiten_advantages else "none"
+        if self.include_current_reward is None:
+            self.include_current_reward = not self.single_step_decomposition
         self._check_values()
         self._check_sampling()
         self._check_inherited()
@@ -144,19 +254,30 @@ class MiniLLMConfig(GRPOConfig):
             )
 
     def _check_values(self) -> None:
-        for name in ("teacher_mixed_alpha", "gamma"):
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length must be set: it is the horizon of the objective.")
+        for name in ("teacher_mixed_alpha", "gamma", "lm_kd_ratio"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        for name in ("temperature", "epsilon", "kd_temperature", "sampling_batch_size", "max_completion_length"):
+        for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if self.max_completion_length is None:
-            raise ValueError("max_completion_length must be set: it is the horizon of the objective.")
-        choices = ("token_mean", "sequence_sum")
-        if self.loss_reduction not in choices:
-            raise ValueError(f"loss_reduction must be one of {choices}, got {self.loss_reduction!r}.")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}.")
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and not self.delta > 1 + high:
+            raise ValueError(f"delta must be above the clip range, which ends at {1 + high}, got {self.delta}.")
+        if self.importance_weight_cap is not None and self.importance_weighting == "token":
+            raise ValueError(
+                f"importance_weight_cap={self.importance_weight_cap} has no effect on importance_weighting='token', "
+                "whose ratio is clipped: set epsilon, or delta for negative advantages, or another weighting."
+            )
 
     def _check_sampling(self) -> None:
         if self.teacher_mixed_alpha == 0.0:
@@ -182,6 +303,12 @@ class MiniLLMConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={value!r} is not supported by MiniLLM: {reason}. Leave it at {defaults[name]!r}."
                 )
+
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config.split_batches=True would split a rollout's prompts a second time over the "
+                "processes. Leave it at False."
+            )
 
     def reshaping_fields(self) -> list[str]:
         """Names of the fields whose value makes sampling differ from softmax(logits / temperature)."""

@@ -1,4 +1,4 @@
-"""Log-probs, entropy and full-vocabulary reverse KL from hidden states, a chunk of tokens at a time.
+"""Log-probs, entropy and full-vocabulary divergences from hidden states, a chunk of tokens at a time.
 
 The logits of a whole batch, (B, T, V) for student and teacher, never exist: each chunk of tokens is projected through
 the LM heads, reduced to three numbers a token, and projected again in the backward pass. Only real completion tokens
@@ -9,6 +9,7 @@ autocast treat it like any other forward pass.
 import functools
 import inspect
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,30 +61,39 @@ class LMHead:
 class TokenScores(NamedTuple):
     """Per-token values of shape `(B, T)`, nats; 0 outside the mask. `entropy` is detached.
 
-    `reverse_kl` is None unless the teacher's hidden states were given.
+    `divergence` is None unless the teacher's hidden states were given.
     """
 
     logps: torch.Tensor
     entropy: torch.Tensor
-    reverse_kl: torch.Tensor | None
+    divergence: torch.Tensor | None
 
 
 class ScoreRequest(NamedTuple):
-    """What a scoring forward computes; the last columns of `input_ids` are the completion.
+    """Sequences to score; their last T columns are the completion.
 
     Attributes:
-        completion_mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
+        completion_mask (`torch.Tensor` of shape `(B, T)`): True on the tokens to score.
         temperature (`float`): temperature of `logps` and `entropy`.
         teacher_hidden_states (`torch.Tensor` of shape `(B, T, H_teacher)`, *optional*): the teacher's last hidden
-            states
-            at the positions that predict the completion's tokens.
-        kd_temperature (`float`, *optional*): temperature of `reverse_kl`; None means `temperature`.
+            states at the positions that predict the completion's tokens.
+        kd_temperature (`float`, *optional*): temperature of `divergence`; None means `temperature`.
+        divergence (`Callable`): [`~minillm_trl.objectives.reverse_kl`] or
+            [`~minillm_trl.objectives.forward_kl`] of student and teacher.
     """
 
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
     completion_mask: torch.Tensor
     temperature: float = 1.0
     teacher_hidden_states: torch.Tensor | None = None
     kd_temperature: float | None = None
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl
+
+    @property
+    def completion_ids(self) -> torch.Tensor:
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -123,7 +133,6 @@ def completion_hidden_states(
 def score_hidden_states(
     hidden_states: torch.Tensor,
     head: LMHead,
-    completion_ids: torch.Tensor,
     request: ScoreRequest,
     vocab_size: int,
     teacher_head: LMHead | None = None,
@@ -131,13 +140,12 @@ def score_hidden_states(
     r"""Score the tokens of completions from the hidden states that predict them.
 
     With logits z = head(h): `logps` = log softmax(z / temperature)[y_t], `entropy` of the same distribution, and
-    `reverse_kl` = KL(softmax(z / kd_temperature) || softmax(teacher_head(h_teacher) / kd_temperature)).
+    `divergence` that of softmax(z / kd_temperature) and softmax(teacher_head(h_teacher) / kd_temperature).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, H)`): carries the gradient, as do the head's tensors.
         head ([`LMHead`]): the student's head.
-        completion_ids (`torch.Tensor` of shape `(B, T)`): sampled tokens.
-        request ([`ScoreRequest`]): mask, temperatures and the teacher's hidden states.
+        request ([`ScoreRequest`]): tokens, mask, temperatures and the teacher's hidden states.
         vocab_size (`int`): number of leading vocabulary rows that both models share; others are excluded from both.
         teacher_head ([`LMHead`], *optional*): required with `request.teacher_hidden_states`. Receives no gradient.
 
@@ -146,7 +154,7 @@ def score_hidden_states(
     """
     rows = request.completion_mask.flatten().nonzero().squeeze(1)  # (N,)
     hidden = hidden_states.flatten(0, 1)[rows]
-    targets = completion_ids.flatten()[rows]
+    targets = request.completion_ids.flatten()[rows]
     teacher_hidden = request.teacher_hidden_states
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
@@ -165,7 +173,9 @@ def score_hidden_states(
 
     def scatter(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
         flat = torch.cat(values)
-        return flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat).view_as(completion_ids)
+        return (
+            flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat).view_as(request.completion_mask)
+        )
 
     logps, entropy, kl = zip(*pieces, strict=True)
     return TokenScores(scatter(logps), scatter(entropy), None if teacher_hidden is None else scatter(kl))
@@ -192,14 +202,15 @@ def _score_chunk(
         teacher_log_probs = torch.log_softmax(teacher_head.logits(teacher_hidden, vocab_size) / kd_temperature, dim=-1)
     if kd_temperature != request.temperature:
         log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
-    return logps, entropy, reverse_kl(log_probs, teacher_log_probs)
+    return logps, entropy, request.divergence(log_probs, teacher_log_probs)
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:
-    """Let `model(input_ids=..., attention_mask=..., score_request=...)` return [`TokenScores`] instead of logits.
+    """Let `model(score_requests=[...])` return a list of [`TokenScores`] instead of logits.
 
-    Without `score_request` the forward is the one it was. Patch before the model is wrapped (DDP, FSDP, DeepSpeed,
-    PEFT may wrap it afterwards), as the wrapper's forward is what synchronises gradients and gathers sharded weights.
+    Several requests are one forward call, as wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) want one call
+    for one backward pass. Without `score_requests` the forward is the one it was. Patch before the model is wrapped,
+    as the wrapper's forward is what synchronises gradients and gathers sharded weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
@@ -211,17 +222,16 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedMode
 
     # `generate` validates its keyword arguments against this signature
     @functools.wraps(original_forward)
-    def forward(self, *args, score_request: ScoreRequest | None = None, **kwargs):
-        if score_request is None:
+    def forward(self, *args, score_requests: Sequence[ScoreRequest] | None = None, **kwargs):
+        if score_requests is None:
             return original_forward(*args, **kwargs)
-        input_ids, attention_mask = kwargs["input_ids"], kwargs["attention_mask"]
-        length = score_request.completion_mask.shape[1]
-        hidden_states = completion_hidden_states(self, input_ids, attention_mask, length)
         teacher_head = None if teacher is None else LMHead.of(teacher)
-        completion_ids = input_ids[:, -length:]
-        return score_hidden_states(
-            hidden_states, LMHead.of(self), completion_ids, score_request, vocab_size, teacher_head
-        )
+        scores = []
+        for request in score_requests:
+            length = request.completion_mask.shape[1]
+            hidden_states = completion_hidden_states(self, request.input_ids, request.attention_mask, length)
+            scores.append(score_hidden_states(hidden_states, LMHead.of(self), request, vocab_size, teacher_head))
+        return scores
 
     model.forward = types.MethodType(forward, model)
 
@@ -232,8 +242,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
-            Scoring
-            such a model would be silently wrong.
+            Scoring such a model would be silently wrong.
     """
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)

@@ -38,6 +38,12 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
+def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Count, sum and sum of squares of `values` where `mask` is True: `(3,)`, float64, additive over processes."""
+    selected = values.double().masked_fill(~mask, 0.0)
+    return torch.stack([mask.sum().double(), selected.sum(), selected.square().sum()])
+
+
 def reduce_loss(per_token_loss: torch.Tensor, mask: torch.Tensor, normalizer: torch.Tensor | float) -> torch.Tensor:
     r"""Reduce per-token losses to the scalar that one micro-batch contributes to an optimizer step.
 

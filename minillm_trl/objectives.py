@@ -17,20 +17,40 @@ import math
 
 import torch
 
+WEIGHTING_LEVELS = ("token", "decoupled", "prefix", "sequence")
 
-def token_rewards(teacher_logps: torch.Tensor, student_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    r"""Per-token rewards $r_t = \log p(y_t|y_{<t}) - \log q_{old}(y_t|y_{<t})$ (the summand of Eq. 2's return).
+
+def token_rewards(
+    teacher_logps: torch.Tensor,
+    student_logps: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float = 1.0,
+    clip: float | None = None,
+) -> torch.Tensor:
+    r"""Per-token rewards (the summand of Eq. 2's return), by default without scale and clip.
+
+    $$ r_t = \mathrm{clip}\big((\log p(y_t|y_{<t}) - \log q_{old}(y_t|y_{<t})) / \mathrm{scale},
+       -\mathrm{clip}, \mathrm{clip}\big) $$
 
     Args:
         teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs of the sampled tokens under the teacher.
         student_logps (`torch.Tensor` of shape `(B, T)`): the same under the student that is frozen for this rollout.
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        scale (`float`, *optional*, defaults to `1.0`): divisor, > 0. The authors' code has 0.5, so twice the rewards.
+        clip (`float`, *optional*): largest size of a reward once it is scaled. None does not clip.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, nats, detached: no gradient flows through a reward. 0 outside the mask. Where
-        the teacher gives a sampled token probability zero the reward is -inf, which is what the reverse KL is there.
+        `torch.Tensor` of shape `(B, T)`, nats (over `scale`), detached: no gradient flows through a reward. 0 outside
+        the mask. Where the teacher gives a sampled token probability zero the reward is -inf unless it is clipped,
+        which is what the reverse KL is there.
+
+    Raises:
+        ValueError: if `scale` or `clip` is not positive.
     """
-    return (teacher_logps - student_logps).detach().masked_fill(~mask, 0.0)
+    if not scale > 0.0 or not (clip is None or clip > 0.0):
+        raise ValueError(f"scale and clip must be positive, got scale={scale} and clip={clip}.")
+    rewards = (teacher_logps - student_logps).detach().masked_fill(~mask, 0.0) / scale
+    return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
 def reward_to_go(
@@ -39,6 +59,7 @@ def reward_to_go(
     gamma: float = 1.0,
     include_current: bool = False,
     length_normalization: bool = True,
+    discounted_length: bool = True,
 ) -> torch.Tensor:
     r"""Return of the future at every position, by default as the mean of the future rewards (Eq. 6).
 
@@ -56,6 +77,9 @@ def reward_to_go(
         include_current (`bool`, *optional*, defaults to `False`): whether $r_t$ is part of the return at t.
         length_normalization (`bool`, *optional*, defaults to `True`): whether to divide by the sum of the weights of
             the real tokens, so that the return does not grow with the length that is left.
+        discounted_length (`bool`, *optional*, defaults to `True`): whether that sum is discounted as the return is.
+            `False` divides by the number of tokens, as the authors' code does, which with gamma < 1 shrinks the
+            returns that have many tokens ahead of them.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, nats, detached; 0 where there is no counted token, so at the last token, and
@@ -74,7 +98,7 @@ def reward_to_go(
     weights = weights.masked_fill(distance < 0, 0.0)
     returns = rewards.detach().double().masked_fill(~mask, 0.0) @ weights  # (B, T)
     if length_normalization:
-        total_weight = mask.double() @ weights
+        total_weight = mask.double() @ (weights if discounted_length else (distance >= 0).double())
         returns = returns / total_weight.masked_fill(total_weight == 0, 1.0)
     return returns.masked_fill(~mask, 0.0).to(rewards.dtype)
 
@@ -104,12 +128,126 @@ def mixture_logps(student_logps: torch.Tensor, teacher_logps: torch.Tensor, alph
     return torch.logaddexp(math.log1p(-alpha) + student_logps, math.log(alpha) + teacher_logps).detach()
 
 
+def importance_weights(
+    student_logps: torch.Tensor, behavior_logps: torch.Tensor, mask: torch.Tensor, level: str, cap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Weights that turn expectations over the behavior policy into expectations over the student that sampled.
+
+    With $w_t = q_{old}(y_t) / \mu(y_t)$, for the long and the single-step term (Eq. 5 before its truncation):
+
+    | `level` | long term | single step |
+    |---|---|---|
+    | `"token"` | 1 | 1 |
+    | `"decoupled"` | $w_t$ | 1 |
+    | `"prefix"` | $\prod_{i \le t} w_i$ | $\prod_{i < t} w_i$ |
+    | `"sequence"` | $\prod_{i \le T} w_i$ | $\prod_{i \le T} w_i$ |
+
+    `"token"` is the paper's: the ratio to the behavior policy in [`clipped_policy_gradient_loss`] is the weight, and
+    is clipped with it. The others are factors of a loss whose ratio is to the student that sampled, so that only its
+    drift is clipped. `"sequence"` alone makes the expected gradient exact; the variance grows in the order of the
+    rows. The single-step term of position t depends on the tokens before it alone.
+
+    Args:
+        student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
+        behavior_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the policy that sampled (mu).
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        level (`str`): a row of the table.
+        cap (`float`, *optional*): weights above are set to it, which trades variance for bias. None does not cap.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(B, T)`: the two columns of the table, detached; 1 outside the
+        mask, except for `"sequence"`, which has one weight a row.
+
+    Raises:
+        ValueError: if `level` is unknown or `cap` is not positive.
+    """
+    if level not in WEIGHTING_LEVELS:
+        raise ValueError(f"level must be one of {WEIGHTING_LEVELS}, got {level!r}.")
+    if cap is not None and not cap > 0.0:
+        raise ValueError(f"cap must be positive, got {cap}.")
+    # float64: products over long completions leave the range of float32 long before they leave this one
+    log_weights = (student_logps - behavior_logps).detach().double().masked_fill(~mask, 0.0)
+    nothing = torch.zeros_like(log_weights)
+    if level == "token":
+        long_term, single_step = nothing, nothing
+    elif level == "decoupled":
+        long_term, single_step = log_weights, nothing
+    elif level == "prefix":
+        long_term = log_weights.cumsum(dim=1)
+        single_step = long_term - log_weights
+    else:
+        long_term = single_step = log_weights.sum(dim=1, keepdim=True).expand_as(log_weights)
+    long_term, single_step = long_term.exp(), single_step.exp()
+    if cap is not None:
+        long_term, single_step = long_term.clamp(max=cap), single_step.clamp(max=cap)
+    return long_term.to(student_logps.dtype), single_step.to(student_logps.dtype)
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    r"""Shift and scale to mean 0 and variance 1: $(A_t - \bar A) / \sqrt{\mathrm{var}(A) + 10^{-8}}$.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): advantages.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        moments (`torch.Tensor` of shape `(3,)`, float64): count, sum and sum of squares of what mean and variance are
+            taken over, see [`~minillm_trl.masking.masked_moments`]; summed over all processes by the caller. A count
+            above the number of tokens stands for that many more zeros.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, detached; 0 outside the mask. Where all values are equal they become 0.
+    """
+    count, total, squares = moments.double()
+    mean = total / count.clamp(min=1.0)
+    variance = (squares / count.clamp(min=1.0) - mean.square()).clamp(min=0.0)
+    whitened = (values.detach().double() - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened.masked_fill(~mask, 0.0).to(values.dtype)
+
+
+def batch_advantages(
+    rewards: torch.Tensor, weights: torch.Tensor, scale: bool = True, normalize_each: bool = False
+) -> torch.Tensor:
+    r"""Advantages of reward functions where each prompt has one completion: relative to the mean of the batch.
+
+    $$ A_b = (R_b - \bar R) / (\mathrm{std}(R) + 10^{-4}), \qquad R_b = \sum_f w_f r_{b,f} $$
+
+    the form of GRPO with all completions as one group.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): rewards of all processes by function; NaN where a function does not
+            apply.
+        weights (`torch.Tensor` of shape `(F,)`): weight of each function.
+        scale (`bool`, *optional*, defaults to `True`): whether to divide by the standard deviation.
+        normalize_each (`bool`, *optional*, defaults to `False`): whether to normalise each function's rewards before
+            they are added (GRPO's `"normalize_then_sum"`).
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, detached; 0 for a completion that no function has scored.
+    """
+
+    def normalized(values: torch.Tensor, scale: bool) -> torch.Tensor:
+        count = (~values.isnan()).sum(dim=0)
+        centered = values - values.nanmean(dim=0)
+        if not scale:
+            return centered
+        # as in GRPO, the unbiased standard deviation; of a single value it is taken as 0
+        std = (centered.square().nansum(dim=0) / (count - 1).clamp(min=1)).sqrt()
+        return centered / (std + 1e-4)
+
+    rewards = rewards.detach()
+    unscored = rewards.isnan().all(dim=1)
+    each = normalized(rewards, True) if normalize_each else rewards
+    total = (each * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
+    return normalized(total, scale or normalize_each).nan_to_num(nan=0.0)
+
+
 def clipped_policy_gradient_loss(
     logps: torch.Tensor,
     behavior_logps: torch.Tensor,
     advantages: torch.Tensor,
     mask: torch.Tensor,
     epsilon: float,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
 ) -> torch.Tensor:
     r"""Per-token long-term loss with PPO's clip, the ratio doubling as importance weight (Algorithm 1).
 
@@ -124,21 +262,29 @@ def clipped_policy_gradient_loss(
         advantages (`torch.Tensor` of shape `(B, T)`): see [`reward_to_go`].
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
         epsilon (`float`): half-width of the clip range, > 0; `float("inf")` switches clipping off.
+        epsilon_high (`float`, *optional*): its upper half, if it is another.
+        delta (`float`, *optional*): upper bound of the ratio also where the advantage is negative, which PPO's clip
+            leaves unbounded; above 1 + `epsilon_high`. None sets no bound.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`; 0 with zero gradient outside the mask. At rho = 1 its value is -A_t and its
         gradient -A_t grad log q_theta(y_t).
 
     Raises:
-        ValueError: if `epsilon` is not positive.
+        ValueError: if `epsilon` or `epsilon_high` is not positive, or `delta` not above the clip range.
     """
-    if not epsilon > 0.0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    if not (epsilon > 0.0 and epsilon_high > 0.0):
+        raise ValueError(f"epsilon must be positive, got epsilon={epsilon} and epsilon_high={epsilon_high}.")
+    if delta is not None and not delta > 1.0 + epsilon_high:
+        raise ValueError(f"delta must be above 1 + epsilon_high = {1.0 + epsilon_high}, got {delta}.")
     # masked before exp: a padded slot may hold anything, and inf * 0 in the backward pass would be NaN
     log_ratio = (logps - behavior_logps.detach()).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~mask, 0.0)
-    clipped_ratio = ratio.clamp(1.0 - epsilon, 1.0 + epsilon)
+    clipped_ratio = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
@@ -159,3 +305,69 @@ def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
     impossible = student_log_probs == -math.inf  # 0 log 0 = 0, kept out of the graph
     log_ratio = (student_log_probs - teacher_log_probs.detach()).masked_fill(impossible, 0.0)
     return (student_log_probs.exp() * log_ratio).sum(dim=-1)
+
+
+def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    r"""Forward KL of the next-token distributions, exact over the vocabulary; part of L_PT in the authors' code.
+
+    $$ \mathrm{KL}(p \| q_\theta) = \sum_{v \in V} p(v)\, \big(\log p(v) - \log q_\theta(v)\big) $$
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the student; carries the
+            gradient.
+        teacher_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher; detached here.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, nats, >= 0. Its gradient is that of the cross-entropy to the teacher, from
+        which it differs by the teacher's entropy. Tokens that the teacher gives probability zero add nothing.
+    """
+    teacher_log_probs = teacher_log_probs.detach()
+    impossible = teacher_log_probs == -math.inf
+    log_ratio = (teacher_log_probs - student_log_probs).masked_fill(impossible, 0.0)
+    return (teacher_log_probs.exp() * log_ratio).sum(dim=-1)
+
+
+def reference_kl(logps: torch.Tensor, reference_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""Estimate of the KL to a reference model from the sampled tokens (GRPO's, with weight `beta`).
+
+    $$ \exp(\delta_t) - \delta_t - 1, \qquad \delta_t = \log q_{ref}(y_t) - \log q_\theta(y_t) $$
+
+    Under $y_t \sim q_\theta$ its expectation is $\mathrm{KL}(q_\theta \| q_{ref})$ and it is never negative.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student being trained; carries the gradient.
+        reference_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the reference model; detached here.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, nats; 0 with zero gradient outside the mask.
+    """
+    difference = (reference_logps.detach() - logps).masked_fill(~mask, 0.0)
+    return difference.exp() - difference - 1.0
+
+
+def language_modeling_loss(
+    logps: torch.Tensor, forward_kl: torch.Tensor | None = None, kd_ratio: float = 0.0
+) -> torch.Tensor:
+    r"""Per-token loss on the plain-text corpus (L_PT of Algorithm 1).
+
+    $$ \ell_t = -(1-\lambda) \log q_\theta(d_t|d_{<t}) + \lambda\, \mathrm{KL}(p \| q_\theta) $$
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs of the corpus's tokens; carries the gradient.
+        forward_kl (`torch.Tensor` of shape `(B, T)`, *optional*): see [`forward_kl`]; needed with `kd_ratio` > 0.
+        kd_ratio (`float`, *optional*, defaults to `0.0`): lambda, in [0, 1]. The paper has 0, the authors' code 0.5.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, nats.
+
+    Raises:
+        ValueError: if `kd_ratio` lies outside [0, 1], or is positive without `forward_kl`.
+    """
+    if not 0.0 <= kd_ratio <= 1.0:
+        raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}.")
+    if kd_ratio == 0.0:
+        return -logps
+    if forward_kl is None:
+        raise ValueError(f"kd_ratio={kd_ratio} needs forward_kl.")
+    return -(1.0 - kd_ratio) * logps + kd_ratio * forward_kl

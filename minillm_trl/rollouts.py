@@ -1,114 +1,55 @@
-"""Numbers that describe a batch of rollouts and what the loss does with it."""
+"""The rollout buffer: its batches, and how its rows are dealt to optimizer steps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .fused_head import TokenScores
-from .masking import masked_sum
+from .sampling import keyed_uniforms
 
 # Tensors by name, see MiniLLMTrainer.score_rollouts. Buffered batches are handed out again in every inner pass, so
 # they are never written to.
 Batch = dict[str, torch.Tensor]
 
 
-def window_token_counts(batches: Sequence[Batch], accumulation_steps: int) -> torch.Tensor:
-    """Completion tokens in each accumulation window of this process, `(len(batches) / accumulation_steps,)`."""
-    counts = torch.stack([batch["completion_mask"].sum() for batch in batches])
-    return counts.view(-1, accumulation_steps).sum(dim=1)
+def sequences(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and attention mask `(B, P+T)` of prompts with completions, and the bool mask `(B, T)` of what is trained.
 
-
-class ClippedTokens(NamedTuple):
-    """Bool tensors `(B, T)`: where the clip removes the gradient of the long term.
-
-    `by_mixing` holds already for the student that sampled (q_old / mu is outside the range); `by_drift` only since it
-    moved.
+    Tokens of tools and environments (`tool_mask` 0) are attended to, but neither rewarded nor trained.
     """
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).long()
+    mask = batch["completion_mask"].bool()
+    if "tool_mask" in batch:
+        mask = mask & batch["tool_mask"].bool()
+    return input_ids, attention_mask, mask
 
-    by_mixing: torch.Tensor
-    by_drift: torch.Tensor
 
+def deal_rows(num_rows: int, num_steps: int, first_row: int, *key: int) -> torch.Tensor:
+    """Deal rows at random to the optimizer steps of a pass, one of each block of neighbours to each step.
 
-def clipped_tokens(
-    logps: torch.Tensor,
-    student_logps: torch.Tensor,
-    behavior_logps: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    epsilon: float,
-) -> ClippedTokens:
-    """Tell tokens clipped by teacher mixing from tokens clipped by the student's drift.
+    Which rows of the whole buffer make up a step depends on `key` alone: not on the number of processes, which hold a
+    contiguous part each, nor on how the step is cut into micro-batches. Completions of one prompt, which are
+    neighbours, go to different steps.
 
     Args:
-        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student now (q_theta).
-        student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
-        behavior_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the policy that sampled (mu).
-        advantages (`torch.Tensor` of shape `(B, T)`): what the ratio multiplies.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        epsilon (`float`): half-width of the clip range.
-    """
-
-    def is_clipped(numerator: torch.Tensor) -> torch.Tensor:
-        ratio = (numerator - behavior_logps).exp()
-        too_high = (ratio > 1 + epsilon) & (advantages > 0)
-        too_low = (ratio < 1 - epsilon) & (advantages < 0)
-        return (too_high | too_low) & mask
-
-    by_mixing = is_clipped(student_logps)
-    return ClippedTokens(by_mixing, is_clipped(logps) & ~by_mixing)
-
-
-@torch.no_grad()
-def loss_totals(
-    batch: Batch, scores: TokenScores, long_term: torch.Tensor, mask: torch.Tensor, epsilon: float
-) -> torch.Tensor:
-    """What [`loss_metrics`] needs of one process's batch, as one vector, so that one gather serves all metrics.
-
-    Args:
-        batch (`dict` of `torch.Tensor`): see [`MiniLLMTrainer.score_rollouts`].
-        scores ([`TokenScores`]): the student's scores, with reverse KL.
-        long_term (`torch.Tensor` of shape `(B, T)`): per-token long-term loss.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        epsilon (`float`): half-width of the clip range.
-    """
-    behavior_logps = batch["old_per_token_logps"]
-    clipped = clipped_tokens(scores.logps, batch["student_logps"], behavior_logps, batch["advantages"], mask, epsilon)
-    weights = (scores.logps - behavior_logps).masked_fill(~mask, 0.0).exp().masked_fill(~mask, 0.0)
-    totals = [
-        mask.sum(),
-        torch.tensor(len(mask), device=mask.device),
-        *(masked_sum(each, mask) for each in (long_term, scores.reverse_kl, scores.entropy, batch["advantages"])),
-        *(each.sum() for each in clipped),
-        weights.sum(),
-        weights.square().sum(),
-        weights.max(),
-    ]
-    return torch.stack([each.double() for each in totals])
-
-
-def loss_metrics(gathered: torch.Tensor) -> dict[str, float]:
-    """Metrics of one micro-batch over all processes.
-
-    Args:
-        gathered (`torch.Tensor` of shape `(processes, K)`): [`loss_totals`] of every process.
+        num_rows (`int`): rows on this process, a multiple of `num_steps`.
+        num_steps (`int`): optimizer steps of a pass over the buffer.
+        first_row (`int`): number of this process's first row in the whole buffer.
+        key (`int`): of the random numbers, see [`~minillm_trl.sampling.keyed_uniforms`].
 
     Returns:
-        `dict`: means over the real tokens in nats; `objective/reverse_kl` is the sum over a completion's tokens, mean
-        over completions (states from the behavior policy; in evaluation from the student, so an unbiased estimate of
-        the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares).
+        `torch.Tensor` of shape `(num_rows,)`, int64: row numbers on this process, those of the first step first.
     """
-    tokens, sequences, long_term, kl, entropy, advantage, mixing, drift, weights, squares, _ = gathered.sum(0).tolist()
-    tokens = max(tokens, 1.0)
-    return {
-        "objective/long_term": long_term / tokens,
-        "objective/single_step": kl / tokens,
-        "objective/reverse_kl": kl / max(sequences, 1.0),
-        "objective/advantage": advantage / tokens,
-        "entropy": entropy / tokens,
-        "clip_ratio/mixing": mixing / tokens,
-        "clip_ratio/drift": drift / tokens,
-        "importance_weight/mean": weights / tokens,
-        "importance_weight/max": gathered[:, -1].max().item(),
-        "importance_weight/effective_sample_size": weights**2 / (tokens * squares) if squares else 1.0,
-    }
+    first_block = first_row // num_steps
+    dealt = [
+        keyed_uniforms(num_steps, *key, first_block + block).argsort() + block * num_steps
+        for block in range(num_rows // num_steps)
+    ]
+    return torch.from_numpy(np.stack(dealt, axis=1).reshape(-1))
+
+
+def window_token_counts(batches: Sequence[Batch], accumulation_steps: int) -> torch.Tensor:
+    """Trained tokens in each accumulation window of this process, `(len(batches) / accumulation_steps,)`."""
+    counts = torch.stack([sequences(batch)[2].sum() for batch in batches])
+    return counts.view(-1, accumulation_steps).sum(dim=1)

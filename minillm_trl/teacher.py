@@ -13,7 +13,10 @@ _PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' 
 
 
 def load_teacher(
-    teacher_model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, default_dtype: torch.dtype
+    teacher_model: str | PreTrainedModel,
+    init_kwargs: dict[str, Any] | None,
+    default_dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the teacher (or take it as it is), freeze it and switch its dropout off.
 
@@ -21,6 +24,8 @@ def load_teacher(
         teacher_model (`str` or [`~transformers.PreTrainedModel`]): a name on the hub, a folder, or a model.
         init_kwargs (`dict`, *optional*): keyword arguments of `from_pretrained`; only for a name or folder.
         default_dtype (`torch.dtype`): dtype of the weights unless `init_kwargs` has a `dtype`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the weights may run,
+            unless `init_kwargs` says so.
 
     Returns:
         [`~transformers.PreTrainedModel`] in eval mode; none of its parameters requires a gradient.
@@ -31,6 +36,7 @@ def load_teacher(
     if isinstance(teacher_model, str):
         kwargs = copy.copy(init_kwargs) or {}
         kwargs.setdefault("dtype", default_dtype)
+        kwargs.setdefault("trust_remote_code", trust_remote_code)
         teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
     elif init_kwargs:
         raise ValueError(
@@ -144,7 +150,7 @@ def score_teacher(
         states = completion_hidden_states(teacher, ids, attention_mask[part], length)
         by_temperature = {
             temperature: score_hidden_states(
-                states, head, ids[:, -length:], ScoreRequest(mask, temperature), vocab_size
+                states, head, ScoreRequest(ids, attention_mask[part], mask, temperature), vocab_size
             ).logps
             for temperature in set(temperatures)
         }

@@ -8,20 +8,33 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-from .checks import check_arguments, check_rewards
+from .checks import check_arguments, check_model, check_prompt_ids, check_rewards, check_rollout_logps
 from .config import MiniLLMConfig
 from .evaluation.metrics import repeated_ngrams, rouge_l
-from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
-from .masking import reduce_loss
-from .objectives import clipped_policy_gradient_loss, mixture_logps, reward_to_go, token_rewards
-from .rollouts import Batch, loss_metrics, loss_totals, window_token_counts
-from .sampling import keyed_uniforms, sample_prompts
+from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head, completion_hidden_states
+from .language_modeling import LanguageModelingBatches
+from .masking import masked_mean, masked_moments, reduce_loss
+from .objectives import (
+    batch_advantages,
+    clipped_policy_gradient_loss,
+    forward_kl,
+    importance_weights,
+    language_modeling_loss,
+    mixture_logps,
+    reference_kl,
+    reward_to_go,
+    token_rewards,
+    whiten,
+)
+from .rollouts import Batch, deal_rows, sequences, window_token_counts
+from .sampling import sample_prompts
 from .teacher import load_teacher, max_context, score_teacher, shared_vocab_size
+from .training_metrics import Totals, clipped_tokens, corpus_totals, loss_metrics, loss_totals
 
 # First element of the keys of stateless randomness, after the seed
 _TRAIN_TOKENS, _EVAL_TOKENS, _COINS, _ORDER = range(4)
@@ -32,8 +45,7 @@ class MiniLLMTrainer(GRPOTrainer):
 
     A rollout is a GRPO rollout with token-level advantages whose behavior policy is the teacher-student mixture. From
     [`~trl.GRPOTrainer`] come prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and
-    logging; sampling, scoring and the loss are replaced. Tested with TRL 1.16; the private members relied on are
-    pinned in
+    logging; sampling, scoring and the loss are replaced. The private members of TRL relied on are pinned in
     `tests/test_trl_contract.py`.
 
     Per rollout: one generation, one teacher forward (log-probs of the sampled tokens, and hidden states kept for the
@@ -46,8 +58,9 @@ class MiniLLMTrainer(GRPOTrainer):
             The teacher, with the student's tokenizer. It is frozen, put in eval mode and never quantised or wrapped
             for training because the student is.
         reward_funcs (*optional*):
-            Reward functions as in [`~trl.GRPOTrainer`]. Their group-relative advantage is added to the teacher's at
-            every token, so they need `num_generations` > 1.
+            Reward functions as in [`~trl.GRPOTrainer`], weighted among each other by `reward_weights`. Their advantage
+            is added with weight 1 to the teacher's at every token. It is relative to the other completions of the
+            prompt, or of the whole buffer where `num_generations` is 1.
         args ([`MiniLLMConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -56,8 +69,15 @@ class MiniLLMTrainer(GRPOTrainer):
             The same. With a column `references` (list of texts) or `completion` evaluation logs `eval_rouge_l`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of both; loaded from the student's path by default.
-        reward_processing_classes, callbacks, optimizers, peft_config, rollout_func, quantization_config (*optional*):
-            As in [`~trl.GRPOTrainer`].
+        rollout_func (*optional*):
+            As in [`~trl.GRPOTrainer`]. Its `logprobs` are taken as those of the policy that sampled, whatever that
+            is, and its `env_mask` marks with 0 what is neither rewarded nor trained; None stands for samples of the
+            student as it is.
+        lm_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Corpus of the language-modelling loss (the paper's L_PT): a column `text`, or `prompt` and `completion`.
+        reward_processing_classes, callbacks, optimizers, peft_config, quantization_config, tools, environment_factory
+        (*optional*):
+            As in [`~trl.GRPOTrainer`]. What tools and environments answer is neither rewarded nor trained.
 
     Raises:
         ValueError: for a teacher that does not share the student's tokenizer, an LM head that cannot be reproduced,
@@ -93,19 +113,31 @@ class MiniLLMTrainer(GRPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         rollout_func: Callable | None = None,
+        lm_dataset: Dataset | IterableDataset | None = None,
         quantization_config: Any = None,
+        tools: list[Callable] | None = None,
+        environment_factory: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MiniLLMConfig(f"{name.rstrip('/').split('/')[-1]}-MiniLLM")
         check_arguments(
-            model, teacher_model, reward_funcs, args, train_dataset, eval_dataset, processing_class, rollout_func
+            model,
+            teacher_model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            rollout_func,
+            lm_dataset,
+            has_environment=environment_factory is not None,
         )
-        has_reward_funcs = reward_funcs is not None and reward_funcs != []
+        no_reward_funcs = reward_funcs is None or reward_funcs == []
         super().__init__(
             model=model,
             # GRPOTrainer insists on a reward source; ours is the teacher, and this one is dropped below
-            reward_funcs=reward_funcs if has_reward_funcs else _teacher_is_the_reward,
+            reward_funcs=_teacher_is_the_reward if no_reward_funcs else reward_funcs,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -115,36 +147,42 @@ class MiniLLMTrainer(GRPOTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            tools=tools,
             rollout_func=rollout_func,
+            environment_factory=environment_factory,
         )
-        if not has_reward_funcs:
-            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
-        self._check_model()
+        if no_reward_funcs:  # an environment may have added rewards of its own behind it
+            for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del each[0]
+            self.reward_weights = self.reward_weights[1:]
+        check_model(self)
         self._decodes_with_trl = args.use_vllm or bool(args.reshaping_fields())
+        self._turn = 0  # calls of generation within a rollout; tools make it several
+        self._rewards_per_func = torch.empty(0)
 
         mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
         dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
-        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs, dtype)
+        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs, dtype, args.trust_remote_code)
         self.vocab_size = shared_vocab_size(self._student, teacher, self._tokenizer)
         self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.max_context = max_context(self._student, teacher)
         check_head(self._student, "student")
         check_head(teacher, "teacher")
         add_scoring(self._student, self.vocab_size, teacher)
+        if self.ref_model is not None:
+            add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
 
-    def _check_model(self) -> None:
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError("Vision-language students are not supported: the teacher is scored on text alone.")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "
-                "router_aux_loss_coef to 0 in the model's config to train without it."
+        self._lm_window: list[Batch] = []
+        self._lm_batches = None
+        if lm_dataset is not None:
+            self._lm_batches = LanguageModelingBatches(
+                lm_dataset,
+                self._tokenizer,
+                max_length=min(args.lm_max_length, self.max_context or args.lm_max_length),
+                batch_size=args.lm_batch_size or args.per_device_train_batch_size,
+                seed=args.seed,
+                chat_template_kwargs=self.chat_template_kwargs,
             )
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
-        if sharded:
-            raise ValueError("ZeRO-3 and FSDP are not supported yet: use DDP or ZeRO stage 1 or 2.")
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -156,17 +194,7 @@ class MiniLLMTrainer(GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            if len(ids) == 0:
-                raise ValueError(
-                    f"The prompt {prompt!r} has no tokens, so nothing predicts its completion's first token."
-                )
-            if self.max_context is not None and len(ids) + self.max_completion_length > self.max_context:
-                raise ValueError(
-                    f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"models' context of {self.max_context}. Shorten or drop the prompt that begins with "
-                    f"{str(prompt)[:80]!r}, or lower max_completion_length."
-                )
+        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
@@ -177,12 +205,17 @@ class MiniLLMTrainer(GRPOTrainer):
         training = self.model.training
         seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
         if training:
-            keys = [(seed, _TRAIN_TOKENS, step, process * len(prompt_ids) + row) for row in range(len(prompt_ids))]
+            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
+            keys = [(seed, _TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
         else:  # the same numbers at every evaluation, so that curves differ by the student alone
             keys = [
-                (seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), row % self.num_generations_eval)
+                (seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), row % self.num_generations_eval, self._turn)
                 for row, ids in enumerate(prompt_ids)
             ]
+        max_new_tokens = self.max_completion_length
+        if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
+            max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
+        self._turn += 1
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -196,14 +229,14 @@ class MiniLLMTrainer(GRPOTrainer):
                 student,
                 prompt_ids,
                 keys=keys,
-                max_new_tokens=self.max_completion_length,
+                max_new_tokens=max_new_tokens,
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=self._tokenizer.pad_token_id,
                 temperature=self.temperature,
                 batch_size=self.args.sampling_batch_size,
                 teacher=self.teacher_model,
                 alpha=self.args.teacher_mixed_alpha if training else 0.0,
-                coin_key=(seed, _COINS, step, process),
+                coin_key=(seed, _COINS, step, process, self._turn),
                 vocab_size=self.vocab_size,
             )
             student.train(training)
@@ -216,25 +249,22 @@ class MiniLLMTrainer(GRPOTrainer):
     ):
         # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
         mask = attention_mask[:, -logits_to_keep:].bool()
-        scores = self._score_student(input_ids, attention_mask, mask, self.temperature)
+        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
         return scores.logps, scores.entropy, None
 
-    def _score(self, model, input_ids, attention_mask, request: ScoreRequest) -> TokenScores:
+    def _score(self, model, *requests: ScoreRequest) -> list[TokenScores]:
         with self.accelerator.autocast():
-            return model(input_ids=input_ids, attention_mask=attention_mask, score_request=request)
+            return model(score_requests=requests)
 
     @torch.no_grad()
-    def _score_student(self, input_ids, attention_mask, mask, temperature: float) -> TokenScores:
-        """Score under the student as it is now, without dropout, in parts of a training micro-batch."""
-        training = self.model.training
-        self.model.eval()
-        parts = torch.arange(len(input_ids)).split(self.args.per_device_train_batch_size)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            scores = [
-                self._score(self.model, input_ids[part], attention_mask[part], ScoreRequest(mask[part], temperature))
-                for part in parts
-            ]
-        self.model.train(training)
+    def _score_without_gradient(self, model, request: ScoreRequest) -> TokenScores:
+        """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
+        training = model.training
+        model.eval()
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+            parts = zip(*(each.split(self.args.per_device_train_batch_size) for each in request[:3]), strict=True)
+            scores = [self._score(model, ScoreRequest(*part, request.temperature))[0] for part in parts]
+        model.train(training)
         return TokenScores(torch.cat([s.logps for s in scores]), torch.cat([s.entropy for s in scores]), None)
 
     def score_rollouts(
@@ -257,24 +287,28 @@ class MiniLLMTrainer(GRPOTrainer):
         Returns:
             `dict` of tensors for `compute_loss`, all detached: the inputs, `advantages` (return of the teacher's
             rewards, nats), `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is
-            now), all of shape `(B, T)`, and `teacher_hidden_states` of shape `(B, T, H)`.
+            now), `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
+            `(B, T)`, and `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN.
         """
-        if behavior_logps is None:
-            return self._score_rollouts(
-                prompt_ids, prompt_mask, completion_ids, completion_mask, self.args.teacher_mixed_alpha
-            )
-        batch = self._score_rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, alpha=0.0)
-        return {**batch, "old_per_token_logps": behavior_logps.detach()}
+        batch = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": completion_ids,
+            "completion_mask": completion_mask,
+        }
+        return self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
 
     def _score_rollouts(
-        self, prompt_ids, prompt_mask, completion_ids, completion_mask, alpha: float, student_logps=None
+        self,
+        batch: Batch,
+        alpha: float,
+        student_logps: torch.Tensor | None = None,
+        behavior_logps: torch.Tensor | None = None,
     ) -> Batch:
-        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1).long()
-        mask = completion_mask.bool()
+        input_ids, attention_mask, mask = sequences(batch)
         kd_temperature = self.args.kd_temperature or self.temperature
         with self.accelerator.autocast():
             teacher_logps, teacher_kd_logps, teacher_hidden_states = score_teacher(
@@ -286,100 +320,200 @@ class MiniLLMTrainer(GRPOTrainer):
                 vocab_size=self.vocab_size,
                 batch_size=self.args.per_device_train_batch_size,
             )
+        request = ScoreRequest(input_ids, attention_mask, mask, self.temperature)
         if student_logps is None:
-            student_logps = self._score_student(input_ids, attention_mask, mask, self.temperature).logps
+            student_logps = self._score_without_gradient(self.model, request).logps
         student_kd_logps = student_logps
         if kd_temperature != self.temperature:
-            student_kd_logps = self._score_student(input_ids, attention_mask, mask, kd_temperature).logps
-        rewards = token_rewards(teacher_kd_logps, student_kd_logps, mask)
-        check_rewards(rewards, completion_ids, self._tokenizer)
-        advantages = torch.zeros_like(rewards)
-        if self.args.rkl_advantage:
-            advantages = reward_to_go(
-                rewards,
-                mask,
-                gamma=self.args.gamma,
-                include_current=not self.args.single_step_decomposition,
-                length_normalization=self.args.length_normalization,
-            )
+            request = request._replace(temperature=kd_temperature)
+            student_kd_logps = self._score_without_gradient(self.model, request).logps
+        rewards = token_rewards(
+            teacher_kd_logps, student_kd_logps, mask, self.args.reward_scale, self.args.reward_clip
+        )
+        check_rewards(rewards, batch["completion_ids"], self._tokenizer)
+        if behavior_logps is None:
+            behavior_logps = mixture_logps(student_logps, teacher_logps, alpha)
+        long_term_weights, single_step_weights = importance_weights(
+            student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
+        )
         return {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": completion_ids,
-            "completion_mask": completion_mask,
-            "advantages": advantages,
-            "old_per_token_logps": mixture_logps(student_logps, teacher_logps, alpha),
+            **batch,
+            "advantages": self._advantages(rewards, mask),
+            "old_per_token_logps": behavior_logps.detach(),
             "student_logps": student_logps,
+            "long_term_weights": long_term_weights,
+            "single_step_weights": single_step_weights,
             "teacher_hidden_states": teacher_hidden_states,
         }
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        mode = "train" if self.model.training else "eval"
-        output = super()._generate_and_score_completions(inputs)
-        if "tool_mask" in output:
-            raise ValueError(
-                "Rollouts with an env_mask or tools are not supported: every completion token is distilled."
-            )
-        batch = self._score_rollouts(
-            *(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
-            alpha=self.args.teacher_mixed_alpha if mode == "train" else 0.0,
-            student_logps=output.get("old_per_token_logps"),
+    def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if not self.args.rkl_advantage:
+            return torch.zeros_like(rewards)
+        advantages = reward_to_go(
+            rewards,
+            mask,
+            gamma=self.args.gamma,
+            include_current=self.args.include_current_reward,
+            length_normalization=self.args.length_normalization,
+            discounted_length=self.args.discounted_length,
         )
+        if self.args.whiten_advantages == "none":
+            return advantages
+        moments = masked_moments(advantages, mask)
+        if self.args.whiten_advantages == "padding":
+            moments[0] = len(mask) * self.max_completion_length
+        return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        training = self.model.training
+        self._turn = 0
+        output = super()._generate_and_score_completions(inputs)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+        batch = {name: output[name] for name in names if name in output}
+        alpha = self.args.teacher_mixed_alpha if training else 0.0
+        behavior_logps = None
+        if self.rollout_func is not None:
+            alpha = 0.0
+            if not self.use_vllm:  # with vLLM they belong to GRPO's correction of the sampling mismatch
+                behavior_logps = output.get("sampling_per_token_logps")
+                check_rollout_logps(behavior_logps, sequences(batch)[2])
+        batch = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
         if self.reward_funcs:
-            batch["advantages"] = batch["advantages"] + output["advantages"][:, None]
-        else:  # GRPO's metrics of rewards that are not there
-            for name in ("reward", "reward_std", "frac_reward_zero_std"):
-                self._metrics[mode].pop(name, None)
-        if "importance_sampling_ratio" in output:
-            batch["importance_sampling_ratio"] = output["importance_sampling_ratio"]
+            batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
+        names = ("importance_sampling_ratio", "ref_per_token_logps")
+        batch |= {name: output[name] for name in names if name in output}
         self._log_rollouts(inputs, batch)
         return batch
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self.reward_funcs:
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rows = len(prompts) * self.accelerator.num_processes
-        return torch.zeros(rows, 1, device=self.accelerator.device)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+        self._rewards_per_func = rewards
+        return rewards
+
+    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
+        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
+            return group_advantages
+        advantages = batch_advantages(
+            self._rewards_per_func,
+            self.reward_weights.to(self._rewards_per_func.device),
+            scale=self.scale_rewards != "none",
+            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
+        )
+        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
+
+    # Buffer
 
     def _prepare_inputs(self, generation_batch):
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
+        accumulation = self.args.gradient_accumulation_steps
         if self._buffered_inputs is None:  # a resumed run starts at a fresh rollout, in step with the optimizer
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            self._step = self.state.global_step * accumulation
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            noise = keyed_uniforms(len(generation_batch), self.args.seed, _ORDER, self.state.global_step)
-            order = torch.from_numpy(noise.argsort())
-            shuffled = {key: values[order.to(values.device)] for key, values in batch.items()}
-            self._buffered_inputs = self._count_window_tokens(
-                split_tensor_dict(shuffled, self.args.steps_per_generation)
+            order = deal_rows(
+                len(generation_batch),
+                self.args.steps_per_generation // accumulation,
+                self.accelerator.process_index * len(generation_batch),
+                self.args.seed,
+                _ORDER,
+                self.state.global_step,
             )
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
+            self._buffered_inputs = self._count_window_tokens(split_tensor_dict(dealt, self.args.steps_per_generation))
+        batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        if self._lm_batches is None:
+            return batch
+        micro_step = self._step % accumulation
+        if micro_step == 0 or not self._lm_window:
+            self._lm_window = self._load_lm_window()
+        return {**batch, "lm": self._lm_window[micro_step]}
 
     def _count_window_tokens(self, batches: list[Batch]) -> list[Batch]:
         window = self.args.gradient_accumulation_steps
         counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
         return [{**batch, "window_tokens": counts[i // window]} for i, batch in enumerate(batches)]
 
+    def _load_lm_window(self) -> list[Batch]:
+        process, device = self.accelerator.process_index, self.accelerator.device
+        batches = self._lm_batches.window(
+            self.state.global_step, self.args.gradient_accumulation_steps, process, self.accelerator.num_processes
+        )
+        batches = [{name: values.to(device) for name, values in batch.items()} for batch in batches]
+        tokens = self.accelerator.reduce(sum(batch["loss_mask"].sum() for batch in batches), reduction="sum")
+        return [{**batch, "window_tokens": tokens} for batch in batches]
+
     # Loss
 
     def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
-        mask = inputs["completion_mask"].bool()
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).long()
-        request = ScoreRequest(mask, self.temperature, inputs["teacher_hidden_states"], self.args.kd_temperature)
-        scores = self._score(model, input_ids, attention_mask, request)
-        long_term = clipped_policy_gradient_loss(
-            scores.logps, inputs["old_per_token_logps"], inputs["advantages"], mask, self.args.epsilon
+        input_ids, attention_mask, mask = sequences(inputs)
+        requests = [
+            ScoreRequest(
+                input_ids,
+                attention_mask,
+                mask,
+                self.temperature,
+                inputs["teacher_hidden_states"],
+                self.args.kd_temperature,
+            )
+        ]
+        if "lm" in inputs:
+            requests.append(self._lm_request(inputs["lm"]))
+        scores, *lm_scores = self._score(model, *requests)
+        per_token_loss = self._per_token_loss(inputs, scores, mask)
+        loss = reduce_loss(per_token_loss, mask, self._loss_normalizer(inputs, mask))
+        if lm_scores:
+            loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
+        return loss
+
+    def _per_token_loss(self, inputs: Batch, scores: TokenScores, mask: torch.Tensor) -> torch.Tensor:
+        args, advantages = self.args, inputs["advantages"]
+        # the paper's ratio is to the behavior policy; the other weightings clip the drift alone
+        old = "old_per_token_logps" if args.importance_weighting == "token" else "student_logps"
+        clip_range = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "delta": args.delta}
+        weights = inputs["long_term_weights"] * (scores.logps - inputs[old]).masked_fill(~mask, 0.0).exp()
+        long_term = inputs["long_term_weights"] * clipped_policy_gradient_loss(
+            scores.logps, inputs[old], advantages, mask, **clip_range
         )
         if "importance_sampling_ratio" in inputs:  # from vLLM's distribution to the student's
             long_term = long_term * inputs["importance_sampling_ratio"]
-        per_token_loss = long_term
-        if self.args.single_step_decomposition:
-            per_token_loss = per_token_loss + scores.reverse_kl
-        self._log_loss(inputs, scores, long_term, mask)
-        return reduce_loss(per_token_loss, mask, self._loss_normalizer(inputs, mask))
+        single_step = inputs["single_step_weights"] * scores.divergence
+        per_token_loss = long_term + single_step if args.single_step_decomposition else long_term
+        per_token = {
+            "objective/long_term": long_term.detach(),
+            "objective/single_step": scores.divergence.detach(),
+            "objective/advantage": advantages,
+            "entropy": scores.entropy,
+        }
+        if "ref_per_token_logps" in inputs:
+            kl = reference_kl(scores.logps, inputs["ref_per_token_logps"], mask)
+            per_token["kl"] = kl.detach()
+            per_token_loss = per_token_loss + self.beta * (kl * weights if args.use_bias_correction_kl else kl)
+        clipped = clipped_tokens(scores.logps, inputs["student_logps"], inputs[old], advantages, mask, **clip_range)
+        self._log_totals(loss_totals(per_token, clipped, weights, mask))
+        return per_token_loss
+
+    def _lm_request(self, lm: Batch) -> ScoreRequest:
+        request = ScoreRequest(lm["input_ids"], lm["attention_mask"], lm["loss_mask"], divergence=forward_kl)
+        if self.args.lm_kd_ratio == 0.0:
+            return request
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        with torch.no_grad(), self.accelerator.autocast():
+            hidden_states = completion_hidden_states(teacher, *request[:2], request.completion_mask.shape[1])
+        return request._replace(teacher_hidden_states=hidden_states)
+
+    def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
+        per_token = {"objective/lm_cross_entropy": -scores.logps}
+        if scores.divergence is not None:
+            per_token["objective/lm_forward_kl"] = scores.divergence
+        self._log_totals(corpus_totals(per_token, lm["loss_mask"]))
+        per_token_loss = language_modeling_loss(scores.logps, scores.divergence, self.args.lm_kd_ratio)
+        return reduce_loss(per_token_loss, lm["loss_mask"], lm["window_tokens"] / self.accelerator.num_processes)
 
     def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor | float:
         in_window = "window_tokens" in inputs  # otherwise the batch counts as one optimizer step
@@ -390,12 +524,12 @@ class MiniLLMTrainer(GRPOTrainer):
 
     # Metrics
 
-    def _log_loss(self, inputs: Batch, scores: TokenScores, long_term: torch.Tensor, mask: torch.Tensor) -> None:
-        totals = loss_totals(inputs, scores, long_term.detach(), mask, self.args.epsilon)
-        self._log(loss_metrics(self.accelerator.gather(totals[None])))
+    def _log_totals(self, totals: Totals) -> None:
+        self._log(loss_metrics(totals.names, self.accelerator.gather(totals.values[None])))
 
     def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
-        mask = batch["completion_mask"].bool()
+        mode = "train" if self.model.training else "eval"
+        _, _, mask = sequences(batch)
         ids = [row[real].tolist() for row, real in zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)]
         values = {
             "rollout/eos_rate": [float(bool(row) and row[-1] in self.eos_token_ids) for row in ids],
@@ -408,6 +542,18 @@ class MiniLLMTrainer(GRPOTrainer):
         local = torch.tensor(list(values.values()), device=self.accelerator.device).mean(dim=1)
         means = self.accelerator.gather(local[None]).mean(dim=0).tolist()
         self._log(dict(zip(values, means, strict=True)))
+
+        # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
+        if not self.reward_funcs:
+            self._metrics[mode].pop("reward", None)
+            self._metrics[mode].pop("reward_std", None)
+        if not self.reward_funcs or (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)
+        advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
 
     def _log(self, metrics: dict[str, float]) -> None:
         mode = "train" if self.model.training else "eval"

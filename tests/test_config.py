@@ -40,6 +40,16 @@ def test_defaults_are_the_paper_s(tmp_path):
         ({"max_completion_length": 0}, "max_completion_length must be positive"),
         ({"loss_reduction": "mean"}, "loss_reduction must be one of"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "must be a multiple of gradient_accumulation"),
+        ({"beta": -0.1}, "beta must not be negative, got -0.1"),
+        ({"delta": 1.1}, "delta must be above the clip range, which ends at 1.2, got 1.1"),
+        ({"reward_scale": 0.0}, "reward_scale must be positive, got 0.0"),
+        ({"reward_clip": -1.0}, "reward_clip must be positive"),
+        ({"whiten_advantages": "rows"}, "whiten_advantages must be one of"),
+        ({"importance_weighting": "exact"}, "importance_weighting must be one of"),
+        ({"importance_weight_cap": 2.0}, "importance_weight_cap=2.0 has no effect on importance_weighting='token'"),
+        ({"lm_coef": 0.0}, "lm_coef must be positive, got 0.0"),
+        ({"lm_kd_ratio": 1.5}, r"lm_kd_ratio must lie in \[0, 1\], got 1.5"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=True would split a rollout's prompts"),
         ({"use_vllm": True}, "use_vllm=True cannot sample from the teacher-student mixture"),
     ],
 )
@@ -71,22 +81,32 @@ def test_reshaped_sampling_is_refused_with_mixing_only(tmp_path, name: str, valu
 
 REFUSED = {
     "loss_type": "grpo",
-    "delta": 1.5,
-    "epsilon_high": 0.3,
+    "sapo_temperature_neg": 2.0,
+    "sapo_temperature_pos": 2.0,
+    "vespo_k_pos": 1.0,
+    "vespo_lambda_pos": 1.0,
+    "vespo_k_neg": 1.0,
+    "vespo_lambda_neg": 1.0,
     "importance_sampling_level": "sequence",
-    "beta": 0.1,
-    "sync_ref_model": True,
     "top_entropy_quantile": 0.5,
     "entropy_coef": 0.1,
     "use_adaptive_entropy": True,
+    "entropy_coef_min": 0.1,
+    "entropy_coef_max": 0.1,
+    "entropy_coef_delta": 0.1,
+    "entropy_target": 0.1,
     "off_policy_mask_threshold": 0.5,
     "mask_truncated_completions": True,
     "cast_lm_head_to_fp32": True,
     "use_liger_kernel": True,
     "use_transformers_continuous_batching": True,
     "use_transformers_paged": True,
+    "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
     "router_aux_loss_coef": 0.1,
     "pad_to_multiple_of": 8,
+    "neftune_noise_alpha": 5.0,
+    "label_smoothing_factor": 0.1,
+    "torch_compile": True,
 }
 
 
@@ -100,6 +120,17 @@ def test_all_refused_fields_are_covered_and_exist():
 def test_field_without_meaning_is_refused_with_a_reason(tmp_path, name: str, value):
     with pytest.raises(ValueError, match=r"is not supported by MiniLLM: .+ Leave it at"):
         make(tmp_path, **{name: value})
+
+
+def test_return_includes_the_current_reward_where_the_single_step_does_not(tmp_path):
+    assert not make(tmp_path).include_current_reward
+    assert make(tmp_path, single_step_decomposition=False).include_current_reward
+    assert make(tmp_path, include_current_reward=True).include_current_reward
+
+
+def test_whitening_may_be_a_bool(tmp_path):
+    assert make(tmp_path, whiten_advantages=True).whiten_advantages == "tokens"
+    assert make(tmp_path, whiten_advantages=False).whiten_advantages == "none"
 
 
 def test_dict_fields_are_parsed_from_json(tmp_path):

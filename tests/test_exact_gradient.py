@@ -33,6 +33,7 @@ def expected_gradient(
     mask: torch.Tensor | None = None,
     kl=objectives.reverse_kl,
     epsilon: float = float("inf"),
+    cap: float | None = None,
     **return_options,
 ) -> torch.Tensor:
     """Gradient of E_{y ~ mu}[sum_t loss_t] for the loss that the objectives make."""
@@ -42,18 +43,15 @@ def expected_gradient(
     behavior_logps = objectives.mixture_logps(logps.detach(), teacher_logps, alpha)
     rewards = objectives.token_rewards(teacher_logps, logps, mask)
     returns = objectives.reward_to_go(rewards, mask, **{"length_normalization": False, **return_options})
-    log_weights = (logps.detach() - behavior_logps).masked_fill(~problem.mask, 0.0)
-    weights = {
-        "token": torch.ones_like(logps),  # the ratio in the policy gradient loss is the weight
-        "prefix": (log_weights.cumsum(1) - log_weights).exp(),
-        "sequence": (log_weights.sum(1, keepdim=True) - log_weights).exp(),
-    }[weighting]
+    long_weights, single_weights = objectives.importance_weights(logps, behavior_logps, problem.mask, weighting, cap)
+    old_logps = behavior_logps if weighting == "token" else logps.detach()
     loss = torch.zeros_like(logps)
     if long_term:
-        loss = loss + weights * objectives.clipped_policy_gradient_loss(logps, behavior_logps, returns, mask, epsilon)
+        loss = loss + long_weights * objectives.clipped_policy_gradient_loss(logps, old_logps, returns, mask, epsilon)
     if single_step:
-        token_weight = log_weights.exp() if weight_single_step or weighting != "token" else 1.0
-        loss = loss + weights * token_weight * kl(problem.log_probs(student), problem.log_probs(teacher))
+        if weight_single_step:
+            single_weights = (logps.detach() - behavior_logps).exp()
+        loss = loss + single_weights * kl(problem.log_probs(student), problem.log_probs(teacher))
     mu = behavior_logps.masked_fill(~problem.mask, 0.0).sum(dim=1).exp()
     total = (mu[:, None] * loss).masked_fill(~mask, 0.0).sum()
     return torch.autograd.grad(total, student)[0]
@@ -72,6 +70,11 @@ def test_completions_probabilities_sum_to_one(problem: Tabular):
         pytest.param({}, id="single step and future return"),
         pytest.param({"single_step": False, "include_current": True}, id="full return alone"),
         pytest.param({"alpha": 0.2, "weighting": "sequence"}, id="mixing with sequence weights"),
+        pytest.param({"alpha": 0.2, "weighting": "sequence", "epsilon": 0.2}, id="clipping the drift alone"),
+        pytest.param(
+            {"alpha": 0.7, "weighting": "sequence", "single_step": False, "include_current": True},
+            id="sequence weights on the full return",
+        ),
     ],
 )
 def test_expected_gradient_is_that_of_the_reverse_kl(problem: Tabular, options: dict):
@@ -82,6 +85,14 @@ def test_expected_gradient_is_that_of_the_reverse_kl(problem: Tabular, options: 
 def test_truncated_weights_under_mixing_have_their_known_bias(weighting: str, error: float):
     actual = expected_gradient(FIXED, alpha=0.2, weighting=weighting)
     assert relative_error(actual, exact_gradient(FIXED)) == pytest.approx(error, abs=0.001)
+
+
+def test_decoupled_weights_have_the_expectation_of_the_token_ratio():
+    options = {"alpha": 0.2, "epsilon": float("inf")}
+    plain, decoupled = (
+        expected_gradient(FIXED, weighting=weighting, **options) for weighting in ("token", "decoupled")
+    )
+    assert relative_error(decoupled, plain) < 1e-9
 
 
 @both
@@ -118,6 +129,7 @@ def test_missing_or_double_rewards_have_their_known_error(broken: dict, error: f
         pytest.param({"gamma": 0.5}, id="discounted"),
         pytest.param({"length_normalization": True}, id="length-normalised"),
         pytest.param({"epsilon": 0.2, "alpha": 0.2}, id="clipped and mixed"),
+        pytest.param({"alpha": 0.2, "weighting": "sequence", "cap": 1.0}, id="capped weights"),
     ],
 )
 def test_broken_or_biased_variants_are_told_apart(broken: dict):

@@ -15,7 +15,7 @@ from minillm_trl.fused_head import (
     position_ids,
     score_hidden_states,
 )
-from minillm_trl.objectives import reverse_kl
+from minillm_trl.objectives import forward_kl, reverse_kl
 
 
 def make_head(width: int, vocab: int, bias: bool, softcap: float | None, scale: float = 1.0) -> LMHead:
@@ -27,11 +27,16 @@ def make_head(width: int, vocab: int, bias: bool, softcap: float | None, scale: 
 
 @pytest.mark.parametrize("chunk_elements", [1, 60, 2**23], ids=["a token a chunk", "odd chunks", "one chunk"])
 @pytest.mark.parametrize(
-    ("bias", "softcap", "scale", "kd_temperature"),
-    [(False, None, 1.0, None), (True, 5.0, 0.5, None), (True, None, 1.0, 2.5)],
+    ("bias", "softcap", "scale", "kd_temperature", "divergence"),
+    [
+        (False, None, 1.0, None, reverse_kl),
+        (True, 5.0, 0.5, None, reverse_kl),
+        (True, None, 1.0, 2.5, reverse_kl),
+        (True, 5.0, 1.0, None, forward_kl),
+    ],
 )
 def test_values_and_gradients_equal_the_plain_formulas(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: bool, softcap, scale: float, kd_temperature
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: bool, softcap, scale: float, kd_temperature, divergence
 ):
     torch.manual_seed(0)
     monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", chunk_elements)
@@ -41,8 +46,8 @@ def test_values_and_gradients_equal_the_plain_formulas(
     teacher_hidden = torch.randn(rows, length, 9, dtype=torch.float64)
     ids = torch.randint(shared, (rows, length))
     mask = torch.rand(rows, length) < 0.7
-    request = ScoreRequest(mask, temperature, teacher_hidden, kd_temperature)
-    scores = score_hidden_states(hidden, head, ids, request, shared, teacher_head)
+    request = ScoreRequest(ids, mask, mask, temperature, teacher_hidden, kd_temperature, divergence)
+    scores = score_hidden_states(hidden, head, request, shared, teacher_head)
 
     logits = scale * (hidden @ head.weight[:shared].T + (head.bias[:shared] if bias else 0.0))
     teacher_logits = scale * (teacher_hidden @ teacher_head.weight.T + (teacher_head.bias if bias else 0.0))
@@ -50,13 +55,13 @@ def test_values_and_gradients_equal_the_plain_formulas(
         logits, teacher_logits = (softcap * torch.tanh(each / softcap) for each in (logits, teacher_logits))
     log_probs = torch.log_softmax(logits / temperature, -1)
     kd = kd_temperature or temperature
-    kl = reverse_kl(torch.log_softmax(logits / kd, -1), torch.log_softmax(teacher_logits / kd, -1))
+    kl = divergence(torch.log_softmax(logits / kd, -1), torch.log_softmax(teacher_logits / kd, -1))
     expected = {
         "logps": log_probs.gather(2, ids[..., None]).squeeze(2),
         "entropy": -(log_probs.exp() * log_probs).sum(-1),
-        "reverse_kl": kl,
+        "divergence": kl,
     }
-    weights = {name: torch.randn(rows, length, dtype=torch.float64) for name in ("logps", "reverse_kl")}
+    weights = {name: torch.randn(rows, length, dtype=torch.float64) for name in ("logps", "divergence")}
     for name, value in expected.items():
         torch.testing.assert_close(getattr(scores, name), value.masked_fill(~mask, 0.0))
     inputs = [hidden, head.weight, *([head.bias] if bias else [])]
@@ -72,8 +77,8 @@ def test_values_and_gradients_equal_the_plain_formulas(
 def test_batch_without_tokens_scores_zero_and_stays_connected():
     head = make_head(4, 6, False, None)
     hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    request = ScoreRequest(torch.zeros(2, 3, dtype=torch.bool))
-    scores = score_hidden_states(hidden, head, torch.zeros(2, 3, dtype=torch.long), request, 6)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    scores = score_hidden_states(hidden, head, ScoreRequest(ids, ids, ids.bool()), 6)
     assert scores.logps.abs().sum() == 0
     gradient = torch.autograd.grad(scores.logps.sum(), [hidden, head.weight])
     assert all(each.abs().sum() == 0 for each in gradient)
@@ -89,8 +94,7 @@ def test_log_probs_do_not_depend_on_padding(family: str):
     for padding in (0, 1, 6):
         ids = torch.tensor([[1] * padding + prompt + completion + [1, 1]])
         mask = torch.tensor([[0] * padding + [1] * 7 + [0, 0]])
-        request = ScoreRequest(mask[:, -6:].bool())
-        scores = model(input_ids=ids, attention_mask=mask, score_request=request)
+        (scores,) = model(score_requests=[ScoreRequest(ids, mask, mask[:, -6:].bool())])
         torch.testing.assert_close(scores.logps[0, :4], expected, rtol=1e-5, atol=1e-5)
         assert scores.logps[0, 4:].tolist() == [0.0, 0.0]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm_trl import objectives
-from minillm_trl.masking import completion_mask, masked_mean, masked_sum, reduce_loss
+from minillm_trl.masking import completion_mask, masked_mean, masked_moments, masked_sum, reduce_loss
 
 MASK = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
 NAN = float("nan")
@@ -24,6 +24,11 @@ class TestRewardToGo:
             ({"include_current": True}, [[2.5, 3, 3.5, 4, 0], [5.5, 6, 0, 0, 0]]),
             ({"gamma": 0.5, "length_normalization": False}, [[4.5, 5, 4, 0, 0], [6, 0, 0, 0, 0]]),
             ({"gamma": 0.5}, [[4.5 / 1.75, 5 / 1.5, 4, 0, 0], [6, 0, 0, 0, 0]]),
+            ({"gamma": 0.5, "discounted_length": False}, [[4.5 / 3, 5 / 2, 4, 0, 0], [6, 0, 0, 0, 0]]),
+            (
+                {"gamma": 0.5, "discounted_length": False, "include_current": True},
+                [[3.25 / 4, 4.5 / 3, 5 / 2, 4, 0], [8 / 2, 6, 0, 0, 0]],
+            ),
             ({"gamma": 0.0}, [[2, 3, 4, 0, 0], [6, 0, 0, 0, 0]]),
             ({"gamma": 0.0, "include_current": True}, [[1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]),
         ],
@@ -64,6 +69,114 @@ class TestTokenRewards:
         teacher = torch.tensor([[-math.inf, -math.inf]])
         rewards = objectives.token_rewards(teacher, torch.tensor([[-1.0, -1.0]]), torch.tensor([[True, False]]))
         assert rewards.tolist() == [[-math.inf, 0.0]]
+
+    def test_scale_divides_and_clip_bounds_what_was_scaled(self):
+        teacher, student = torch.tensor([[1.0, -3.0, 9.0]]), torch.zeros(1, 3)
+        rewards = objectives.token_rewards(teacher, student, torch.ones(1, 3, dtype=torch.bool), scale=0.5, clip=5.0)
+        assert rewards.tolist() == [[2.0, -5.0, 5.0]]
+
+    @pytest.mark.parametrize("options", [{"scale": 0.0}, {"clip": 0.0}])
+    def test_scale_and_clip_of_zero_are_refused(self, options: dict):
+        one = torch.ones(1, 1)
+        with pytest.raises(ValueError, match="scale and clip must be positive"):
+            objectives.token_rewards(one, one, one.bool(), **options)
+
+
+class TestImportanceWeights:
+    STUDENT = torch.tensor([[0.5, 0.2, 0.8, 0.3]]).log()
+    BEHAVIOR = torch.tensor([[0.4, 0.4, 0.5, 0.9]]).log()
+    MASK = torch.tensor([[True, True, True, False]])  # w = 1.25, 0.5, 1.6
+
+    @pytest.mark.parametrize(
+        ("level", "long_term", "single_step"),
+        [
+            ("token", [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+            ("decoupled", [1.25, 0.5, 1.6], [1.0, 1.0, 1.0]),
+            ("prefix", [1.25, 0.625, 1.0], [1.0, 1.25, 0.625]),
+            ("sequence", [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+        ],
+    )
+    def test_values_are_the_products_of_the_table(self, level: str, long_term: list, single_step: list):
+        actual = objectives.importance_weights(self.STUDENT, self.BEHAVIOR, self.MASK, level)
+        for weights, expected in zip(actual, (long_term, single_step), strict=True):
+            torch.testing.assert_close(weights[:, :3], torch.tensor([expected]))
+            assert not weights.requires_grad
+
+    def test_sequence_weight_leaves_padding_out(self):
+        mask = torch.tensor([[True, True, False, False]])
+        weights, _ = objectives.importance_weights(self.STUDENT, self.BEHAVIOR, mask, "sequence")
+        torch.testing.assert_close(weights, torch.full((1, 4), 0.625))
+
+    def test_cap_bounds_the_product(self):
+        weights, single = objectives.importance_weights(self.STUDENT, self.BEHAVIOR, self.MASK, "prefix", cap=0.9)
+        torch.testing.assert_close(weights[:, :3], torch.tensor([[0.9, 0.625, 0.9]]))
+        torch.testing.assert_close(single[:, :3], torch.tensor([[0.9, 0.9, 0.625]]))
+
+    def test_long_products_are_formed_in_double_precision(self):
+        student = torch.tensor([[0.5] * 2000 + [-0.5] * 2000])  # e^1000 on the way
+        weights, _ = objectives.importance_weights(
+            student, torch.zeros_like(student), torch.ones_like(student).bool(), "sequence"
+        )
+        torch.testing.assert_close(weights, torch.ones_like(student))
+
+    @pytest.mark.parametrize(("level", "cap"), [("exact", None), ("prefix", 0.0)])
+    def test_unknown_level_and_cap_of_zero_are_refused(self, level: str, cap):
+        with pytest.raises(ValueError, match="must be"):
+            objectives.importance_weights(self.STUDENT, self.BEHAVIOR, self.MASK, level, cap)
+
+
+class TestWhiten:
+    VALUES = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
+    MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+    def test_mean_and_variance_are_those_of_the_tokens(self):
+        whitened = objectives.whiten(self.VALUES, self.MASK, masked_moments(self.VALUES, self.MASK))
+        expected = (torch.tensor([1.0, 2.0, 6.0]) - 3.0) / math.sqrt((4 + 1 + 9) / 3)
+        torch.testing.assert_close(whitened[self.MASK], expected)
+        assert (whitened[~self.MASK] == 0).all()
+
+    def test_surplus_count_stands_for_zeros(self):
+        moments = masked_moments(self.VALUES, self.MASK)
+        moments[0] = 10
+        padded = torch.tensor([1.0, 2.0, 6.0] + [0.0] * 7)
+        expected = (padded - padded.mean()) / padded.std(correction=0)
+        torch.testing.assert_close(objectives.whiten(self.VALUES, self.MASK, moments)[self.MASK], expected[:3])
+
+    def test_moments_of_processes_add_up(self):
+        parts = [masked_moments(self.VALUES[i : i + 1], self.MASK[i : i + 1]) for i in range(2)]
+        torch.testing.assert_close(sum(parts), masked_moments(self.VALUES, self.MASK))
+
+    def test_equal_values_become_zero(self):
+        values = torch.full((2, 3), 0.1)
+        mask = torch.ones(2, 3, dtype=torch.bool)
+        whitened = objectives.whiten(values, mask, masked_moments(values, mask))
+        assert whitened.abs().max() < 1e-3
+
+
+class TestBatchAdvantages:
+    REWARDS = torch.tensor([[1.0, 10.0], [3.0, NAN], [NAN, NAN], [5.0, 30.0]])
+    WEIGHTS = torch.tensor([1.0, 0.1])
+
+    def test_rewards_are_weighed_added_and_compared_with_the_batch(self):
+        advantages = objectives.batch_advantages(self.REWARDS, self.WEIGHTS, scale=False)
+        totals = torch.tensor([2.0, 3.0, 8.0])
+        torch.testing.assert_close(advantages[[0, 1, 3]], totals - totals.mean())
+        assert advantages[2] == 0.0
+
+    def test_scaling_divides_by_the_standard_deviation(self):
+        advantages = objectives.batch_advantages(self.REWARDS, self.WEIGHTS)
+        totals = torch.tensor([2.0, 3.0, 8.0])
+        torch.testing.assert_close(advantages[[0, 1, 3]], (totals - totals.mean()) / (totals.std() + 1e-4))
+
+    def test_each_function_may_be_normalised_first(self):
+        rewards = torch.tensor([[1.0, 100.0], [2.0, 300.0], [6.0, 200.0]])
+        each = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-4)
+        total = (each * self.WEIGHTS).sum(1)
+        expected = (total - total.mean()) / (total.std() + 1e-4)
+        torch.testing.assert_close(objectives.batch_advantages(rewards, self.WEIGHTS, normalize_each=True), expected)
+
+    def test_single_completion_has_no_advantage(self):
+        assert objectives.batch_advantages(torch.tensor([[3.0]]), torch.ones(1)).tolist() == [0.0]
 
 
 class TestMixtureLogps:
@@ -121,6 +234,24 @@ class TestClippedPolicyGradientLoss:
         assert values.tolist() == [[-1.0, 0.0, 0.0]]
         assert torch.autograd.grad(values.sum(), logps)[0].tolist() == [[-1.0, 0.0, 0.0]]
 
+    def test_upper_half_of_the_range_may_be_another(self):
+        logps = torch.tensor([[1.5, 1.5]]).log()
+        old, advantages, mask = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+        loss = objectives.clipped_policy_gradient_loss(logps, old, advantages, mask, 0.2, epsilon_high=0.4)
+        torch.testing.assert_close(loss, torch.tensor([[-1.4, 1.5]]))
+
+    def test_delta_bounds_the_ratio_at_negative_advantages(self):
+        logps = torch.tensor([[9.0, 9.0]]).log().requires_grad_()
+        old, advantages, mask = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+        loss = objectives.clipped_policy_gradient_loss(logps, old, advantages, mask, 0.2, delta=3.0)
+        torch.testing.assert_close(loss, torch.tensor([[-1.2, 3.0]]))
+        assert torch.autograd.grad(loss.sum(), logps)[0].tolist() == [[0.0, 0.0]]
+
+    def test_delta_inside_the_range_is_refused(self):
+        one = torch.ones(1, 1)
+        with pytest.raises(ValueError, match="delta must be above"):
+            objectives.clipped_policy_gradient_loss(one, one, one, one.bool(), 0.2, delta=1.2)
+
     def test_epsilon_of_zero_is_refused(self):
         one = torch.ones(1, 1)
         with pytest.raises(ValueError, match="epsilon must be positive"):
@@ -152,6 +283,54 @@ class TestReverseKL:
         log_probs = torch.log_softmax(logits, 0)
         gradient = torch.autograd.grad(objectives.reverse_kl(log_probs, log_probs), logits)[0]
         assert gradient.abs().max() < 1e-15
+
+
+class TestForwardKL:
+    def test_value_equals_the_sum_by_hand(self):
+        student, teacher = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+        expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+        assert objectives.forward_kl(student.log(), teacher.log()).item() == pytest.approx(expected)
+
+    def test_gradient_is_that_of_the_cross_entropy_to_the_teacher(self):
+        logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        teacher = torch.softmax(torch.randn(5, dtype=torch.float64), 0)
+        log_probs = torch.log_softmax(logits, 0)
+        actual = torch.autograd.grad(objectives.forward_kl(log_probs, teacher.log()), logits, retain_graph=True)[0]
+        expected = torch.autograd.grad(-(teacher * log_probs).sum(), logits)[0]
+        torch.testing.assert_close(actual, expected)
+
+    def test_tokens_without_teacher_mass_add_nothing(self):
+        student = torch.tensor([0.5, 0.5]).log().requires_grad_()
+        value = objectives.forward_kl(student, torch.tensor([0.0, -math.inf]))
+        assert value.item() == pytest.approx(math.log(2))
+        assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+class TestReferenceKL:
+    def test_expectation_under_the_student_is_the_kl(self):
+        student, reference = (torch.softmax(torch.randn(7, dtype=torch.float64), 0) for _ in range(2))
+        estimates = objectives.reference_kl(student.log(), reference.log(), torch.ones(7, dtype=torch.bool))
+        assert (estimates >= 0).all()
+        expected = (student * (student / reference).log()).sum()
+        assert (student * estimates).sum().item() == pytest.approx(expected.item())
+
+    def test_padding_has_neither_value_nor_gradient(self):
+        logps = torch.tensor([[0.0, NAN]], requires_grad=True)
+        value = objectives.reference_kl(logps, torch.tensor([[0.1, NAN]]), torch.tensor([[True, False]]))
+        assert value[0, 1] == 0.0
+        assert torch.autograd.grad(value.sum(), logps)[0].isfinite().all()
+
+
+class TestLanguageModelingLoss:
+    def test_share_of_the_divergence_is_the_ratio(self):
+        logps, kl = torch.tensor([-2.0]), torch.tensor([1.0])
+        assert objectives.language_modeling_loss(logps).item() == 2.0
+        assert objectives.language_modeling_loss(logps, kl, 0.25).item() == 1.75
+
+    @pytest.mark.parametrize(("ratio", "message"), [(1.5, "must lie in"), (0.5, "needs forward_kl")])
+    def test_ratio_without_meaning_is_refused(self, ratio: float, message: str):
+        with pytest.raises(ValueError, match=message):
+            objectives.language_modeling_loss(torch.zeros(1), None, ratio)
 
 
 class TestMasking:

@@ -1,5 +1,7 @@
 """The trainer's own loss on every completion of a tiny model: its expected gradient, and what leaves it unchanged."""
 
+import functools
+
 import pytest
 import torch
 from conftest import build_model
@@ -102,13 +104,19 @@ def test_expected_gradient_without_single_step_is_that_of_the_reverse_kl(tmp_pat
     assert relative_error(expected_gradient(trainer), exact_gradient(trainer)) < 1e-9
 
 
+def test_sequence_weights_make_the_gradient_under_mixing_exact(tmp_path):
+    trainer = build_trainer(tmp_path, teacher_mixed_alpha=0.2, importance_weighting="sequence")
+    assert relative_error(expected_gradient(trainer, 0.2), exact_gradient(trainer)) < 1e-9
+
+
 def swapped_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
     return (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum(dim=-1)
 
 
 def test_forward_kl_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):
     trainer = build_trainer(tmp_path, epsilon=100.0)
-    monkeypatch.setattr(minillm_trl.fused_head, "reverse_kl", swapped_kl)
+    request = functools.partial(minillm_trl.fused_head.ScoreRequest, divergence=swapped_kl)
+    monkeypatch.setattr(minillm_trl.trainer, "ScoreRequest", request)
     assert relative_error(expected_gradient(trainer), exact_gradient(trainer)) > 1e-3
 
 

@@ -54,10 +54,8 @@ def completion_reverse_kl(
             mask[i, first : first + len(tokens)] = True
         ids, mask = ids.to(device), mask.to(device)
         states, teacher_states = (completion_hidden_states(model, ids, mask, width) for model in (student, teacher))
-        request = ScoreRequest(mask[:, -width:], temperature, teacher_states)
-        scores = score_hidden_states(
-            states, LMHead.of(student), ids[:, -width:], request, vocab_size, LMHead.of(teacher)
-        )
-        for row, total in zip(rows, scores.reverse_kl.sum(dim=1).tolist(), strict=True):
+        request = ScoreRequest(ids, mask, mask[:, -width:], temperature, teacher_states)
+        scores = score_hidden_states(states, LMHead.of(student), request, vocab_size, LMHead.of(teacher))
+        for row, total in zip(rows, scores.divergence.sum(dim=1).tolist(), strict=True):
             result[row] = total
     return result

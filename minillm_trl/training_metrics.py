@@ -1,0 +1,117 @@
+"""Numbers that describe what the loss does with a batch of rollouts. `docs/metrics.md` explains each."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from .masking import masked_sum
+
+_MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
+    f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
+)
+
+
+class ClippedTokens(NamedTuple):
+    """Bool tensors `(B, T)`: where the clip removes the gradient of the long term.
+
+    `by_mixing` holds already for the student that sampled (q_old / mu is outside the range); `by_drift` only since it
+    moved.
+    """
+
+    by_mixing: torch.Tensor
+    by_drift: torch.Tensor
+
+
+def clipped_tokens(
+    logps: torch.Tensor,
+    student_logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    epsilon: float,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+) -> ClippedTokens:
+    """Tell tokens clipped by teacher mixing from tokens clipped by the student's drift.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student now (q_theta).
+        student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
+        old_logps (`torch.Tensor` of shape `(B, T)`): log-probs that the clipped ratio is relative to: mu's, or q_old's
+            where the weights are decoupled, so that nothing is clipped by mixing.
+        advantages (`torch.Tensor` of shape `(B, T)`): what the ratio multiplies.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        epsilon, epsilon_high, delta (`float`): of the clip range, see
+            [`~minillm_trl.objectives.clipped_policy_gradient_loss`].
+    """
+    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
+    bound = torch.inf if delta is None else delta
+
+    def is_clipped(numerator: torch.Tensor) -> torch.Tensor:
+        ratio = (numerator - old_logps).exp()
+        positive = (ratio > high) & (advantages > 0)
+        negative = ((ratio < 1 - epsilon) | (ratio > bound)) & (advantages < 0)
+        return (positive | negative) & mask
+
+    by_mixing = is_clipped(student_logps)
+    return ClippedTokens(by_mixing, is_clipped(logps) & ~by_mixing)
+
+
+class Totals(NamedTuple):
+    """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them."""
+
+    names: list[str]
+    values: torch.Tensor
+
+
+@torch.no_grad()
+def loss_totals(
+    per_token: Mapping[str, torch.Tensor], clipped: ClippedTokens, weights: torch.Tensor, mask: torch.Tensor
+) -> Totals:
+    """What [`loss_metrics`] needs of one process's batch.
+
+    Args:
+        per_token (`Mapping[str, torch.Tensor]`): tensors of shape `(B, T)` whose mean over tokens is logged.
+        clipped ([`ClippedTokens`]): where the clip removes the gradient.
+        weights (`torch.Tensor` of shape `(B, T)`): what multiplies the advantage of each token, before clipping.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+    """
+    tokens, rows = mask.sum().double(), torch.tensor(float(len(mask)), device=mask.device, dtype=torch.float64)
+    sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
+    if "objective/single_step" in sums:
+        sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
+    sums["clip_ratio/mixing"] = (clipped.by_mixing.sum(), tokens)
+    sums["clip_ratio/drift"] = (clipped.by_drift.sum(), tokens)
+    weights = weights.double().masked_fill(~mask, 0.0)
+    sums[_MEAN] = (weights.sum(), tokens)
+    sums[_MEAN_SQUARE] = (weights.square().sum(), tokens)
+    sums[_MAX] = (weights.max(), tokens)
+    return Totals(list(sums), torch.stack([torch.stack([n.double(), d]) for n, d in sums.values()]))
+
+
+def corpus_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
+    """The same for a batch of the corpus of L_PT: tensors of shape `(B, L)` by name, and where a token counts."""
+    sums = [torch.stack([masked_sum(values.detach().double(), mask), mask.sum()]) for values in per_token.values()]
+    return Totals(list(per_token), torch.stack(sums))
+
+
+def loss_metrics(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
+    """Metrics of one micro-batch over all processes.
+
+    Args:
+        names (`list[str]`): of [`Totals`].
+        gathered (`torch.Tensor` of shape `(processes, K, 2)`): values of [`Totals`] of every process.
+
+    Returns:
+        `dict`: means over the tokens in nats; `objective/reverse_kl` is the sum over a completion's tokens, mean over
+        completions (states from the behavior policy; in evaluation from the student, so an unbiased estimate of the
+        objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares).
+    """
+    numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
+    metrics = dict(zip(names, (numerators / denominators.clamp(min=1.0)).tolist(), strict=True))
+    if _MAX in metrics:
+        metrics[_MAX] = gathered[:, names.index(_MAX), 0].max().item()
+        mean_square = metrics.pop(_MEAN_SQUARE)
+        metrics[_SHARE] = metrics[_MEAN] ** 2 / mean_square if mean_square else 1.0
+    return metrics
