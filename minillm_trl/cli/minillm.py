@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import MiniLLMConfig
-from ..data import check_prompt_lengths, unique_prompts
+from ..data import check_prompt_lengths, load_corpus, unique_prompts
 from ..teacher import check_same_tokenizer
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, Parser, make_parser, parse
@@ -23,19 +23,54 @@ class TeacherArguments:
     teacher_model_name_or_path: str = field(metadata={"help": "Name or folder of the teacher model."})
 
 
+@dataclass
+class CorpusArguments:
+    """The corpus of the language-modelling loss (the paper's L_PT); `lm_coef` and others weigh it."""
+
+    lm_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .txt or .txt.gz file with a document a line, or any source of `dataset`, with a column of text "
+            "or with prompts and completions. None leaves the loss out."
+        },
+    )
+    lm_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    lm_dataset_split: str = field(default="train", metadata={"help": "Split of the corpus."})
+    lm_text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    lm_streaming: bool = field(
+        default=False, metadata={"help": "Read a dataset on the hub while training instead of downloading it first."}
+    )
+    lm_max_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+
+    def load(self) -> Dataset | IterableDataset | None:
+        """Load and check the corpus, if one is named."""
+        if self.lm_dataset is None:
+            return None
+        return load_corpus(
+            self.lm_dataset,
+            split=self.lm_dataset_split,
+            text_column=self.lm_text_column,
+            streaming=self.lm_streaming,
+            max_rows=self.lm_max_rows,
+            dataset_config=self.lm_dataset_config,
+        )
+
+
 def build_parser() -> Parser:
     """The subcommand's parser."""
-    return make_parser("minillm", (DataArguments, TeacherArguments, MiniLLMConfig, ModelConfig), __doc__)
+    types = (DataArguments, TeacherArguments, CorpusArguments, MiniLLMConfig, ModelConfig)
+    return make_parser("minillm", types, __doc__)
 
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
-    (data, teacher, args, model), launch = parse(build_parser(), argv)
+    (data, teacher, corpus, args, model), launch = parse(build_parser(), argv)
     if launch:
         return hand_over("minillm", argv, launch)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
+    lm_dataset = corpus.load()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     teacher_tokenizer = load_tokenizer(
@@ -61,6 +96,7 @@ def run(argv: list[str]) -> int:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
+        lm_dataset=lm_dataset,
         quantization_config=get_quantization_config(model),
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -18,6 +18,7 @@ from datasets import Dataset
 from .errors import DataError, listing, shortened
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+TEXT_EXTENSIONS = (".txt", ".txt.gz")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,18 @@ def read_file(path: Path, max_rows: int | None = None) -> Table:
             return _read_parquet(path, max_rows)
         case _:
             raise DataError(f"{path}: unknown extension {path.suffix!r}. Known are {listing(EXTENSIONS)}.")
+
+
+def read_text_file(path: Path, max_rows: int | None = None) -> Table:
+    """Read a `.txt` or `.txt.gz` file, one document a line, as a column `text`; blank lines are skipped.
+
+    Raises:
+        DataError: if the file cannot be read or has no text, with the line.
+    """
+    filled = [(number, line.rstrip("\r\n")) for number, line in _lines(path) if line.strip()][:max_rows]
+    return Table.from_records(
+        str(path), [{"text": text} for _, text in filled], lambda row: f"{path}:{filled[row][0]}"
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -62,7 +62,7 @@ def load_examples(
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
-    table = _read(str(source), split, dataset_config, max_rows)
+    table = read_table(str(source), split, dataset_config, max_rows)
     found = find_columns(table, prompt_column, completion_column, references_column, require_completion)
     references = check_examples(table, found, require_completion)
     dataset = table.to_dataset(without=found.pop("references", None))
@@ -140,7 +140,12 @@ def check_prompt_lengths(
         )
 
 
-def _read(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:
+def read_table(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:
+    """Find a source, see [`load_examples`], and read it without looking at what its columns hold.
+
+    Raises:
+        DataError: if it cannot be found or read.
+    """
     path = Path(source).expanduser()
     is_local = source == "e2e" or path.exists()
     if is_local and dataset_config is not None:

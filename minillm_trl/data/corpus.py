@@ -1,0 +1,95 @@
+"""Loads the corpus of the language-modelling loss (the paper's L_PT): plain text, or prompts with completions."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+
+from .errors import DataError, listing, nearest, shortened
+from .files import TEXT_EXTENSIONS, read_text_file
+from .load import load_examples, read_table
+
+
+def load_corpus(
+    source: str | Path,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+    max_rows: int | None = None,
+    dataset_config: str | None = None,
+) -> Dataset | IterableDataset:
+    """Load and check a corpus for `MiniLLMTrainer(lm_dataset=...)`.
+
+    Args:
+        source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document a line, or any source of
+            [`load_examples`]. One with the column `text_column` is plain text; any other is read as prompts and
+            completions.
+        split, max_rows, dataset_config: see [`load_examples`].
+        text_column (`str`, *optional*, defaults to `"text"`): the column with the text; another than the default must
+            exist.
+        streaming (`bool`, *optional*, defaults to `False`): read a dataset on the hub while training instead of
+            downloading it first. Its rows are not checked.
+
+    Returns:
+        [`~datasets.Dataset`] with a column `text` (empty ones left out), or with `prompt` and `completion`; with
+        `streaming` an [`~datasets.IterableDataset`].
+
+    Raises:
+        DataError: naming file and line, what was seen and the fix.
+    """
+    if streaming:
+        return _stream(str(source), split, text_column, max_rows, dataset_config)
+    path = Path(source).expanduser()
+    if path.name.lower().endswith(TEXT_EXTENSIONS):
+        return read_text_file(path, max_rows).to_dataset()
+    table = read_table(str(source), split, dataset_config, max_rows)
+    if text_column not in table.columns:
+        if text_column != "text":
+            raise DataError(
+                f"{table.source}: no column {text_column!r}; its columns are {listing(table.columns)}."
+                f"{nearest(text_column, table.columns)} Name the one with the text."
+            )
+        if not {"prompt", "completion"} <= set(table.columns):
+            raise DataError(
+                f"{table.source}: neither a column 'text' nor the columns 'prompt' and 'completion'; its columns are "
+                f"{listing(table.columns)}. Name the one with the text, or rename them."
+            )
+        examples = load_examples(
+            source, split=split, require_completion=True, max_rows=max_rows, dataset_config=dataset_config
+        )
+        return examples.select_columns(["prompt", "completion"])
+    texts = []
+    for index, text in enumerate(table.columns[text_column]):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{table.place(index)}: field {text_column!r} is {shortened(text)}. Make it text or drop the row."
+            )
+        if text.strip():
+            texts.append(text)
+    if not texts:
+        raise DataError(f"{table.source}: all texts of the field {text_column!r} are empty. Check the file.")
+    return Dataset.from_dict({"text": texts})
+
+
+def _stream(
+    source: str, split: str, text_column: str, max_rows: int | None, dataset_config: str | None
+) -> IterableDataset:
+    try:
+        stream = load_dataset(source, dataset_config, split=split, streaming=True)
+        first: dict[str, Any] = next(iter(stream), {})
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{source}: cannot be streamed from the hub with split {split!r} and configuration {dataset_config!r} "
+            f"({error}). Check the name, and the network or HF_HUB_OFFLINE; a local file is read without streaming."
+        ) from error
+    names = [text_column] if text_column in first else ["prompt", "completion"]
+    if not set(names) <= set(first):
+        raise DataError(
+            f"{source}: neither a column {text_column!r} nor the columns 'prompt' and 'completion'; its columns are "
+            f"{listing(first)}. Name the one with the text."
+        )
+    stream = stream.select_columns(names)
+    stream = stream.rename_column(text_column, "text") if names == [text_column] and text_column != "text" else stream
+    return stream if max_rows is None else stream.take(max_rows)
