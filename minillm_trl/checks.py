@@ -26,6 +26,7 @@ def check_arguments(
     rollout_func: Callable | None,
     lm_dataset: Dataset | IterableDataset | None = None,
     has_environment: bool = False,
+    has_adapter: bool = False,
 ) -> None:
     """Check the arguments of [`MiniLLMTrainer`] against each other.
 
@@ -59,13 +60,12 @@ def check_arguments(
                 )
     elif isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
         raise ValueError("lm_dataset is empty.")
-    if args.beta > 0 and not isinstance(model, str) and not hasattr(model, "peft_config"):
-        name = model.config._name_or_path
-        if not name:
-            raise ValueError(
-                f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; "
-                "this model was built in process. Save it and pass the folder, or set beta=0.0."
-            )
+    has_adapter = has_adapter or hasattr(model, "peft_config")  # without it, the model is what it was
+    if args.beta > 0 and not has_adapter and not isinstance(model, str) and not model.config._name_or_path:
+        raise ValueError(
+            f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; this "
+            "model was built in process. Save it and pass the folder, or set beta=0.0."
+        )
     conversational = train_dataset is None or not isinstance(next(iter(train_dataset))["prompt"], str)
     _check_tokenizers(model, teacher_model, processing_class, conversational)
 
@@ -105,6 +105,20 @@ def check_prompt_ids(
                 f"context of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, or "
                 "lower max_completion_length."
             )
+
+
+def check_completion_ids(completion_ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
+    """Check that every trained token lies in the shared vocabulary, which samplers other than ours may leave.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    largest = completion_ids.masked_fill(~mask, 0).max().item() if mask.any() else 0
+    if largest >= vocab_size:
+        raise ValueError(
+            f"A completion has the token {largest}, but student and teacher share the rows 0 to {vocab_size - 1} of "
+            "their vocabularies. Exclude it where the completions are sampled."
+        )
 
 
 def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:

@@ -13,7 +13,14 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-from .checks import check_arguments, check_model, check_prompt_ids, check_rewards, check_rollout_logps
+from .checks import (
+    check_arguments,
+    check_completion_ids,
+    check_model,
+    check_prompt_ids,
+    check_rewards,
+    check_rollout_logps,
+)
 from .config import MiniLLMConfig
 from .evaluation.metrics import repeated_ngrams, rouge_l
 from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head, completion_hidden_states
@@ -132,6 +139,7 @@ class MiniLLMTrainer(GRPOTrainer):
             rollout_func,
             lm_dataset,
             has_environment=environment_factory is not None,
+            has_adapter=peft_config is not None,
         )
         no_reward_funcs = reward_funcs is None or reward_funcs == []
         super().__init__(
@@ -309,6 +317,7 @@ class MiniLLMTrainer(GRPOTrainer):
         behavior_logps: torch.Tensor | None = None,
     ) -> Batch:
         input_ids, attention_mask, mask = sequences(batch)
+        check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
         kd_temperature = self.args.kd_temperature or self.temperature
         with self.accelerator.autocast():
             teacher_logps, teacher_kd_logps, teacher_hidden_states = score_teacher(
@@ -554,6 +563,15 @@ class MiniLLMTrainer(GRPOTrainer):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the name of the evaluation dataset where there are several, which GRPOTrainer leaves out."""
+        loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
+        name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
+        metrics = self._metrics["eval"]
+        for key in list(metrics) if name else ():
+            metrics[name + key] = metrics.pop(key)
+        super().log(logs, start_time)
 
     def _log(self, metrics: dict[str, float]) -> None:
         mode = "train" if self.model.training else "eval"

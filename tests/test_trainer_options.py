@@ -1,0 +1,295 @@
+"""What comes from GRPO works with token-level advantages of a teacher: rewards, reference model, rollout functions,
+tools, vLLM's correction."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+import trl.trainer.grpo_trainer
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
+
+from minillm_trl import MiniLLMTrainer
+from minillm_trl.objectives import reference_kl
+
+
+def first_token(completion_ids, **kwargs) -> list[float]:
+    return [float(ids[0]) for ids in completion_ids]
+
+
+def constant(completion_ids, **kwargs) -> list[float]:
+    return [1.0] * len(completion_ids)
+
+
+class TestRewardFunctions:
+    def test_single_completions_are_compared_with_the_buffer(self, tmp_path):
+        options = {"reward_funcs": first_token, "rkl_advantage": False, "scale_rewards": "none"}
+        trainer = make_trainer(tmp_path, **options)
+        batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:8]])
+        rewards = batch["completion_ids"][:, 0].float()
+        assert rewards.std() > 0
+        torch.testing.assert_close(batch["advantages"][:, 0], rewards - rewards.mean())
+
+    def test_advantage_is_added_to_the_teacher_s(self, tmp_path):
+        rows = [{"prompt": prompt} for prompt in PROMPTS[:8]]
+        plain, rewarded, rewards = (
+            make_trainer(tmp_path, **options)._generate_and_score_completions(rows)
+            for options in (
+                {},
+                {"reward_funcs": first_token},
+                {"reward_funcs": first_token, "rkl_advantage": False},
+            )
+        )
+        mask = plain["completion_mask"].bool()
+        assert rewards["advantages"].abs().max() > 0
+        total = plain["advantages"] + rewards["advantages"]
+        torch.testing.assert_close(rewarded["advantages"][mask], total[mask])
+
+    def test_weights_are_applied(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path,
+            reward_funcs=[first_token, constant],
+            reward_weights=[0.0, 1.0],
+            rkl_advantage=False,
+        )
+        batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:8]])
+        assert batch["advantages"].abs().max() == 0
+
+    def test_metrics_of_groups_are_left_out_where_there_are_none(self, tmp_path):
+        trainer = make_trainer(tmp_path, reward_funcs=first_token, max_steps=1)
+        trainer.train()
+        first = trainer.state.log_history[0]
+        assert {"reward", "reward_std", "rewards/first_token/mean"} <= first.keys()
+        assert "frac_reward_zero_std" not in first
+
+    def test_logged_completions_have_the_whole_advantage(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_steps=1, log_completions=True, num_completions_to_print=0)
+        trainer.train()
+        assert any(trainer._logs["advantages"])
+        assert len(trainer._logs["advantages"]) == len(trainer._logs["completion"])
+
+
+class TestReferenceModel:
+    def test_loss_gains_beta_times_the_kl(self, tmp_path, model_dir):
+        student = model_dir("gpt2", 0)
+        trainer = make_trainer(tmp_path, student=student, beta=0.3, teacher_mixed_alpha=0.2)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:4]])
+        mask = batch["completion_mask"].bool()
+        request = trainer._get_per_token_logps_and_entropies
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        now, _, _ = request(trainer.model, ids, attention, mask.shape[1])
+        before, _, _ = request(trainer.ref_model, ids, attention, mask.shape[1])
+        assert (now - before)[mask].abs().max() > 0.01
+        torch.testing.assert_close(batch["ref_per_token_logps"][mask], before[mask])
+        with_kl = trainer.compute_loss(trainer.model, batch)
+        without = trainer.compute_loss(
+            trainer.model, {name: value for name, value in batch.items() if name != "ref_per_token_logps"}
+        )
+        kl = reference_kl(now, before, mask) * (now - batch["old_per_token_logps"]).exp()
+        assert (with_kl - without).item() == pytest.approx(0.3 * kl[mask].mean().item(), rel=1e-3)
+
+    def test_anchored_student_stays_nearer_to_where_it_was(self, tmp_path, model_dir):
+        moved = []
+        for beta in (0.0, 3.0):
+            trainer = make_trainer(tmp_path, student=model_dir("gpt2", 0), beta=beta, max_steps=12, learning_rate=3e-3)
+            before = weights(trainer)
+            trainer.train()
+            moved.append((weights(trainer) - before).norm().item())
+        assert "kl" in trainer.state.log_history[0]
+        assert moved[1] < 0.9 * moved[0]
+
+    def test_reference_of_a_lora_student_is_its_base(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, peft_config=LoraConfig(target_modules=["c_attn"], r=4), beta=0.1, num_iterations=2
+        )
+        trainer.train()
+        assert trainer.ref_model is None
+        kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        assert kl[0] == pytest.approx(0.0, abs=1e-6)
+        assert kl[-1] > 0
+
+    def test_reference_may_follow_the_student(self, tmp_path, model_dir):
+        options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+        trainer = make_trainer(tmp_path, student=model_dir("gpt2", 0), beta=0.1, **options)
+        trainer.train()
+        assert all(map(torch.equal, trainer.model.parameters(), trainer.ref_model.parameters()))
+
+
+class TestRolloutFunction:
+    def make(self, tmp_path, logps, env_mask=None, **options):
+        def rollout(prompts, trainer):
+            output = {
+                "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+                "completion_ids": [[8, 9, 10, 0]] * len(prompts),
+                "logprobs": None if logps is None else [logps] * len(prompts),
+            }
+            return output if env_mask is None else {**output, "env_mask": [env_mask] * len(prompts)}
+
+        return make_trainer(tmp_path, rollout_func=rollout, **options)
+
+    def batch(self, trainer):
+        return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:2]])
+
+    def test_its_logprobs_are_the_behavior_policy_s(self, tmp_path, caplog):
+        given = [-1.0, -2.0, -0.5, -3.0]
+        batch = self.batch(self.make(tmp_path, given))
+        assert "teacher_mixed_alpha=0.2 is not used" in caplog.text
+        torch.testing.assert_close(batch["old_per_token_logps"], torch.tensor([given, given]))
+
+    def test_without_logprobs_its_samples_are_the_student_s(self, tmp_path):
+        batch = self.batch(self.make(tmp_path, None))
+        torch.testing.assert_close(batch["old_per_token_logps"], batch["student_logps"])
+
+    @pytest.mark.parametrize("given", [[0.0] * 4, [-1.0, 2.0, -1.0, -1.0], [-1.0, None, -1.0, -1.0]])
+    def test_logprobs_that_are_none_are_refused(self, tmp_path, given: list):
+        with pytest.raises(ValueError, match="rollout_func returned logprobs that are none"):
+            self.batch(self.make(tmp_path, given))
+
+    def test_masked_tokens_are_in_neither_term(self, tmp_path):
+        masked = self.make(tmp_path, None, env_mask=[1, 0, 0, 1])
+        batch = self.batch(masked)
+        rewards = self.batch(self.make(tmp_path, None, gamma=0.0, include_current_reward=True))["advantages"]
+        expected = torch.zeros_like(rewards)
+        expected[:, 0] = rewards[:, 3]  # of the future of the first token, the last alone counts
+        torch.testing.assert_close(batch["advantages"], expected)
+        unmasked = {name: value for name, value in batch.items() if name != "tool_mask"}
+        with torch.no_grad():
+            loss = masked.compute_loss(masked.model, batch).item()
+            assert masked.compute_loss(masked.model, unmasked).item() != pytest.approx(loss, rel=1e-3)
+            # the masked tokens' own scores do not matter, but they are attended to
+            noise = {**batch, "teacher_hidden_states": batch["teacher_hidden_states"].clone()}
+            noise["teacher_hidden_states"][:, 1:3] = 99.0
+            assert masked.compute_loss(masked.model, noise).item() == loss
+            other = {**batch, "completion_ids": torch.tensor([[8, 30, 31, 0]] * 2)}
+            assert masked.compute_loss(masked.model, other).item() != loss
+
+    def test_token_outside_the_shared_vocabulary_is_refused(self, tmp_path):
+        trainer = self.make(tmp_path, None, teacher=build_model("gpt2", 300, 1))
+        trainer.vocab_size = 10
+        with pytest.raises(ValueError, match="has the token 10, but student and teacher share the rows 0 to 9"):
+            self.batch(trainer)
+
+
+def weather(city: str) -> str:
+    """Weather of a city.
+
+    Args:
+        city: its name.
+    """
+    return f"sunny in {city}"
+
+
+class ScriptedFirstTurn(MiniLLMTrainer):
+    """Every other prompt calls the tool in its first turn; what follows is sampled."""
+
+    CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        first = self._turn == 0
+        completions, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if first:
+            call = self._tokenizer(self.CALL)["input_ids"]
+            completions = [call if i % 2 == 0 else each for i, each in enumerate(completions)]
+        return completions, logps
+
+
+class TestTools:
+    def test_answers_of_tools_are_attended_to_but_not_trained(self, tmp_path):
+        tokenizer = build_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        tokenizer.eos_token = "<|im_end|>"
+        tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
+        models = [build_model("llama", len(tokenizer), seed) for seed in (0, 1)]
+        for model in models:
+            model.config.max_position_embeddings = 1024
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+        conversations = [[{"role": "user", "content": f"weather {i}"}] for i in range(8)]
+        trainer = ScriptedFirstTurn(
+            *models,
+            args=make_config(tmp_path, max_completion_length=200, max_steps=2),
+            train_dataset=Dataset.from_dict({"prompt": conversations}),
+            processing_class=tokenizer,
+            tools=[weather],
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
+        answered = 0
+        for batch in trainer._buffered_inputs:
+            for ids, model_made in zip(batch["completion_ids"], batch["tool_mask"], strict=True):
+                if (model_made == 0).any():
+                    answered += 1
+                    assert "sunny in Rome" in tokenizer.decode(ids[model_made == 0])
+            assert (batch["advantages"][batch["tool_mask"] == 0] == 0).all()
+            assert batch["window_tokens"] == (batch["completion_mask"] * batch["tool_mask"]).sum()
+        assert answered == 4
+
+
+class FakeVLLM:
+    """Answers as vLLM does, from fixed tokens, with log-probs that differ a little from the student's."""
+
+    def __init__(self, model, **kwargs):
+        self.model = model
+        self.synchronised = 0
+
+    def sync_weights(self):
+        self.synchronised += 1
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        with profiler or contextlib.nullcontext():
+            completions = [[8, 9, 10, 0][i % 2 :] for i in range(len(prompts))]
+        logps = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            with torch.no_grad():
+                rows = torch.log_softmax(self.model(torch.tensor([prompt + completion])).logits[0], dim=-1)
+            first = len(prompt) - 1
+            logps.append([[rows[first + t, token].item() - 0.1 * (t + 1)] for t, token in enumerate(completion)])
+        return prompts, completions, logps, None
+
+
+class TestVLLM:
+    OPTIONS = {"use_vllm": True, "teacher_mixed_alpha": 0.0, "vllm_importance_sampling_clip_max": 100.0}  # noqa: RUF012
+
+    def make(self, tmp_path, monkeypatch, **options):
+        monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", FakeVLLM)
+        return make_trainer(tmp_path, family="llama", **{**self.OPTIONS, **options})
+
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [("token_truncate", [0.1, 0.2, 0.3, 0.4]), ("sequence_mask", [1.0] * 4)],
+    )
+    def test_correction_multiplies_the_long_term_of_each_token(self, tmp_path, monkeypatch, mode: str, expected: list):
+        trainer = self.make(tmp_path, monkeypatch, vllm_importance_sampling_mode=mode, single_step_decomposition=False)
+        batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:4]])
+        row = 0  # four tokens; the log-ratios add up to 1
+        ratio = batch["importance_sampling_ratio"][row].expand(4)
+        torch.testing.assert_close(ratio.log(), torch.tensor(expected), rtol=1e-3, atol=1e-3)
+        batch = {name: value[: row + 1] for name, value in batch.items()}
+        torch.testing.assert_close(batch["old_per_token_logps"], batch["student_logps"])
+        loss = trainer.compute_loss(trainer.model, batch)
+        assert loss.item() == pytest.approx(-(ratio * batch["advantages"][0]).mean().item(), rel=1e-4)
+
+    def test_training_synchronises_the_weights_once_a_rollout(self, tmp_path, monkeypatch):
+        trainer = self.make(tmp_path, monkeypatch, num_iterations=2, max_steps=8)
+        trainer.train()
+        assert trainer.vllm_generation.synchronised == 2
+        assert "sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]
+
+    def test_mixing_is_refused_with_what_to_do(self, tmp_path):
+        with pytest.raises(ValueError, match=r"set teacher_mixed_alpha=0.0 to use vLLM, or use_vllm=False"):
+            make_trainer(tmp_path, use_vllm=True)
+
+
+def test_evaluation_dataset_may_be_a_dict(tmp_path):
+    splits = {"first": DATASET.select(range(4)), "second": DATASET.select(range(4, 8))}
+    trainer = make_trainer(tmp_path, eval_dataset=splits, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert {"eval_first_rouge_l", "eval_second_rouge_l"} <= logged
