@@ -9,14 +9,15 @@ INSTALLED := $(VENV)/.installed
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-trl lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
-	@echo "make test    lint and all tests"
-	@echo "make lint    ruff alone"
-	@echo "make clean   remove .venv and caches"
+	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
+	@echo "make test      lint and all tests"
+	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
+	@echo "make lint      ruff alone"
+	@echo "make clean     remove .venv and caches"
 
 $(INSTALLED): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-trl: $(INSTALLED)
+	$(BIN)/python tests/trl_matrix.py $(TRL_VERSIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

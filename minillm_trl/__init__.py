@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .trl_version import check_trl_version
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -12,6 +14,8 @@ _EXPORTS = {
     "objectives": ".objectives",
 }
 __all__ = ["MiniLLMConfig", "MiniLLMTrainer", "TeacherMixedLogitsProcessor", "__version__", "objectives"]
+
+check_trl_version()
 
 if TYPE_CHECKING:
     from . import objectives

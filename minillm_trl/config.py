@@ -46,9 +46,15 @@ _REFUSED_FIELDS: dict[str, str] = {
     "transformers_continuous_batching_config": "continuous batching is refused",
     "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not part of this trainer's loss",
     "pad_to_multiple_of": "the decode loop pads to the longest row",
+    "ds3_gather_for_generation": "ZeRO-3 is not supported",
+    "log_multimodal": "there are no images",
     "neftune_noise_alpha": "noise in the embeddings would train another distribution than the one that sampled",
     "label_smoothing_factor": "there are no labels; L_PT is a plain cross-entropy",
     "torch_compile": "the scoring forward has not been tested under it",
+    "train_sampling_strategy": "prompts are ordered by `shuffle_dataset` and `seed`",
+    "length_column_name": "prompts are ordered by `shuffle_dataset` and `seed`",
+    "data_seed": "prompts are ordered by `shuffle_dataset` and `seed`",
+    "include_num_input_tokens_seen": "`num_tokens` is logged",
 }
 
 _POSITIVE_FIELDS = (

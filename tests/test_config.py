@@ -1,12 +1,19 @@
 """Every value that has no meaning for MiniLLM is refused at construction, with the field's name and the fix."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
+from test_trainer import make_trainer, weights
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from minillm_trl import MiniLLMConfig
 from minillm_trl.config import _REFUSED_FIELDS, _RESHAPING_FIELDS
+
+DOCS = Path(__file__).parents[1] / "docs/configuration.md"
 
 
 def make(tmp_path, **options) -> MiniLLMConfig:
@@ -104,15 +111,116 @@ REFUSED = {
     "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
     "router_aux_loss_coef": 0.1,
     "pad_to_multiple_of": 8,
+    "ds3_gather_for_generation": False,
+    "log_multimodal": False,
     "neftune_noise_alpha": 5.0,
     "label_smoothing_factor": 0.1,
     "torch_compile": True,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+    "data_seed": 3,
+    "include_num_input_tokens_seen": "all",
 }
+
+# Fields of GRPO that work, with another value than the default
+WORKING = {
+    "model_init_kwargs": {"dtype": "float32"},
+    "trust_remote_code": True,
+    "disable_dropout": False,
+    "num_generations": 2,
+    "num_generations_eval": 2,
+    "max_completion_length": 6,
+    "temperature": 0.8,
+    "shuffle_dataset": False,
+    "chat_template_kwargs": {"enable_thinking": False},
+    "generation_batch_size": 16,
+    "steps_per_generation": 3,
+    "num_iterations": 2,
+    "epsilon": 0.1,
+    "epsilon_high": 0.3,
+    "delta": 2.0,
+    "beta": 0.1,
+    "use_bias_correction_kl": False,
+    "sync_ref_model": True,
+    "ref_model_mixup_alpha": 0.5,
+    "ref_model_sync_steps": 1,
+    "reward_weights": [2.0],
+    "scale_rewards": "batch",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "max_tool_calling_iterations": 2,
+    "log_completions": True,
+    "num_completions_to_print": 1,
+    "log_unique_prompts": True,
+    "vllm_importance_sampling_cap": 2.0,
+}
+# What such a field needs beside it to mean anything
+COMPANIONS = {
+    "use_bias_correction_kl": {"beta": 0.1},
+    "sync_ref_model": {"beta": 0.1},
+    "ref_model_mixup_alpha": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    "ref_model_sync_steps": {"beta": 0.1, "sync_ref_model": True},
+    "num_completions_to_print": {"log_completions": True},
+    "log_unique_prompts": {"log_completions": True},
+    "generation_batch_size": {"steps_per_generation": None},
+}
+REWARD_FIELDS = ("reward_weights", "scale_rewards", "multi_objective_aggregation")
 
 
 def test_all_refused_fields_are_covered_and_exist():
     assert REFUSED.keys() == _REFUSED_FIELDS.keys()
     assert REFUSED.keys() <= {field.name for field in fields(GRPOConfig)}
+
+
+def documented(heading: str) -> list[str]:
+    """Names in the first column of the table under a heading of the documentation."""
+    section = DOCS.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+def test_documentation_gives_every_field_its_verdict():
+    base, grpo, ours = (
+        {field.name for field in fields(each)} for each in (TrainingArguments, GRPOConfig, MiniLLMConfig)
+    )
+    assert sorted(documented("MiniLLM's own")) == sorted(ours - grpo)
+    # use_liger_kernel is of TrainingArguments, but acts on what GRPO replaces
+    assert sorted(documented("From GRPO")) == sorted((grpo - base) | {"use_liger_kernel"})
+    assert set(documented("From TrainingArguments")) <= base
+
+
+def test_every_field_of_grpo_is_walked():
+    own = {field.name for field in fields(GRPOConfig)} - {field.name for field in fields(TrainingArguments)}
+    by_kind = [WORKING.keys(), RESHAPING.keys(), REFUSED.keys() & own]
+    vllm = {name for name in own if "vllm" in name and name not in WORKING}
+    hub = {"log_completions_hub_repo"}
+    walked = [*(name for names in by_kind for name in names), *vllm, *hub]
+    assert sorted(walked) == sorted(own)
+
+
+def test_documented_refusals_are_the_refused():
+    section = DOCS.read_text().split("## From GRPO\n")[1]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    refused = {
+        name for names, verdict in rows if verdict.startswith(" refused") for name in re.findall(r"`(\w+)`", names)
+    }
+    assert refused - {"auto_find_batch_size", "parallelism_config"} == REFUSED.keys()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", WORKING)
+def test_working_field_changes_the_config_and_trains(tmp_path, model_dir, name: str):
+    default = getattr(make(tmp_path), name)
+    options = {**COMPANIONS.get(name, {}), name: WORKING[name]}
+    options = {"per_device_eval_batch_size": 4, "max_completion_length": 4, "max_steps": 2, **options}
+    if name in REWARD_FIELDS:
+        options["reward_funcs"] = lambda completion_ids, **kwargs: [float(ids[0]) for ids in completion_ids]
+    student = model_dir("gpt2", 0)
+    trainer = make_trainer(tmp_path, student=student, teacher=model_dir("gpt2", 1, 48), **options)
+    assert getattr(trainer.args, name) == WORKING[name] != default
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    assert weights(trainer).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
