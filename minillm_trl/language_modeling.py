@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -80,6 +80,15 @@ class LanguageModelingBatches:
         else:  # every process reads the whole window and keeps its share
             rows = self._read_stream(first, share * num_processes)[process * share : (process + 1) * share]
         return [self._collate(rows[i : i + self.batch_size]) for i in range(0, share, self.batch_size)]
+
+    def load_window(
+        self, step: int, accumulation_steps: int, accelerator: Accelerator
+    ) -> list[dict[str, torch.Tensor]]:
+        """[`window`] of this process on its device, each batch with the tokens of the whole step (`window_tokens`)."""
+        batches = self.window(step, accumulation_steps, accelerator.process_index, accelerator.num_processes)
+        batches = [{name: values.to(accelerator.device) for name, values in batch.items()} for batch in batches]
+        tokens = accelerator.reduce(sum(batch["loss_mask"].sum() for batch in batches), reduction="sum")
+        return [{**batch, "window_tokens": tokens} for batch in batches]
 
     def _shuffled_row(self, number: int) -> dict[str, list[int]]:
         epoch, index = divmod(number, len(self.rows))

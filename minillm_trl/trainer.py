@@ -1,7 +1,7 @@
 """`MiniLLMTrainer`: MiniLLM wired into TRL's `GRPOTrainer`. Formulas are in `objectives` and `fused_head`."""
 
+import math
 import textwrap
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +9,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-from .checks import (
-    check_arguments,
-    check_completion_ids,
-    check_model,
-    check_prompt_ids,
-    check_rewards,
-    check_rollout_logps,
-)
+from .checks import check_arguments, check_completion_ids, check_model, check_rewards, check_rollout_logps
 from .config import MiniLLMConfig
-from .evaluation.metrics import repeated_ngrams, rouge_l
-from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head, completion_hidden_states
+from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
 from .language_modeling import LanguageModelingBatches
 from .masking import masked_mean, masked_moments, reduce_loss
 from .objectives import (
@@ -39,15 +29,23 @@ from .objectives import (
     whiten,
 )
 from .rollouts import Batch, deal_rows, sequences, window_token_counts
-from .sampling import sample_prompts
-from .teacher import load_teacher, max_context, score_teacher, shared_vocab_size
-from .training_metrics import Totals, clipped_tokens, corpus_totals, loss_metrics, loss_totals
+from .teacher import score_teacher
+from .teacher_mixed_trainer import TeacherMixedTrainer
+from .training_metrics import (
+    Totals,
+    clipped_tokens,
+    corpus_totals,
+    degeneration,
+    loss_metrics,
+    loss_totals,
+    rouge_l_to_references,
+)
 
-# First element of the keys of stateless randomness, after the seed
-_TRAIN_TOKENS, _EVAL_TOKENS, _COINS, _ORDER = range(4)
+# Second element of the key of the buffer's order, after the seed; see teacher_mixed_trainer for the others
+_ORDER = 3
 
 
-class MiniLLMTrainer(GRPOTrainer):
+class MiniLLMTrainer(TeacherMixedTrainer):
     r"""Distils a teacher into a student by minimising the reverse KL on the student's own samples (arXiv 2306.08543).
 
     A rollout is a GRPO rollout with token-level advantages whose behavior policy is the teacher-student mixture. From
@@ -164,22 +162,8 @@ class MiniLLMTrainer(GRPOTrainer):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
         check_model(self)
-        self._decodes_with_trl = args.use_vllm or bool(args.reshaping_fields())
-        self._turn = 0  # calls of generation within a rollout; tools make it several
         self._rewards_per_func = torch.empty(0)
-
-        mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
-        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs, dtype, args.trust_remote_code)
-        self.vocab_size = shared_vocab_size(self._student, teacher, self._tokenizer)
-        self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self.max_context = max_context(self._student, teacher)
-        check_head(self._student, "student")
-        check_head(teacher, "teacher")
-        add_scoring(self._student, self.vocab_size, teacher)
-        if self.ref_model is not None:
-            add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
-
+        self._add_teacher(teacher_model)
         self._lm_window: list[Batch] = []
         self._lm_batches = None
         if lm_dataset is not None:
@@ -192,88 +176,7 @@ class MiniLLMTrainer(GRPOTrainer):
                 chat_template_kwargs=self.chat_template_kwargs,
             )
 
-    @property
-    def _student(self) -> PreTrainedModel:
-        """The student without wrappers; for adapters, the base model that they are injected into."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
-
-    # Sampling
-
-    def _tokenize_prompts(self, prompts: list):
-        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
-        return prompt_ids, images, multimodal_fields
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self._decodes_with_trl:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        training = self.model.training
-        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
-        if training:
-            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
-            keys = [(seed, _TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
-        else:  # the same numbers at every evaluation, so that curves differ by the student alone
-            keys = [
-                (seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), row % self.num_generations_eval, self._turn)
-                for row, ids in enumerate(prompt_ids)
-            ]
-        max_new_tokens = self.max_completion_length
-        if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
-            max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
-        self._turn += 1
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as student,
-            self.accelerator.autocast(),
-        ):
-            student.eval()
-            completions = sample_prompts(
-                student,
-                prompt_ids,
-                keys=keys,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                temperature=self.temperature,
-                batch_size=self.args.sampling_batch_size,
-                teacher=self.teacher_model,
-                alpha=self.args.teacher_mixed_alpha if training else 0.0,
-                coin_key=(seed, _COINS, step, process, self._turn),
-                vocab_size=self.vocab_size,
-            )
-            student.train(training)
-        return completions, None
-
     # Scoring
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
-    ):
-        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
-        mask = attention_mask[:, -logits_to_keep:].bool()
-        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
-        return scores.logps, scores.entropy, None
-
-    def _score(self, model, *requests: ScoreRequest) -> list[TokenScores]:
-        with self.accelerator.autocast():
-            return model(score_requests=requests)
-
-    @torch.no_grad()
-    def _score_without_gradient(self, model, request: ScoreRequest) -> TokenScores:
-        """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
-        training = model.training
-        model.eval()
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
-            parts = zip(*(each.split(self.args.per_device_train_batch_size) for each in request[:3]), strict=True)
-            scores = [self._score(model, ScoreRequest(*part, request.temperature))[0] for part in parts]
-        model.train(training)
-        return TokenScores(torch.cat([s.logps for s in scores]), torch.cat([s.entropy for s in scores]), None)
 
     def score_rollouts(
         self,
@@ -440,22 +343,13 @@ class MiniLLMTrainer(GRPOTrainer):
             return batch
         micro_step = self._step % accumulation
         if micro_step == 0 or not self._lm_window:
-            self._lm_window = self._load_lm_window()
+            self._lm_window = self._lm_batches.load_window(self.state.global_step, accumulation, self.accelerator)
         return {**batch, "lm": self._lm_window[micro_step]}
 
     def _count_window_tokens(self, batches: list[Batch]) -> list[Batch]:
         window = self.args.gradient_accumulation_steps
         counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
         return [{**batch, "window_tokens": counts[i // window]} for i, batch in enumerate(batches)]
-
-    def _load_lm_window(self) -> list[Batch]:
-        process, device = self.accelerator.process_index, self.accelerator.device
-        batches = self._lm_batches.window(
-            self.state.global_step, self.args.gradient_accumulation_steps, process, self.accelerator.num_processes
-        )
-        batches = [{name: values.to(device) for name, values in batch.items()} for batch in batches]
-        tokens = self.accelerator.reduce(sum(batch["loss_mask"].sum() for batch in batches), reduction="sum")
-        return [{**batch, "window_tokens": tokens} for batch in batches]
 
     # Loss
 
@@ -540,17 +434,13 @@ class MiniLLMTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         _, _, mask = sequences(batch)
         ids = [row[real].tolist() for row, real in zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)]
-        values = {
-            "rollout/eos_rate": [float(bool(row) and row[-1] in self.eos_token_ids) for row in ids],
-            "rollout/repeated_4grams": [repeated_ngrams(row, 4) for row in ids],
-        }
-        references = [] if self.model.training else [_references(row) for row in inputs]
-        if references and all(references):
+        values = degeneration(ids, self.eos_token_ids)
+        if mode == "eval":
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-            values["rouge_l"] = [rouge_l(text, each) for text, each in zip(texts, references, strict=True)]
-        local = torch.tensor(list(values.values()), device=self.accelerator.device).mean(dim=1)
+            values["rouge_l"] = rouge_l_to_references(texts, inputs)
+        local = torch.tensor(list(values.values()), device=self.accelerator.device)
         means = self.accelerator.gather(local[None]).mean(dim=0).tolist()
-        self._log(dict(zip(values, means, strict=True)))
+        self._log({name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)})
 
         # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
         if not self.reward_funcs:
@@ -581,13 +471,3 @@ class MiniLLMTrainer(GRPOTrainer):
 
 def _teacher_is_the_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:
     raise RuntimeError("This placeholder for GRPOTrainer's constructor is never called.")
-
-
-def _references(row: dict[str, Any]) -> list[str]:
-    """Reference texts of a dataset row: its `references`, or its `completion`; empty if it has neither."""
-    if row.get("references"):
-        return list(row["references"])
-    completion = row.get("completion")
-    if isinstance(completion, list):
-        completion = completion[-1]["content"]
-    return [completion] if completion else []

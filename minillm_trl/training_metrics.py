@@ -1,15 +1,42 @@
 """Numbers that describe what the loss does with a batch of rollouts. `docs/metrics.md` explains each."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
+from .evaluation.metrics import repeated_ngrams, rouge_l
 from .masking import masked_sum
 
 _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
     f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
 )
+
+
+def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, float]:
+    """Means over completions that show text degenerating while the reverse KL still falls."""
+    ended = [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids]
+    repeated = [repeated_ngrams(ids, 4) for ids in completion_ids]
+    return {"rollout/eos_rate": fmean(ended), "rollout/repeated_4grams": fmean(repeated)}
+
+
+def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> float:
+    """Mean Rouge-L to the `references` of the dataset's rows, or to their `completion`; NaN if one has neither."""
+    references = [_references(row) for row in rows]
+    if not all(references):
+        return math.nan
+    return fmean(rouge_l(text, each) for text, each in zip(texts, references, strict=True))
+
+
+def _references(row: Mapping[str, Any]) -> list[str]:
+    if row.get("references"):
+        return list(row["references"])
+    completion = row.get("completion")
+    if isinstance(completion, list):
+        completion = completion[-1]["content"]
+    return [completion] if completion else []
 
 
 class ClippedTokens(NamedTuple):

@@ -160,7 +160,7 @@ class TestLoss:
         trainer = self.trainer(tmp_path, lm_coef=0.7, lm_kd_ratio=kd_ratio)
         prompts = torch.tensor([[5, 6]])
         rollouts = trainer.score_rollouts(prompts, torch.ones_like(prompts), prompts, torch.ones_like(prompts))
-        (lm,) = trainer._load_lm_window()
+        (lm,) = trainer._lm_batches.load_window(0, 1, trainer.accelerator)
         actual = trainer.compute_loss(trainer.model, {**rollouts, "lm": lm})
         without = trainer.compute_loss(trainer.model, rollouts)
 

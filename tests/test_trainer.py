@@ -6,7 +6,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
-import minillm_trl.trainer
+import minillm_trl.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.sampling import sample_prompts
 
@@ -98,10 +98,13 @@ class TestTraining:
             calls.append((kwargs["keys"][0][1], kwargs["alpha"]))
             return sample_prompts(*args, **kwargs)
 
-        monkeypatch.setattr(minillm_trl.trainer, "sample_prompts", recorded)
+        monkeypatch.setattr(minillm_trl.teacher_mixed_trainer, "sample_prompts", recorded)
         trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
         trainer.train()
-        train_tokens, eval_tokens = minillm_trl.trainer._TRAIN_TOKENS, minillm_trl.trainer._EVAL_TOKENS
+        train_tokens, eval_tokens = (
+            minillm_trl.teacher_mixed_trainer._TRAIN_TOKENS,
+            minillm_trl.teacher_mixed_trainer._EVAL_TOKENS,
+        )
         assert set(calls) == {(train_tokens, 0.2), (eval_tokens, 0.0)}
 
     def test_evaluation_does_not_change_training(self, tmp_path):

@@ -1,0 +1,125 @@
+"""`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
+
+import zlib
+
+import torch
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+
+from .checks import check_prompt_ids
+from .config import MiniLLMConfig
+from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
+from .sampling import sample_prompts
+from .teacher import load_teacher, max_context, shared_vocab_size
+
+# Second element of the keys of stateless randomness, after the seed
+_TRAIN_TOKENS, _EVAL_TOKENS, _COINS = range(3)
+
+
+class TeacherMixedTrainer(GRPOTrainer):
+    """GRPO's generation and scoring replaced: the part of [`MiniLLMTrainer`] that runs the models without a loss.
+
+    A subclass calls `_add_teacher` at the end of its constructor.
+    """
+
+    args: MiniLLMConfig
+
+    def _add_teacher(self, teacher_model: str | PreTrainedModel) -> None:
+        """Load and place the teacher, and let the models score in their own forward passes.
+
+        Raises:
+            ValueError: if teacher and student do not fit, or a head cannot be reproduced.
+        """
+        self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
+        self._turn = 0  # calls of generation within a rollout; tools make it several
+        mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
+        teacher = load_teacher(teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code)
+        self.vocab_size = shared_vocab_size(self._student, teacher, self._tokenizer)
+        self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.max_context = max_context(self._student, teacher)
+        check_head(self._student, "student")
+        check_head(teacher, "teacher")
+        add_scoring(self._student, self.vocab_size, teacher)
+        if self.ref_model is not None:
+            add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        """The student without wrappers; for adapters, the base model that they are injected into."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self._decodes_with_trl:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        training = self.model.training
+        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
+        if training:
+            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
+            keys = [(seed, _TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
+        else:  # the same numbers at every evaluation, so that curves differ by the student alone
+            keys = [
+                (seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), row % self.num_generations_eval, self._turn)
+                for row, ids in enumerate(prompt_ids)
+            ]
+        max_new_tokens = self.max_completion_length
+        if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
+            max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
+        self._turn += 1
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as student,
+            self.accelerator.autocast(),
+        ):
+            student.eval()
+            completions = sample_prompts(
+                student,
+                prompt_ids,
+                keys=keys,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+                temperature=self.temperature,
+                batch_size=self.args.sampling_batch_size,
+                teacher=self.teacher_model,
+                alpha=self.args.teacher_mixed_alpha if training else 0.0,
+                coin_key=(seed, _COINS, step, process, self._turn),
+                vocab_size=self.vocab_size,
+            )
+            student.train(training)
+        return completions, None
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
+    ):
+        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
+        return scores.logps, scores.entropy, None
+
+    def _score(self, model, *requests: ScoreRequest) -> list[TokenScores]:
+        with self.accelerator.autocast():
+            return model(score_requests=requests)
+
+    @torch.no_grad()
+    def _score_without_gradient(self, model, request: ScoreRequest) -> TokenScores:
+        """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
+        training = model.training
+        model.eval()
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+            parts = zip(*(each.split(self.args.per_device_train_batch_size) for each in request[:3]), strict=True)
+            scores = [self._score(model, ScoreRequest(*part, request.temperature))[0] for part in parts]
+        model.train(training)
+        return TokenScores(torch.cat([s.logps for s in scores]), torch.cat([s.entropy for s in scores]), None)
