@@ -157,6 +157,19 @@ def check_rewards(rewards: torch.Tensor, completion_ids: torch.Tensor, tokenizer
     )
 
 
+def check_weights(weights: torch.Tensor, mask: torch.Tensor) -> None:
+    """Check that the importance weights `(B, T)` are finite where tokens are trained.
+
+    Raises:
+        FloatingPointError: if a product over a completion has overflowed.
+    """
+    if not weights[mask].isfinite().all():
+        raise FloatingPointError(
+            "An importance weight has overflowed: the product of q / mu over a long completion is no longer a number. "
+            "Set importance_weight_cap, or importance_weighting='token'."
+        )
+
+
 def _check_tokenizers(
     model: str | PreTrainedModel,
     teacher_model: str | PreTrainedModel,

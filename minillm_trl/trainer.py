@@ -11,7 +11,14 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import split_tensor_dict
 
-from .checks import check_arguments, check_completion_ids, check_model, check_rewards, check_rollout_logps
+from .checks import (
+    check_arguments,
+    check_completion_ids,
+    check_model,
+    check_rewards,
+    check_rollout_logps,
+    check_weights,
+)
 from .config import MiniLLMConfig
 from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
 from .language_modeling import LanguageModelingBatches
@@ -239,15 +246,19 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if kd_temperature != self.temperature:
             request = request._replace(temperature=kd_temperature)
             student_kd_logps = self._score_without_gradient(self.model, request).logps
+        # unclipped: clipping would hide a teacher that gives a sampled token probability zero
+        check_rewards(
+            token_rewards(teacher_kd_logps, student_kd_logps, mask), batch["completion_ids"], self._tokenizer
+        )
         rewards = token_rewards(
             teacher_kd_logps, student_kd_logps, mask, self.args.reward_scale, self.args.reward_clip
         )
-        check_rewards(rewards, batch["completion_ids"], self._tokenizer)
         if behavior_logps is None:
             behavior_logps = mixture_logps(student_logps, teacher_logps, alpha)
         long_term_weights, single_step_weights = importance_weights(
             student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
         )
+        check_weights(long_term_weights, mask)
         return {
             **batch,
             "advantages": self._advantages(rewards, mask),

@@ -20,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# Of subprocesses: offline, one thread each, since tests run side by side
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
 WORDS = "the punter serves italian food near the river and the mill is a cheap family friendly pub in the city centre"
 
 

@@ -1,13 +1,13 @@
 """However a step is cut into micro-batches and processes, the weights and the metrics are the same."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENVIRONMENT
 from fixed_rollouts import train
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -56,7 +56,6 @@ def test_another_order_of_rows_is_told_apart(tmp_path: Path):
 
 
 def train_distributed(folder: Path, processes: int, batch_size: int, accumulation: int, options: dict) -> dict:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
@@ -65,7 +64,7 @@ def train_distributed(folder: Path, processes: int, batch_size: int, accumulatio
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment,
+        env=ENVIRONMENT,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(folder / "result.pt", weights_only=False)

@@ -239,8 +239,9 @@ def test_student_equal_to_teacher_gives_zero_loss_and_gradient(tmp_path):
     assert gradient(loss, trainer.model).norm() < 1e-10
 
 
-def test_token_impossible_for_the_teacher_is_reported(tmp_path):
-    trainer = build_trainer(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"reward_clip": 5.0}], ids=["plain", "clipped"])
+def test_token_impossible_for_the_teacher_is_reported(tmp_path, options: dict):
+    trainer = build_trainer(tmp_path, **options)
     head = trainer.teacher_model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.tensor([0.0, 0.0, -torch.inf]).double(), requires_grad=False)
     with pytest.raises(FloatingPointError, match=r"is -inf for token 2 \('b'\) at position"):

@@ -153,6 +153,13 @@ class TestRolloutFunction:
         with pytest.raises(ValueError, match="rollout_func returned logprobs that are none"):
             self.batch(self.make(tmp_path, given))
 
+    def test_weight_that_overflows_is_refused_with_the_cap_to_set(self, tmp_path):
+        given, options = [-200.0] * 4, {"importance_weighting": "sequence"}
+        with pytest.raises(FloatingPointError, match="Set importance_weight_cap"):
+            self.batch(self.make(tmp_path, given, **options))
+        batch = self.batch(self.make(tmp_path, given, **options, importance_weight_cap=3.0))
+        assert (batch["long_term_weights"] == 3.0).all()
+
     def test_masked_tokens_are_in_neither_term(self, tmp_path):
         masked = self.make(tmp_path, None, env_mask=[1, 0, 0, 1])
         batch = self.batch(masked)
