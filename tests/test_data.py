@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from minillm_trl.data import DataError, check_prompt_lengths, load_examples, unique_prompts
+from minillm_trl.data import DataError, check_prompt_lengths, load_corpus, load_examples, unique_prompts
 
 USER = {"role": "user", "content": "Where is the pub?"}
 ASSISTANT = {"role": "assistant", "content": "By the river."}
@@ -389,3 +389,52 @@ def test_conversations_are_measured_through_the_chat_template(tokenizer, monkeyp
     check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=4, source="a.jsonl")
     with pytest.raises(DataError, match="with 4 tokens"):
         check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=3, source="a.jsonl")
+
+
+class TestCorpus:
+    def write(self, tmp_path: Path, name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    def test_text_file_has_a_document_a_line(self, tmp_path: Path):
+        corpus = load_corpus(self.write(tmp_path, "corpus.txt", "the mill\n\n the pub \n"))
+        assert corpus["text"] == ["the mill", " the pub "]
+
+    def test_compressed_text_file_is_read_too(self, tmp_path: Path):
+        path = tmp_path / "corpus.txt.gz"
+        path.write_bytes(gzip.compress(b"the mill\n"))
+        assert load_corpus(path)["text"] == ["the mill"]
+
+    def test_column_of_text_makes_plain_text_and_empty_ones_are_left_out(self, tmp_path: Path):
+        rows = [{"body": "a"}, {"body": " "}, {"body": "b"}]
+        path = self.write(tmp_path, "c.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        assert load_corpus(path, text_column="body")["text"] == ["a", "b"]
+        assert load_corpus(path, text_column="body", max_rows=1)["text"] == ["a"]
+
+    def test_without_one_prompts_and_completions_are_read(self):
+        corpus = load_corpus("e2e", split="validation")
+        assert corpus.column_names == ["prompt", "completion"]
+
+    @pytest.mark.parametrize(
+        ("name", "text", "options", "message"),
+        [
+            ("c.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, r"c.jsonl:2: field 'text' is 3\. Make it text"),
+            ("c.jsonl", '{"text": ""}\n', {}, "all texts of the field 'text' are empty"),
+            ("c.jsonl", '{"txt": "a"}\n', {}, "neither a column 'text' nor the columns 'prompt' and 'completion'"),
+            ("c.jsonl", '{"text": "a"}\n', {"text_column": "txt"}, "no column 'txt'; .* Did you mean 'text'"),
+            (
+                "c.jsonl",
+                '{"prompt": "a", "completion": null}\n',
+                {},
+                "c.jsonl:1: field 'completion' is missing or null",
+            ),
+            ("c.txt", "\n\n", {}, "has no rows"),
+            ("none.txt", None, {}, "none.txt:1: cannot be read"),
+            ("c.jsonl", '{"text": "a"}\n', {"streaming": True}, "cannot be streamed from the hub"),
+        ],
+    )
+    def test_mistake_is_named(self, tmp_path: Path, name: str, text: str, options: dict, message: str):
+        path = tmp_path / name if text is None else self.write(tmp_path, name, text)
+        with pytest.raises(DataError, match=message):
+            load_corpus(path, **options)
