@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .sampling import keyed_uniforms
@@ -124,7 +124,7 @@ def encode_corpus(
     max_length: int,
     chat_template_kwargs: dict[str, Any],
 ) -> Dataset | IterableDataset:
-    """Encode a corpus to rows of `input_ids` and `counts` (1 where a token counts), see [`LanguageModelingBatches`].
+    """Encode a corpus to rows of `input_ids` and `counts` (where a token counts), see [`LanguageModelingBatches`].
 
     Raises:
         ValueError: if the columns are not those of a corpus, or nothing is left to learn from.
@@ -145,11 +145,12 @@ def encode_corpus(
         counts = [0] * prompt + [1] * (len(ids) - prompt)
         return {"input_ids": ids[:max_length], "counts": counts[:max_length]}
 
+    features = Features({"input_ids": List(Value("int32")), "counts": List(Value("bool"))})
     progress = {"desc": "Encoding lm_dataset"} if isinstance(dataset, Dataset) else {}
     with PartialState().main_process_first():  # the others find its cache
-        encoded = dataset.map(encode, remove_columns=columns, **progress)
+        encoded = dataset.map(encode, remove_columns=columns, features=features, **progress)
         if is_text:
-            encoded = encoded.map(_pack, batched=True, fn_kwargs={"max_length": max_length})
+            encoded = encoded.map(_pack, batched=True, fn_kwargs={"max_length": max_length}, features=features)
         usable = encoded.filter(lambda row: any(row["counts"][1:]))  # the first token is predicted from nothing
     if isinstance(usable, Dataset) and len(usable) < len(encoded):
         logger.warning(

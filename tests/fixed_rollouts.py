@@ -31,6 +31,11 @@ def rollout(prompts: list[str], trainer: MiniLLMTrainer) -> dict:
     }
 
 
+def late(prompts: list[str], **kwargs) -> list[float]:
+    """A reward that differs much between the processes' parts of the buffer."""
+    return [float(PROMPTS.index(prompt)) for prompt in prompts]
+
+
 def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
     """Train a few steps on a buffer of three optimizer steps; returns the change of the weights and the logs."""
     tokenizer = build_tokenizer()
@@ -54,11 +59,13 @@ def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
         lm_batch_size=batch_size,
         **{"max_steps": 5, **options},
     )
+    reward_funcs = late if options.get("scale_rewards") else None
     student = build_model("gpt2", len(tokenizer))
     before = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
     trainer = MiniLLMTrainer(
         student,
         build_model("gpt2", len(tokenizer), 1, width=48),
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,

@@ -17,7 +17,10 @@ CASES = [
         {"loss_reduction": "token_mean", "num_iterations": 4, "whiten_advantages": "tokens", "max_steps": 13},
         id="token mean, 4 passes, whitened",
     ),
-    pytest.param({"loss_reduction": "sequence_sum", "num_iterations": 4, "lm_kd_ratio": 0.5}, id="sequence sum"),
+    pytest.param(
+        {"loss_reduction": "sequence_sum", "num_iterations": 4, "lm_kd_ratio": 0.5, "scale_rewards": "batch"},
+        id="sequence sum, rewards",
+    ),
 ]
 
 

@@ -117,6 +117,14 @@ class TestOrder:
         ids = [tuple(row["input_ids"]) for row in encode_corpus(pairs(3), TOKENIZER, 16, {})]
         assert examples(source.window(0, 1, 0, 1)) == [*ids, ids[0]]
 
+    def test_shuffled_stream_is_shuffled_anew_in_every_epoch(self):
+        def source() -> LanguageModelingBatches:
+            return batches(stream(pairs(6)).shuffle(seed=0, buffer_size=6), batch_size=6)
+
+        first, second = (examples(source().window(step, 1, 0, 1)) for step in (0, 1))
+        assert Counter(first) == Counter(second)
+        assert first != second
+
     def test_empty_stream_is_refused_and_does_not_hang(self):
         empty = stream(Dataset.from_dict({"prompt": ["the mill " * 20], "completion": ["a"]}))
         with pytest.raises(ValueError, match="lm_dataset yields no row"):

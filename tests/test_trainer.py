@@ -1,13 +1,17 @@
 """Training runs: what is logged, what stays the same however a step is cut into micro-batches, what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import MixtralConfig, MixtralForCausalLM, ProcessorMixin
 
 import minillm_trl.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.checks import check_model
 from minillm_trl.sampling import sample_prompts
 
 PROMPTS = [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(32)]
@@ -255,3 +259,49 @@ class TestRefusals:
         student.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
         with pytest.raises(ValueError, match=r"LM head of the student .* is not reproduced"):
             make_trainer(tmp_path, student=student)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"processing_class": ProcessorMixin()}, "Vision-language students are not supported"),
+            ({"is_fsdp_enabled": True}, "ZeRO-3 and FSDP are not supported yet"),
+            ({"is_deepspeed_enabled": True, "zero_stage": 3}, "ZeRO-3 and FSDP are not supported yet"),
+        ],
+    )
+    def test_student_that_cannot_be_trained_is_refused(self, tokenizer, changes: dict, message: str):
+        plugin = SimpleNamespace(zero_stage=changes.get("zero_stage", 2))
+        trainer = SimpleNamespace(
+            processing_class=tokenizer,
+            aux_loss_enabled=False,
+            is_fsdp_enabled=False,
+            is_deepspeed_enabled=False,
+            accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
+        )
+        check_model(trainer)
+        with pytest.raises(ValueError, match=message):
+            check_model(SimpleNamespace(**{**vars(trainer), **changes}))
+
+    def test_mixture_of_experts_with_a_router_loss_is_refused_and_trains_without(self, tmp_path, tokenizer):
+        def student(coefficient: float) -> MixtralForCausalLM:
+            torch.manual_seed(0)
+            config = MixtralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                num_local_experts=2,
+                max_position_embeddings=128,
+                router_aux_loss_coef=coefficient,
+                eos_token_id=0,
+                pad_token_id=1,
+            )
+            return MixtralForCausalLM(config)
+
+        with pytest.raises(ValueError, match="Set output_router_logits or router_aux_loss_coef to 0"):
+            make_trainer(tmp_path, student=student(0.01))
+        trainer = make_trainer(tmp_path, student=student(0.0), max_steps=2)
+        before = weights(trainer)
+        trainer.train()
+        assert not torch.equal(weights(trainer), before)

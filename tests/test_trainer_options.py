@@ -74,12 +74,14 @@ class TestRewardFunctions:
 
 
 class TestReferenceModel:
-    def test_loss_gains_beta_times_the_kl(self, tmp_path, model_dir):
-        student = model_dir("gpt2", 0)
-        trainer = make_trainer(tmp_path, student=student, beta=0.3, teacher_mixed_alpha=0.2)
+    @pytest.mark.parametrize("corrected", [True, False])
+    def test_loss_gains_beta_times_the_kl(self, tmp_path, model_dir, corrected: bool):
+        options = {"beta": 0.3, "teacher_mixed_alpha": 0.8, "use_bias_correction_kl": corrected}
+        trainer = make_trainer(tmp_path, student=model_dir("gpt2", 0), **options)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        trainer.model.train()  # evaluation does not mix
         batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:4]])
         mask = batch["completion_mask"].bool()
         request = trainer._get_per_token_logps_and_entropies
@@ -93,7 +95,10 @@ class TestReferenceModel:
         without = trainer.compute_loss(
             trainer.model, {name: value for name, value in batch.items() if name != "ref_per_token_logps"}
         )
-        kl = reference_kl(now, before, mask) * (now - batch["old_per_token_logps"]).exp()
+        kl = reference_kl(now, before, mask)
+        weighted = kl * (now - batch["old_per_token_logps"]).exp()
+        assert weighted[mask].mean().item() != pytest.approx(kl[mask].mean().item(), rel=0.05)  # or the two are one
+        kl = weighted if corrected else kl
         assert (with_kl - without).item() == pytest.approx(0.3 * kl[mask].mean().item(), rel=1e-3)
 
     def test_anchored_student_stays_nearer_to_where_it_was(self, tmp_path, model_dir):
