@@ -5,8 +5,8 @@
 runs mixing, four passes, L_PT, a reference KL and a LoRA student on Dolly. DIR holds `minillm_train.jsonl.gz` and
 `minillm_dev.jsonl` with `instruction`, `input` and `output` (the split in use with MiniLLM). GPT-2-shaped models are
 built from a config, fine-tuned for some minutes, and the student is distilled, all through the command line. Models of
-this size learn the form of an answer from Dolly, hardly its content: the run shows that the objective falls and the text
-does not degenerate, no more. Writes `results/dolly_run.json` and a picture.
+this size learn the form of an answer from Dolly, hardly its content: the run shows that the objective falls and the
+text does not degenerate, no more. Writes `results/dolly_run.json` and a picture.
 """
 
 import argparse
