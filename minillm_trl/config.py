@@ -140,8 +140,11 @@ class MiniLLMConfig(GRPOConfig):
             steps).
             `"sequence_sum"`: sum over tokens, mean over completions.
         sampling_batch_size (`int`, *optional*):
-            Rows that are decoded together on a process; they share the coins of teacher-mixed sampling. All rows of a
-            rollout by default.
+            Rows that are decoded together on a process; all rows of a rollout by default.
+        shared_coins (`bool`, *optional*, defaults to `True`):
+            Whether rows that are decoded together share the coins of teacher-mixed sampling, so that only one of the
+            models runs at a step. Each row follows the mixture either way; `False` makes the rows independent of each
+            other, and of the number of processes, and runs both models at most steps.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
         lm_coef (`float`, *optional*, defaults to `1.0`):
@@ -221,6 +224,12 @@ class MiniLLMConfig(GRPOConfig):
     )
     sampling_batch_size: int | None = field(
         default=None, metadata={"help": "Rows decoded together on a process; all rows of a rollout if not given."}
+    )
+    shared_coins: bool = field(
+        default=True,
+        metadata={
+            "help": "Share the coins of teacher-mixed sampling among them: fewer forward passes, dependent rows."
+        },
     )
     lm_coef: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on lm_dataset."})
     lm_kd_ratio: float = field(

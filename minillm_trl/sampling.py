@@ -1,9 +1,8 @@
 r"""Sampling completions from the student or from the teacher-student mixture.
 
 Sampling from $\mu = \alpha p + (1-\alpha) q$ (Eq. 4) is a coin toss, then a draw from one of the two models. The coin
-is
-drawn first, so each model runs only at its own steps, over the tokens since its last call: N calls in all for N
-tokens, where mixing the two distributions at every step takes 2 N.
+is drawn first, so each model runs only at its own steps, over the tokens since its last call: with coins shared by the
+rows that are decoded together N calls in all for N tokens, where mixing the two distributions at every step takes 2 N.
 
 Randomness is stateless: a token is the inverse CDF at a uniform number that is a pure function of a key (seed, round,
 row, ...). So a sample does not depend on the rows beside it, on the number of processes, or on what else drew random
@@ -28,9 +27,9 @@ def keyed_uniforms(length: int, *key: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(length)
 
 
-def toss_coins(length: int, alpha: float, *key: int) -> list[bool]:
+def toss_coins(length: int, alpha: float, *key: int) -> np.ndarray:
     """Toss the coin of every step: True (with probability `alpha`) where the teacher samples."""
-    return (keyed_uniforms(length, *key) < alpha).tolist()
+    return keyed_uniforms(length, *key) < alpha
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
@@ -87,14 +86,14 @@ def sample_completions(
     uniforms: torch.Tensor | None,
     temperature: float = 1.0,
     teacher: PreTrainedModel | None = None,
-    teacher_steps: Sequence[bool] = (),
+    teacher_coins: np.ndarray | None = None,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one completion a row, each token from the student or, at the teacher's steps, from the teacher.
+    """Sample one completion a row, each token from the student or, where its coin says so, from the teacher.
 
-    With `teacher_steps` tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. The
-    coins are shared by the rows of a call, so rows of one call are dependent; rows of different calls are not.
-    Nothing else reshapes the distributions: generation configs are not read.
+    With coins tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. Rows that share
+    their coins are dependent, but need one model a step; with a coin for each row most steps need both. Nothing else
+    reshapes the distributions: generation configs are not read.
 
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
@@ -106,8 +105,9 @@ def sample_completions(
         uniforms (`torch.Tensor` of shape `(B, N)`, float64, *optional*): one number a token, see [`keyed_uniforms`].
             None decodes greedily.
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature of both models, > 0.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): needed where a step of `teacher_steps` is True.
-        teacher_steps (`Sequence[bool]`, *optional*): coin of each of the N steps; empty means student alone.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): needed where a coin is True.
+        teacher_coins (`np.ndarray` of shape `(B, N)` or `(1, N)`, bool, *optional*): where the teacher samples; a
+            single row is shared by all. None means student alone.
         vocab_size (`int`, *optional*): number of leading vocabulary rows that may be sampled; all by default.
 
     Returns:
@@ -121,12 +121,19 @@ def sample_completions(
     completions = torch.full((batch_size, max_new_tokens), pad_token_id, device=device)
     ids, mask = prompt_ids, prompt_mask.bool()  # of the rows that are still decoded
     rows = torch.arange(batch_size, device=device)
+    coins = np.broadcast_to(False if teacher_coins is None else teacher_coins, (batch_size, max_new_tokens))
     finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
 
     for step in range(max_new_tokens):
-        decoder = decoders[1] if len(teacher_steps) and teacher_steps[step] else decoders[0]
+        picks = coins[:, step]
+        if picks.all() or not picks.any():
+            logits = decoders[int(picks[0])].next_logits(ids, mask)
+        else:
+            student_logits, teacher_logits = (each.next_logits(ids, mask) for each in decoders)
+            teacher_rows = torch.from_numpy(picks.copy()).to(device)[:, None]
+            logits = torch.where(teacher_rows, teacher_logits.to(student_logits), student_logits)
         noise = None if uniforms is None else uniforms[rows, step]
-        tokens = draw_tokens(decoder.next_logits(ids, mask), noise, temperature)
+        tokens = draw_tokens(logits, noise, temperature)
         tokens = tokens.masked_fill(finished, pad_token_id)
         completions[rows, step] = tokens
         finished = finished | torch.isin(tokens, eos)
@@ -138,6 +145,7 @@ def sample_completions(
         if num_finished > _DROP_SHARE * len(rows):
             keep = (~finished).nonzero().squeeze(1)
             ids, mask, rows, finished = ids[keep], mask[keep], rows[keep], finished[keep]
+            coins = coins[keep.cpu().numpy()]
             for each in decoders:
                 each.keep_rows(keep)
 
@@ -158,6 +166,7 @@ def sample_prompts(
     teacher: PreTrainedModel | None = None,
     alpha: float = 0.0,
     coin_key: tuple[int, ...] = (),
+    shared_coins: bool = True,
     vocab_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -168,9 +177,13 @@ def sample_prompts(
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
         keys (`Sequence[tuple[int, ...]]`, *optional*): key of each prompt's random numbers, see [`keyed_uniforms`].
             None decodes greedily.
-        batch_size (`int`, *optional*): rows decoded together; all by default. They share their coins.
+        batch_size (`int`, *optional*): rows decoded together; all by default.
         alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
-        coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it.
+        coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it, or with a
+            coin for each row the row's key.
+        shared_coins (`bool`, *optional*, defaults to `True`): whether rows decoded together share their coins, so that
+            only one of the models runs at a step. `False` makes all rows independent, and a completion a function of
+            its key alone.
         on_batch (`Callable[[int], None]`, *optional*): called with the number of completions after each batch.
         max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size: see [`sample_completions`].
 
@@ -189,6 +202,10 @@ def sample_prompts(
         if keys is not None:
             noise = np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
             uniforms = torch.from_numpy(noise).to(device)
+        coins = None
+        if alpha > 0:
+            coin_keys = [(*coin_key, number)] if shared_coins else [(*coin_key, *keys[row]) for row in rows]
+            coins = np.stack([toss_coins(max_new_tokens, alpha, *key) for key in coin_keys])
         sampled, sampled_mask = sample_completions(
             student,
             ids.to(device),
@@ -199,7 +216,7 @@ def sample_prompts(
             uniforms=uniforms,
             temperature=temperature,
             teacher=teacher,
-            teacher_steps=toss_coins(max_new_tokens, alpha, *coin_key, number) if alpha > 0 else (),
+            teacher_coins=coins,
             vocab_size=vocab_size,
         )
         for row, length, tokens in zip(rows, sampled_mask.sum(dim=1).tolist(), sampled.tolist(), strict=True):

@@ -75,6 +75,8 @@ class TeacherMixedTrainer(GRPOTrainer):
         if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
             max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
         self._turn += 1
+        shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
+        coin_key = (seed, _COINS, step, process, self._turn) if shared else (seed, _COINS)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -95,7 +97,8 @@ class TeacherMixedTrainer(GRPOTrainer):
                 batch_size=self.args.sampling_batch_size,
                 teacher=self.teacher_model,
                 alpha=self.args.teacher_mixed_alpha if training else 0.0,
-                coin_key=(seed, _COINS, step, process, self._turn),
+                coin_key=coin_key,
+                shared_coins=shared,
                 vocab_size=self.vocab_size,
             )
             student.train(training)

@@ -37,7 +37,10 @@ def late(prompts: list[str], **kwargs) -> list[float]:
 
 
 def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
-    """Train a few steps on a buffer of three optimizer steps; returns the change of the weights and the logs."""
+    """Train a few steps on a buffer of three optimizer steps; returns the change of the weights and the logs.
+
+    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones.
+    """
     tokenizer = build_tokenizer()
     args = MiniLLMConfig(
         output,
@@ -48,7 +51,6 @@ def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=3 * accumulation,
-        teacher_mixed_alpha=0.0,
         max_completion_length=24,
         optim="sgd",  # Adam would hide a wrong scale
         learning_rate=0.05,
@@ -57,7 +59,7 @@ def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
         logging_steps=1,
         save_strategy="no",
         lm_batch_size=batch_size,
-        **{"max_steps": 5, **options},
+        **{"max_steps": 5, "teacher_mixed_alpha": 0.0, **options},
     )
     reward_funcs = late if options.get("scale_rewards") else None
     student = build_model("gpt2", len(tokenizer))
@@ -69,7 +71,7 @@ def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
-        rollout_func=rollout,
+        rollout_func=None if args.teacher_mixed_alpha else rollout,
         lm_dataset=CORPUS,
     )
     trainer.train()

@@ -21,6 +21,7 @@ CASES = [
         {"loss_reduction": "sequence_sum", "num_iterations": 4, "lm_kd_ratio": 0.5, "scale_rewards": "batch"},
         id="sequence sum, rewards",
     ),
+    pytest.param({"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2}, id="mixed, own coins"),
 ]
 
 

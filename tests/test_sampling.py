@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_model
@@ -73,10 +74,37 @@ def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(famil
             uniforms=uniforms,
             temperature=temperature,
             teacher=models[1],
-            teacher_steps=coins,
+            teacher_coins=np.array([coins]),
         )
         expected = torch.tensor(completions * 2)
         assert torch.equal(sampled[mask], expected[mask])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool):
+    student, teacher = tiny(0, family), tiny(1, family)
+    alpha, calls, rows = 0.4, 300, 8
+    counts: dict[tuple, float] = {}
+    for call in range(calls):  # with shared coins the rows of a call are dependent, calls are not
+        completions = sample_prompts(
+            student,
+            [PROMPTS[0], *[PROMPTS[1]] * rows],  # the first one is padded
+            keys=[(call, row) for row in range(rows + 1)],
+            max_new_tokens=HORIZON,
+            eos_token_ids=[EOS],
+            pad_token_id=1,
+            teacher=teacher,
+            alpha=alpha,
+            coin_key=(99, call),
+            shared_coins=shared,
+        )
+        for completion in completions[1:]:
+            counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / (calls * rows)
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 0.0, 1.0)) > 0.08
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 1.0, 1.0)) > 0.08
 
 
 @torch.no_grad()
@@ -131,11 +159,12 @@ def sample(prompts: list[list[int]], batch_size: int | None, family: str = "gpt2
 LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "shared_coins": False}], ids=["student", "coins of its own"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str):
-    alone = sample(LONG_PROMPTS, batch_size=1, family=family)
-    assert sample(LONG_PROMPTS, batch_size=5, family=family) == alone
-    assert sample(LONG_PROMPTS[::-1], batch_size=None, family=family) == alone[::-1]
+def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str, options: dict):
+    alone = sample(LONG_PROMPTS, batch_size=1, family=family, **options)
+    assert sample(LONG_PROMPTS, batch_size=5, family=family, **options) == alone
+    assert sample(LONG_PROMPTS[::-1], batch_size=None, family=family, **options) == alone[::-1]
     assert len({len(completion) for completion in alone}) > 3  # rows finish at different steps
 
 
@@ -165,7 +194,7 @@ def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
         pad_token_id=1,
         uniforms=torch.full((1, 6), 0.5, dtype=torch.float64),
         teacher=teacher,
-        teacher_steps=[False, False, True, False, True, True],
+        teacher_coins=np.array([[False, False, True, False, True, True]]),
     )
     assert calls == [("student", 2), ("student", 1), ("teacher", 4), ("student", 2), ("teacher", 2), ("teacher", 1)]
 
