@@ -1,11 +1,13 @@
 """Log-probs, entropy and full-vocabulary divergences from hidden states, a chunk of tokens at a time.
 
 The logits of a whole batch, (B, T, V) for student and teacher, never exist: each chunk of tokens is projected through
-the LM heads, reduced to three numbers a token, and projected again in the backward pass. Only real completion tokens
-are scored. `add_scoring` puts the computation inside the model's own forward, so that DDP, FSDP, DeepSpeed, PEFT and
-autocast treat it like any other forward pass.
+the LM heads and reduced to a few numbers a token. Where the loss of a token is known from these numbers, its gradient
+is formed at once, while the chunk's logits are there, so nothing is projected again in the backward pass. Only real
+completion tokens are scored. `add_scoring` puts the computation inside the model's own forward, so that DDP, FSDP,
+DeepSpeed, PEFT and autocast treat it like any other forward pass.
 """
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -21,6 +23,10 @@ from .objectives import reverse_kl
 
 # Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are.
 CHUNK_ELEMENTS = 2**23
+
+# Gradients of logits are formed before the loss scale of float16 training is known; this power of two keeps those of
+# tokens with a probability of 1e-9 from vanishing, and leaves room for losses of a few hundred nats a token.
+_GRADIENT_SCALE = 64.0
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,20 @@ class LMHead:
 
 
 class TokenScores(NamedTuple):
-    """Per-token values of shape `(B, T)`, nats; 0 outside the mask. `entropy` is detached.
+    """Per-token values of shape `(B, T)` (in a request's loss `(n,)`), nats; 0 outside the mask.
 
-    `divergence` is None unless the teacher's hidden states were given.
+    Attributes:
+        logps (`torch.Tensor`): log-probs of the tokens.
+        entropy (`torch.Tensor`): of the next-token distribution; detached.
+        divergence (`torch.Tensor`, *optional*): from the teacher; None unless its hidden states were given.
+        loss (`torch.Tensor`, *optional*): scalar, the sum of the request's loss over the scored tokens, if it has one.
+            It then carries the gradient, and the other values are detached.
     """
 
     logps: torch.Tensor
     entropy: torch.Tensor
     divergence: torch.Tensor | None
+    loss: torch.Tensor | None = None
 
 
 class ScoreRequest(NamedTuple):
@@ -81,6 +93,8 @@ class ScoreRequest(NamedTuple):
         kd_temperature (`float`, *optional*): temperature of `divergence`; None means `temperature`.
         divergence (`Callable`): [`~minillm_trl.objectives.reverse_kl`] or
             [`~minillm_trl.objectives.forward_kl`] of student and teacher.
+        loss (`Callable`, *optional*): maps the [`TokenScores`] `(n,)` of some tokens and their numbers `(n,)` among
+            the B * T to their losses `(n,)`. Each loss depends on the scores of its token alone.
     """
 
     input_ids: torch.Tensor
@@ -90,6 +104,7 @@ class ScoreRequest(NamedTuple):
     teacher_hidden_states: torch.Tensor | None = None
     kd_temperature: float | None = None
     divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl
+    loss: "Callable[[TokenScores, torch.Tensor], torch.Tensor] | None" = None
 
     @property
     def completion_ids(self) -> torch.Tensor:
@@ -158,51 +173,108 @@ def score_hidden_states(
     teacher_hidden = request.teacher_hidden_states
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    # an empty batch makes one empty chunk: zeros with a graph
+    chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
 
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-    pieces = []
-    for start in range(0, max(len(rows), 1), chunk):  # an empty batch makes one empty chunk: zeros with a graph
-        part = slice(start, start + chunk)
+    def score(part: slice, hidden: torch.Tensor, head: LMHead) -> TokenScores:
         teacher_part = None if teacher_hidden is None else teacher_hidden[part]
-        score = functools.partial(_score_chunk, head, teacher_head, request, vocab_size)
-        if torch.is_grad_enabled():
-            piece = checkpoint(score, hidden[part], targets[part], teacher_part, use_reentrant=False)
-        else:
-            piece = score(hidden[part], targets[part], teacher_part)
-        pieces.append(piece)
+        return _score_chunk(hidden, head, targets[part], teacher_part, teacher_head, request, vocab_size)
 
-    def scatter(values: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        flat = torch.cat(values)
-        return (
-            flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat).view_as(request.completion_mask)
-        )
+    loss = None
+    if request.loss is not None and torch.is_grad_enabled():
 
-    logps, entropy, kl = zip(*pieces, strict=True)
-    return TokenScores(scatter(logps), scatter(entropy), None if teacher_hidden is None else scatter(kl))
+        def loss_of_chunk(part: slice, hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, TokenScores]:
+            scores = score(part, hidden, head)
+            return request.loss(scores, rows[part]).sum(), scores
+
+        loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, chunks, loss_of_chunk)
+        pieces = [tuple(values)]
+    elif torch.is_grad_enabled():
+        pieces = [
+            checkpoint(functools.partial(score, part, head=head), hidden[part], use_reentrant=False)[:3]
+            for part in chunks
+        ]
+    else:
+        pieces = [score(part, hidden[part], head)[:3] for part in chunks]
+
+    def scatter(flat: torch.Tensor) -> torch.Tensor:
+        full = flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat)
+        return full.view_as(request.completion_mask)
+
+    logps, entropy, divergence = (None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True))
+    if request.loss is not None and loss is None:
+        loss = request.loss(TokenScores(logps, entropy, divergence), rows).sum()
+    return TokenScores(scatter(logps), scatter(entropy), None if divergence is None else scatter(divergence), loss)
+
+
+class _LossThroughHead(torch.autograd.Function):
+    """Sum of a loss over chunks of tokens, whose gradient is formed chunk by chunk in the forward pass.
+
+    The gradients of hidden states and head are kept in float32 (at least) instead of the logits: (N, H) and (V, H).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, chunks, loss_of_chunk):
+        inputs = {"hidden": hidden, "weight": weight, "bias": bias}
+        wanted = [name for name, each in inputs.items() if each is not None and each.requires_grad]
+        gradients = {
+            name: torch.zeros_like(inputs[name], dtype=torch.promote_types(inputs[name].dtype, torch.float32))
+            for name in wanted
+        }
+        # one leaf for all chunks, so that autocast casts the weight once
+        leaves = {name: None if each is None else each.detach() for name, each in inputs.items()}
+        for name in {"weight", "bias"} & set(wanted):
+            leaves[name].requires_grad_()
+        piece_head = dataclasses.replace(head, weight=leaves["weight"], bias=leaves["bias"])
+        losses, pieces = [], []
+        for part in chunks:
+            leaves["hidden"] = hidden[part].detach().requires_grad_(hidden.requires_grad)
+            with torch.enable_grad():
+                loss, scores = loss_of_chunk(part, leaves["hidden"], piece_head)
+                grads = torch.autograd.grad(loss * _GRADIENT_SCALE, [leaves[name] for name in wanted])
+            for name, gradient in zip(wanted, grads, strict=True):
+                (gradients[name][part] if name == "hidden" else gradients[name]).add_(gradient)
+            losses.append(loss.detach())
+            pieces.append([None if each is None else each.detach() for each in scores[:3]])
+        ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in wanted}
+        ctx.save_for_backward(*gradients.values())
+        values = [None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True)]
+        ctx.mark_non_differentiable(*(each for each in values if each is not None))
+        return torch.stack(losses).sum(), *values
+
+    @staticmethod
+    def backward(ctx, grad_loss, *unused):
+        scale = grad_loss / _GRADIENT_SCALE
+        found = {
+            name: (gradient * scale).to(dtype)
+            for (name, dtype), gradient in zip(ctx.dtypes.items(), ctx.saved_tensors, strict=True)
+        }
+        return *(found.get(name) for name in ctx.names), None, None, None
 
 
 def _score_chunk(
+    hidden: torch.Tensor,
     head: LMHead,
+    targets: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
     teacher_head: LMHead | None,
     request: ScoreRequest,
     vocab_size: int,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> TokenScores:
     logits = head.logits(hidden, vocab_size)  # (n, V)
     log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     if teacher_hidden is None:
-        return logps, entropy, None
+        return TokenScores(logps, entropy, None)
     kd_temperature = request.kd_temperature or request.temperature
     with torch.no_grad():
         teacher_log_probs = torch.log_softmax(teacher_head.logits(teacher_hidden, vocab_size) / kd_temperature, dim=-1)
     if kd_temperature != request.temperature:
         log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
-    return logps, entropy, request.divergence(log_probs, teacher_log_probs)
+    return TokenScores(logps, entropy, request.divergence(log_probs, teacher_log_probs))
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:

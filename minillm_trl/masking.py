@@ -44,20 +44,17 @@ def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([mask.sum().double(), selected.sum(), selected.square().sum()])
 
 
-def reduce_loss(per_token_loss: torch.Tensor, mask: torch.Tensor, normalizer: torch.Tensor | float) -> torch.Tensor:
-    r"""Reduce per-token losses to the scalar that one micro-batch contributes to an optimizer step.
-
-    $$ L = \frac{1}{N} \sum_{b,t} m_{b,t}\, \ell_{b,t} $$
+def normalize_loss(total: torch.Tensor, normalizer: torch.Tensor | float) -> torch.Tensor:
+    r"""What the summed loss of a micro-batch contributes to an optimizer step: $\frac{1}{N} \sum_{b,t} \ell_{b,t}$.
 
     Args:
-        per_token_loss (`torch.Tensor` of shape `(B, T)`): losses in nats.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        normalizer (`torch.Tensor` or `float`): N. For the token mean, the number of completion tokens in the whole
-            optimizer step (all micro-batches of the accumulation window, all processes) divided by the number of
-            processes, because gradients are averaged over them. For the sequence sum, the number of sequences instead.
+        total (`torch.Tensor`): scalar, the sum of the losses of its tokens, nats.
+        normalizer (`torch.Tensor` or `float`): N. For the token mean, the number of tokens in the whole optimizer step
+            (all micro-batches of the accumulation window, all processes) divided by the number of processes, because
+            gradients are averaged over them. For the sequence sum, the number of sequences instead.
 
     Returns:
-        `torch.Tensor`, a scalar; 0 with zero gradient for a micro-batch without tokens.
+        `torch.Tensor`, a scalar; 0 with zero gradient for a step without tokens.
     """
-    normalizer = torch.as_tensor(normalizer, dtype=per_token_loss.dtype, device=per_token_loss.device)
-    return masked_sum(per_token_loss, mask) / normalizer.clamp(min=torch.finfo(per_token_loss.dtype).tiny)
+    normalizer = torch.as_tensor(normalizer, dtype=total.dtype, device=total.device)
+    return total / normalizer.clamp(min=torch.finfo(total.dtype).tiny)

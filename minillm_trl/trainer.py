@@ -22,15 +22,14 @@ from .checks import (
 from .config import MiniLLMConfig
 from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
 from .language_modeling import LanguageModelingBatches
-from .masking import masked_mean, masked_moments, reduce_loss
+from .loss import LOSS_INPUTS, loss_terms
+from .masking import masked_mean, masked_moments, normalize_loss
 from .objectives import (
     batch_advantages,
-    clipped_policy_gradient_loss,
     forward_kl,
     importance_weights,
     language_modeling_loss,
     mixture_logps,
-    reference_kl,
     reward_to_go,
     token_rewards,
     whiten,
@@ -40,7 +39,6 @@ from .teacher import score_teacher
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import (
     Totals,
-    clipped_tokens,
     corpus_totals,
     degeneration,
     loss_metrics,
@@ -366,68 +364,60 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
         input_ids, attention_mask, mask = sequences(inputs)
-        requests = [
-            ScoreRequest(
-                input_ids,
-                attention_mask,
-                mask,
-                self.temperature,
-                inputs["teacher_hidden_states"],
-                self.args.kd_temperature,
-            )
-        ]
-        if "lm" in inputs:
-            requests.append(self._lm_request(inputs["lm"]))
+        rollout = {name: inputs[name].expand(mask.shape) for name in LOSS_INPUTS if name in inputs}
+        flat = {name: values.reshape(-1) for name, values in rollout.items()}
+        options = {
+            "importance_weighting": self.args.importance_weighting,
+            "epsilon": self.args.epsilon,
+            "epsilon_high": self.args.epsilon_high,
+            "delta": self.args.delta,
+            "single_step_decomposition": self.args.single_step_decomposition,
+            "beta": self.beta,
+            "use_bias_correction_kl": self.args.use_bias_correction_kl,
+        }
+
+        def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+            everywhere = torch.ones_like(rows, dtype=torch.bool)
+            return loss_terms({name: each[rows] for name, each in flat.items()}, scores, everywhere, **options).loss
+
+        request = ScoreRequest(
+            input_ids,
+            attention_mask,
+            mask,
+            self.temperature,
+            inputs["teacher_hidden_states"],
+            self.args.kd_temperature,
+            loss=loss_of_tokens,
+        )
+        requests = [request, self._lm_request(inputs["lm"])] if "lm" in inputs else [request]
         scores, *lm_scores = self._score(model, *requests)
-        per_token_loss = self._per_token_loss(inputs, scores, mask)
-        loss = reduce_loss(per_token_loss, mask, self._loss_normalizer(inputs, mask))
+        with torch.no_grad():
+            terms = loss_terms(rollout, scores, mask, **options)
+        self._log_totals(loss_totals(terms, scores.entropy, inputs["advantages"], mask))
+        loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         return loss
 
-    def _per_token_loss(self, inputs: Batch, scores: TokenScores, mask: torch.Tensor) -> torch.Tensor:
-        args, advantages = self.args, inputs["advantages"]
-        # the paper's ratio is to the behavior policy; the other weightings clip the drift alone
-        old = "old_per_token_logps" if args.importance_weighting == "token" else "student_logps"
-        clip_range = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "delta": args.delta}
-        weights = inputs["long_term_weights"] * (scores.logps - inputs[old]).masked_fill(~mask, 0.0).exp()
-        long_term = inputs["long_term_weights"] * clipped_policy_gradient_loss(
-            scores.logps, inputs[old], advantages, mask, **clip_range
-        )
-        if "importance_sampling_ratio" in inputs:  # from vLLM's distribution to the student's
-            long_term = long_term * inputs["importance_sampling_ratio"]
-        single_step = inputs["single_step_weights"] * scores.divergence
-        per_token_loss = long_term + single_step if args.single_step_decomposition else long_term
-        per_token = {
-            "objective/long_term": long_term.detach(),
-            "objective/single_step": scores.divergence.detach(),
-            "objective/advantage": advantages,
-            "entropy": scores.entropy,
-        }
-        if "ref_per_token_logps" in inputs:
-            kl = reference_kl(scores.logps, inputs["ref_per_token_logps"], mask)
-            per_token["kl"] = kl.detach()
-            per_token_loss = per_token_loss + self.beta * (kl * weights if args.use_bias_correction_kl else kl)
-        clipped = clipped_tokens(scores.logps, inputs["student_logps"], inputs[old], advantages, mask, **clip_range)
-        self._log_totals(loss_totals(per_token, clipped, weights, mask))
-        return per_token_loss
-
     def _lm_request(self, lm: Batch) -> ScoreRequest:
-        request = ScoreRequest(lm["input_ids"], lm["attention_mask"], lm["loss_mask"], divergence=forward_kl)
+        def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+            return language_modeling_loss(scores.logps, scores.divergence, self.args.lm_kd_ratio)
+
+        ids, attention_mask, mask = lm["input_ids"], lm["attention_mask"], lm["loss_mask"]
+        request = ScoreRequest(ids, attention_mask, mask, divergence=forward_kl, loss=loss_of_tokens)
         if self.args.lm_kd_ratio == 0.0:
             return request
         teacher = self.accelerator.unwrap_model(self.teacher_model)
         with torch.no_grad(), self.accelerator.autocast():
-            hidden_states = completion_hidden_states(teacher, *request[:2], request.completion_mask.shape[1])
+            hidden_states = completion_hidden_states(teacher, ids, attention_mask, mask.shape[1])
         return request._replace(teacher_hidden_states=hidden_states)
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
-        per_token = {"objective/lm_cross_entropy": -scores.logps}
+        values = {"objective/lm_cross_entropy": -scores.logps}
         if scores.divergence is not None:
-            per_token["objective/lm_forward_kl"] = scores.divergence
-        self._log_totals(corpus_totals(per_token, lm["loss_mask"]))
-        per_token_loss = language_modeling_loss(scores.logps, scores.divergence, self.args.lm_kd_ratio)
-        return reduce_loss(per_token_loss, lm["loss_mask"], lm["window_tokens"] / self.accelerator.num_processes)
+            values["objective/lm_forward_kl"] = scores.divergence
+        self._log_totals(corpus_totals(values, lm["loss_mask"]))
+        return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
 
     def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor | float:
         in_window = "window_tokens" in inputs  # otherwise the batch counts as one optimizer step

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .evaluation.metrics import repeated_ngrams, rouge_l
+from .loss import LossTerms
 from .masking import masked_sum
 
 _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
@@ -39,52 +40,6 @@ def _references(row: Mapping[str, Any]) -> list[str]:
     return [completion] if completion else []
 
 
-class ClippedTokens(NamedTuple):
-    """Bool tensors `(B, T)`: where the clip removes the gradient of the long term.
-
-    `by_mixing` holds already for the student that sampled (q_old / mu is outside the range); `by_drift` only since it
-    moved.
-    """
-
-    by_mixing: torch.Tensor
-    by_drift: torch.Tensor
-
-
-def clipped_tokens(
-    logps: torch.Tensor,
-    student_logps: torch.Tensor,
-    old_logps: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    epsilon: float,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-) -> ClippedTokens:
-    """Tell tokens clipped by teacher mixing from tokens clipped by the student's drift.
-
-    Args:
-        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student now (q_theta).
-        student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
-        old_logps (`torch.Tensor` of shape `(B, T)`): log-probs that the clipped ratio is relative to: mu's, or q_old's
-            where the weights are decoupled, so that nothing is clipped by mixing.
-        advantages (`torch.Tensor` of shape `(B, T)`): what the ratio multiplies.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        epsilon, epsilon_high, delta (`float`): of the clip range, see
-            [`~minillm_trl.objectives.clipped_policy_gradient_loss`].
-    """
-    high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    bound = torch.inf if delta is None else delta
-
-    def is_clipped(numerator: torch.Tensor) -> torch.Tensor:
-        ratio = (numerator - old_logps).exp()
-        positive = (ratio > high) & (advantages > 0)
-        negative = ((ratio < 1 - epsilon) | (ratio > bound)) & (advantages < 0)
-        return (positive | negative) & mask
-
-    by_mixing = is_clipped(student_logps)
-    return ClippedTokens(by_mixing, is_clipped(logps) & ~by_mixing)
-
-
 class Totals(NamedTuple):
     """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them."""
 
@@ -93,24 +48,22 @@ class Totals(NamedTuple):
 
 
 @torch.no_grad()
-def loss_totals(
-    per_token: Mapping[str, torch.Tensor], clipped: ClippedTokens, weights: torch.Tensor, mask: torch.Tensor
-) -> Totals:
-    """What [`loss_metrics`] needs of one process's batch.
-
-    Args:
-        per_token (`Mapping[str, torch.Tensor]`): tensors of shape `(B, T)` whose mean over tokens is logged.
-        clipped ([`ClippedTokens`]): where the clip removes the gradient.
-        weights (`torch.Tensor` of shape `(B, T)`): what multiplies the advantage of each token, before clipping.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-    """
+def loss_totals(terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Totals:
+    """What [`loss_metrics`] needs of one process's batch; all tensors of shape `(B, T)`."""
     tokens, rows = mask.sum().double(), torch.tensor(float(len(mask)), device=mask.device, dtype=torch.float64)
+    per_token = {
+        "objective/long_term": terms.long_term,
+        "objective/single_step": terms.single_step,
+        "objective/advantage": advantages,
+        "entropy": entropy,
+    }
+    if terms.reference_kl is not None:
+        per_token["kl"] = terms.reference_kl
     sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
-    if "objective/single_step" in sums:
-        sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
-    sums["clip_ratio/mixing"] = (clipped.by_mixing.sum(), tokens)
-    sums["clip_ratio/drift"] = (clipped.by_drift.sum(), tokens)
-    weights = weights.double().masked_fill(~mask, 0.0)
+    sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
+    sums["clip_ratio/mixing"] = (terms.clipped.by_mixing.sum(), tokens)
+    sums["clip_ratio/drift"] = (terms.clipped.by_drift.sum(), tokens)
+    weights = terms.weights.double().masked_fill(~mask, 0.0)
     sums[_MEAN] = (weights.sum(), tokens)
     sums[_MEAN_SQUARE] = (weights.square().sum(), tokens)
     sums[_MAX] = (weights.max(), tokens)

@@ -74,6 +74,89 @@ def test_values_and_gradients_equal_the_plain_formulas(
     assert not teacher_head.weight.grad
 
 
+@pytest.mark.parametrize("chunk_elements", [1, 60, 2**23], ids=["a token a chunk", "odd chunks", "one chunk"])
+@pytest.mark.parametrize("kd_temperature", [None, 2.5])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, kd_temperature, frozen_head: bool
+):
+    torch.manual_seed(0)
+    monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", chunk_elements)
+    rows, length, vocab = 3, 7, 31
+    head, teacher_head = make_head(5, vocab, True, 4.0), make_head(9, vocab, False, None)
+    head.weight.requires_grad_(not frozen_head)
+    hidden = torch.randn(rows, length, 5, dtype=torch.float64, requires_grad=True)
+    teacher_hidden = torch.randn(rows, length, 9, dtype=torch.float64)
+    ids, mask = torch.randint(vocab, (rows, length)), torch.rand(rows, length) < 0.7
+    coefficients = torch.randn(2, rows * length, dtype=torch.float64)
+
+    def loss(scores, numbers):
+        a, b = coefficients[:, numbers]
+        return a * scores.logps.exp() + b * scores.logps * scores.divergence
+
+    request = ScoreRequest(ids, mask, mask, 1.3, teacher_hidden, kd_temperature)
+    inputs = [each for each in (hidden, head.weight, head.bias) if each.requires_grad]
+    plain = score_hidden_states(hidden, head, request, vocab, teacher_head)
+    expected = loss(
+        plain._replace(logps=plain.logps[mask], divergence=plain.divergence[mask]), mask.flatten().nonzero().squeeze(1)
+    ).sum()
+    scores = score_hidden_states(hidden, head, request._replace(loss=loss), vocab, teacher_head)
+    torch.testing.assert_close(scores.loss, expected)
+    for name in ("logps", "entropy", "divergence"):
+        torch.testing.assert_close(getattr(scores, name), getattr(plain, name).detach())
+        assert not getattr(scores, name).requires_grad
+    actual, reference = torch.autograd.grad(3.0 * scores.loss, inputs), torch.autograd.grad(3.0 * expected, inputs)
+    for a, b in zip(actual, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_head_is_projected_once_for_a_loss(monkeypatch: pytest.MonkeyPatch):
+    projections = []
+    logits = LMHead.logits
+    monkeypatch.setattr(
+        LMHead, "logits", lambda self, hidden, size: projections.append(len(hidden)) or logits(self, hidden, size)
+    )
+    head, hidden = make_head(4, 6, False, None), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2, 3]])
+    request = ScoreRequest(ids, ids, ids.bool())
+    score_hidden_states(hidden, head, request._replace(loss=lambda scores, _: scores.logps), 6).loss.backward()
+    assert projections == [3]
+    score_hidden_states(hidden, head, request, 6).logps.sum().backward()
+    assert projections == [3, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_survive_half_precision(dtype: torch.dtype):
+    torch.manual_seed(0)
+    weight = (0.3 * torch.randn(40, 16)).requires_grad_()
+    hidden = torch.randn(2, 6, 16, requires_grad=True)
+    ids = torch.randint(40, (2, 6))
+    request = ScoreRequest(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    scale = 1e-6  # of a loss over a million tokens
+
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    expected = gradients(scale * score_hidden_states(hidden, LMHead(weight, None), request, 40).logps.sum())
+    with torch.autocast("cpu", dtype=dtype):
+        halved = request._replace(loss=lambda scores, _: scores.logps)
+        scores = score_hidden_states(hidden, LMHead(weight, None), halved, 40)
+    assert scores.loss.dtype == torch.float32
+    for actual, reference in zip(gradients(scale * scores.loss), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - reference).norm() < 0.02 * reference.norm()
+
+
+def test_loss_of_no_tokens_is_zero_and_stays_connected():
+    head = make_head(4, 6, False, None)
+    hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    request = ScoreRequest(ids, ids, ids.bool(), loss=lambda scores, _: scores.logps)
+    scores = score_hidden_states(hidden, head, request, 6)
+    assert scores.loss.item() == 0.0
+    assert all(each.abs().sum() == 0 for each in torch.autograd.grad(scores.loss, [hidden, head.weight]))
+
+
 def test_batch_without_tokens_scores_zero_and_stays_connected():
     head = make_head(4, 6, False, None)
     hidden = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minillm_trl import objectives
-from minillm_trl.masking import completion_mask, masked_mean, masked_moments, masked_sum, reduce_loss
+from minillm_trl.masking import completion_mask, masked_mean, masked_moments, masked_sum, normalize_loss
 
 MASK = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
 NAN = float("nan")
@@ -346,8 +346,7 @@ class TestMasking:
         assert masked_mean(values, mask).item() == 2.0
         assert masked_mean(values, mask, dim=1).tolist() == [2.0, 0.0]
 
-    def test_reduce_loss_of_no_tokens_is_zero_with_zero_gradient(self):
-        loss = torch.full((2, 3), NAN, requires_grad=True)
-        value = reduce_loss(loss, torch.zeros(2, 3, dtype=torch.bool), torch.tensor(0))
-        assert value.item() == 0.0
-        assert torch.autograd.grad(value, loss)[0].tolist() == [[0.0] * 3] * 2
+    def test_loss_is_divided_and_that_of_no_tokens_stays_zero(self):
+        total = torch.tensor(6.0, requires_grad=True)
+        assert normalize_loss(total, torch.tensor(4)).item() == 1.5
+        assert normalize_loss(0.0 * total, torch.tensor(0)).item() == 0.0
