@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 RESULTS = Path(__file__).with_name("results") / "dolly_run.json"
-CONTEXT = 256
-SHAPES = {"teacher": {"n_embd": 192, "n_layer": 4, "n_head": 6}, "student": {"n_embd": 96, "n_layer": 3, "n_head": 4}}
+CONTEXT = 192
+SHAPES = {"teacher": {"n_embd": 128, "n_layer": 3, "n_head": 4}, "student": {"n_embd": 64, "n_layer": 2, "n_head": 4}}
 CURVES = [
     ("eval_objective/reverse_kl", "reverse KL (nats per completion)"),
     ("eval_rouge_l", "Rouge-L"),
@@ -39,7 +39,7 @@ SFT = {
     "per_device_train_batch_size": 16,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
-    "max_steps": 400,
+    "max_steps": 300,
     "max_length": CONTEXT,
     "save_strategy": "no",
     "logging_steps": 50,
@@ -54,21 +54,21 @@ MINILLM = {
     "num_iterations": 4,
     "per_device_train_batch_size": 16,
     "steps_per_generation": 4,
-    "max_completion_length": 96,
+    "max_completion_length": 64,
     "lm_coef": 1.0,
     "lm_kd_ratio": 0.5,
-    "lm_max_length": 128,
+    "lm_max_length": 96,
     "beta": 0.01,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
-    "max_steps": 160,
+    "max_steps": 128,
     "eval_strategy": "steps",
     "eval_steps": 16,
     "eval_on_start": True,
     "per_device_eval_batch_size": 64,
-    "max_eval_rows": 128,
+    "max_eval_rows": 96,
     "save_strategy": "steps",
-    "save_steps": 80,
+    "save_steps": 64,
     "logging_steps": 8,
 }
 
@@ -79,7 +79,7 @@ def write_data(dolly: Path, folder: Path) -> None:
         path = dolly / file
         text = gzip.decompress(path.read_bytes()).decode() if file.endswith(".gz") else path.read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        rows = [row for row in rows if len(row["instruction"]) + len(row["input"]) < 250 and len(row["output"]) < 400]
+        rows = [row for row in rows if len(row["instruction"]) + len(row["input"]) < 120 and len(row["output"]) < 240]
         with (folder / f"{name}.jsonl").open("w") as output:
             for row in rows:
                 given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
@@ -99,7 +99,7 @@ def build_models(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=2048, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
