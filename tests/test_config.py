@@ -86,6 +86,15 @@ def test_reshaped_sampling_is_refused_with_mixing_only(tmp_path, name: str, valu
     assert make(tmp_path, teacher_mixed_alpha=0.0, **{name: value}).reshaping_fields() == [name]
 
 
+@pytest.mark.parametrize(("name", "value"), RESHAPING.items())
+def test_reshaped_sampling_trains_without_mixing(tmp_path, name: str, value):
+    trainer = make_trainer(tmp_path, family="llama", teacher_mixed_alpha=0.0, max_steps=2, **{name: value})
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    assert weights(trainer).isfinite().all()
+
+
 REFUSED = {
     "loss_type": "grpo",
     "sapo_temperature_neg": 2.0,
