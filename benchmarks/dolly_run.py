@@ -34,12 +34,12 @@ CURVES = [
     ("eval_rollout/repeated_4grams", "repeated 4-grams (share)"),
 ]
 COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "seed": 0}
+SFT_STEPS = {"teacher": 1200, "student": 300}
 SFT = {
     **COMMON,
     "per_device_train_batch_size": 16,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
-    "max_steps": 300,
     "max_length": CONTEXT,
     "save_strategy": "no",
     "logging_steps": 50,
@@ -59,16 +59,16 @@ MINILLM = {
     "lm_kd_ratio": 0.5,
     "lm_max_length": 96,
     "beta": 0.01,
-    "learning_rate": 1e-3,
+    "learning_rate": 4e-3,
     "lr_scheduler_type": "constant",
-    "max_steps": 128,
+    "max_steps": 384,
     "eval_strategy": "steps",
-    "eval_steps": 16,
+    "eval_steps": 48,
     "eval_on_start": True,
     "per_device_eval_batch_size": 64,
     "max_eval_rows": 96,
     "save_strategy": "steps",
-    "save_steps": 64,
+    "save_steps": 192,
     "logging_steps": 8,
 }
 
@@ -143,7 +143,8 @@ def main() -> None:
         build_models(folder)
     data = {"dataset": str(folder / "train.jsonl")}
     for name in SHAPES:
-        run("sft", folder, f"{name}-sft", {**SFT, **data, "model_name_or_path": str(folder / name)})
+        settings = {"max_steps": SFT_STEPS[name], "model_name_or_path": str(folder / name)}
+        run("sft", folder, f"{name}-sft", {**SFT, **data, **settings})
     settings = {
         **MINILLM,
         **data,
@@ -165,7 +166,7 @@ def main() -> None:
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
         "shapes": SHAPES,
-        "sft": SFT,
+        "sft": {**SFT, "max_steps": SFT_STEPS},
         "minillm": MINILLM,
         "first_evaluation": evaluations[0],
         "last_evaluation": evaluations[-1],
