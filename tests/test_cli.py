@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minillm_trl.cli import SUBCOMMANDS, main
 from minillm_trl.cli.launch import LAUNCHED, accelerate_config_path, hand_over, read_flags
@@ -205,6 +206,14 @@ class TestLaunchFlags:
         monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
         assert hand_over("sft", ["--num_processes=1", "--seed", "3"], {"--num_processes": "1"}) == status
         assert LAUNCHED not in os.environ
+
+    @pytest.mark.parametrize(("exitcode", "status"), [(2, 2), (-9, 1)])
+    def test_failure_of_one_of_several_processes_is_the_status(self, monkeypatch, exitcode: int, status: int):
+        def fail(arguments):
+            raise ChildFailedError("minillm_trl", {1: ProcessFailure(1, 4321, exitcode, "<N/A>")})
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+        assert hand_over("sft", ["--num_processes=2"], {"--num_processes": "2"}) == status
 
     def test_option_without_its_value_is_refused(self):
         with pytest.raises(ValueError, match="--num_processes needs a value"):
