@@ -55,13 +55,20 @@ class LMHead:
         bias = getattr(projection, "bias", None)
         return cls(projection.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
+    def project(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         weight = self.weight[:vocab_size]
-        logits = torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
+
+    def transform(self, projected: torch.Tensor) -> torch.Tensor:
+        """Logits in at least float32."""
+        logits = projected.to(torch.promote_types(projected.dtype, torch.float32)) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
+        return self.transform(self.project(hidden_states, vocab_size))
 
 
 class TokenScores(NamedTuple):
@@ -177,26 +184,26 @@ def score_hidden_states(
     # an empty batch makes one empty chunk: zeros with a graph
     chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
 
-    def score(part: slice, hidden: torch.Tensor, head: LMHead) -> TokenScores:
+    def score(part: slice, logits: torch.Tensor) -> TokenScores:
         teacher_part = None if teacher_hidden is None else teacher_hidden[part]
-        return _score_chunk(hidden, head, targets[part], teacher_part, teacher_head, request, vocab_size)
+        return _score_logits(logits, targets[part], teacher_part, teacher_head, request)
+
+    def score_chunk(hidden: torch.Tensor, part: slice) -> TokenScores:
+        return score(part, head.logits(hidden, vocab_size))
 
     loss = None
     if request.loss is not None and torch.is_grad_enabled():
 
-        def loss_of_chunk(part: slice, hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, TokenScores]:
-            scores = score(part, hidden, head)
+        def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores]:
+            scores = score(part, logits)
             return request.loss(scores, rows[part]).sum(), scores
 
-        loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, chunks, loss_of_chunk)
+        loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, vocab_size, chunks, loss_of_chunk)
         pieces = [tuple(values)]
     elif torch.is_grad_enabled():
-        pieces = [
-            checkpoint(functools.partial(score, part, head=head), hidden[part], use_reentrant=False)[:3]
-            for part in chunks
-        ]
+        pieces = [checkpoint(score_chunk, hidden[part], part, use_reentrant=False)[:3] for part in chunks]
     else:
-        pieces = [score(part, hidden[part], head)[:3] for part in chunks]
+        pieces = [score_chunk(hidden[part], part)[:3] for part in chunks]
 
     def scatter(flat: torch.Tensor) -> torch.Tensor:
         full = flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat)
@@ -211,58 +218,78 @@ def score_hidden_states(
 class _LossThroughHead(torch.autograd.Function):
     """Sum of a loss over chunks of tokens, whose gradient is formed chunk by chunk in the forward pass.
 
-    The gradients of hidden states and head are kept in float32 (at least) instead of the logits: (N, H) and (V, H).
+    Kept for the backward pass are the gradients of hidden states (N, H) and head (V, H), in float32 at least. Under
+    autocast the products are in its dtype and everything between them in float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, chunks, loss_of_chunk):
+    def forward(ctx, hidden, weight, bias, head, vocab_size, chunks, loss_of_chunk):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        head = dataclasses.replace(
+            head,
+            weight=weight.detach()[:vocab_size].to(dtype),
+            bias=None if bias is None else bias.detach()[:vocab_size].to(dtype),
+        )
         inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-        wanted = [name for name, each in inputs.items() if each is not None and each.requires_grad]
         gradients = {
-            name: torch.zeros_like(inputs[name], dtype=torch.promote_types(inputs[name].dtype, torch.float32))
-            for name in wanted
+            name: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32))
+            for name, each in inputs.items()
+            if each is not None and each.requires_grad
         }
-        # one leaf for all chunks, so that autocast casts the weight once
-        leaves = {name: None if each is None else each.detach() for name, each in inputs.items()}
-        for name in {"weight", "bias"} & set(wanted):
-            leaves[name].requires_grad_()
-        piece_head = dataclasses.replace(head, weight=leaves["weight"], bias=leaves["bias"])
         losses, pieces = [], []
-        for part in chunks:
-            leaves["hidden"] = hidden[part].detach().requires_grad_(hidden.requires_grad)
-            with torch.enable_grad():
-                loss, scores = loss_of_chunk(part, leaves["hidden"], piece_head)
-                grads = torch.autograd.grad(loss * _GRADIENT_SCALE, [leaves[name] for name in wanted])
-            for name, gradient in zip(wanted, grads, strict=True):
-                (gradients[name][part] if name == "hidden" else gradients[name]).add_(gradient)
-            losses.append(loss.detach())
-            pieces.append([None if each is None else each.detach() for each in scores[:3]])
-        ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in wanted}
-        ctx.save_for_backward(*gradients.values())
+        with torch.autocast(device, enabled=False):
+            for part in chunks:
+                states = hidden[part].detach().to(dtype)
+                projected = head.project(states, vocab_size).requires_grad_()
+                with torch.enable_grad():
+                    loss, scores = loss_of_chunk(part, head.transform(projected))
+                    (gradient,) = torch.autograd.grad(loss * _GRADIENT_SCALE, projected)
+                _add_gradients(gradients, gradient, states, head.weight, part)
+                losses.append(loss.detach())
+                pieces.append([None if each is None else each.detach() for each in scores[:3]])
+        ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
+        ctx.gradients = gradients  # not `save_for_backward`: they are scaled in place, which saves a copy of (V, H)
         values = [None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True)]
         ctx.mark_non_differentiable(*(each for each in values if each is not None))
         return torch.stack(losses).sum(), *values
 
     @staticmethod
     def backward(ctx, grad_loss, *unused):
+        if ctx.gradients is None:
+            raise RuntimeError("The gradient of a loss through the head can be taken once; score again for another.")
         scale = grad_loss / _GRADIENT_SCALE
-        found = {
-            name: (gradient * scale).to(dtype)
-            for (name, dtype), gradient in zip(ctx.dtypes.items(), ctx.saved_tensors, strict=True)
-        }
-        return *(found.get(name) for name in ctx.names), None, None, None
+        found = {name: each.mul_(scale).to(ctx.dtypes[name]) for name, each in ctx.gradients.items()}
+        ctx.gradients = None
+        return *(found.get(name) for name in ctx.names), None, None, None, None
 
 
-def _score_chunk(
-    hidden: torch.Tensor,
-    head: LMHead,
+def _add_gradients(
+    gradients: dict[str, torch.Tensor],
+    of_logits: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    part: slice,
+) -> None:
+    """Add what a chunk's gradient `(n, V)` gives hidden states `(n, H)`, weight and bias."""
+    if "hidden" in gradients:
+        gradients["hidden"][part] += of_logits @ weight
+    if "weight" in gradients:  # in blocks of rows, so that no second (V, H) exists
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            block = slice(start, min(start + rows, len(weight)))
+            gradients["weight"][block] += of_logits[:, block].T @ states
+    if "bias" in gradients:
+        gradients["bias"][: of_logits.shape[1]] += of_logits.sum(dim=0, dtype=gradients["bias"].dtype)
+
+
+def _score_logits(
+    logits: torch.Tensor,
     targets: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     teacher_head: LMHead | None,
     request: ScoreRequest,
-    vocab_size: int,
 ) -> TokenScores:
-    logits = head.logits(hidden, vocab_size)  # (n, V)
     log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
@@ -271,7 +298,9 @@ def _score_chunk(
         return TokenScores(logps, entropy, None)
     kd_temperature = request.kd_temperature or request.temperature
     with torch.no_grad():
-        teacher_log_probs = torch.log_softmax(teacher_head.logits(teacher_hidden, vocab_size) / kd_temperature, dim=-1)
+        teacher_log_probs = torch.log_softmax(
+            teacher_head.logits(teacher_hidden, logits.shape[-1]) / kd_temperature, dim=-1
+        )
     if kd_temperature != request.temperature:
         log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
     return TokenScores(logps, entropy, request.divergence(log_probs, teacher_log_probs))

@@ -82,12 +82,12 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
 ):
     torch.manual_seed(0)
     monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", chunk_elements)
-    rows, length, vocab = 3, 7, 31
+    rows, length, vocab, shared = 3, 7, 31, 29
     head, teacher_head = make_head(5, vocab, True, 4.0), make_head(9, vocab, False, None)
     head.weight.requires_grad_(not frozen_head)
     hidden = torch.randn(rows, length, 5, dtype=torch.float64, requires_grad=True)
     teacher_hidden = torch.randn(rows, length, 9, dtype=torch.float64)
-    ids, mask = torch.randint(vocab, (rows, length)), torch.rand(rows, length) < 0.7
+    ids, mask = torch.randint(shared, (rows, length)), torch.rand(rows, length) < 0.7
     coefficients = torch.randn(2, rows * length, dtype=torch.float64)
 
     def loss(scores, numbers):
@@ -96,12 +96,13 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
 
     request = ScoreRequest(ids, mask, mask, 1.3, teacher_hidden, kd_temperature)
     inputs = [each for each in (hidden, head.weight, head.bias) if each.requires_grad]
-    plain = score_hidden_states(hidden, head, request, vocab, teacher_head)
+    plain = score_hidden_states(hidden, head, request, shared, teacher_head)
     expected = loss(
         plain._replace(logps=plain.logps[mask], divergence=plain.divergence[mask]), mask.flatten().nonzero().squeeze(1)
     ).sum()
-    scores = score_hidden_states(hidden, head, request._replace(loss=loss), vocab, teacher_head)
+    scores = score_hidden_states(hidden, head, request._replace(loss=loss), shared, teacher_head)
     torch.testing.assert_close(scores.loss, expected)
+    assert scores.loss.requires_grad
     for name in ("logps", "entropy", "divergence"):
         torch.testing.assert_close(getattr(scores, name), getattr(plain, name).detach())
         assert not getattr(scores, name).requires_grad
@@ -112,9 +113,9 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
 
 def test_head_is_projected_once_for_a_loss(monkeypatch: pytest.MonkeyPatch):
     projections = []
-    logits = LMHead.logits
+    project = LMHead.project
     monkeypatch.setattr(
-        LMHead, "logits", lambda self, hidden, size: projections.append(len(hidden)) or logits(self, hidden, size)
+        LMHead, "project", lambda self, hidden, size: projections.append(len(hidden)) or project(self, hidden, size)
     )
     head, hidden = make_head(4, 6, False, None), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[1, 2, 3]])
@@ -145,6 +146,16 @@ def test_small_gradients_survive_half_precision(dtype: torch.dtype):
     for actual, reference in zip(gradients(scale * scores.loss), expected, strict=True):
         assert actual.dtype == torch.float32
         assert (actual - reference).norm() < 0.02 * reference.norm()
+
+
+def test_gradient_can_be_taken_once():
+    head, hidden = make_head(4, 6, False, None), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2, 3]])
+    request = ScoreRequest(ids, ids, ids.bool(), loss=lambda scores, _: scores.logps)
+    loss = score_hidden_states(hidden, head, request, 6).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        loss.backward()
 
 
 def test_loss_of_no_tokens_is_zero_and_stays_connected():
