@@ -2,11 +2,12 @@
 
     python benchmarks/dolly_run.py --dolly DIR --runs runs/dolly
 
-runs mixing, four passes, L_PT, a reference KL and a LoRA student on Dolly. DIR holds `minillm_train.jsonl.gz` and
-`minillm_dev.jsonl` with `instruction`, `input` and `output` (the split in use with MiniLLM). GPT-2-shaped models are
-built from a config, fine-tuned for some minutes, and the student is distilled, all through the command line. Models of
-this size learn the form of an answer from Dolly, hardly its content: the run shows that the objective falls and the
-text does not degenerate, no more. Writes `results/dolly_run.json` and a picture.
+runs mixing, four passes, L_PT, a reference KL, a LoRA student, evaluation and checkpoints on Dolly. DIR holds
+`minillm_train.jsonl.gz` and `minillm_dev.jsonl` with `instruction`, `input` and `output` (the split in use with
+MiniLLM). GPT-2-shaped models are built from a config, fine-tuned for some minutes, and the student is distilled, all
+through the command line. It shows that the parts run and what they log, not quality: models of this size learn little
+of Dolly in this time (Rouge-L is about 2 before and after), and adapters leave the student's embeddings as they are.
+Writes `results/dolly_run.json`.
 """
 
 import argparse
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -119,18 +119,6 @@ def run(subcommand: str, folder: Path, output: str, settings: dict) -> None:
     subprocess.run([sys.executable, "-m", "minillm_trl", subcommand, "--config", str(path)], check=True)
 
 
-def plot(history: list[dict]) -> None:
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), marker=".", color="#1f5fa8")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("MiniLLM update")
-        axes.set_title(label, fontsize=9)
-        axes.grid(alpha=0.2)
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=130, facecolor="white", metadata={"Software": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dolly", type=Path, required=True)
@@ -175,7 +163,6 @@ def main() -> None:
         "curves": {key: [[entry["step"], entry[key]] for entry in evaluations] for key, _ in CURVES},
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    plot(evaluations)
     for key, label in CURVES:
         print(f"{label}: {evaluations[0][key]:.3g} before, {evaluations[-1][key]:.3g} after")
 
