@@ -213,8 +213,28 @@ class ScriptedFirstTurn(MiniLLMTrainer):
         return completions, logps
 
 
+class Town:
+    """An environment that asks for its weather and rewards whoever looked."""
+
+    def reset(self, **kwargs) -> str:
+        self.asked = 0
+        return " in Rome"
+
+    def weather(self, city: str) -> str:
+        """Weather of a city.
+
+        Args:
+            city: its name.
+        """
+        self.asked += 1
+        return f"sunny in {city}"
+
+    def get_reward(self) -> float:
+        return float(self.asked)
+
+
 class TestTools:
-    def test_answers_of_tools_are_attended_to_but_not_trained(self, tmp_path):
+    def make(self, tmp_path, **options) -> ScriptedFirstTurn:
         tokenizer = build_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.eos_token = "<|im_end|>"
@@ -224,13 +244,16 @@ class TestTools:
             model.config.max_position_embeddings = 1024
             model.generation_config.eos_token_id = tokenizer.eos_token_id
         conversations = [[{"role": "user", "content": f"weather {i}"}] for i in range(8)]
-        trainer = ScriptedFirstTurn(
+        return ScriptedFirstTurn(
             *models,
             args=make_config(tmp_path, max_completion_length=200, max_steps=2),
             train_dataset=Dataset.from_dict({"prompt": conversations}),
             processing_class=tokenizer,
-            tools=[weather],
+            **options,
         )
+
+    def test_answers_of_tools_are_attended_to_but_not_trained(self, tmp_path):
+        trainer = self.make(tmp_path, tools=[weather])
         trainer.train()
         assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
         answered = 0
@@ -238,10 +261,19 @@ class TestTools:
             for ids, model_made in zip(batch["completion_ids"], batch["tool_mask"], strict=True):
                 if (model_made == 0).any():
                     answered += 1
-                    assert "sunny in Rome" in tokenizer.decode(ids[model_made == 0])
+                    assert "sunny in Rome" in trainer._tokenizer.decode(ids[model_made == 0])
             assert (batch["advantages"][batch["tool_mask"] == 0] == 0).all()
             assert batch["window_tokens"] == (batch["completion_mask"] * batch["tool_mask"]).sum()
         assert answered == 4
+
+    def test_environment_brings_its_tools_and_its_reward(self, tmp_path):
+        trainer = self.make(tmp_path, environment_factory=Town)
+        assert trainer.reward_func_names == ["Town"]
+        trainer.train()
+        assert trainer.state.log_history[0]["rewards/Town/mean"] == 0.5
+        for batch in trainer._buffered_inputs:
+            prompts = trainer._tokenizer.batch_decode(batch["prompt_ids"])
+            assert all(" in Rome" in prompt for prompt in prompts)
 
 
 class FakeVLLM:
