@@ -32,7 +32,7 @@ SHAPES = {
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
 }
-ALPHA, PROMPT, TOKENS = 0.2, 64, 60
+ALPHA, PROMPT, TOKENS = 0.2, 64, 40
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--student", choices=SHAPES, default="gpt2")
     parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from .objectives import reverse_kl
 
-# Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are.
-CHUNK_ELEMENTS = 2**23
+# Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 it is more
+# than the 32 MiB from which glibc maps a block of its own: smaller ones come from a heap that fragments to gigabytes.
+CHUNK_ELEMENTS = 2**24
 
 # Gradients of logits are formed before the loss scale of float16 training is known; this power of two keeps those of
 # tokens with a probability of 1e-9 from vanishing, and leaves room for losses of a few hundred nats a token.
