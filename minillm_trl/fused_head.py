@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from .objectives import reverse_kl
 
 # Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 it is
-# more than the 32 MiB from which glibc maps a block of its own: smaller ones come
-# from a heap that fragments to gigabytes.
+# more than the 32 MiB from which glibc maps a block of its own: smaller ones come from a heap that fragments to
+# gigabytes.
 CHUNK_ELEMENTS = 2**24
 
 # Gradients of logits are formed before the loss scale of float16 training is known; this power of two keeps those of
