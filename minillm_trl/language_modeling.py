@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
+from .objectives import forward_kl, language_modeling_loss
 from .sampling import keyed_uniforms
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,30 @@ class LanguageModelingBatches:
             attention_mask[i, :size] = 1
             counts[i, :size] = torch.tensor(row["counts"], dtype=torch.bool)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": counts[:, 1:]}
+
+
+@torch.no_grad()
+def language_modeling_request(
+    batch: dict[str, torch.Tensor], teacher: PreTrainedModel, kd_ratio: float
+) -> ScoreRequest:
+    """What the student has to score for L_PT on a batch of [`LanguageModelingBatches`].
+
+    Args:
+        batch (`dict` of `torch.Tensor`): see [`LanguageModelingBatches.window`].
+        teacher ([`~transformers.PreTrainedModel`]): not wrapped; run once if `kd_ratio` is positive.
+        kd_ratio (`float`): share of forward KL to the teacher.
+    """
+    ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["loss_mask"]
+    hidden_states = None
+    if kd_ratio > 0.0:
+        hidden_states = completion_hidden_states(teacher, ids, attention_mask, mask.shape[1])
+
+    def loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+        return language_modeling_loss(scores.logps, scores.divergence, kd_ratio)
+
+    return ScoreRequest(
+        ids, attention_mask, mask, teacher_hidden_states=hidden_states, divergence=forward_kl, loss=loss
+    )
 
 
 def encode_corpus(

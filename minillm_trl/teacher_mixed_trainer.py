@@ -1,6 +1,8 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
+import math
 import zlib
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -10,15 +12,19 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from .checks import check_prompt_ids
 from .config import MiniLLMConfig
 from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
+from .masking import masked_mean
+from .objectives import batch_advantages
+from .rollouts import Batch, sequences
 from .sampling import sample_prompts
 from .teacher import load_teacher, max_context, shared_vocab_size
+from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
 # Second element of the keys of stateless randomness, after the seed
 _TRAIN_TOKENS, _EVAL_TOKENS, _COINS = range(3)
 
 
 class TeacherMixedTrainer(GRPOTrainer):
-    """GRPO's generation and scoring replaced: the part of [`MiniLLMTrainer`] that runs the models without a loss.
+    """GRPO's generation, scoring, rewards and logs with a teacher: what [`MiniLLMTrainer`] does without an objective.
 
     A subclass calls `_add_teacher` at the end of its constructor.
     """
@@ -33,6 +39,7 @@ class TeacherMixedTrainer(GRPOTrainer):
         """
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
         self._turn = 0  # calls of generation within a rollout; tools make it several
+        self._rewards_per_func = torch.empty(0)
         mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
         dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
         teacher = load_teacher(teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code)
@@ -126,3 +133,68 @@ class TeacherMixedTrainer(GRPOTrainer):
             scores = [self._score(model, ScoreRequest(*part, request.temperature))[0] for part in parts]
         model.train(training)
         return TokenScores(torch.cat([s.logps for s in scores]), torch.cat([s.entropy for s in scores]), None)
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+        self._rewards_per_func = rewards
+        return rewards
+
+    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
+        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
+            return group_advantages
+        advantages = batch_advantages(
+            self._rewards_per_func,
+            self.reward_weights.to(self._rewards_per_func.device),
+            scale=self.scale_rewards != "none",
+            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
+        )
+        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
+
+    # Metrics
+
+    def _log_totals(self, totals: Totals) -> None:
+        self._log(loss_metrics(totals.names, self.accelerator.gather(totals.values[None])))
+
+    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
+        mode = "train" if self.model.training else "eval"
+        _, _, mask = sequences(batch)
+        ids = [row[real].tolist() for row, real in zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)]
+        values = degeneration(ids, self.eos_token_ids)
+        if mode == "eval":
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            values["rouge_l"] = rouge_l_to_references(texts, inputs)
+        local = torch.tensor(list(values.values()), device=self.accelerator.device)
+        means = self.accelerator.gather(local[None]).mean(dim=0).tolist()
+        self._log({name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)})
+
+        # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
+        if not self.reward_funcs:
+            self._metrics[mode].pop("reward", None)
+            self._metrics[mode].pop("reward_std", None)
+        if not self.reward_funcs or (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)
+        advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the name of the evaluation dataset where there are several, which GRPOTrainer leaves out."""
+        loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
+        name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
+        metrics = self._metrics["eval"]
+        for key in list(metrics) if name else ():
+            metrics[name + key] = metrics.pop(key)
+        super().log(logs, start_time)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)

@@ -1,6 +1,5 @@
 """`MiniLLMTrainer`: MiniLLM wired into TRL's `GRPOTrainer`. Formulas are in `objectives` and `fused_head`."""
 
-import math
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -20,15 +19,12 @@ from .checks import (
     check_weights,
 )
 from .config import MiniLLMConfig
-from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
-from .language_modeling import LanguageModelingBatches
+from .fused_head import ScoreRequest, TokenScores
+from .language_modeling import LanguageModelingBatches, language_modeling_request
 from .loss import LOSS_INPUTS, loss_terms
-from .masking import masked_mean, masked_moments, normalize_loss
+from .masking import masked_moments, normalize_loss
 from .objectives import (
-    batch_advantages,
-    forward_kl,
     importance_weights,
-    language_modeling_loss,
     mixture_logps,
     reward_to_go,
     token_rewards,
@@ -38,12 +34,8 @@ from .rollouts import Batch, deal_rows, sequences, window_token_counts
 from .teacher import score_teacher
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import (
-    Totals,
     corpus_totals,
-    degeneration,
-    loss_metrics,
     loss_totals,
-    rouge_l_to_references,
 )
 
 # Second element of the key of the buffer's order, after the seed; see teacher_mixed_trainer for the others
@@ -167,7 +159,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
         check_model(self)
-        self._rewards_per_func = torch.empty(0)
         self._add_teacher(teacher_model)
         self._lm_window: list[Batch] = []
         self._lm_batches = None
@@ -306,26 +297,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self._log_rollouts(inputs, batch)
         return batch
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self.reward_funcs:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
-        self._rewards_per_func = rewards
-        return rewards
-
-    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
-        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
-        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
-            return group_advantages
-        advantages = batch_advantages(
-            self._rewards_per_func,
-            self.reward_weights.to(self._rewards_per_func.device),
-            scale=self.scale_rewards != "none",
-            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
-        )
-        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
-
     # Buffer
 
     def _prepare_inputs(self, generation_batch):
@@ -389,7 +360,11 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             self.args.kd_temperature,
             loss=loss_of_tokens,
         )
-        requests = [request, self._lm_request(inputs["lm"])] if "lm" in inputs else [request]
+        requests = [request]
+        if "lm" in inputs:
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
+            with self.accelerator.autocast():
+                requests.append(language_modeling_request(inputs["lm"], teacher, self.args.lm_kd_ratio))
         scores, *lm_scores = self._score(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
@@ -398,19 +373,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         return loss
-
-    def _lm_request(self, lm: Batch) -> ScoreRequest:
-        def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
-            return language_modeling_loss(scores.logps, scores.divergence, self.args.lm_kd_ratio)
-
-        ids, attention_mask, mask = lm["input_ids"], lm["attention_mask"], lm["loss_mask"]
-        request = ScoreRequest(ids, attention_mask, mask, divergence=forward_kl, loss=loss_of_tokens)
-        if self.args.lm_kd_ratio == 0.0:
-            return request
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad(), self.accelerator.autocast():
-            hidden_states = completion_hidden_states(teacher, ids, attention_mask, mask.shape[1])
-        return request._replace(teacher_hidden_states=hidden_states)
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
         values = {"objective/lm_cross_entropy": -scores.logps}
@@ -425,49 +387,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
         tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
         return tokens / self.accelerator.num_processes
-
-    # Metrics
-
-    def _log_totals(self, totals: Totals) -> None:
-        self._log(loss_metrics(totals.names, self.accelerator.gather(totals.values[None])))
-
-    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
-        mode = "train" if self.model.training else "eval"
-        _, _, mask = sequences(batch)
-        ids = [row[real].tolist() for row, real in zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)]
-        values = degeneration(ids, self.eos_token_ids)
-        if mode == "eval":
-            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-            values["rouge_l"] = rouge_l_to_references(texts, inputs)
-        local = torch.tensor(list(values.values()), device=self.accelerator.device)
-        means = self.accelerator.gather(local[None]).mean(dim=0).tolist()
-        self._log({name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)})
-
-        # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
-        if not self.reward_funcs:
-            self._metrics[mode].pop("reward", None)
-            self._metrics[mode].pop("reward_std", None)
-        if not self.reward_funcs or (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)
-        advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the evaluation dataset where there are several, which GRPOTrainer leaves out."""
-        loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
-        name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
-        metrics = self._metrics["eval"]
-        for key in list(metrics) if name else ():
-            metrics[name + key] = metrics.pop(key)
-        super().log(logs, start_time)
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
 
 
 def _teacher_is_the_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:
