@@ -60,15 +60,14 @@ def test_another_order_of_rows_is_told_apart(tmp_path: Path):
 
 
 def train_distributed(folder: Path, processes: int, batch_size: int, accumulation: int, options: dict) -> dict:
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-            *(str(SCRIPT), str(folder), str(batch_size), str(accumulation), json.dumps(options)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+        *(str(SCRIPT), str(folder), str(batch_size), str(accumulation), json.dumps(options)),
+    ]
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+        # a gloo process of torch 2.13 aborts at its exit once in some dozens of runs, when all its work is done
+        if "terminate called without an active exception" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(folder / "result.pt", weights_only=False)
