@@ -1,0 +1,86 @@
+"""What the benchmarks share: GPT-2 shapes with random weights, timing, and the record that a result is kept in."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+RESULTS = Path(__file__).with_name("results")
+PERCENTILES = (20, 50, 80)
+
+# 124M, 355M, 774M and 1.5B parameters
+SHAPES = {
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+
+
+def build(name: str, dtype: torch.dtype = DTYPE) -> PreTrainedModel:
+    """A GPT-2 of the named shape with random weights, in eval mode."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return GPT2LMHeadModel(GPT2Config(**SHAPES[name])).to(dtype).eval()
+
+
+def parameter_ratio(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
+    return teacher.num_parameters() / student.num_parameters()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
+    """Seconds of each function in each round, one after the other so that a noisy machine hits all alike.
+
+    A round before the first warms up and is not returned.
+    """
+    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(repeats + 1)]
+    return rounds[1:]
+
+
+def percentiles(values: Sequence[float]) -> list[float]:
+    """The 20th, 50th and 80th percentile."""
+    return np.percentile(values, PERCENTILES).tolist()
+
+
+def write_record(name: str, packages: Sequence[str], settings: dict[str, Any], results: Any) -> Path:
+    """Write `results/<name>.json`: the results with the command, commit, machine and versions that they come from."""
+    revision = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    record = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {package: version(package) for package in packages},
+        "settings": settings,
+        "percentiles": PERCENTILES,
+        "results": results,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
