@@ -76,6 +76,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss_reduction": ("token_mean", "sequence_sum"),
     "importance_weighting": WEIGHTING_LEVELS,
     "whiten_advantages": ("none", "tokens", "padding"),
+    "teacher_hidden_states": ("device", "cpu", "recompute"),
 }
 
 
@@ -147,6 +148,16 @@ class MiniLLMConfig(GRPOConfig):
             other, and of the number of processes, and runs both models at most steps.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
+        half_precision_rollouts (`bool`, *optional*):
+            Whether rollouts are sampled from a copy of the student in the half precision that `fp16` or `bf16` names,
+            brought up to date before each rollout. By default on CUDA devices under mixed precision, where
+            every decoding step would otherwise cast the float32 weights anew. The ratio to the behavior policy is to
+            what was sampled from.
+        teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
+            Where the teacher's hidden states of a rollout are kept for the inner passes: `"device"`; `"cpu"`, from
+            where each batch is copied; or nowhere: `"recompute"` runs the teacher in every inner pass.
+        offload_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher is on the CPU, all but its LM head, while the student is updated.
         lm_coef (`float`, *optional*, defaults to `1.0`):
             Weight of L_PT, the language-modelling loss on `lm_dataset` (Algorithm 1). It is divided by its own number
             of tokens in the optimizer step.
@@ -231,6 +242,20 @@ class MiniLLMConfig(GRPOConfig):
             "help": "Share the coins of teacher-mixed sampling among them: fewer forward passes, dependent rows."
         },
     )
+    half_precision_rollouts: bool | None = field(
+        default=None,
+        metadata={"help": "Sample from a half-precision copy of the student; by default on GPUs in fp16 or bf16."},
+    )
+    teacher_hidden_states: str = field(
+        default="device",
+        metadata={
+            "help": "Where the teacher's hidden states are kept for the inner passes.",
+            "choices": ["device", "cpu", "recompute"],
+        },
+    )
+    offload_teacher: bool = field(
+        default=False, metadata={"help": "Keep the teacher on the CPU while the student is updated."}
+    )
     lm_coef: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on lm_dataset."})
     lm_kd_ratio: float = field(
         default=0.0, metadata={"help": "Share of forward KL to the teacher in that loss, in [0, 1]."}
@@ -256,9 +281,13 @@ class MiniLLMConfig(GRPOConfig):
             self.num_generations = 1
         if isinstance(self.whiten_advantages, bool):
             self.whiten_advantages = "tokens" if self.whiten_advantages else "none"
+        if self.half_precision_rollouts is None:
+            on_gpu = not self.use_cpu and torch.cuda.is_available()
+            self.half_precision_rollouts = on_gpu and (self.fp16 or self.bf16)
         if self.include_current_reward is None:
             self.include_current_reward = not self.single_step_decomposition
         self._check_values()
+        self._check_memory()
         self._check_sampling()
         self._check_inherited()
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -293,6 +322,19 @@ class MiniLLMConfig(GRPOConfig):
                 f"importance_weight_cap={self.importance_weight_cap} has no effect on importance_weighting='token', "
                 "whose ratio is clipped: set epsilon, or delta for negative advantages, or another weighting."
             )
+
+    def _check_memory(self) -> None:
+        if self.half_precision_rollouts and not (self.fp16 or self.bf16):
+            raise ValueError(
+                "half_precision_rollouts=True takes its precision from mixed precision: set fp16=True or bf16=True, "
+                "or half_precision_rollouts=False."
+            )
+        for name, value in (("teacher_hidden_states", "recompute"), ("lm_kd_ratio", self.lm_kd_ratio or None)):
+            if self.offload_teacher and getattr(self, name) == value:
+                raise ValueError(
+                    "offload_teacher=True keeps the teacher on the CPU in the inner passes, in which "
+                    f"{name}={value!r} needs it. Drop one of them."
+                )
 
     def _check_sampling(self) -> None:
         if self.teacher_mixed_alpha == 0.0:

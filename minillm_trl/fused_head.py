@@ -217,6 +217,28 @@ def score_hidden_states(
     return TokenScores(scatter(logps), scatter(entropy), None if divergence is None else scatter(divergence), loss)
 
 
+@torch.no_grad()
+def completion_logps(
+    hidden_states: torch.Tensor,
+    head: LMHead,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    temperatures: Sequence[float],
+    vocab_size: int,
+) -> list[torch.Tensor]:
+    """Log-probs `(B, T)` of the completions' tokens at each of the temperatures, from the states `(B, T, H)`."""
+    by_temperature = {
+        temperature: score_hidden_states(
+            hidden_states,
+            head,
+            ScoreRequest(completion_ids, completion_mask, completion_mask, temperature),
+            vocab_size,
+        ).logps
+        for temperature in set(temperatures)
+    }
+    return [by_temperature[temperature] for temperature in temperatures]
+
+
 class _LossThroughHead(torch.autograd.Function):
     """Sum of a loss over chunks of tokens, whose gradient is formed chunk by chunk in the forward pass.
 

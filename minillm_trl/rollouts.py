@@ -1,6 +1,7 @@
 """The rollout buffer: its batches, and how its rows are dealt to optimizer steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,60 @@ def sequences(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if "tool_mask" in batch:
         mask = mask & batch["tool_mask"].bool()
     return input_ids, attention_mask, mask
+
+
+class RolloutScores(NamedTuple):
+    """What both models say of completions; all detached, log-probs in nats at the completions' tokens `(B, T)`.
+
+    Attributes:
+        student_logps, teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the sampling temperature.
+        student_kd_logps, teacher_kd_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the KD temperature.
+        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*): the teacher's last hidden states, from
+            which the single-step term is computed in every inner pass without the teacher; None where they are to be
+            computed anew.
+    """
+
+    student_logps: torch.Tensor
+    student_kd_logps: torch.Tensor
+    teacher_logps: torch.Tensor
+    teacher_kd_logps: torch.Tensor
+    teacher_hidden_states: torch.Tensor | None
+
+
+def assemble_rows(parts: Sequence[tuple[Sequence[int], torch.Tensor]], num_rows: int, length: int) -> torch.Tensor:
+    """Put values of some rows each, `(n, t, ...)` with t <= length, into one tensor `(num_rows, length, ...)`."""
+    first = parts[0][1]
+    values = first.new_zeros(num_rows, length, *first.shape[2:])
+    for rows, part in parts:
+        values[torch.tensor(rows, device=values.device), : part.shape[1]] = part
+    return values
+
+
+def trim(batch: Batch) -> Batch:
+    """Cut off the columns that are padding in every row: the prompts' first and the completions' last."""
+    prompt = int(batch["prompt_mask"].bool().any(dim=0).int().argmax())
+    length = max(int(batch["completion_mask"].sum(dim=1).max()), 1)
+    return {
+        name: values if values.dim() < 2 else values[:, prompt:] if name.startswith("prompt_") else values[:, :length]
+        for name, values in batch.items()
+    }
+
+
+def parts_by_length(attention_mask: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Cut rows `(B, L)` into parts of like length: their numbers, and the columns that are not all padding."""
+    for rows in attention_mask.sum(dim=1).argsort(descending=True, stable=True).split(batch_size):
+        columns = attention_mask[rows].any(dim=0).nonzero().squeeze(1)
+        yield rows, slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def by_length(batch: Batch, num_groups: int) -> torch.Tensor:
+    """Order of the rows `(B,)` that sorts each of `num_groups` equal blocks of neighbours by length.
+
+    Which rows an optimizer step trains on stays as it is; its micro-batches need less padding.
+    """
+    lengths = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
+    order = lengths.view(num_groups, -1).argsort(dim=1, descending=True, stable=True)
+    return (order + torch.arange(num_groups, device=order.device)[:, None] * order.shape[1]).flatten()
 
 
 def deal_rows(num_rows: int, num_steps: int, first_row: int, *key: int) -> torch.Tensor:

@@ -10,12 +10,14 @@ numbers, and an interrupted run resumes with the samples it would have drawn.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .fused_head import accepts_position_ids, position_ids
+from .fused_head import LMHead, accepts_position_ids, position_ids
 from .masking import completion_mask
 
 # Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
@@ -52,26 +54,84 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature
 
 
 class _LazyDecoder:
-    """A model with its KV cache that is fed the tokens since its last call only when its logits are wanted."""
+    """A model with its KV cache that is fed the tokens since its last call only when its logits are wanted.
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int):
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model.
+        vocab_size (`int`): number of leading vocabulary rows to return logits of.
+        batch_size (`int`): rows to decode; finished ones are dropped from `rows`.
+        keep_from (`int`, *optional*): index in `ids` from which on hidden states are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int, keep_from: int | None = None):
         self.model = model
         self.vocab_size = vocab_size
         self.cache = DynamicCache(config=model.config)
         self.fed = 0
+        self.rows = np.arange(batch_size)
+        self.keep_from = keep_from
+        self.states: list[tuple[np.ndarray, int, torch.Tensor]] = []  # rows, index of the first position, states
         self.takes_positions = accepts_position_ids(model)
 
     def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after `ids`, `(B, L) -> (B, V)`; `mask` is False on left padding."""
+        """Logits of the token after `ids` for `rows`, `(B, L) -> (R, V)`; `mask` is False on left padding."""
+        if len(self.rows) < len(ids):
+            rows = torch.from_numpy(self.rows).to(ids.device)
+            ids, mask = ids[rows], mask[rows]
         inputs = {"input_ids": ids[:, self.fed :], "attention_mask": mask.long(), "past_key_values": self.cache}
         if self.takes_positions:
             inputs["position_ids"] = position_ids(mask)[:, self.fed :]
+        if self.keep_from is None:
+            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
+        else:
+            hidden_states = self.model.base_model(**inputs, use_cache=True).last_hidden_state
+            start = max(self.fed, self.keep_from)
+            self.states.append((self.rows, start, hidden_states[:, start - self.fed :].clone()))  # no view of more
+            logits = LMHead.of(self.model).logits(hidden_states[:, -1], self.vocab_size)
         self.fed = ids.shape[1]
-        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
+        return logits
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
+    def drop(self, finished: np.ndarray, last: np.ndarray) -> None:
+        """Drop finished rows, once enough of them have finished; `last` is the index of their last token in `ids`.
+
+        Where states are kept, a row stays until the states that predict its tokens are there.
+        """
+        droppable = finished[self.rows]
+        if self.keep_from is not None:
+            droppable = droppable & (last[self.rows] <= self.fed)
+        if droppable.all() or droppable.mean() <= _DROP_SHARE:
+            return
+        keep = np.flatnonzero(~droppable)
         if self.fed:
-            self.cache.batch_select_indices(rows)
+            self.cache.batch_select_indices(torch.from_numpy(keep).to(self.model.device))
+        self.rows = self.rows[keep]
+
+    def kept_states(self, batch_size: int, length: int) -> torch.Tensor:
+        """Hidden states of `length` positions from `keep_from` on, `(B, length, H)`; 0 where a row was dropped."""
+        _, _, newest = self.states[-1]
+        states = newest.new_zeros(batch_size, length, newest.shape[-1])
+        for rows, start, part in self.states:
+            first = start - self.keep_from
+            part = part[:, : max(length - first, 0)]  # other processes may have gone on for longer
+            states[torch.from_numpy(rows).to(states.device), first : first + part.shape[1]] = part
+        return states
+
+
+class Completions(NamedTuple):
+    """Sampled completions.
+
+    Attributes:
+        ids (`torch.Tensor` of shape `(B, T)`): right-padded; T is the length of the longest.
+        mask (`torch.Tensor` of shape `(B, T)`): True on real tokens, the end-of-sequence token included.
+        student_hidden_states, teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*): the models'
+            last hidden states that predict each token; arbitrary outside the mask. None unless asked for, and for a
+            teacher without coins.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    student_hidden_states: torch.Tensor | None = None
+    teacher_hidden_states: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -88,7 +148,9 @@ def sample_completions(
     teacher: PreTrainedModel | None = None,
     teacher_coins: np.ndarray | None = None,
     vocab_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_states: bool = False,
+    on_every_process: Callable[[bool], bool] | None = None,
+) -> Completions:
     """Sample one completion a row, each token from the student or, where its coin says so, from the teacher.
 
     With coins tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. Rows that share
@@ -109,48 +171,59 @@ def sample_completions(
         teacher_coins (`np.ndarray` of shape `(B, N)` or `(1, N)`, bool, *optional*): where the teacher samples; a
             single row is shared by all. None means student alone.
         vocab_size (`int`, *optional*): number of leading vocabulary rows that may be sampled; all by default.
+        keep_states (`bool`, *optional*, defaults to `False`): whether to return the hidden states that predict each
+            token. All but those of the last few tokens come up in sampling anyway; one call adds the rest, so that
+            neither model has to run again to score the completions. Needs heads that [`~fused_head.check_head`]
+            accepts.
+        on_every_process (`Callable[[bool], bool]`, *optional*): whether its argument is True on every process. To be
+            given where a model is sharded over processes, whose calls are then the same on all: a process goes on
+            until all rows of all processes have finished. Shared coins must be the same on all.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: completion ids `(B, T)`, right-padded, T <= N the longest completion, and
-        their bool mask, which includes the end-of-sequence token.
+        [`Completions`].
     """
-    device, batch_size = prompt_ids.device, prompt_ids.shape[0]
+    device, (batch_size, prompt_length) = prompt_ids.device, prompt_ids.shape
     vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
     eos = torch.tensor(list(eos_token_ids), device=device)
-    decoders = [_LazyDecoder(model, vocab_size) for model in (student, teacher) if model is not None]
-    completions = torch.full((batch_size, max_new_tokens), pad_token_id, device=device)
-    ids, mask = prompt_ids, prompt_mask.bool()  # of the rows that are still decoded
-    rows = torch.arange(batch_size, device=device)
-    coins = np.broadcast_to(False if teacher_coins is None else teacher_coins, (batch_size, max_new_tokens))
-    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    models = [student] if teacher_coins is None else [student, teacher]
+    keep_from = prompt_length - 1 if keep_states else None  # the prompt's last token predicts the first sampled one
+    decoders = [_LazyDecoder(model, vocab_size, batch_size, keep_from) for model in models]
+    coins = np.array([[False]]) if teacher_coins is None else teacher_coins
+    coins = np.broadcast_to(coins, (len(coins), max_new_tokens))
+    ids, mask = prompt_ids, prompt_mask.bool()
+    finished = np.zeros(batch_size, dtype=bool)
+    last = np.full(batch_size, prompt_length + max_new_tokens - 1)  # index of each row's last token
 
     for step in range(max_new_tokens):
-        picks = coins[:, step]
-        if picks.all() or not picks.any():
-            logits = decoders[int(picks[0])].next_logits(ids, mask)
-        else:
-            student_logits, teacher_logits = (each.next_logits(ids, mask) for each in decoders)
-            teacher_rows = torch.from_numpy(picks.copy()).to(device)[:, None]
-            logits = torch.where(teacher_rows, teacher_logits.to(student_logits), student_logits)
-        noise = None if uniforms is None else uniforms[rows, step]
-        tokens = draw_tokens(logits, noise, temperature)
-        tokens = tokens.masked_fill(finished, pad_token_id)
-        completions[rows, step] = tokens
-        finished = finished | torch.isin(tokens, eos)
+        tokens = torch.full((batch_size,), pad_token_id, device=device)
+        for decoder, chosen in zip(decoders, (~coins[:, step], coins[:, step]), strict=False):
+            # a sharded model is called by all processes or none, whatever the coins of single rows
+            if not chosen.any() and (len(coins) == 1 or on_every_process is None):
+                continue
+            decoder.drop(finished, last)
+            logits = decoder.next_logits(ids, mask)
+            rows = torch.from_numpy(decoder.rows).to(device)
+            drawn = draw_tokens(logits, None if uniforms is None else uniforms[rows, step], temperature)
+            chosen = torch.from_numpy(np.broadcast_to(chosen, batch_size)[decoder.rows]).to(device)
+            tokens[rows] = torch.where(chosen, drawn, tokens[rows])
+        tokens = tokens.masked_fill(torch.from_numpy(finished).to(device), pad_token_id)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        num_finished = int(finished.sum())
-        if num_finished == len(rows):
+        ends = torch.isin(tokens, eos).cpu().numpy() & ~finished
+        last[ends] = prompt_length + step
+        finished |= ends
+        done = bool(finished.all())
+        if done if on_every_process is None else on_every_process(done):
             break
-        if num_finished > _DROP_SHARE * len(rows):
-            keep = (~finished).nonzero().squeeze(1)
-            ids, mask, rows, finished = ids[keep], mask[keep], rows[keep], finished[keep]
-            coins = coins[keep.cpu().numpy()]
-            for each in decoders:
-                each.keep_rows(keep)
 
-    sampled = completions[:, : step + 1]
-    return sampled, completion_mask(sampled, eos_token_ids)
+    length = min(int(last.max()), ids.shape[1] - 1) + 1 - prompt_length
+    sampled = ids[:, prompt_length : prompt_length + length]
+    states = []
+    for decoder in decoders if keep_states else ():
+        if (last[decoder.rows] > decoder.fed).any() or on_every_process is not None:
+            decoder.next_logits(ids, mask)
+        states.append(decoder.kept_states(batch_size, length))
+    return Completions(sampled, completion_mask(sampled, eos_token_ids), *states)
 
 
 def sample_prompts(
@@ -168,7 +241,9 @@ def sample_prompts(
     coin_key: tuple[int, ...] = (),
     shared_coins: bool = True,
     vocab_size: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_every_process: Callable[[bool], bool] | None = None,
+    keep_states: bool = False,
+    on_batch: Callable[[list[int], Completions], None] | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
 
@@ -184,8 +259,10 @@ def sample_prompts(
         shared_coins (`bool`, *optional*, defaults to `True`): whether rows decoded together share their coins, so that
             only one of the models runs at a step. `False` makes all rows independent, and a completion a function of
             its key alone.
-        on_batch (`Callable[[int], None]`, *optional*): called with the number of completions after each batch.
-        max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size: see [`sample_completions`].
+        on_batch (`Callable[[list[int], Completions], None]`, *optional*): called after each batch with the numbers of
+            its prompts and their [`Completions`].
+        max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states:
+            see [`sample_completions`].
 
     Returns:
         `list[list[int]]`: token ids of each completion in the order of the prompts, the end-of-sequence token
@@ -206,7 +283,7 @@ def sample_prompts(
         if alpha > 0:
             coin_keys = [(*coin_key, number)] if shared_coins else [(*coin_key, *keys[row]) for row in rows]
             coins = np.stack([toss_coins(max_new_tokens, alpha, *key) for key in coin_keys])
-        sampled, sampled_mask = sample_completions(
+        sampled = sample_completions(
             student,
             ids.to(device),
             mask.to(device),
@@ -218,11 +295,13 @@ def sample_prompts(
             teacher=teacher,
             teacher_coins=coins,
             vocab_size=vocab_size,
+            keep_states=keep_states,
+            on_every_process=on_every_process,
         )
-        for row, length, tokens in zip(rows, sampled_mask.sum(dim=1).tolist(), sampled.tolist(), strict=True):
+        for row, length, tokens in zip(rows, sampled.mask.sum(dim=1).tolist(), sampled.ids.tolist(), strict=True):
             completions[row] = tokens[:length]
         if on_batch is not None:
-            on_batch(len(rows))
+            on_batch(rows, sampled)
     return completions
 
 
@@ -234,6 +313,38 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[to
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = True
     return ids, mask
+
+
+@torch.no_grad()
+def check_decoding(model: PreTrainedModel, name: str) -> None:
+    """Check on a short input that `model` can be fed several tokens at a time, and rows dropped from its cache.
+
+    Raises:
+        ValueError: if its cache has recurrent layers, which take one token at a time, or its logits differ from those
+            of a plain forward pass. Sampling from such a model would be silently wrong.
+    """
+    advice = "Sample without this decode loop (use_vllm=True with teacher_mixed_alpha=0.0, or a rollout_func)."
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+        raise ValueError(
+            f"The {name} ({type(model).__name__}) has recurrent layers, whose state cannot be fed a few tokens at a "
+            f"time as teacher-mixed sampling does. {advice}"
+        )
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    ids = torch.arange(1, 25, device=model.device).view(2, 12) % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :3] = False  # left padding
+    decoder = _LazyDecoder(model, vocab_size, len(ids))
+    for fed, finished in ((5, [False, False]), (8, [False, False]), (9, [False, True]), (12, [False, True])):
+        decoder.drop(np.array(finished), np.zeros(2))
+        logits = decoder.next_logits(ids[:, :fed], mask[:, :fed])
+    expected = model(input_ids=ids[:1, 3:], attention_mask=mask[:1, 3:].long(), use_cache=False).logits[:, -1]
+    error = (logits.float() - expected.float()).abs().max().item()
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    if not error <= tolerance * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"The {name} ({type(model).__name__}) cannot be decoded a few tokens at a time: logits differ by up to "
+            f"{error:.2g} from those of a plain forward pass. {advice}"
+        )
 
 
 class TeacherMixedLogitsProcessor(LogitsProcessor):
@@ -262,7 +373,8 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         self.alpha = alpha
         self.attention_mask = attention_mask
         self.seed = seed
-        self._decoder = _LazyDecoder(teacher, teacher.get_output_embeddings().weight.shape[0])
+        rows = teacher.get_output_embeddings().weight.shape[0]
+        self._decoder = _LazyDecoder(teacher, rows, len(attention_mask))
         self._length = attention_mask.shape[1]
 
     @torch.no_grad()

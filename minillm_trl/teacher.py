@@ -4,9 +4,11 @@ import copy
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .fused_head import LMHead, ScoreRequest, completion_hidden_states, score_hidden_states
+from .fused_head import completion_hidden_states
+from .rollouts import parts_by_length
 
 # Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.
 _PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
@@ -118,43 +120,66 @@ def max_context(*models: PreTrainedModel) -> int | None:
 
 
 @torch.no_grad()
-def score_teacher(
+def teacher_hidden_states(
     teacher: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    completion_mask: torch.Tensor,
-    *,
-    temperatures: tuple[float, float],
-    vocab_size: int,
+    completion_length: int,
     batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the teacher once over rollouts.
+) -> torch.Tensor:
+    """Run the teacher once over rollouts, `batch_size` rows of like length at a time.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): the frozen teacher, not wrapped.
         input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
-        completion_mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        temperatures (`tuple[float, float]`): sampling temperature and KD temperature.
-        vocab_size (`int`): number of leading vocabulary rows shared with the student.
+        completion_length (`int`): T.
         batch_size (`int`): rows of one forward pass.
 
     Returns:
-        Log-probs of the completion's tokens at either temperature, `(B, T)` in nats, and the hidden states that
-        predict them, `(B, T, H)`, from which the single-step term is computed in every inner pass without the teacher.
+        `torch.Tensor` of shape `(B, T, H)`: the hidden states that predict the completions' tokens.
     """
-    length = completion_mask.shape[1]
-    head = LMHead.of(teacher)
-    hidden, logps, kd_logps = [], [], []
-    for part in torch.arange(len(input_ids)).split(batch_size):
-        ids, mask = input_ids[part], completion_mask[part]
-        states = completion_hidden_states(teacher, ids, attention_mask[part], length)
-        by_temperature = {
-            temperature: score_hidden_states(
-                states, head, ScoreRequest(ids, attention_mask[part], mask, temperature), vocab_size
-            ).logps
-            for temperature in set(temperatures)
-        }
-        hidden.append(states)
-        logps.append(by_temperature[temperatures[0]])
-        kd_logps.append(by_temperature[temperatures[1]])
-    return torch.cat(logps), torch.cat(kd_logps), torch.cat(hidden)
+    states = None
+    for rows, columns in parts_by_length(attention_mask, batch_size):
+        length = completion_length - (input_ids.shape[1] - columns.stop)
+        part = completion_hidden_states(teacher, input_ids[rows, columns], attention_mask[rows, columns], length)
+        if states is None:
+            states = part.new_zeros(len(input_ids), completion_length, part.shape[-1])
+        states[rows, :length] = part
+    return states
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether parameters are spread over processes (FSDP, tensor parallelism, ZeRO-3), so that all must call it."""
+    return any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+
+
+class TeacherOffload:
+    """Keeps the teacher on the CPU but for the phases of a `with` statement; its LM head stays where it is.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]): the frozen teacher, on the device where it computes.
+
+    Raises:
+        ValueError: for a quantised or sharded teacher, whose tensors cannot be moved one by one.
+    """
+
+    def __init__(self, teacher: PreTrainedModel):
+        head = {id(each) for each in teacher.get_output_embeddings().parameters()}
+        tensors = [each for each in teacher.parameters() if id(each) not in head]
+        if is_sharded(teacher) or not all(each.is_floating_point() for each in tensors):
+            raise ValueError(
+                "offload_teacher=True needs a teacher whose weights are neither quantised nor sharded. Drop "
+                "offload_teacher: a 4-bit or sharded teacher takes little memory as it is."
+            )
+        self.device = teacher.device
+        pin = self.device.type == "cuda"
+        self.home = [(each, each.data.cpu().pin_memory() if pin else each.data.clone()) for each in tensors]
+        self.__exit__()
+
+    def __enter__(self) -> None:
+        for tensor, home in self.home:
+            tensor.data = home.to(self.device, non_blocking=True, copy=True)
+
+    def __exit__(self, *unused: object) -> None:
+        for tensor, home in self.home:
+            tensor.data = home

@@ -2,6 +2,8 @@
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +13,20 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from .checks import check_prompt_ids
 from .config import MiniLLMConfig
-from .fused_head import ScoreRequest, TokenScores, add_scoring, check_head
+from .fused_head import LMHead, ScoreRequest, TokenScores, add_scoring, check_head, completion_logps
+from .half_precision import HalfPrecisionCopy
 from .masking import masked_mean
 from .objectives import batch_advantages
-from .rollouts import Batch, sequences
-from .sampling import sample_prompts
-from .teacher import load_teacher, max_context, shared_vocab_size
+from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
+from .sampling import Completions, check_decoding, sample_prompts
+from .teacher import (
+    TeacherOffload,
+    is_sharded,
+    load_teacher,
+    max_context,
+    shared_vocab_size,
+    teacher_hidden_states,
+)
 from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
 # Second element of the keys of stateless randomness, after the seed
@@ -39,18 +49,34 @@ class TeacherMixedTrainer(GRPOTrainer):
         """
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
         self._turn = 0  # calls of generation within a rollout; tools make it several
+        self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
+        self._wants_old_logps = False
         self._rewards_per_func = torch.empty(0)
         mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
         dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
         teacher = load_teacher(teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code)
         self.vocab_size = shared_vocab_size(self._student, teacher, self._tokenizer)
         self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # mixed precision has wrapped its `forward`; it is always run in an autocast context of ours
+        teacher = self.accelerator.unwrap_model(self.teacher_model, keep_fp32_wrapper=False)
         self.max_context = max_context(self._student, teacher)
         check_head(self._student, "student")
         check_head(teacher, "teacher")
         add_scoring(self._student, self.vocab_size, teacher)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
+        if not self._decodes_with_trl and self.rollout_func is None:
+            check_decoding(self._student, "student")
+            if self.args.teacher_mixed_alpha > 0:
+                check_decoding(teacher, "teacher")
+        self._half_precision_copy = None
+        if self.args.half_precision_rollouts:
+            self._half_precision_copy = HalfPrecisionCopy(self._student, dtype)
+        self._teacher_phase = TeacherOffload(teacher) if self.args.offload_teacher else nullcontext()
+
+    @property
+    def _teacher(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.teacher_model)
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -83,16 +109,17 @@ class TeacherMixedTrainer(GRPOTrainer):
             max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
         self._turn += 1
         shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
-        coin_key = (seed, _COINS, step, process, self._turn) if shared else (seed, _COINS)
+        lockstep = is_sharded(self.teacher_model)
+        coin_key = (seed, _COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, _COINS)
+        self._sampled = []
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as student,
-            self.accelerator.autocast(),
+            ),
+            self._sampling_model() as student,
         ):
-            student.eval()
             completions = sample_prompts(
                 student,
                 prompt_ids,
@@ -102,20 +129,113 @@ class TeacherMixedTrainer(GRPOTrainer):
                 pad_token_id=self._tokenizer.pad_token_id,
                 temperature=self.temperature,
                 batch_size=self.args.sampling_batch_size,
-                teacher=self.teacher_model,
+                teacher=self._teacher,
                 alpha=self.args.teacher_mixed_alpha if training else 0.0,
                 coin_key=coin_key,
                 shared_coins=shared,
                 vocab_size=self.vocab_size,
+                keep_states=True,
+                on_every_process=self._on_every_process if lockstep else None,
+                on_batch=lambda rows, sampled: self._sampled.append((rows, self._score_sampled(student, sampled))),
             )
-            student.train(training)
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        self._wants_old_logps = self.args.gradient_accumulation_steps % generate_every != 0
+        if self._turn > 1:  # tools have answered in between
+            self._sampled, self._wants_old_logps = [], False
         return completions, None
+
+    @contextmanager
+    def _sampling_model(self) -> Iterator[PreTrainedModel]:
+        """The student in eval mode as it is, or its half-precision copy with the weights of now."""
+        if self._half_precision_copy is not None:
+            self._half_precision_copy.refresh()
+            yield self._half_precision_copy.model
+            return
+        training = self._student.training
+        self._student.eval()
+        with self.accelerator.autocast():
+            yield self._student
+        self._student.train(training)
+
+    def _on_every_process(self, flag: bool) -> bool:
+        flags = torch.tensor(int(flag), device=self.accelerator.device)
+        return int(self.accelerator.reduce(flags, reduction="sum")) == self.accelerator.num_processes
+
+    # Scoring
+
+    def _score_sampled(self, student: PreTrainedModel, sampled: Completions) -> RolloutScores:
+        """Scores from the hidden states of sampling; the teacher's are missing where it did not sample."""
+
+        def logps(model: PreTrainedModel, states: torch.Tensor) -> list[torch.Tensor]:
+            return completion_logps(
+                states, LMHead.of(model), sampled.ids, sampled.mask, self._temperatures, self.vocab_size
+            )
+
+        student_logps = logps(student, sampled.student_hidden_states)
+        states = sampled.teacher_hidden_states
+        teacher_logps = (None, None) if states is None else logps(self._teacher, states)
+        return RolloutScores(*student_logps, *teacher_logps, self._keep(states))
+
+    def _sampled_scores(self, name: str, mask: torch.Tensor) -> torch.Tensor | None:
+        """The field `name` of the scores that sampling has left behind for the completions of `mask`, if it has."""
+        parts = [(rows, getattr(scores, name)) for rows, scores in self._sampled]
+        if not parts or any(part is None for _, part in parts):
+            return None
+        return assemble_rows(parts, *mask.shape)
+
+    def _keep(self, teacher_states: torch.Tensor | None) -> torch.Tensor | None:
+        where = self.args.teacher_hidden_states
+        if teacher_states is None or where == "recompute":
+            return None
+        return teacher_states.cpu() if where == "cpu" else teacher_states
+
+    def _teacher_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        batch_size = self.args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            return teacher_hidden_states(self._teacher, input_ids, attention_mask, length, batch_size)
+
+    def _score_rollout(self, batch: Batch, student_logps: torch.Tensor | None = None) -> RolloutScores:
+        """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
+        input_ids, attention_mask, mask = sequences(batch)
+        at_either_temperature = []
+        for temperature, name in zip(self._temperatures, ("student_logps", "student_kd_logps"), strict=True):
+            logps = self._sampled_scores(name, mask)
+            if logps is None and temperature == self.temperature:
+                logps = student_logps  # GRPO has them already, or the turn before
+            if logps is None:
+                request = ScoreRequest(input_ids, attention_mask, mask, temperature)
+                logps = self._score_without_gradient(self.model, request).logps
+            if temperature == self.temperature:
+                student_logps = logps
+            at_either_temperature.append(logps)
+        teacher = [self._sampled_scores(name, mask) for name in RolloutScores._fields[2:]]
+        if teacher[0] is None:
+            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+            with self.accelerator.autocast():
+                logps = completion_logps(
+                    states,
+                    LMHead.of(self._teacher),
+                    batch["completion_ids"],
+                    mask,
+                    self._temperatures,
+                    self.vocab_size,
+                )
+            teacher = [*logps, self._keep(states)]
+        return RolloutScores(*at_either_temperature, *teacher)
+
+    @property
+    def _temperatures(self) -> tuple[float, float]:
+        """Of the behavior policy, and of rewards and single-step term."""
+        return self.temperature, self.args.kd_temperature or self.temperature
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
     ):
-        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
         mask = attention_mask[:, -logits_to_keep:].bool()
+        if self._wants_old_logps:  # GRPO's first call of a rollout, for the log-probs that sampling has left behind
+            self._wants_old_logps = False
+            return self._sampled_scores("student_logps", mask), None, None
+        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
         scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
         return scores.logps, scores.entropy, None
 
@@ -129,10 +249,20 @@ class TeacherMixedTrainer(GRPOTrainer):
         training = model.training
         model.eval()
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
-            parts = zip(*(each.split(self.args.per_device_train_batch_size) for each in request[:3]), strict=True)
-            scores = [self._score(model, ScoreRequest(*part, request.temperature))[0] for part in parts]
+            batch_size, length = self.args.per_device_train_batch_size, request.completion_mask.shape[1]
+            scores = []
+            for rows, columns in parts_by_length(request.attention_mask, batch_size):
+                mask = request.completion_mask[rows, : length - (request.input_ids.shape[1] - columns.stop)]
+                part = ScoreRequest(
+                    request.input_ids[rows, columns], request.attention_mask[rows, columns], mask, request.temperature
+                )
+                scores.append((rows.tolist(), self._score(model, part)[0]))
         model.train(training)
-        return TokenScores(torch.cat([s.logps for s in scores]), torch.cat([s.entropy for s in scores]), None)
+        logps, entropy = (
+            assemble_rows([(rows, part[field]) for rows, part in scores], *request.completion_mask.shape)
+            for field in (0, 1)
+        )
+        return TokenScores(logps, entropy, None)
 
     # Rewards
 

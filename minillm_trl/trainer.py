@@ -30,8 +30,7 @@ from .objectives import (
     token_rewards,
     whiten,
 )
-from .rollouts import Batch, deal_rows, sequences, window_token_counts
-from .teacher import score_teacher
+from .rollouts import Batch, by_length, deal_rows, sequences, trim, window_token_counts
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import (
     corpus_totals,
@@ -50,8 +49,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     logging; sampling, scoring and the loss are replaced. The private members of TRL relied on are pinned in
     `tests/test_trl_contract.py`.
 
-    Per rollout: one generation, one teacher forward (log-probs of the sampled tokens, and hidden states kept for the
-    inner passes), one student forward without gradient. Per inner pass: one student forward and backward.
+    Per rollout: one generation, which leaves the hidden states of both models behind, so that no model runs again to
+    score (a teacher that did not sample runs once). Per inner pass: one student forward and backward, and no teacher.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -195,7 +194,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             `dict` of tensors for `compute_loss`, all detached: the inputs, `advantages` (return of the teacher's
             rewards, nats), `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is
             now), `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
-            `(B, T)`, and `teacher_hidden_states` of shape `(B, T, H)`.
+            `(B, T)`, and, unless they are to be computed anew, `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN.
@@ -206,7 +205,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             "completion_ids": completion_ids,
             "completion_mask": completion_mask,
         }
-        return self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
+        with self._teacher_phase:
+            return self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
 
     def _score_rollouts(
         self,
@@ -215,48 +215,30 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         student_logps: torch.Tensor | None = None,
         behavior_logps: torch.Tensor | None = None,
     ) -> Batch:
-        input_ids, attention_mask, mask = sequences(batch)
+        mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
-        kd_temperature = self.args.kd_temperature or self.temperature
-        with self.accelerator.autocast():
-            teacher_logps, teacher_kd_logps, teacher_hidden_states = score_teacher(
-                self.accelerator.unwrap_model(self.teacher_model),
-                input_ids,
-                attention_mask,
-                mask,
-                temperatures=(self.temperature, kd_temperature),
-                vocab_size=self.vocab_size,
-                batch_size=self.args.per_device_train_batch_size,
-            )
-        request = ScoreRequest(input_ids, attention_mask, mask, self.temperature)
-        if student_logps is None:
-            student_logps = self._score_without_gradient(self.model, request).logps
-        student_kd_logps = student_logps
-        if kd_temperature != self.temperature:
-            request = request._replace(temperature=kd_temperature)
-            student_kd_logps = self._score_without_gradient(self.model, request).logps
+        scores = self._score_rollout(batch, student_logps)
         # unclipped: clipping would hide a teacher that gives a sampled token probability zero
-        check_rewards(
-            token_rewards(teacher_kd_logps, student_kd_logps, mask), batch["completion_ids"], self._tokenizer
-        )
-        rewards = token_rewards(
-            teacher_kd_logps, student_kd_logps, mask, self.args.reward_scale, self.args.reward_clip
-        )
+        kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
+        check_rewards(token_rewards(*kd_logps, mask), batch["completion_ids"], self._tokenizer)
+        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
         if behavior_logps is None:
-            behavior_logps = mixture_logps(student_logps, teacher_logps, alpha)
+            behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
         long_term_weights, single_step_weights = importance_weights(
-            student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
+            scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
         )
         check_weights(long_term_weights, mask)
-        return {
+        batch = {
             **batch,
             "advantages": self._advantages(rewards, mask),
             "old_per_token_logps": behavior_logps.detach(),
-            "student_logps": student_logps,
+            "student_logps": scores.student_logps,
             "long_term_weights": long_term_weights,
             "single_step_weights": single_step_weights,
-            "teacher_hidden_states": teacher_hidden_states,
         }
+        if scores.teacher_hidden_states is not None:
+            batch["teacher_hidden_states"] = scores.teacher_hidden_states
+        return batch
 
     def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if not self.args.rkl_advantage:
@@ -277,8 +259,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        with self._teacher_phase:
+            return self._generate_and_score(inputs)
+
+    def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
-        self._turn = 0
+        self._turn, self._sampled = 0, []
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
@@ -294,6 +280,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
+        self._sampled = []
         self._log_rollouts(inputs, batch)
         return batch
 
@@ -317,7 +304,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 self.state.global_step,
             )
             dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-            self._buffered_inputs = self._count_window_tokens(split_tensor_dict(dealt, self.args.steps_per_generation))
+            order = by_length(dealt, self.args.steps_per_generation // accumulation)
+            dealt = {key: values[order.to(values.device)] for key, values in dealt.items()}
+            batches = [trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)]
+            self._buffered_inputs = self._count_window_tokens(batches)
         batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
         if self._lm_batches is None:
             return batch
@@ -356,7 +346,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             attention_mask,
             mask,
             self.temperature,
-            inputs["teacher_hidden_states"],
+            self._teacher_states_of(inputs),
             self.args.kd_temperature,
             loss=loss_of_tokens,
         )
@@ -373,6 +363,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         return loss
+
+    def _teacher_states_of(self, inputs: Batch) -> torch.Tensor:
+        if "teacher_hidden_states" in inputs:
+            return inputs["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
+        input_ids, attention_mask, mask = sequences(inputs)
+        return self._teacher_states(input_ids, attention_mask, mask.shape[1])
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
         values = {"objective/lm_cross_entropy": -scores.logps}

@@ -10,10 +10,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -62,6 +66,16 @@ def build_model(
             **common,
         )
         model = OPTForCausalLM(config)
+    elif family in ("mistral", "gemma3"):  # sliding windows of 3 tokens, in gemma3 in every other layer
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "head_dim": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+        if family == "mistral":
+            model = MistralForCausalLM(MistralConfig(sliding_window=3, **sizes, **heads, **common))
+        else:
+            kinds = ["sliding_attention", "full_attention"][:layers]
+            model = Gemma3ForCausalLM(
+                Gemma3TextConfig(sliding_window=3, layer_types=kinds, **sizes, **heads, **common)
+            )
     else:
         config = LlamaConfig(
             hidden_size=width,

@@ -1,8 +1,12 @@
 """A training run on fixed rollouts of very different lengths, for comparing trajectories."""
 
 import torch
+import torch.distributed as dist
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 
@@ -36,7 +40,15 @@ def late(prompts: list[str], **kwargs) -> list[float]:
     return [float(PROMPTS.index(prompt)) for prompt in prompts]
 
 
-def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
+def shard_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """Spread the weights of a GPT-2's blocks over the processes of the job."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    return model
+
+
+def train(output: str, batch_size: int, accumulation: int, shard_teacher: bool = False, **options) -> dict:
     """Train a few steps on a buffer of three optimizer steps; returns the change of the weights and the logs.
 
     With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones.
@@ -63,10 +75,11 @@ def train(output: str, batch_size: int, accumulation: int, **options) -> dict:
     )
     reward_funcs = late if options.get("scale_rewards") else None
     student = build_model("gpt2", len(tokenizer))
+    teacher = build_model("gpt2", len(tokenizer), 1, width=48)
     before = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
     trainer = MiniLLMTrainer(
         student,
-        build_model("gpt2", len(tokenizer), 1, width=48),
+        shard_blocks(teacher) if shard_teacher else teacher,
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from minillm_trl import TeacherMixedLogitsProcessor
-from minillm_trl.sampling import draw_tokens, keyed_uniforms, sample_completions, sample_prompts, toss_coins
+from minillm_trl.sampling import (
+    check_decoding,
+    draw_tokens,
+    keyed_uniforms,
+    sample_completions,
+    sample_prompts,
+    toss_coins,
+)
 
 VOCAB, HORIZON, EOS = 3, 3, 0
 PROMPTS = [[1], [2, 1, 2, 2]]
@@ -48,7 +55,7 @@ def distance(counts: dict[tuple, float], law: dict[tuple, float]) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["padded by 4", "padded by 1"])
 def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(family: str, prompt: list[int]):
     """With coins of probability alpha this is the mixture: P(token) = alpha p(token) + (1 - alpha) q(token)."""
@@ -64,7 +71,7 @@ def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(famil
                 bounds = torch.softmax(logits / temperature, -1).cumsum(0).tolist()
                 low[n, t], high[n, t] = [0.0, *bounds][completion[t]], bounds[completion[t]]
         uniforms = torch.cat([low + margin, high - margin])
-        sampled, mask = sample_completions(
+        sampled, mask, *_ = sample_completions(
             models[0],
             torch.tensor([[1] * padding + prompt]).expand(len(uniforms), -1),
             torch.tensor([[0] * padding + [1] * len(prompt)]).expand(len(uniforms), -1),
@@ -160,7 +167,7 @@ LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "shared_coins": False}], ids=["student", "coins of its own"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "gemma3"])
 def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str, options: dict):
     alone = sample(LONG_PROMPTS, batch_size=1, family=family, **options)
     assert sample(LONG_PROMPTS, batch_size=5, family=family, **options) == alone
@@ -197,6 +204,87 @@ def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
         teacher_coins=np.array([[False, False, True, False, True, True]]),
     )
     assert calls == [("student", 2), ("student", 1), ("teacher", 4), ("student", 2), ("teacher", 2), ("teacher", 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(family: str, alpha: float, shared: bool):
+    student = build_model(family, vocab_size=50, width=16)
+    teacher = build_model(family, vocab_size=50, width=24, seed=1)
+    batches = []
+    completions = sample_prompts(
+        student,
+        LONG_PROMPTS,
+        keys=[(7, sum(prompt)) for prompt in LONG_PROMPTS],
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=5,
+        teacher=teacher,
+        alpha=alpha,
+        shared_coins=shared,
+        keep_states=True,
+        on_batch=lambda rows, sampled: batches.append((rows, sampled)),
+    )
+    assert len({len(completion) for completion in completions}) > 3  # rows finish at different steps
+    for rows, sampled in batches:
+        for number, row in enumerate(rows):
+            ids = torch.tensor([LONG_PROMPTS[row] + completions[row]])
+            for model, states in zip((student, teacher), sampled[2:], strict=True):
+                if alpha == 0 and model is teacher:
+                    assert states is None
+                    continue
+                expected = model.base_model(ids).last_hidden_state[0, len(LONG_PROMPTS[row]) - 1 : -1]
+                torch.testing.assert_close(
+                    states[number, : len(completions[row])],
+                    expected,
+                    rtol=1e-3,
+                    atol=1e-3 * expected.abs().max().item(),
+                )
+
+
+@torch.no_grad()
+def test_neither_model_reads_a_token_twice():
+    models = {"student": build_model("gpt2", vocab_size=50, width=16), "teacher": build_model("gpt2", 50, 1, 24)}
+    read = dict.fromkeys(models, 0)
+    for name, model in models.items():
+
+        def count(module, args, kwargs, name=name):
+            read[name] += kwargs["input_ids"].shape[1]
+
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    sample_completions(
+        models["student"],
+        torch.full((2, 7), 4),
+        torch.ones(2, 7),
+        max_new_tokens=20,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=None,
+        teacher=models["teacher"],
+        teacher_coins=toss_coins(20, 0.3, 1)[None],
+        keep_states=True,
+    )
+    assert 7 + 20 - 1 <= min(read.values()) <= max(read.values()) <= 7 + 20
+
+
+class TestCheckDecoding:
+    @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "gemma3"])
+    def test_attention_of_any_kind_passes(self, family: str):
+        check_decoding(build_model(family), "student")
+
+    def test_recurrent_layers_are_refused(self):
+        config = Mamba2Config(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=1)
+        with pytest.raises(ValueError, match=r"The student .* has recurrent layers"):
+            check_decoding(Mamba2ForCausalLM(config).eval(), "student")
+
+    def test_cache_that_does_not_work_is_refused(self, monkeypatch: pytest.MonkeyPatch):
+        model = build_model("gpt2")
+        monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: self.reset())
+        with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time: logits differ by up to"):
+            check_decoding(model, "student")
 
 
 def test_rows_of_the_vocabulary_beyond_the_shared_ones_are_never_sampled():

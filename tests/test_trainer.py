@@ -188,9 +188,10 @@ class TestBuffer:
 
 
 class TestForwardPasses:
-    def test_one_teacher_pass_a_rollout_and_one_student_pass_an_inner_step(self, tmp_path):
+    @pytest.mark.parametrize("alpha", [0.0, 0.5])
+    def test_nothing_runs_to_score_but_a_teacher_that_has_not_sampled(self, tmp_path, alpha: float):
         trainer = make_trainer(
-            tmp_path, num_iterations=3, steps_per_generation=2, max_steps=6, teacher_mixed_alpha=0.0
+            tmp_path, num_iterations=3, steps_per_generation=2, max_steps=6, teacher_mixed_alpha=alpha
         )
         rows = {"student": 0, "teacher": 0}
 
@@ -205,7 +206,7 @@ class TestForwardPasses:
         trainer.teacher_model.base_model.register_forward_pre_hook(count("teacher"), with_kwargs=True)
         trainer.train()
         rollout = 2 * 4
-        assert rows == {"teacher": rollout, "student": rollout + 3 * rollout}
+        assert rows == {"teacher": 0 if alpha else rollout, "student": 3 * rollout}
 
 
 class TestRefusals:

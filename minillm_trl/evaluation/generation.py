@@ -99,7 +99,7 @@ def generate_completions(
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
-            on_batch=bar.update,
+            on_batch=lambda rows, _: bar.update(len(rows)),
         )
     texts: list[Any] = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     return [Completion(text, ids, ids[-1] in ends) for text, ids in zip(texts, sampled, strict=True)]

@@ -1,0 +1,57 @@
+"""Samples with a teacher that is sharded over two processes; started by test_sharded_teacher.py."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import build_model
+from fixed_rollouts import shard_blocks
+
+from minillm_trl.sampling import sample_prompts
+from minillm_trl.teacher import is_sharded
+
+PROMPTS = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]  # of each process
+# Keys are chosen so that the completions of the first process end long before those of the second
+KEYS = [[(0, 10), (0, 24)], [(0, 46), (0, 16)]]
+
+
+def sample(rank: int, teacher, shared_coins: bool, on_every_process=None) -> list[list[int]]:
+    return sample_prompts(
+        build_model("gpt2", vocab_size=40, seed=0),
+        PROMPTS[rank],
+        keys=KEYS[rank],
+        max_new_tokens=20,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        teacher=teacher,
+        alpha=0.4,
+        coin_key=(5,),
+        shared_coins=shared_coins,
+        keep_states=True,
+        on_every_process=on_every_process,
+    )
+
+
+def build_teacher():
+    return build_model("gpt2", vocab_size=40, seed=1, width=48)
+
+
+def main(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    teacher = build_teacher()
+    assert is_sharded(shard_blocks(teacher))
+
+    def on_every_process(flag: bool) -> bool:
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags)
+        return int(flags) == world
+
+    result = [sample(rank, teacher, shared, on_every_process) for shared in (True, False)]
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
