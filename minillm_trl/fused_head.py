@@ -65,8 +65,16 @@ class LMHead:
 
     def transform(self, projected: torch.Tensor) -> torch.Tensor:
         """Logits in at least float32."""
-        logits = projected.to(torch.promote_types(projected.dtype, torch.float32)) * self.scale
+        logits = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def transform_gradient(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+        """Gradient of the projection from that of the logits, in place; `logits` are needed with a soft cap."""
+        if self.softcap is not None:
+            gradient.mul_(1.0 - (logits / self.softcap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
     def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
@@ -186,19 +194,24 @@ def score_hidden_states(
     # an empty batch makes one empty chunk: zeros with a graph
     chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
 
-    def score(part: slice, logits: torch.Tensor) -> TokenScores:
-        teacher_part = None if teacher_hidden is None else teacher_hidden[part]
-        return _score_logits(logits, targets[part], teacher_part, teacher_head, request)
+    def teacher_logits(part: slice) -> torch.Tensor | None:
+        return None if teacher_hidden is None else teacher_head.logits(teacher_hidden[part], vocab_size)
 
     def score_chunk(hidden: torch.Tensor, part: slice) -> TokenScores:
-        return score(part, head.logits(hidden, vocab_size))
+        with torch.no_grad():
+            teacher = teacher_logits(part)
+        return _score_logits(head.logits(hidden, vocab_size), targets[part], teacher, request)
 
     loss = None
     if request.loss is not None and torch.is_grad_enabled():
 
-        def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores]:
-            scores = score(part, logits)
-            return request.loss(scores, rows[part]).sum(), scores
+        def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
+            scores, gradient = _score_logits_in_place(logits, targets[part], teacher_logits(part), request)
+            with torch.enable_grad():
+                inputs = [each.requires_grad_() for each in (scores.logps, scores.divergence) if each is not None]
+                loss = request.loss(scores, rows[part]).sum()
+                found = torch.autograd.grad(loss * _GRADIENT_SCALE, inputs, allow_unused=True, materialize_grads=True)
+            return loss, scores, gradient(*found)
 
         loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, vocab_size, chunks, loss_of_chunk)
         pieces = [tuple(values)]
@@ -265,11 +278,10 @@ class _LossThroughHead(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for part in chunks:
                 states = hidden[part].detach().to(dtype)
-                projected = head.project(states, vocab_size).requires_grad_()
-                with torch.enable_grad():
-                    loss, scores = loss_of_chunk(part, head.transform(projected))
-                    (gradient,) = torch.autograd.grad(loss * _GRADIENT_SCALE, projected)
-                _add_gradients(gradients, gradient, states, head.weight, part)
+                logits = head.transform(head.project(states, vocab_size))
+                capped = None if head.softcap is None else logits.clone()
+                loss, scores, gradient = loss_of_chunk(part, logits)
+                _add_gradients(gradients, head.transform_gradient(gradient, capped).to(dtype), states, head, part)
                 losses.append(loss.detach())
                 pieces.append([None if each is None else each.detach() for each in scores[:3]])
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
@@ -292,42 +304,86 @@ def _add_gradients(
     gradients: dict[str, torch.Tensor],
     of_logits: torch.Tensor,
     states: torch.Tensor,
-    weight: torch.Tensor,
+    head: LMHead,
     part: slice,
 ) -> None:
     """Add what a chunk's gradient `(n, V)` gives hidden states `(n, H)`, weight and bias."""
     if "hidden" in gradients:
-        gradients["hidden"][part] += of_logits @ weight
+        gradients["hidden"][part] += of_logits @ head.weight
     if "weight" in gradients:  # in blocks of rows, so that no second (V, H) exists
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            block = slice(start, min(start + rows, len(weight)))
+        size, width = head.weight.shape
+        rows = max(1, CHUNK_ELEMENTS // width)
+        for start in range(0, size, rows):
+            block = slice(start, min(start + rows, size))
             gradients["weight"][block] += of_logits[:, block].T @ states
     if "bias" in gradients:
         gradients["bias"][: of_logits.shape[1]] += of_logits.sum(dim=0, dtype=gradients["bias"].dtype)
 
 
 def _score_logits(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    teacher_hidden: torch.Tensor | None,
-    teacher_head: LMHead | None,
-    request: ScoreRequest,
+    logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, request: ScoreRequest
 ) -> TokenScores:
     log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-    if teacher_hidden is None:
+        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    if teacher_logits is None:
         return TokenScores(logps, entropy, None)
     kd_temperature = request.kd_temperature or request.temperature
-    with torch.no_grad():
-        teacher_log_probs = torch.log_softmax(
-            teacher_head.logits(teacher_hidden, logits.shape[-1]) / kd_temperature, dim=-1
-        )
     if kd_temperature != request.temperature:
         log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
+    teacher_log_probs = torch.log_softmax(teacher_logits / kd_temperature, dim=-1)
     return TokenScores(logps, entropy, request.divergence(log_probs, teacher_log_probs))
+
+
+def _score_logits_in_place(
+    logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, request: ScoreRequest
+) -> tuple[TokenScores, Callable[..., torch.Tensor]]:
+    r"""[`_score_logits`] without a graph, and a function from the gradients of log-probs and divergence to the logits.
+
+    $$ \partial \log q(y) / \partial z_v = 1_{v=y} - q_v, \qquad
+       \partial \mathrm{KL}(q \| p) / \partial z_v = q_v (\log q_v - \log p_v - \mathrm{KL}), \qquad
+       \partial \mathrm{KL}(p \| q) / \partial z_v = q_v - p_v $$
+
+    Everything happens in the memory of the logits, which are overwritten, and of one more tensor of their size: fresh
+    memory costs more here than arithmetic.
+    """
+    temperature, kd_temperature = request.temperature, request.kd_temperature or request.temperature
+    kd_log_probs = None
+    if teacher_logits is not None and kd_temperature != temperature:
+        kd_log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
+    log_probs = _log_softmax_(logits, temperature)
+    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
+    probs = log_probs.exp()
+    entropy = -torch.linalg.vecdot(probs, log_probs)
+    divergence = of_divergence = None
+    if teacher_logits is not None:
+        kd_log_probs = log_probs if kd_log_probs is None else kd_log_probs
+        kd_probs = probs if kd_log_probs is log_probs else kd_log_probs.exp()
+        teacher_log_probs = _log_softmax_(teacher_logits, kd_temperature)
+        if request.divergence is reverse_kl:
+            log_ratio = teacher_log_probs.neg_().add_(kd_log_probs)
+            divergence = torch.linalg.vecdot(kd_probs, log_ratio)
+            of_divergence = log_ratio.sub_(divergence[:, None]).mul_(kd_probs)
+        else:
+            teacher_probs = teacher_log_probs.exp()
+            divergence = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(kd_log_probs))
+            of_divergence = teacher_probs.neg_().add_(kd_probs)
+
+    def gradient(of_logps: torch.Tensor, of_divergences: torch.Tensor | None = None) -> torch.Tensor:
+        of_logps = of_logps[:, None] / temperature
+        total = probs.mul_(-of_logps).scatter_add_(1, targets[:, None], of_logps)
+        if of_divergence is not None:
+            total.addcmul_(of_divergence, of_divergences[:, None] / kd_temperature)
+        return total
+
+    return TokenScores(logps, entropy, divergence), gradient
+
+
+def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return torch.log_softmax(logits, dim=-1, out=logits)
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:

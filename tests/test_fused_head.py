@@ -76,14 +76,16 @@ def test_values_and_gradients_equal_the_plain_formulas(
 
 @pytest.mark.parametrize("chunk_elements", [1, 60, 2**23], ids=["a token a chunk", "odd chunks", "one chunk"])
 @pytest.mark.parametrize("kd_temperature", [None, 2.5])
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, kd_temperature, frozen_head: bool
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, kd_temperature, divergence, softcap, frozen_head: bool
 ):
     torch.manual_seed(0)
     monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", chunk_elements)
     rows, length, vocab, shared = 3, 7, 31, 29
-    head, teacher_head = make_head(5, vocab, True, 4.0), make_head(9, vocab, False, None)
+    head, teacher_head = make_head(5, vocab, True, softcap, 0.5), make_head(9, vocab, False, None)
     head.weight.requires_grad_(not frozen_head)
     hidden = torch.randn(rows, length, 5, dtype=torch.float64, requires_grad=True)
     teacher_hidden = torch.randn(rows, length, 9, dtype=torch.float64)
@@ -94,7 +96,7 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
         a, b = coefficients[:, numbers]
         return a * scores.logps.exp() + b * scores.logps * scores.divergence
 
-    request = ScoreRequest(ids, mask, mask, 1.3, teacher_hidden, kd_temperature)
+    request = ScoreRequest(ids, mask, mask, 1.3, teacher_hidden, kd_temperature, divergence)
     inputs = [each for each in (hidden, head.weight, head.bias) if each.requires_grad]
     plain = score_hidden_states(hidden, head, request, shared, teacher_head)
     expected = loss(
