@@ -18,12 +18,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 RESULTS = Path(__file__).with_name("results")
 PERCENTILES = (20, 50, 80)
 
-# 124M, 355M, 774M and 1.5B parameters
+# 124M, 355M, 774M and 1.5B parameters, and one to try a benchmark out
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2},
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
