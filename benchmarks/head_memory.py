@@ -10,19 +10,16 @@ hidden states and the heads' weights, and beyond their gradients. Writes `result
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from measurement import write_record
 
 from minillm_trl.fused_head import LMHead, ScoreRequest, score_hidden_states
 from minillm_trl.objectives import reverse_kl
 
-RESULTS = Path(__file__).with_name("results") / "head_memory.json"
 ROWS, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH = 8, 512, 256, 512
 VOCABULARIES = (75_968, 151_936)
 
@@ -87,19 +84,13 @@ def main() -> None:
             print(f"{method}, {vocab} rows: {results[f'{method}, {vocab}']['bytes'] / 2**20:.0f} MiB", flush=True)
     small, large = (results[f"chunked, {vocab}"]["bytes"] for vocab in VOCABULARIES)
     full = results[f"full_logits, {VOCABULARIES[1]}"]["bytes"]
-    revision = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
     record = {
-        "command": "python benchmarks/head_memory.py",
-        "commit": subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": {"device": platform.machine(), "system": platform.system()},
-        "versions": {"torch": version("torch")},
-        "tokens": [ROWS, LENGTH],
-        "widths": {"student": STUDENT_WIDTH, "teacher": TEACHER_WIDTH},
-        "results": results,
+        "cases": results,
         "growth_when_the_vocabulary_doubles": large / small - 1,
         "share_of_full_logits": large / full,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    settings = {"tokens": [ROWS, LENGTH], "widths": {"student": STUDENT_WIDTH, "teacher": TEACHER_WIDTH}}
+    write_record("head_memory", ("torch",), settings, record)
     print(f"vocabulary doubled: {large / small - 1:+.0%}; share of full logits: {large / full:.3f}")
 
 

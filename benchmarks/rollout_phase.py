@@ -1,0 +1,92 @@
+"""Claim: a rollout phase is one generation and what it leaves behind, not two generations and six scoring passes.
+
+    python benchmarks/rollout_phase.py [--teachers gpt2-large gpt2-xl] [--repeats 2]
+
+generates and scores 8 rollouts with alpha = 0.2 from GPT-2 shapes with random weights: ours (teacher-mixed sampling
+that keeps the hidden states of both models, and log-probs from them), and the schedule of the authors' code, rebuilt
+from its description: a generation that mixes both distributions at every step, a second one of the student alone
+(for its logs), and three passes of either model with full logits. The rebuilt schedule gets the same short padding as
+ours; the authors' code pads prompts and responses to 256 tokens each. No completion ends early. The two are timed in
+turn; the figures are ratios within a round. Writes `results/rollout_phase.json`.
+"""
+
+import argparse
+
+import torch
+from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
+from sampling import ALPHA, mean_coins, mix_every_step
+from transformers import PreTrainedModel
+
+from minillm_trl.fused_head import LMHead, completion_logps
+from minillm_trl.sampling import sample_completions
+
+BATCH, PROMPT, TOKENS = 8, 64, 64
+
+
+@torch.no_grad()
+def full_logits_pass(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    log_probs = model(input_ids=ids, use_cache=False).logits[:, -TOKENS - 1 : -1].float().log_softmax(dim=-1)
+    return log_probs.gather(2, ids[:, -TOKENS:, None]).squeeze(2)
+
+
+def original_schedule(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) -> list[torch.Tensor]:
+    ids = mix_every_step(student, teacher, prompts, uniforms)
+    mask = torch.ones_like(prompts)
+    alone = {"max_new_tokens": TOKENS, "eos_token_ids": [], "pad_token_id": 0, "uniforms": uniforms}
+    sample_completions(student, prompts, mask, **alone)
+    return [full_logits_pass(model, ids) for model in (student, teacher) for _ in range(3)]
+
+
+def ours(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) -> list[torch.Tensor]:
+    sampled = sample_completions(
+        student,
+        prompts,
+        torch.ones_like(prompts),
+        max_new_tokens=TOKENS,
+        eos_token_ids=[],
+        pad_token_id=0,
+        uniforms=uniforms,
+        teacher=teacher,
+        teacher_coins=mean_coins(TOKENS),
+        keep_states=True,
+    )
+    states = ((student, sampled.student_hidden_states), (teacher, sampled.teacher_hidden_states))
+    return [
+        completion_logps(each, LMHead.of(model), sampled.ids, sampled.mask, [1.0], 50257)[0] for model, each in states
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", choices=SHAPES, default="gpt2")
+    parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    student = build(arguments.student)
+    prompts = torch.randint(50257, (BATCH, PROMPT), device=DEVICE)
+    uniforms = torch.rand(BATCH, TOKENS, dtype=torch.float64, device=DEVICE)
+    results = []
+    for name in arguments.teachers:
+        teacher = build(name)
+        schedules = {
+            "ours": lambda teacher=teacher: ours(student, teacher, prompts, uniforms),
+            "original": lambda teacher=teacher: original_schedule(student, teacher, prompts, uniforms),
+        }
+        rounds = alternate(schedules, arguments.repeats)
+        ratio = parameter_ratio(teacher, student)
+        speedup = percentiles([each["original"] / each["ours"] for each in rounds])
+        results.append({"student": arguments.student, "teacher": name, "parameter_ratio": ratio, "speedup": speedup})
+        print(f"{name} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
+        del teacher, schedules
+    settings = {
+        "alpha": ALPHA,
+        "batch_size": BATCH,
+        "prompt_tokens": PROMPT,
+        "new_tokens": TOKENS,
+        "dtype": str(DTYPE),
+    }
+    write_record("rollout_phase", ("torch", "transformers"), settings, results)
+
+
+if __name__ == "__main__":
+    main()

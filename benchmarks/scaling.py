@@ -1,0 +1,124 @@
+"""Claim: time per token does not rise with the batch, and memory rises in proportion to batch and length.
+
+    python benchmarks/scaling.py
+
+generates, scores and takes one gradient of rollouts with GPT-2 shapes with random weights (124M from 355M), for
+batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case runs in a process of its own, which reports
+seconds per token of the rollout and of the update, and peak resident memory beyond the models' weights and gradients.
+Memory is compared with the straight line through the smallest and the largest case. Writes `results/scaling.json`.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from measurement import DEVICE, DTYPE, build, seconds, write_record
+
+from minillm_trl.fused_head import LMHead, ScoreRequest, add_scoring, completion_logps
+from minillm_trl.sampling import Completions, sample_completions, toss_coins
+
+PROMPT, VOCAB = 32, 50257
+BATCHES, LENGTHS = (8, 16, 32, 64), (32, 64, 128, 256)
+DEFAULT_BATCH, DEFAULT_LENGTH = 8, 32
+
+
+def peak_bytes() -> int:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rollout(student, teacher, prompts: torch.Tensor, length: int) -> Completions:
+    sampled = sample_completions(
+        student,
+        prompts,
+        torch.ones_like(prompts),
+        max_new_tokens=length,
+        eos_token_ids=[],
+        pad_token_id=0,
+        uniforms=torch.rand(len(prompts), length, dtype=torch.float64, device=DEVICE),
+        teacher=teacher,
+        teacher_coins=toss_coins(length, 0.2, 0)[None],
+        keep_states=True,
+    )
+    for model, states in zip((student, teacher), sampled[2:], strict=True):
+        completion_logps(states, LMHead.of(model), sampled.ids, sampled.mask, [1.0], VOCAB)
+    return sampled
+
+
+def update(student, prompts: torch.Tensor, sampled: Completions) -> None:
+    ids = torch.cat([prompts, sampled.ids], dim=1)
+    request = ScoreRequest(
+        ids,
+        torch.ones_like(ids),
+        sampled.mask,
+        teacher_hidden_states=sampled.teacher_hidden_states,
+        loss=lambda scores, _: 0.3 * scores.logps + scores.divergence,
+    )
+    (scores,) = student(score_requests=[request])
+    scores.loss.backward()
+
+
+def measure(batch_size: int, length: int) -> None:
+    student, teacher = build("gpt2"), build("gpt2-medium")
+    add_scoring(student, VOCAB, teacher)
+    for each in student.parameters():
+        each.grad = torch.zeros_like(each)
+    warm_up = torch.randint(VOCAB, (1, PROMPT), device=DEVICE)
+    update(student, warm_up, rollout(student, teacher, warm_up, 2))
+    before = peak_bytes()
+    prompts = torch.randint(VOCAB, (batch_size, PROMPT), device=DEVICE)
+    found = []
+    tokens = batch_size * (PROMPT + length)
+    times = {
+        "rollout": seconds(lambda: found.append(rollout(student, teacher, prompts, length))) / tokens,
+        "update": seconds(lambda: update(student, prompts, found[0])) / tokens,
+    }
+    print(json.dumps({"bytes": peak_bytes() - before, "seconds_per_token": times}))
+
+
+def deviation(sizes: tuple[int, ...], found: list[float]) -> float:
+    """Largest distance from the straight line through the first and the last point, relative to the last."""
+    slope = (found[-1] - found[0]) / (sizes[-1] - sizes[0])
+    line = [found[0] + slope * (size - sizes[0]) for size in sizes]
+    return max(abs(a - b) for a, b in zip(found, line, strict=True)) / found[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=2, type=int, metavar=("BATCH", "LENGTH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    cases: dict[str, list[dict]] = {}
+    for name, sizes in (("batch", BATCHES), ("length", LENGTHS)):
+        for size in sizes:
+            case = (size, DEFAULT_LENGTH) if name == "batch" else (DEFAULT_BATCH, size)
+            command = [sys.executable, __file__, "--measure", *map(str, case)]
+            output = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            cases.setdefault(name, []).append({"batch_size": case[0], "length": case[1], **output})
+            print(f"{name} {size}: {output}", flush=True)
+    per_token = {
+        phase: [
+            each["seconds_per_token"][phase] / cases["batch"][0]["seconds_per_token"][phase] for each in cases["batch"]
+        ]
+        for phase in ("rollout", "update")
+    }
+    results = {
+        "cases": cases,
+        "time_per_token_relative_to_the_smallest_batch": per_token,
+        "memory_deviation_from_linear": {
+            name: deviation(sizes, [each["bytes"] for each in cases[name]])
+            for name, sizes in (("batch", BATCHES), ("length", LENGTHS))
+        },
+    }
+    write_record("scaling", ("torch", "transformers"), {"prompt_tokens": PROMPT, "dtype": str(DTYPE)}, results)
+    print({name: value for name, value in results.items() if name != "cases"})
+
+
+if __name__ == "__main__":
+    main()
