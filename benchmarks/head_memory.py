@@ -17,7 +17,8 @@ import sys
 import torch
 from measurement import write_record
 
-from minillm_trl.fused_head import LMHead, ScoreRequest, score_hidden_states
+from minillm_trl.fused_head import ScoreRequest, score_hidden_states
+from minillm_trl.lm_head import LMHead
 from minillm_trl.objectives import reverse_kl
 
 ROWS, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH = 8, 512, 256, 512

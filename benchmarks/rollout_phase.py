@@ -17,7 +17,8 @@ from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio
 from sampling import ALPHA, mean_coins, mix_every_step
 from transformers import PreTrainedModel
 
-from minillm_trl.fused_head import LMHead, completion_logps
+from minillm_trl.fused_head import completion_logps
+from minillm_trl.lm_head import LMHead
 from minillm_trl.sampling import sample_completions
 
 BATCH, PROMPT, TOKENS = 8, 64, 64

@@ -16,7 +16,7 @@ import torch
 from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
 from transformers import DynamicCache, PreTrainedModel
 
-from minillm_trl.fused_head import position_ids
+from minillm_trl.lm_head import position_ids
 from minillm_trl.sampling import draw_tokens, sample_completions
 
 ALPHA, PROMPT, TOKENS = 0.2, 64, 64

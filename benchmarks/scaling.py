@@ -17,7 +17,8 @@ import sys
 import torch
 from measurement import DEVICE, DTYPE, build, seconds, write_record
 
-from minillm_trl.fused_head import LMHead, ScoreRequest, add_scoring, completion_logps
+from minillm_trl.fused_head import ScoreRequest, add_scoring, completion_logps
+from minillm_trl.lm_head import LMHead
 from minillm_trl.sampling import Completions, sample_completions, toss_coins
 
 PROMPT, VOCAB = 32, 50257

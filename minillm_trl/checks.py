@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from .config import MiniLLMConfig
+from .hardware import probe, problems
 from .teacher import check_same_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,28 @@ def check_arguments(
         )
     conversational = train_dataset is None or not isinstance(next(iter(train_dataset))["prompt"], str)
     _check_tokenizers(model, teacher_model, processing_class, conversational)
+
+
+def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
+    """Check that this machine can run the settings, before hours are spent on loading models.
+
+    Raises:
+        ValueError: naming the setting, the card and what to set instead.
+    """
+    kwargs = [args.model_init_kwargs or {}, args.teacher_model_init_kwargs or {}]
+    quantization = [quantization_config, *(each.get("quantization_config") for each in kwargs)]
+    machine = probe()
+    for attn_implementation in {each.get("attn_implementation") for each in kwargs}:
+        for problem in problems(
+            machine,
+            bf16=args.bf16,
+            fp16=args.fp16,
+            attn_implementation=attn_implementation,
+            load_in_8bit=any(getattr(each, "load_in_8bit", False) for each in quantization),
+            use_cpu=args.use_cpu,
+            compile_rollouts=args.compile_rollouts,
+        ):
+            raise ValueError(problem)
 
 
 def check_model(trainer: GRPOTrainer) -> None:

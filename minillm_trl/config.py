@@ -72,11 +72,12 @@ _POSITIVE_FIELDS = (
     "lm_max_length",
 )
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss_reduction": ("token_mean", "sequence_sum"),
     "importance_weighting": WEIGHTING_LEVELS,
     "whiten_advantages": ("none", "tokens", "padding"),
     "teacher_hidden_states": ("device", "cpu", "recompute"),
+    "compile_rollouts": (None, "inductor", "cudagraphs"),
 }
 
 
@@ -153,6 +154,10 @@ class MiniLLMConfig(GRPOConfig):
             brought up to date before each rollout. By default on CUDA devices under mixed precision, where
             every decoding step would otherwise cast the float32 weights anew. The ratio to the behavior policy is to
             what was sampled from.
+        compile_rollouts (`str`, *optional*):
+            Backend of `torch.compile` for the student's decoding steps, over a static KV cache: `"inductor"`, or
+            `"cudagraphs"` where there is no Triton (V100). Each shape (rows, and length rounded up to 128) takes a
+            minute or less to compile once. Not compiled by default.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where the teacher's hidden states of a rollout are kept for the inner passes: `"device"`; `"cpu"`, from
             where each batch is copied; or nowhere: `"recompute"` runs the teacher in every inner pass.
@@ -245,6 +250,13 @@ class MiniLLMConfig(GRPOConfig):
     half_precision_rollouts: bool | None = field(
         default=None,
         metadata={"help": "Sample from a half-precision copy of the student; by default on GPUs in fp16 or bf16."},
+    )
+    compile_rollouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the student's decoding steps, over a static KV cache, by this backend of torch.compile.",
+            "choices": ["inductor", "cudagraphs"],
+        },
     )
     teacher_hidden_states: str = field(
         default="device",

@@ -9,17 +9,16 @@ DeepSpeed, PEFT and autocast treat it like any other forward pass.
 
 import dataclasses
 import functools
-import inspect
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .objectives import reverse_kl
+from .lm_head import LMHead, completion_hidden_states
+from .objectives import forward_kl, reverse_kl
 
 # Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 it is
 # more than the 32 MiB from which glibc maps a block of its own: smaller ones come from a heap that fragments to
@@ -29,56 +28,6 @@ CHUNK_ELEMENTS = 2**24
 # Gradients of logits are formed before the loss scale of float16 training is known; this power of two keeps those of
 # tokens with a probability of 1e-9 from vanishing, and leaves room for losses of a few hundred nats a token.
 _GRADIENT_SCALE = 64.0
-
-
-@dataclass(frozen=True)
-class LMHead:
-    """The last projection of a causal language model: `softcap(scale * (W h + b))`.
-
-    Args:
-        weight (`torch.Tensor` of shape `(V, H)`): projection.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*): bias.
-        scale (`float`): factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
-        softcap (`float`, *optional*): c in c tanh(z / c) (Gemma's `final_logit_softcapping`).
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "LMHead":
-        """Read the head of `model` as it stands now (sharding wrappers may replace its tensors between calls)."""
-        projection = model.get_output_embeddings()
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        bias = getattr(projection, "bias", None)
-        return cls(projection.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
-
-    def project(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        weight = self.weight[:vocab_size]
-        return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
-
-    def transform(self, projected: torch.Tensor) -> torch.Tensor:
-        """Logits in at least float32."""
-        logits = projected.to(torch.promote_types(projected.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def transform_gradient(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of the projection from that of the logits, in place; `logits` are needed with a soft cap."""
-        if self.softcap is not None:
-            gradient.mul_(1.0 - (logits / self.softcap).square_())
-        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
-
-    def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
-        return self.transform(self.project(hidden_states, vocab_size))
 
 
 class TokenScores(NamedTuple):
@@ -126,40 +75,6 @@ class ScoreRequest(NamedTuple):
     @property
     def completion_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
-
-
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each real token counted from its row's first real token, `(B, L) -> (B, L)`.
-
-    Learned positions (GPT-2) are wrong under left padding without it; rotary ones do not care.
-    """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def accepts_position_ids(model: PreTrainedModel) -> bool:
-    """Whether the architecture takes `position_ids` (BLOOM's ALiBi, for one, has no positions to pass)."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
-
-
-def completion_hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
-) -> torch.Tensor:
-    """Last hidden states at the positions that predict the completion.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): a causal language model, not wrapped.
-        input_ids (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts and right-padded completions.
-        attention_mask (`torch.Tensor` of shape `(B, P+T)`): non-zero on real tokens.
-        completion_length (`int`): T.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, H)`.
-    """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    if accepts_position_ids(model):
-        inputs["position_ids"] = position_ids(attention_mask)
-    hidden_states = model.base_model(**inputs).last_hidden_state
-    return hidden_states[:, -completion_length - 1 : -1]
 
 
 def score_hidden_states(
@@ -365,10 +280,12 @@ def _score_logits_in_place(
             log_ratio = teacher_log_probs.neg_().add_(kd_log_probs)
             divergence = torch.linalg.vecdot(kd_probs, log_ratio)
             of_divergence = log_ratio.sub_(divergence[:, None]).mul_(kd_probs)
-        else:
+        elif request.divergence is forward_kl:
             teacher_probs = teacher_log_probs.exp()
             divergence = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(kd_log_probs))
             of_divergence = teacher_probs.neg_().add_(kd_probs)
+        else:
+            raise ValueError(f"divergence must be reverse_kl or forward_kl with a loss, got {request.divergence!r}.")
 
     def gradient(of_logps: torch.Tensor, of_divergences: torch.Tensor | None = None) -> torch.Tensor:
         of_logps = of_logps[:, None] / temperature
@@ -415,28 +332,3 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedMode
         return scores
 
     model.forward = types.MethodType(forward, model)
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel, name: str) -> None:
-    """Check on a short input that [`LMHead`] reproduces the model's own logits.
-
-    Raises:
-        ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
-            Scoring such a model would be silently wrong.
-    """
-    ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
-    training = model.training
-    model.eval()
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    hidden_states = completion_hidden_states(model, ids, mask, ids.shape[1] - 1)
-    actual = LMHead.of(model).logits(hidden_states, expected.shape[-1])
-    model.train(training)
-    error = (actual - expected).abs().max().item()
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    if not error <= tolerance * max(1.0, expected.abs().max().item()):
-        raise ValueError(
-            f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ by "
-            f"up to {error:.2g}. Its architecture transforms hidden states or logits in a way that is not supported."
-        )

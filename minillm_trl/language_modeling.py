@@ -13,7 +13,8 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .fused_head import ScoreRequest, TokenScores, completion_hidden_states
+from .fused_head import ScoreRequest, TokenScores
+from .lm_head import completion_hidden_states
 from .objectives import forward_kl, language_modeling_loss
 from .sampling import keyed_uniforms
 

@@ -70,12 +70,11 @@ def parts_by_length(attention_mask: torch.Tensor, batch_size: int) -> Iterator[t
         yield rows, slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def by_length(batch: Batch, num_groups: int) -> torch.Tensor:
-    """Order of the rows `(B,)` that sorts each of `num_groups` equal blocks of neighbours by length.
+def by_length(lengths: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Order of rows `(B,)` that sorts each of `num_groups` equal blocks of neighbours by their `lengths`.
 
     Which rows an optimizer step trains on stays as it is; its micro-batches need less padding.
     """
-    lengths = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)
     order = lengths.view(num_groups, -1).argsort(dim=1, descending=True, stable=True)
     return (order + torch.arange(num_groups, device=order.device)[:, None] * order.shape[1]).flatten()
 

@@ -14,14 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import LogitsProcessor, PreTrainedModel
 
-from .fused_head import LMHead, accepts_position_ids, position_ids
+from .decoding import CompiledDecoding, LazyDecoder
 from .masking import completion_mask
-
-# Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
-_DROP_SHARE = 0.25
 
 
 def keyed_uniforms(length: int, *key: int) -> np.ndarray:
@@ -51,70 +47,6 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature
     cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-
-class _LazyDecoder:
-    """A model with its KV cache that is fed the tokens since its last call only when its logits are wanted.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the model.
-        vocab_size (`int`): number of leading vocabulary rows to return logits of.
-        batch_size (`int`): rows to decode; finished ones are dropped from `rows`.
-        keep_from (`int`, *optional*): index in `ids` from which on hidden states are kept.
-    """
-
-    def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int, keep_from: int | None = None):
-        self.model = model
-        self.vocab_size = vocab_size
-        self.cache = DynamicCache(config=model.config)
-        self.fed = 0
-        self.rows = np.arange(batch_size)
-        self.keep_from = keep_from
-        self.states: list[tuple[np.ndarray, int, torch.Tensor]] = []  # rows, index of the first position, states
-        self.takes_positions = accepts_position_ids(model)
-
-    def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after `ids` for `rows`, `(B, L) -> (R, V)`; `mask` is False on left padding."""
-        if len(self.rows) < len(ids):
-            rows = torch.from_numpy(self.rows).to(ids.device)
-            ids, mask = ids[rows], mask[rows]
-        inputs = {"input_ids": ids[:, self.fed :], "attention_mask": mask.long(), "past_key_values": self.cache}
-        if self.takes_positions:
-            inputs["position_ids"] = position_ids(mask)[:, self.fed :]
-        if self.keep_from is None:
-            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
-        else:
-            hidden_states = self.model.base_model(**inputs, use_cache=True).last_hidden_state
-            start = max(self.fed, self.keep_from)
-            self.states.append((self.rows, start, hidden_states[:, start - self.fed :].clone()))  # no view of more
-            logits = LMHead.of(self.model).logits(hidden_states[:, -1], self.vocab_size)
-        self.fed = ids.shape[1]
-        return logits
-
-    def drop(self, finished: np.ndarray, last: np.ndarray) -> None:
-        """Drop finished rows, once enough of them have finished; `last` is the index of their last token in `ids`.
-
-        Where states are kept, a row stays until the states that predict its tokens are there.
-        """
-        droppable = finished[self.rows]
-        if self.keep_from is not None:
-            droppable = droppable & (last[self.rows] <= self.fed)
-        if droppable.all() or droppable.mean() <= _DROP_SHARE:
-            return
-        keep = np.flatnonzero(~droppable)
-        if self.fed:
-            self.cache.batch_select_indices(torch.from_numpy(keep).to(self.model.device))
-        self.rows = self.rows[keep]
-
-    def kept_states(self, batch_size: int, length: int) -> torch.Tensor:
-        """Hidden states of `length` positions from `keep_from` on, `(B, length, H)`; 0 where a row was dropped."""
-        _, _, newest = self.states[-1]
-        states = newest.new_zeros(batch_size, length, newest.shape[-1])
-        for rows, start, part in self.states:
-            first = start - self.keep_from
-            part = part[:, : max(length - first, 0)]  # other processes may have gone on for longer
-            states[torch.from_numpy(rows).to(states.device), first : first + part.shape[1]] = part
-        return states
 
 
 class Completions(NamedTuple):
@@ -150,6 +82,7 @@ def sample_completions(
     vocab_size: int | None = None,
     keep_states: bool = False,
     on_every_process: Callable[[bool], bool] | None = None,
+    compiled: CompiledDecoding | None = None,
 ) -> Completions:
     """Sample one completion a row, each token from the student or, where its coin says so, from the teacher.
 
@@ -173,11 +106,12 @@ def sample_completions(
         vocab_size (`int`, *optional*): number of leading vocabulary rows that may be sampled; all by default.
         keep_states (`bool`, *optional*, defaults to `False`): whether to return the hidden states that predict each
             token. All but those of the last few tokens come up in sampling anyway; one call adds the rest, so that
-            neither model has to run again to score the completions. Needs heads that [`~fused_head.check_head`]
+            neither model has to run again to score the completions. Needs heads that [`~lm_head.check_head`]
             accepts.
         on_every_process (`Callable[[bool], bool]`, *optional*): whether its argument is True on every process. To be
             given where a model is sharded over processes, whose calls are then the same on all: a process goes on
             until all rows of all processes have finished. Shared coins must be the same on all.
+        compiled ([`CompiledDecoding`], *optional*): of the student, whose steps then run compiled.
 
     Returns:
         [`Completions`].
@@ -185,9 +119,11 @@ def sample_completions(
     device, (batch_size, prompt_length) = prompt_ids.device, prompt_ids.shape
     vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
     eos = torch.tensor(list(eos_token_ids), device=device)
-    models = [student] if teacher_coins is None else [student, teacher]
     keep_from = prompt_length - 1 if keep_states else None  # the prompt's last token predicts the first sampled one
-    decoders = [_LazyDecoder(model, vocab_size, batch_size, keep_from) for model in models]
+    length = prompt_length + max_new_tokens
+    decoders = [LazyDecoder(student, vocab_size, batch_size, keep_from, compiled, length)]
+    if teacher_coins is not None:
+        decoders.append(LazyDecoder(teacher, vocab_size, batch_size, keep_from))
     coins = np.array([[False]]) if teacher_coins is None else teacher_coins
     coins = np.broadcast_to(coins, (len(coins), max_new_tokens))
     ids, mask = prompt_ids, prompt_mask.bool()
@@ -243,6 +179,7 @@ def sample_prompts(
     vocab_size: int | None = None,
     on_every_process: Callable[[bool], bool] | None = None,
     keep_states: bool = False,
+    compiled: CompiledDecoding | None = None,
     on_batch: Callable[[list[int], Completions], None] | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
@@ -261,8 +198,8 @@ def sample_prompts(
             its key alone.
         on_batch (`Callable[[list[int], Completions], None]`, *optional*): called after each batch with the numbers of
             its prompts and their [`Completions`].
-        max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states:
-            see [`sample_completions`].
+        max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states,
+            compiled: see [`sample_completions`].
 
     Returns:
         `list[list[int]]`: token ids of each completion in the order of the prompts, the end-of-sequence token
@@ -297,6 +234,7 @@ def sample_prompts(
             vocab_size=vocab_size,
             keep_states=keep_states,
             on_every_process=on_every_process,
+            compiled=compiled,
         )
         for row, length, tokens in zip(rows, sampled.mask.sum(dim=1).tolist(), sampled.ids.tolist(), strict=True):
             completions[row] = tokens[:length]
@@ -313,38 +251,6 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[to
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = True
     return ids, mask
-
-
-@torch.no_grad()
-def check_decoding(model: PreTrainedModel, name: str) -> None:
-    """Check on a short input that `model` can be fed several tokens at a time, and rows dropped from its cache.
-
-    Raises:
-        ValueError: if its cache has recurrent layers, which take one token at a time, or its logits differ from those
-            of a plain forward pass. Sampling from such a model would be silently wrong.
-    """
-    advice = "Sample without this decode loop (use_vllm=True with teacher_mixed_alpha=0.0, or a rollout_func)."
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
-        raise ValueError(
-            f"The {name} ({type(model).__name__}) has recurrent layers, whose state cannot be fed a few tokens at a "
-            f"time as teacher-mixed sampling does. {advice}"
-        )
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    ids = torch.arange(1, 25, device=model.device).view(2, 12) % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, :3] = False  # left padding
-    decoder = _LazyDecoder(model, vocab_size, len(ids))
-    for fed, finished in ((5, [False, False]), (8, [False, False]), (9, [False, True]), (12, [False, True])):
-        decoder.drop(np.array(finished), np.zeros(2))
-        logits = decoder.next_logits(ids[:, :fed], mask[:, :fed])
-    expected = model(input_ids=ids[:1, 3:], attention_mask=mask[:1, 3:].long(), use_cache=False).logits[:, -1]
-    error = (logits.float() - expected.float()).abs().max().item()
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    if not error <= tolerance * max(1.0, expected.abs().max().item()):
-        raise ValueError(
-            f"The {name} ({type(model).__name__}) cannot be decoded a few tokens at a time: logits differ by up to "
-            f"{error:.2g} from those of a plain forward pass. {advice}"
-        )
 
 
 class TeacherMixedLogitsProcessor(LogitsProcessor):
@@ -374,7 +280,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         self.attention_mask = attention_mask
         self.seed = seed
         rows = teacher.get_output_embeddings().weight.shape[0]
-        self._decoder = _LazyDecoder(teacher, rows, len(attention_mask))
+        self._decoder = LazyDecoder(teacher, rows, len(attention_mask))
         self._length = attention_mask.shape[1]
 
     @torch.no_grad()

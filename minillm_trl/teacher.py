@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .fused_head import completion_hidden_states
+from .lm_head import completion_hidden_states
 from .rollouts import parts_by_length
 
 # Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.

@@ -13,12 +13,14 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from .checks import check_prompt_ids
 from .config import MiniLLMConfig
-from .fused_head import LMHead, ScoreRequest, TokenScores, add_scoring, check_head, completion_logps
+from .decoding import CompiledDecoding, check_decoding
+from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .half_precision import HalfPrecisionCopy
+from .lm_head import LMHead, check_head
 from .masking import masked_mean
 from .objectives import batch_advantages
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
-from .sampling import Completions, check_decoding, sample_prompts
+from .sampling import Completions, sample_prompts
 from .teacher import (
     TeacherOffload,
     is_sharded,
@@ -66,12 +68,17 @@ class TeacherMixedTrainer(GRPOTrainer):
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
         if not self._decodes_with_trl and self.rollout_func is None:
-            check_decoding(self._student, "student")
+            static = CompiledDecoding(self._student, "eager") if self.args.compile_rollouts else None
+            check_decoding(self._student, "student", static)
             if self.args.teacher_mixed_alpha > 0:
                 check_decoding(teacher, "teacher")
         self._half_precision_copy = None
         if self.args.half_precision_rollouts:
             self._half_precision_copy = HalfPrecisionCopy(self._student, dtype)
+        self._compiled_decoding = None
+        if self.args.compile_rollouts:
+            sampled = self._student if self._half_precision_copy is None else self._half_precision_copy.model
+            self._compiled_decoding = CompiledDecoding(sampled, self.args.compile_rollouts)
         self._teacher_phase = TeacherOffload(teacher) if self.args.offload_teacher else nullcontext()
 
     @property
@@ -135,6 +142,7 @@ class TeacherMixedTrainer(GRPOTrainer):
                 shared_coins=shared,
                 vocab_size=self.vocab_size,
                 keep_states=True,
+                compiled=self._compiled_decoding,
                 on_every_process=self._on_every_process if lockstep else None,
                 on_batch=lambda rows, sampled: self._sampled.append((rows, self._score_sampled(student, sampled))),
             )

@@ -13,6 +13,7 @@ from trl.trainer.utils import split_tensor_dict
 from .checks import (
     check_arguments,
     check_completion_ids,
+    check_machine,
     check_model,
     check_rewards,
     check_rollout_logps,
@@ -135,6 +136,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             has_environment=environment_factory is not None,
             has_adapter=peft_config is not None,
         )
+        check_machine(args, quantization_config)
         no_reward_funcs = reward_funcs is None or reward_funcs == []
         super().__init__(
             model=model,
@@ -303,9 +305,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 _ORDER,
                 self.state.global_step,
             )
+            lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()
+            order = order[by_length(lengths[order], self.args.steps_per_generation // accumulation)]
             dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-            order = by_length(dealt, self.args.steps_per_generation // accumulation)
-            dealt = {key: values[order.to(values.device)] for key, values in dealt.items()}
             batches = [trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)]
             self._buffered_inputs = self._count_window_tokens(batches)
         batch = self._buffered_inputs[self._step % self.args.steps_per_generation]

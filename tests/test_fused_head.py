@@ -6,15 +6,8 @@ from conftest import build_model
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import minillm_trl.fused_head
-from minillm_trl.fused_head import (
-    LMHead,
-    ScoreRequest,
-    add_scoring,
-    check_head,
-    completion_hidden_states,
-    position_ids,
-    score_hidden_states,
-)
+from minillm_trl.fused_head import ScoreRequest, add_scoring, score_hidden_states
+from minillm_trl.lm_head import LMHead, check_head, completion_hidden_states, position_ids
 from minillm_trl.objectives import forward_kl, reverse_kl
 
 
@@ -111,6 +104,14 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
     actual, reference = torch.autograd.grad(3.0 * scores.loss, inputs), torch.autograd.grad(3.0 * expected, inputs)
     for a, b in zip(actual, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_another_divergence_has_no_gradient_in_closed_form():
+    head, hidden = make_head(4, 6, False, None), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2, 3]])
+    request = ScoreRequest(ids, ids, ids.bool(), 1.0, hidden.detach(), None, lambda student, teacher: student.sum(-1))
+    with pytest.raises(ValueError, match="divergence must be reverse_kl or forward_kl with a loss"):
+        score_hidden_states(hidden, head, request._replace(loss=lambda scores, _: scores.divergence), 6, head)
 
 
 def test_head_is_projected_once_for_a_loss(monkeypatch: pytest.MonkeyPatch):

@@ -1,11 +1,17 @@
 """What sampling leaves behind, where the teacher's states are kept, and half-precision rollouts."""
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from test_trainer import DATASET, make_config, make_trainer, weights
 
+import minillm_trl.teacher_mixed_trainer
+from minillm_trl.decoding import CompiledDecoding
 from minillm_trl.half_precision import HalfPrecisionCopy
 from minillm_trl.rollouts import by_length, parts_by_length, sequences, trim
 from minillm_trl.teacher import TeacherOffload
@@ -54,6 +60,25 @@ def train(tmp_path, **options) -> torch.Tensor:
 def test_where_the_teacher_and_its_states_are_does_not_change_training(tmp_path, alpha: float, options: dict):
     expected = train(tmp_path, teacher_mixed_alpha=alpha)
     actual = train(tmp_path, teacher_mixed_alpha=alpha, **options)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+
+HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler"))],
+)
+def test_compiled_rollouts_train_to_the_same_weights(tmp_path, monkeypatch, backend: str):
+    def compiled(model, chosen: str) -> CompiledDecoding:
+        assert chosen in ("eager", "inductor")  # of the check at start, and the option
+        return CompiledDecoding(model, backend if chosen == "inductor" else chosen)
+
+    monkeypatch.setattr(minillm_trl.teacher_mixed_trainer, "CompiledDecoding", compiled)
+    options = {"teacher_mixed_alpha": 0.2, "max_completion_length": 6, "family": "llama"}
+    expected = train(tmp_path, **options)
+    actual = train(tmp_path, **options, compile_rollouts="inductor")
     assert (actual - expected).norm() < 1e-4 * expected.norm()
 
 
@@ -185,11 +210,10 @@ class TestLengths:
         assert trim(empty)["completion_ids"].shape == (4, 1)
 
     def test_by_length_sorts_within_each_step_alone(self):
-        assert by_length(self.BATCH, 1).tolist() == [1, 0, 2, 3]
-        assert by_length(self.BATCH, 2).tolist() == [1, 0, 2, 3]
-        assert by_length(self.BATCH, 4).tolist() == [0, 1, 2, 3]
-        swapped = {name: values[[2, 1, 3, 0]] for name, values in self.BATCH.items()}
-        assert by_length(swapped, 2).tolist() == [1, 0, 2, 3]
+        lengths = torch.tensor([3, 5, 3, 9])
+        assert by_length(lengths, 1).tolist() == [3, 1, 0, 2]
+        assert by_length(lengths, 2).tolist() == [1, 0, 3, 2]
+        assert by_length(lengths, 4).tolist() == [0, 1, 2, 3]
 
     def test_parts_have_rows_of_like_length_and_their_columns(self):
         mask = torch.cat([self.BATCH["prompt_mask"], self.BATCH["completion_mask"]], dim=1)

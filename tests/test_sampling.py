@@ -9,14 +9,8 @@ from conftest import build_model
 from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from minillm_trl import TeacherMixedLogitsProcessor
-from minillm_trl.sampling import (
-    check_decoding,
-    draw_tokens,
-    keyed_uniforms,
-    sample_completions,
-    sample_prompts,
-    toss_coins,
-)
+from minillm_trl.decoding import CompiledDecoding, check_decoding
+from minillm_trl.sampling import draw_tokens, keyed_uniforms, sample_completions, sample_prompts, toss_coins
 
 VOCAB, HORIZON, EOS = 3, 3, 0
 PROMPTS = [[1], [2, 1, 2, 2]]
@@ -268,6 +262,48 @@ def test_neither_model_reads_a_token_twice():
         keep_states=True,
     )
     assert 7 + 20 - 1 <= min(read.values()) <= max(read.values()) <= 7 + 20
+
+
+@pytest.mark.parametrize("keep_states", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str, keep_states: bool):
+    model = build_model(family, vocab_size=50, width=16)
+    options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24), "keep_states": keep_states}
+    compiled = CompiledDecoding(model, "eager")
+    check_decoding(model, "student", compiled)
+    keys = [(7, sum(prompt)) for prompt in LONG_PROMPTS]
+    common = {"keys": keys, "max_new_tokens": 24, "eos_token_ids": [0, 3], "pad_token_id": 1, "batch_size": 4}
+    expected = sample_prompts(model, LONG_PROMPTS, **common, **options)
+    for _ in range(2):
+        assert sample_prompts(model, LONG_PROMPTS, **common, **options, compiled=compiled) == expected
+    assert len(compiled._caches) == 2  # of the check, and of every batch
+
+
+def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypatch: pytest.MonkeyPatch):
+    model = build_model("llama", vocab_size=50, width=16)
+    compiled = CompiledDecoding(model, "eager")
+    widths = []
+    function = compiled._compiled
+
+    def recorded(**inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return function(**inputs)
+
+    monkeypatch.setattr(compiled, "_compiled", recorded)
+    coins = np.array([[False, False, True, False, *[True] * 5, False, False]])
+    sample_completions(
+        model,
+        torch.tensor([[5, 6, 7]]),
+        torch.ones(1, 3),
+        max_new_tokens=11,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=None,
+        teacher=build_model("llama", 50, 1, 24),
+        teacher_coins=coins,
+        compiled=compiled,
+    )
+    assert widths == [1, 2, 1]  # after the prompt; the student's tokens at 1, 3, 9 (six at once, not compiled), 10
 
 
 class TestCheckDecoding:

@@ -7,11 +7,13 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import MixtralConfig, MixtralForCausalLM, ProcessorMixin
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
 
+import minillm_trl.checks
 import minillm_trl.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
-from minillm_trl.checks import check_model
+from minillm_trl.checks import check_machine, check_model
+from minillm_trl.hardware import GPU, Machine
 from minillm_trl.sampling import sample_prompts
 
 PROMPTS = [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(32)]
@@ -230,6 +232,29 @@ class TestRefusals:
     def test_bad_arguments_are_named(self, tmp_path, options: dict, message: str):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"teacher_model_init_kwargs": {"attn_implementation": "flash_attention_2"}},
+                "needs compute capability 8",
+            ),
+            (
+                {"model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}},
+                r"LLM.int8\(\) needs compute capability 7.5",
+            ),
+        ],
+    )
+    def test_what_the_card_cannot_run_is_refused_before_models_are_loaded(
+        self, tmp_path, monkeypatch, options, message
+    ):
+        v100 = Machine((GPU("V100", (7, 0), 2**35),), 8, 2**36, "12.6", ("sm_70",), {"torch": "2.13.0"})
+        monkeypatch.setattr(minillm_trl.checks, "probe", lambda: v100)
+        config = make_config(tmp_path, **options)
+        config.use_cpu = False
+        with pytest.raises(ValueError, match=message):
+            check_machine(config)
 
     def test_one_model_as_student_and_teacher_is_refused(self, tmp_path):
         model = build_model("gpt2")

@@ -14,6 +14,7 @@ SUBCOMMANDS = {
     "minillm": "distil a teacher into a student with MiniLLM",
     "generate": "sample completions from a model",
     "evaluate": "measure a model on prompts with references",
+    "doctor": "what this machine can run, with which precision and launch line",
 }
 
 _USAGE = """\

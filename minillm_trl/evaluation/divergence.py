@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..fused_head import LMHead, ScoreRequest, completion_hidden_states, score_hidden_states
+from ..fused_head import ScoreRequest, score_hidden_states
+from ..lm_head import LMHead, completion_hidden_states
 
 
 @torch.no_grad()

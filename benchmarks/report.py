@@ -1,0 +1,161 @@
+"""Writes the table in `benchmarks/README.md` and the picture `results/speed.png` from the results.
+
+python benchmarks/report.py
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from measurement import RESULTS
+
+README = Path(__file__).with_name("README.md")
+PICTURE = RESULTS / "speed.png"
+MARKS = "<!-- table: made by report.py -->\n", "<!-- end of table -->\n"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure with what was aimed at.
+
+    Attributes:
+        what, case: words for the table.
+        script: the benchmark that measured it.
+        values: 20th, 50th and 80th percentile over rounds, or the one value that there is.
+        aim: what was aimed at.
+        at_least: whether more is better.
+        unit: "x" for times, "%" for shares.
+    """
+
+    what: str
+    case: str
+    script: str
+    values: list[float]
+    aim: float
+    at_least: bool = True
+    unit: str = "x"
+
+    @property
+    def middle(self) -> float:
+        return self.values[len(self.values) // 2]
+
+    @property
+    def reached(self) -> bool:
+        return self.middle >= self.aim if self.at_least else self.middle <= self.aim
+
+    def written(self, value: float) -> str:
+        return f"{value:.2f}x" if self.unit == "x" else f"{100 * value:.0f} %"
+
+    @property
+    def row(self) -> str:
+        measured = self.written(self.middle)
+        if len(self.values) > 1:
+            measured += f" ({self.written(self.values[0])} to {self.written(self.values[-1])})"
+        aim = f"{'at least' if self.at_least else 'at most'} {self.written(self.aim)}"
+        script = f"[{self.script}]({self.script}.py) [json](results/{self.script}.json)"
+        return f"| {self.what} | {self.case} | {measured} | {aim} | {'yes' if self.reached else '**no**'} | {script} |"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def by_size(name: str, what: str, aims: tuple[float, float]) -> Iterator[Measured]:
+    for each, aim in zip(read(name), aims, strict=True):
+        yield Measured(what, f"teacher {each['parameter_ratio']:.1f}x", name, each["speedup"], aim)
+
+
+def sampling() -> Iterator[Measured]:
+    results = read("sampling")
+    for each in results:
+        case = f"teacher {each['parameter_ratio']:.1f}x, batch {each['batch_size']}"
+        aim = 2.5 if each["parameter_ratio"] < 10 else 3.3
+        what = "teacher-mixed sampling against mixing at every step"
+        yield Measured(what, case, "sampling", each["speedup_over_mixing_every_step"], aim)
+    for each in results:
+        case = f"teacher {each['parameter_ratio']:.1f}x, batch {each['batch_size']}"
+        values = each["time_over_student_plus_alpha_teacher"]
+        yield Measured("its time over the least possible", case, "sampling", values, 1.25, at_least=False)
+
+
+def optimizer_step() -> Iterator[Measured]:
+    aims = {"ours, 1 pass": 1.0, "ours, 4 passes": 2.5, "ours, 4 passes, mixed": 2.5}
+    for setting, aim in aims.items():
+        what = "optimizer step of the whole loop against TRL 1.14.2's MiniLLMTrainer"
+        case = setting.removeprefix("ours, ")
+        yield Measured(what, case, "optimizer_step", read("optimizer_step")[setting]["speedup_over_trl"], aim)
+
+
+def memory() -> Iterator[Measured]:
+    results = read("head_memory")
+    case = "8 x 512 tokens, 151,936 rows"
+    share, growth = results["share_of_full_logits"], results["growth_when_the_vocabulary_doubles"]
+    yield Measured("memory of the loss over full logits", case, "head_memory", [share], 1 / 8, False, "%")
+    yield Measured("its growth when the vocabulary doubles", case, "head_memory", [growth], 0.1, False, "%")
+
+
+def same_kl() -> Iterator[Measured]:
+    for architecture, each in read("same_kl").items():
+        ratios = [ratio for ratio in each["ratios"] if ratio is not None]
+        values = ratios if len(ratios) == len(each["ratios"]) else [float("inf")]
+        what = "seconds to the reverse KL and Rouge-L of TRL's DistillationTrainer"
+        yield Measured(what, f"{architecture}-shaped", "same_kl", sorted(values), 0.5, at_least=False)
+
+
+def scaling() -> Iterator[Measured]:
+    results = read("scaling")
+    for phase, ratios in results["time_per_token_relative_to_the_smallest_batch"].items():
+        yield Measured("time per token, batch 64 over batch 8", phase, "scaling", [ratios[-1]], 1.0, False)
+    for name, value in results["memory_deviation_from_linear"].items():
+        yield Measured(
+            "peak memory's distance from a straight line", f"over {name}", "scaling", [value], 0.1, False, "%"
+        )
+
+
+def measured() -> list[Measured]:
+    return [
+        *sampling(),
+        *by_size("rollout_phase", "rollout phase against the authors' schedule", (3.0, 4.0)),
+        *by_size("update_phase", "four inner passes against a teacher forward in each", (2.3, 3.5)),
+        *optimizer_step(),
+        *same_kl(),
+        *memory(),
+        *scaling(),
+    ]
+
+
+def table(figures: list[Measured]) -> str:
+    head = "| what | case | measured | aim | reached | script |\n|---|---|---|---|---|---|\n"
+    return head + "".join(each.row + "\n" for each in figures)
+
+
+def draw(figures: list[Measured]) -> None:
+    """Speed-ups as bars with the spread over rounds, and a mark where each was to be."""
+    bars = [each for each in figures if each.at_least][::-1]
+    figure = Figure(figsize=(8.5, 0.42 * len(bars) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for number, each in enumerate(bars):
+        axes.barh(number, each.middle, height=0.6, color="#2a7f9e" if each.reached else "#c98b2b")
+        axes.plot([each.values[0], each.values[-1]], [number, number], color="black", linewidth=1.5)
+        axes.plot([each.aim, each.aim], [number - 0.38, number + 0.38], color="#b0302f", linewidth=2)
+        axes.text(max(each.values[-1], each.aim) + 0.06, number, f"{each.middle:.2f}x", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [f"{each.what}\n{each.case}" for each in bars], fontsize=8)
+    axes.set_xlabel("times as fast, in one run (line: 20th to 80th percentile; red mark: the aim)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    figure.savefig(PICTURE, dpi=130)
+
+
+def main() -> None:
+    figures = measured()
+    start, end = MARKS
+    before, rest = README.read_text().split(start)
+    README.write_text(before + start + table(figures) + end + rest.split(end)[1])
+    draw(figures)
+
+
+if __name__ == "__main__":
+    main()

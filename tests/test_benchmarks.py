@@ -1,0 +1,41 @@
+"""The table of the benchmarks is that of their results, and each result says where it comes from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+sys.path.insert(0, str(BENCHMARKS))
+
+import report  # noqa: E402 - lies in benchmarks/, which is no package
+
+
+def test_table_is_that_of_the_results():
+    text = (BENCHMARKS / "README.md").read_text()
+    start, end = report.MARKS
+    assert text.split(start)[1].split(end)[0] == report.table(report.measured())
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_result_names_its_command_commit_machine_and_versions(path: Path):
+    record = json.loads(path.read_text())
+    script = record["command"].split()[1]
+    assert (BENCHMARKS.parent / script).exists()
+    assert not any(Path(word).is_absolute() for word in record["command"].split())
+    assert len(record["commit"]) == 40
+    assert record["machine"]
+    assert record["versions"]["torch"]
+
+
+def test_aim_is_reached_on_the_right_side():
+    faster = report.Measured("a", "b", "c", [1.0, 2.0, 3.0], aim=2.0)
+    assert faster.reached
+    assert not report.Measured("a", "b", "c", [1.0, 1.9, 3.0], aim=2.0).reached
+    smaller = report.Measured("a", "b", "c", [0.11], aim=0.125, at_least=False, unit="%")
+    assert smaller.reached
+    assert not report.Measured("a", "b", "c", [0.13], aim=0.125, at_least=False).reached
+    assert "| 2.00x (1.00x to 3.00x) | at least 2.00x | yes |" in faster.row
+    assert "| 11 % | at most 12 % | yes |" in smaller.row

@@ -1,0 +1,169 @@
+"""Verdicts on recorded machines, and the screen of `minillm-trl doctor` on this one."""
+
+import re
+
+import pytest
+import yaml
+from transformers import GPT2Config, Qwen2Config
+
+from minillm_trl.cli import main
+from minillm_trl.cli.doctor import describe, launch_line
+from minillm_trl.hardware import GPU, Machine, best_precision, probe, problems, runs_on
+from minillm_trl.memory_estimate import Workload, count_parameters, estimate_memory
+
+GIB = 2**30
+CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+VERSIONS = {"torch": "2.13.0", "trl": "1.16.0", "transformers": "5.23.0", "bitsandbytes": None}
+
+
+def machine(*gpus: GPU, cuda: str | None = "12.6", architectures: tuple[str, ...] = CU126) -> Machine:
+    return Machine(gpus, 16, 128 * GIB, cuda, architectures, VERSIONS)
+
+
+V100 = GPU("Tesla V100-SXM2-32GB", (7, 0), 32 * GIB)
+A100 = GPU("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB)
+H200 = GPU("NVIDIA H200", (9, 0), 141 * GIB)
+CPU = machine(cuda=None, architectures=())
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("facts", "precision"),
+        [(machine(V100, V100), "fp16"), (machine(A100), "bf16"), (machine(H200), "bf16"), (CPU, "no")],
+        ids=["V100", "A100", "H200", "CPU"],
+    )
+    def test_precision(self, facts: Machine, precision: str):
+        assert best_precision(facts) == precision
+
+    def test_slowest_card_of_a_mixed_box_decides(self):
+        assert best_precision(machine(A100, V100)) == "fp16"
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"bf16": True}, "bf16=True: the Tesla V100-SXM2-32GB .sm_70. has no bfloat16. Set bf16=False and fp16"),
+            ({"attn_implementation": "flash_attention_2"}, "needs compute capability 8.0.*attn_implementation='sdpa'"),
+            ({"load_in_8bit": True}, "needs compute capability 7.5.*load_in_4bit=True with bnb_4bit_quant_type='nf4'"),
+        ],
+    )
+    def test_v100_refuses_what_it_lacks(self, settings: dict, message: str):
+        (found,) = problems(machine(V100), **settings)
+        assert re.search(message, found)
+        assert problems(machine(A100), **settings) == []
+        assert problems(machine(H200), **settings) == []
+
+    def test_v100_runs_in_float16_with_sdpa_and_nf4(self):
+        assert problems(machine(V100), fp16=True, attn_implementation="sdpa", compile_rollouts="inductor") == []
+
+    def test_build_without_the_architecture_is_recognised_with_the_install_line(self):
+        (found,) = problems(machine(V100, cuda="13.0", architectures=CU130), fp16=True)
+        assert "torch 2.13.0 was not built for the Tesla V100-SXM2-32GB (sm_70), only for sm_75" in found
+        assert "pip install 'torch>=2.13,<2.15' --index-url https://download.pytorch.org/whl/cu126" in found
+
+    def test_half_precision_without_a_gpu(self):
+        found = problems(CPU, bf16=True, fp16=True)
+        assert "fp16=True has no gradient scaler on a CPU" in found[0]
+        assert "is a build for CPUs" in found[1]
+        assert problems(CPU, bf16=True, use_cpu=True) == []
+        assert problems(CPU) == []
+
+    @pytest.mark.parametrize(
+        ("capability", "architectures", "expected"),
+        [
+            ((7, 0), CU126, True),
+            ((7, 0), CU130, False),
+            ((8, 9), ("sm_86",), True),
+            ((8, 0), ("sm_86",), False),
+            ((12, 1), ("compute_120",), True),
+            ((9, 0), ("sm_90a",), True),
+        ],
+    )
+    def test_architectures(self, capability: tuple[int, int], architectures: tuple[str, ...], expected: bool):
+        assert runs_on(GPU("card", capability, GIB), architectures) is expected
+
+
+class TestMemory:
+    LOAD = Workload(rows=8, sampled_rows=32, buffered_rows=32, prompt_tokens=256, completion_tokens=256)
+
+    def test_parameters_are_counted_without_memory(self):
+        assert count_parameters(GPT2Config()) == 124_439_808
+
+    def test_parts_by_hand(self):
+        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
+        parts = estimate_memory(student, teacher, self.LOAD)
+        assert parts["student, gradients and optimizer"] == 16 * count_parameters(student)
+        assert parts["teacher"] == 2 * count_parameters(teacher)
+        assert parts["teacher's states of a rollout"] == 32 * 256 * 128 * 2
+        assert parts["key-value caches while sampling"] == 32 * 512 * 2 * (2 * 2 * 64 + 2 * 3 * 128)
+        assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (2 * 2 + 34)
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            ({"lora_rank": 8}, "while updating"),
+            ({"teacher_4bit": True}, "while sampling"),
+            ({"keeps_teacher": False}, "while updating"),
+            ({"keeps_states": False}, "while updating"),
+            ({"sampled_rows": 8}, "while sampling"),
+            ({"rows": 4}, "while updating"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+    )
+    def test_what_saves_memory_lowers_the_estimate(self, change: dict, part: str):
+        config = Qwen2Config(hidden_size=896, num_hidden_layers=4, num_attention_heads=14, num_key_value_heads=2)
+        plain = estimate_memory(config, config, self.LOAD)
+        assert estimate_memory(config, config, Workload(**{**vars(self.LOAD), **change}))[part] < plain[part]
+
+
+class TestDoctor:
+    def test_screen_names_cards_and_features(self):
+        screen = "\n".join(describe(machine(V100, V100)))
+        assert screen.count("Tesla V100-SXM2-32GB, sm_70, 32 GiB") == 2
+        assert "FlashAttention-2: no, LLM.int8(): no, NF4: yes" in screen
+        assert "precision to train in: fp16" in screen
+        assert "none that torch can use" in "\n".join(describe(CPU))
+
+    @pytest.mark.parametrize(
+        ("facts", "expected"),
+        [
+            (CPU, "--accelerate_config cpu"),
+            (machine(A100), "--accelerate_config single_gpu"),
+            (machine(V100, V100), "--accelerate_config v100_ddp_fp16 --num_processes 2"),
+            (machine(H200, H200), "--accelerate_config ddp_bf16 --num_processes 2"),
+        ],
+        ids=["CPU", "A100", "V100s", "H200s"],
+    )
+    def test_launch_line(self, facts: Machine, expected: str):
+        assert launch_line(facts, "run.yaml") == f"minillm-trl minillm --config run.yaml {expected}"
+
+    def test_this_machine_is_described(self, capsys):
+        assert main(["doctor"]) == 0
+        shown = capsys.readouterr().out
+        assert f"{probe().cores} cores" in shown
+        assert "Nothing found that stands against it." in shown
+
+    def write(self, folder, model_dir, **options) -> str:
+        run = {
+            "model_name_or_path": str(model_dir("gpt2")),
+            "teacher_model_name_or_path": str(model_dir("gpt2")),
+            "dataset": "e2e",
+            "output_dir": str(folder / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            **options,
+        }
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(run))
+        return str(path)
+
+    def test_configuration_is_checked_with_an_estimate(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir)]) == 0
+        shown = capsys.readouterr().out
+        assert "GiB  teacher" in shown
+        assert "Nothing found" in shown
+
+    def test_configuration_that_cannot_run_is_told_by_the_exit_code(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, fp16=True)]) == 1
+        assert "PROBLEM  " in capsys.readouterr().out
