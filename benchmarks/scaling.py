@@ -4,7 +4,7 @@
 
 generates, scores and takes one gradient of rollouts with GPT-2 shapes with random weights (124M from 355M), for
 batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case runs in a process of its own, which reports
-seconds per token of the rollout and of the update, and peak resident memory beyond the models' weights and gradients.
+seconds per token of the rollout and of the update (the median of three), and peak resident memory beyond the models' weights and gradients.
 Memory is compared with the straight line through the smallest and the largest case. Writes `results/scaling.json`.
 """
 
@@ -13,6 +13,7 @@ import json
 import resource
 import subprocess
 import sys
+from statistics import median
 
 import torch
 from measurement import DEVICE, DTYPE, build, seconds, write_record
@@ -76,7 +77,7 @@ def measure(batch_size: int, length: int) -> None:
     tokens = batch_size * (PROMPT + length)
     times = {
         "rollout": seconds(lambda: found.append(rollout(student, teacher, prompts, length))) / tokens,
-        "update": seconds(lambda: update(student, prompts, found[0])) / tokens,
+        "update": median(seconds(lambda: update(student, prompts, found[0])) for _ in range(3)) / tokens,
     }
     print(json.dumps({"bytes": peak_bytes() - before, "seconds_per_token": times}))
 

@@ -241,7 +241,7 @@ def _score_logits(
     log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     with torch.no_grad():
-        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     if teacher_logits is None:
         return TokenScores(logps, entropy, None)
     kd_temperature = request.kd_temperature or request.temperature
@@ -270,22 +270,23 @@ def _score_logits_in_place(
     log_probs = _log_softmax_(logits, temperature)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     probs = log_probs.exp()
-    entropy = -torch.linalg.vecdot(probs, log_probs)
     divergence = of_divergence = None
     if teacher_logits is not None:
         kd_log_probs = log_probs if kd_log_probs is None else kd_log_probs
         kd_probs = probs if kd_log_probs is log_probs else kd_log_probs.exp()
         teacher_log_probs = _log_softmax_(teacher_logits, kd_temperature)
         if request.divergence is reverse_kl:
-            log_ratio = teacher_log_probs.neg_().add_(kd_log_probs)
-            divergence = torch.linalg.vecdot(kd_probs, log_ratio)
-            of_divergence = log_ratio.sub_(divergence[:, None]).mul_(kd_probs)
+            of_divergence = teacher_log_probs.neg_().add_(kd_log_probs).mul_(kd_probs)
+            divergence = of_divergence.sum(dim=-1)
+            of_divergence.addcmul_(kd_probs, divergence[:, None], value=-1.0)
         elif request.divergence is forward_kl:
             teacher_probs = teacher_log_probs.exp()
-            divergence = torch.linalg.vecdot(teacher_probs, teacher_log_probs.sub_(kd_log_probs))
+            divergence = teacher_log_probs.sub_(kd_log_probs).mul_(teacher_probs).sum(dim=-1)
             of_divergence = teacher_probs.neg_().add_(kd_probs)
         else:
             raise ValueError(f"divergence must be reverse_kl or forward_kl with a loss, got {request.divergence!r}.")
+
+    entropy = -log_probs.mul_(probs).sum(dim=-1)
 
     def gradient(of_logps: torch.Tensor, of_divergences: torch.Tensor | None = None) -> torch.Tensor:
         of_logps = of_logps[:, None] / temperature
@@ -300,7 +301,8 @@ def _score_logits_in_place(
 def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     if temperature != 1.0:
         logits.div_(temperature)
-    return torch.log_softmax(logits, dim=-1, out=logits)
+    # the CPU's kernel may write where it reads; fresh memory is cheap on GPUs
+    return torch.log_softmax(logits, dim=-1, out=logits if logits.device.type == "cpu" else None)
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:

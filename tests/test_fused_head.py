@@ -151,6 +151,26 @@ def test_small_gradients_survive_half_precision(dtype: torch.dtype):
         assert (actual - reference).norm() < 0.02 * reference.norm()
 
 
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_only_the_products_with_the_heads_are_in_half_precision(with_loss: bool):
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(300, 8).bfloat16().float(), torch.randn(1, 6, 8).bfloat16().float()
+    teacher_weight, ids = torch.randn(300, 8).bfloat16().float(), torch.randint(300, (1, 6))
+    request = ScoreRequest(ids, ids, torch.ones(1, 6, dtype=torch.bool), 1.0, hidden)
+    if with_loss:
+        request = request._replace(loss=lambda scores, _: scores.logps + scores.divergence)
+    with torch.autocast("cpu", torch.bfloat16):
+        heads = LMHead(weight.requires_grad_(), None), LMHead(teacher_weight.bfloat16(), None)
+        scores = score_hidden_states(hidden.requires_grad_(), heads[0], request, 300, heads[1])
+    logits, teacher_logits = (
+        torch.nn.functional.linear(hidden.detach().bfloat16(), each.detach().bfloat16()).float().log_softmax(-1)
+        for each in (weight, teacher_weight)
+    )
+    torch.testing.assert_close(scores.entropy, -(logits.exp() * logits).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.divergence, reverse_kl(logits, teacher_logits), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.logps, logits.gather(2, ids[..., None]).squeeze(2), rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_can_be_taken_once():
     head, hidden = make_head(4, 6, False, None), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[1, 2, 3]])
