@@ -5,7 +5,8 @@
 generates, scores and takes one gradient of rollouts with GPT-2 shapes with random weights (124M from 355M), for
 batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case runs in a process of its own, which reports
 seconds per token of the rollout and of the update (the median of three), and peak resident memory beyond the models'
-weights and gradients. Memory is compared with the straight line through the smallest and the largest case. Writes `results/scaling.json`.
+weights and gradients. Memory is compared with the straight line through the smallest and
+the largest case. Writes `results/scaling.json`.
 """
 
 import argparse
