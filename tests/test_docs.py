@@ -8,7 +8,7 @@ import pytest
 from minillm_trl import MiniLLMConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 
 
