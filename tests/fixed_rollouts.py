@@ -44,7 +44,8 @@ def shard_blocks(model: PreTrainedModel) -> PreTrainedModel:
     """Spread the weights of a GPT-2's blocks over the processes of the job."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
+        # each block is a root of its own here, and by default roots keep their weights once gathered
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     return model
 
 
