@@ -1,5 +1,6 @@
 """What the benchmarks share: GPT-2 shapes with random weights, timing, and the record that a result is kept in."""
 
+import argparse
 import json
 import os
 import platform
@@ -63,6 +64,24 @@ def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> list[dic
 def percentiles(values: Sequence[float]) -> list[float]:
     """The 20th, 50th and 80th percentile."""
     return np.percentile(values, PERCENTILES).tolist()
+
+
+def size_arguments(description: str) -> argparse.Namespace:
+    """The options of a benchmark that goes through sizes of teachers."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", choices=SHAPES, default="gpt2")
+    parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
+    parser.add_argument("--repeats", type=int, default=2)
+    return parser.parse_args()
+
+
+def speedup_over(
+    rounds: list[dict[str, float]], slow: str, student: str, teacher: str, ratio: float
+) -> dict[str, Any]:
+    """The result of one size: how many times faster `"ours"` is than `slow`, printed too."""
+    speedup = percentiles([each[slow] / each["ours"] for each in rounds])
+    print(f"{teacher} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
+    return {"student": student, "teacher": teacher, "parameter_ratio": ratio, "speedup": speedup}
 
 
 def write_record(name: str, packages: Sequence[str], settings: dict[str, Any], results: Any) -> Path:

@@ -10,10 +10,8 @@ ours; the authors' code pads prompts and responses to 256 tokens each. No comple
 turn; the figures are ratios within a round. Writes `results/rollout_phase.json`.
 """
 
-import argparse
-
 import torch
-from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
+from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_arguments, speedup_over, write_record
 from sampling import ALPHA, mean_coins, mix_every_step
 from transformers import PreTrainedModel
 
@@ -58,11 +56,7 @@ def ours(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", choices=SHAPES, default="gpt2")
-    parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
-    parser.add_argument("--repeats", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = size_arguments(__doc__)
     student = build(arguments.student)
     prompts = torch.randint(50257, (BATCH, PROMPT), device=DEVICE)
     uniforms = torch.rand(BATCH, TOKENS, dtype=torch.float64, device=DEVICE)
@@ -75,9 +69,7 @@ def main() -> None:
         }
         rounds = alternate(schedules, arguments.repeats)
         ratio = parameter_ratio(teacher, student)
-        speedup = percentiles([each["original"] / each["ours"] for each in rounds])
-        results.append({"student": arguments.student, "teacher": name, "parameter_ratio": ratio, "speedup": speedup})
-        print(f"{name} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
+        results.append(speedup_over(rounds, "original", arguments.student, name, ratio))
         del teacher, schedules
     settings = {
         "alpha": ALPHA,

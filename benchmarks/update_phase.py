@@ -9,11 +9,10 @@ That the two losses and gradients agree is checked first. The two are timed in t
 round. Writes `results/update_phase.json`.
 """
 
-import argparse
 from functools import partial
 
 import torch
-from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
+from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_arguments, speedup_over, write_record
 from transformers import PreTrainedModel
 
 from minillm_trl.fused_head import ScoreRequest, TokenScores, add_scoring
@@ -69,11 +68,7 @@ def check_agreement(losses, student: PreTrainedModel) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", choices=SHAPES, default="gpt2")
-    parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
-    parser.add_argument("--repeats", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = size_arguments(__doc__)
     results = []
     for name in arguments.teachers:
         student, teacher = build(arguments.student), build(name)
@@ -94,9 +89,7 @@ def main() -> None:
         }
         rounds = alternate(methods, arguments.repeats)
         ratio = parameter_ratio(teacher, student)
-        speedup = percentiles([each["full_logits"] / each["ours"] for each in rounds])
-        results.append({"student": arguments.student, "teacher": name, "parameter_ratio": ratio, "speedup": speedup})
-        print(f"{name} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
+        results.append(speedup_over(rounds, "full_logits", arguments.student, name, ratio))
         del student, teacher, losses, methods
     settings = {
         "passes": PASSES,

@@ -156,8 +156,8 @@ class MiniLLMConfig(GRPOConfig):
             what was sampled from.
         compile_rollouts (`str`, *optional*):
             Backend of `torch.compile` for the student's decoding steps, over a static KV cache: `"inductor"`, or
-            `"cudagraphs"` where there is no Triton (V100). Each shape (rows, and length rounded up to 128) takes a
-            minute or less to compile once. Not compiled by default.
+            `"cudagraphs"` where there is no Triton (V100). Each shape (rows, and length rounded up to 128) is compiled
+            once. Not compiled by default.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where the teacher's hidden states of a rollout are kept for the inner passes: `"device"`; `"cpu"`, from
             where each batch is copied; or nowhere: `"recompute"` runs the teacher in every inner pass.

@@ -15,16 +15,16 @@ _DROP_SHARE = 0.25
 # Lengths of caches are multiples of this: each new shape is compiled, or recorded as a CUDA graph, anew.
 _LENGTH_MULTIPLE = 128
 
-# A call of more tokens (the prompt, or a long run of the other model's tokens) is not compiled. Runs between two calls
-# of the student are shorter than this with a probability of 1 - alpha^4.
+# A call of more tokens (the prompt, or a long run of the other model's tokens) is not compiled. The student is fed
+# more at once only after four tokens of the teacher in a row, with a probability of alpha^4.
 _MOST_TOKENS = 4
 
 
 class CompiledDecoding:
     """Runs a model's body over a few tokens at a time, compiled, and keeps its static caches from batch to batch.
 
-    A decoding step of a small model takes longer to launch than to compute. CUDA graphs launch it at once, for which
-    tensors have to stay where they are: the cache has room for all tokens from the start, and finished rows stay.
+    A decoding step of a small model may take longer to launch than to compute. CUDA graphs launch it at once, for
+    which tensors have to stay where they are: the cache has room for all tokens from the start, finished rows stay.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model that decodes, not wrapped, in eval mode.

@@ -260,8 +260,8 @@ def _score_logits_in_place(
        \partial \mathrm{KL}(q \| p) / \partial z_v = q_v (\log q_v - \log p_v - \mathrm{KL}), \qquad
        \partial \mathrm{KL}(p \| q) / \partial z_v = q_v - p_v $$
 
-    Everything happens in the memory of the logits, which are overwritten, and of one more tensor of their size: fresh
-    memory costs more here than arithmetic.
+    Everything happens in the memory of the logits of both models, which are overwritten, and of one more tensor of
+    their size (more with two temperatures): fresh memory is cleared by the system first.
     """
     temperature, kd_temperature = request.temperature, request.kd_temperature or request.temperature
     kd_log_probs = None

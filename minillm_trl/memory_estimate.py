@@ -50,7 +50,7 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
 
     Weights, gradients and optimizer states are counted; activations are the usual 34 bytes a token, layer and unit of
     width (2 with gradient checkpointing, and one layer's 34). What a framework needs besides, and fragmentation, come
-    on top: a tenth to a fifth.
+    on top. Not compared with a run on a GPU yet.
 
     Returns:
         `dict[str, float]`: rollout and update never run at once; each has its sum.

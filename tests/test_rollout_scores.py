@@ -162,23 +162,25 @@ class TestHalfPrecisionCopy:
         assert not torch.equal(weights(trainer), before)
         assert weights(trainer).dtype == torch.float32
 
-    def test_old_log_probs_are_those_of_the_copy(self, tmp_path):
-        options = {"bf16": True, "teacher_mixed_alpha": 0.0}
-        batches = []
-        for half in (True, False):
-            trainer = make_trainer(tmp_path, half_precision_rollouts=half, **options)
-            trainer.model.train()
-            batches.append(trainer._generate_and_score_completions([DATASET[i] for i in range(8)]))
-        mask = sequences(batches[0])[2]
-        tokens = [batches[0][n] for n in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
-        model = build_model("gpt2").bfloat16()
-        ids = torch.cat([tokens[0], tokens[2]], dim=1)
-        attention = torch.cat([tokens[1], tokens[3]], dim=1)
-        positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits.float()
-        expected = logits[:, -mask.shape[1] - 1 : -1].log_softmax(dim=-1).gather(2, tokens[2][..., None]).squeeze(2)
-        error = (batches[0]["student_logps"] - expected)[mask].abs().mean()
-        assert error < 0.05
+    def test_old_log_probs_are_those_of_the_copy(self, tmp_path, monkeypatch):
+        trainer = make_trainer(tmp_path, bf16=True, half_precision_rollouts=True, teacher_mixed_alpha=0.0)
+        monkeypatch.setattr(HalfPrecisionCopy, "refresh", lambda self: None)
+        with torch.no_grad():  # so that a stale copy and the student are told apart
+            for each in trainer.model.parameters():
+                each.mul_(0.3)
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions([DATASET[i] for i in range(8)])
+        ids, attention_mask, mask = sequences(batch)
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        errors = []
+        for model in (build_model("gpt2").bfloat16(), trainer.model):
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions).logits.float()
+            log_probs = logits[:, -mask.shape[1] - 1 : -1].log_softmax(dim=-1)
+            logps = log_probs.gather(2, batch["completion_ids"][..., None]).squeeze(2)
+            errors.append((batch["student_logps"] - logps)[mask].abs().mean().item())
+        assert errors[0] < 0.05
+        assert errors[1] > 0.2
 
     def test_needs_mixed_precision(self, tmp_path):
         with pytest.raises(ValueError, match="half_precision_rollouts=True takes its precision from mixed precision"):

@@ -101,7 +101,7 @@ def describe_memory(
             keeps_teacher=not args.offload_teacher,
         ),
     )
-    lines = ["Memory of each process, estimated for mixed precision (a tenth to a fifth comes on top):"]
+    lines = ["Memory of each process in mixed precision, an estimate not compared with a GPU yet; leave a fifth:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
     if machine.gpus:
         smallest = min(gpu.memory for gpu in machine.gpus)
