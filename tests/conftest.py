@@ -9,20 +9,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # Of subprocesses: offline, one thread each, since tests run side by side
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -47,46 +34,46 @@ def build_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     )
 
 
+def family_options(width: int) -> dict[str, dict]:
+    """What the config of each family holds beside the sizes that all have."""
+    plain = {"intermediate_size": 2 * width}
+    grouped = {"num_key_value_heads": 1, **plain}
+    windows = {"head_dim": 8, "sliding_window": 3, **grouped}  # in the Gemmas in every other layer
+    soft_caps = {"final_logit_softcapping": 1.5, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 4}
+    return {
+        "gpt2": {},
+        "opt": {"ffn_dim": 2 * width, "word_embed_proj_dim": width},
+        "llama": grouped,
+        "mistral": windows,
+        "qwen2": {"tie_word_embeddings": True, **grouped},
+        "qwen3": {"head_dim": 8, **grouped},
+        "gemma2": {**windows, **soft_caps},
+        "gemma3": {"model_type": "gemma3_text", "sliding_window_pattern": 2, **windows},
+        "gpt_neox": plain,
+    }
+
+
+FAMILIES = list(family_options(32))
+
+
 def build_model(
     family: str, vocab_size: int = 300, seed: int = 0, width: int = 32, layers: int = 2
 ) -> PreTrainedModel:
     """A model with random weights that are large enough for its distributions to be far from uniform."""
     torch.manual_seed(seed)
-    common = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-    if family == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=2, n_positions=128, **common))
-    elif family == "opt":
-        config = OPTConfig(
-            hidden_size=width,
-            ffn_dim=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            word_embed_proj_dim=width,
-            **common,
-        )
-        model = OPTForCausalLM(config)
-    elif family in ("mistral", "gemma3"):  # sliding windows of 3 tokens, in gemma3 in every other layer
-        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "head_dim": 8}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
-        if family == "mistral":
-            model = MistralForCausalLM(MistralConfig(sliding_window=3, **sizes, **heads, **common))
-        else:
-            kinds = ["sliding_attention", "full_attention"][:layers]
-            model = Gemma3ForCausalLM(
-                Gemma3TextConfig(sliding_window=3, layer_types=kinds, **sizes, **heads, **common)
-            )
-    else:
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=128,
-            **common,
-        )
-        model = LlamaForCausalLM(config)
+    options = {
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        **family_options(width)[family],
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
