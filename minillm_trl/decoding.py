@@ -37,6 +37,7 @@ class CompiledDecoding:
         options = {"mode": "reduce-overhead"} if backend == "inductor" else {}
         self._compiled = torch.compile(model.base_model.forward, backend=backend, dynamic=False, **options)
         self._caches: dict[tuple[int, int], StaticCache] = {}
+        self._length = 0  # of the cache in use, which cannot tell where all layers have sliding windows
 
     def start(self, batch_size: int, length: int) -> StaticCache:
         """An empty cache for `batch_size` rows of at most `length` tokens."""
@@ -46,12 +47,13 @@ class CompiledDecoding:
             cache = StaticCache(config=self.model.config, max_cache_len=length)
             self._caches[batch_size, length] = cache
         cache.reset()
+        self._length = length
         return cache
 
     def hidden_states(self, inputs: dict[str, Any], is_prompt: bool) -> torch.Tensor:
         """Last hidden states of `inputs`; the attention mask is padded to the length of the cache."""
         mask = inputs["attention_mask"]
-        padded = mask.new_zeros(len(mask), inputs["past_key_values"].get_max_length())
+        padded = mask.new_zeros(len(mask), self._length)
         padded[:, : mask.shape[1]] = mask
         inputs = {**inputs, "attention_mask": padded}
         if is_prompt or inputs["input_ids"].shape[1] > _MOST_TOKENS:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from conftest import FAMILIES, build_model
 from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 from minillm_trl import TeacherMixedLogitsProcessor
@@ -49,7 +49,7 @@ def distance(counts: dict[tuple, float], law: dict[tuple, float]) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["padded by 4", "padded by 1"])
 def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(family: str, prompt: list[int]):
     """With coins of probability alpha this is the mixture: P(token) = alpha p(token) + (1 - alpha) q(token)."""
@@ -161,7 +161,7 @@ LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "shared_coins": False}], ids=["student", "coins of its own"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str, options: dict):
     alone = sample(LONG_PROMPTS, batch_size=1, family=family, **options)
     assert sample(LONG_PROMPTS, batch_size=5, family=family, **options) == alone
@@ -203,7 +203,7 @@ def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(family: str, alpha: float, shared: bool):
     student = build_model(family, vocab_size=50, width=16)
     teacher = build_model(family, vocab_size=50, width=24, seed=1)
@@ -265,7 +265,7 @@ def test_neither_model_reads_a_token_twice():
 
 
 @pytest.mark.parametrize("keep_states", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3"])
 def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str, keep_states: bool):
     model = build_model(family, vocab_size=50, width=16)
     options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24), "keep_states": keep_states}
@@ -307,7 +307,7 @@ def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypat
 
 
 class TestCheckDecoding:
-    @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mistral", "gemma3"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_attention_of_any_kind_passes(self, family: str):
         check_decoding(build_model(family), "student")
 
