@@ -101,6 +101,12 @@ def check_model(trainer: GRPOTrainer) -> None:
     """
     if isinstance(trainer.processing_class, ProcessorMixin):
         raise ValueError("Vision-language students are not supported: the teacher is scored on text alone.")
+    adapter = getattr(trainer.model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"{type(adapter).__name__} is not supported: student and teacher are scored on the same tokens, without "
+            "virtual ones before them. Use LoRA."
+        )
     if trainer.aux_loss_enabled:
         raise ValueError(
             "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "

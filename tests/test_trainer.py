@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
 
 import minillm_trl.checks
@@ -286,6 +286,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"LM head of the student .* is not reproduced"):
             make_trainer(tmp_path, student=student)
 
+    @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+    def test_virtual_tokens_are_refused(self, tmp_path, config: type[PromptLearningConfig]):
+        with pytest.raises(ValueError, match=f"{config.__name__} is not supported"):
+            make_trainer(tmp_path, peft_config=config(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -298,6 +303,7 @@ class TestRefusals:
         plugin = SimpleNamespace(zero_stage=changes.get("zero_stage", 2))
         trainer = SimpleNamespace(
             processing_class=tokenizer,
+            model=None,
             aux_loss_enabled=False,
             is_fsdp_enabled=False,
             is_deepspeed_enabled=False,
