@@ -160,6 +160,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
         check_model(self)
+        if args.disable_dropout:
+            _disable_dropout(self.model)
         self._add_teacher(teacher_model)
         self._lm_window: list[Batch] = []
         self._lm_batches = None
@@ -385,6 +387,14 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
         tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
         return tokens / self.accelerator.num_processes
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    """Switch off what GRPOTrainer leaves on: probabilities that modules keep as plain numbers (OPT's, Falcon's)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _teacher_is_the_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:
