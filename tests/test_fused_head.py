@@ -201,21 +201,6 @@ def test_batch_without_tokens_scores_zero_and_stays_connected():
     assert all(each.abs().sum() == 0 for each in gradient)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_log_probs_do_not_depend_on_padding(family: str):
-    model = build_model(family, vocab_size=40)
-    add_scoring(model, 40)
-    prompt, completion = [5, 6, 7], [8, 9, 10, 11]
-    expected = torch.log_softmax(model(torch.tensor([prompt + completion])).logits[0, 2:-1], -1)
-    expected = expected.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-    for padding in (0, 1, 6):
-        ids = torch.tensor([[1] * padding + prompt + completion + [1, 1]])
-        mask = torch.tensor([[0] * padding + [1] * 7 + [0, 0]])
-        (scores,) = model(score_requests=[ScoreRequest(ids, mask, mask[:, -6:].bool())])
-        torch.testing.assert_close(scores.logps[0, :4], expected, rtol=1e-5, atol=1e-5)
-        assert scores.logps[0, 4:].tolist() == [0.0, 0.0]
-
-
 def test_forward_without_a_request_is_unchanged():
     model = build_model("gpt2", vocab_size=40)
     ids = torch.tensor([[3, 4, 5]])
