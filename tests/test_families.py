@@ -247,3 +247,13 @@ def test_padded_vocabularies_train_like_those_cut_to_the_rows_they_share(
         assert not actual[len(expected) :].any()
         torch.testing.assert_close(actual[: len(expected)], expected, rtol=1e-3, atol=1e-6)
     assert moved[1][next(iter(moved[1]))].abs().max() > 1e-3
+
+
+def test_page_lists_what_is_run_here():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")
+    )
+    assert header[2:] == list(WAYS)
+    assert [row[0].strip("`") for row in rows] == FAMILIES
+    assert all(cell == "CPU" for row in rows for cell in row[2:])
