@@ -67,7 +67,7 @@ def update(student, prompts: torch.Tensor, sampled: Completions) -> None:
 
 def measure(batch_size: int, length: int) -> None:
     student, teacher = build("gpt2"), build("gpt2-medium")
-    add_scoring(student, VOCAB, teacher)
+    add_scoring(student, VOCAB, LMHead.of(teacher))
     for each in student.parameters():
         each.grad = torch.zeros_like(each)
     warm_up = torch.randint(VOCAB, (1, PROMPT), device=DEVICE)

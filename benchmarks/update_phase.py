@@ -16,7 +16,7 @@ from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_a
 from transformers import PreTrainedModel
 
 from minillm_trl.fused_head import ScoreRequest, TokenScores, add_scoring
-from minillm_trl.lm_head import completion_hidden_states
+from minillm_trl.lm_head import LMHead, completion_hidden_states
 from minillm_trl.objectives import clipped_policy_gradient_loss, reverse_kl
 
 BATCH, PROMPT, TOKENS, PASSES, VOCAB = 8, 64, 64, 4, 50257
@@ -72,7 +72,7 @@ def main() -> None:
     results = []
     for name in arguments.teachers:
         student, teacher = build(arguments.student), build(name)
-        add_scoring(student, VOCAB, teacher)
+        add_scoring(student, VOCAB, LMHead.of(teacher))
         ids = torch.randint(VOCAB, (BATCH, PROMPT + TOKENS), device=DEVICE)
         with torch.no_grad():
             states = completion_hidden_states(teacher, ids, torch.ones_like(ids), TOKENS)

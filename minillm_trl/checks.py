@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
 from .config import MiniLLMConfig
 from .hardware import probe, problems
-from .teacher import check_same_tokenizer
+from .teacher import check_same_tokenizer, tokenizer_source
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
             raise ValueError(problem)
 
 
-def check_model(trainer: GRPOTrainer) -> None:
+def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
     """Check what is known of the student once GRPOTrainer has loaded and placed it.
 
     Raises:
@@ -112,9 +114,52 @@ def check_model(trainer: GRPOTrainer) -> None:
             "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "
             "router_aux_loss_coef to 0 in the model's config to train without it."
         )
-    deepspeed = trainer.accelerator.state.deepspeed_plugin
-    if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and deepspeed.zero_stage == 3):
-        raise ValueError("ZeRO-3 and FSDP are not supported yet: use DDP or ZeRO stage 1 or 2.")
+    trained = [(name, each) for name, each in trainer.model.named_parameters() if each.requires_grad]
+    half = [name for name, each in trained if each.dtype.itemsize == 2]
+    # DeepSpeed keeps float32 weights of its own
+    if half and trainer.accelerator.mixed_precision == "fp16" and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"fp16=True with trained weights in half precision ({half[0]}): their updates would be lost in rounding, "
+            "and the gradient scaler refuses them. Load the student in float32 (dtype='float32'), or train an adapter."
+        )
+    checkpointing = trainer.args.gradient_checkpointing and (trainer.args.gradient_checkpointing_kwargs or {})
+    if has_corpus and checkpointing and checkpointing.get("use_reentrant") and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "lm_dataset with reentrant gradient checkpointing on several processes is not supported: the two losses "
+            "share one backward pass, in which it would reduce each gradient twice. Set use_reentrant=False in "
+            "gradient_checkpointing_kwargs. TRL sets it to True for adapters under ZeRO-3: use ZeRO-2 or FSDP there."
+        )
+    _check_strategy(trainer)
+
+
+def _check_strategy(trainer: GRPOTrainer) -> None:
+    """Check the student against the way in which it is to be sharded over processes."""
+    state = trainer.accelerator.state
+    is_zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled:
+        if state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("fsdp_version: 1 is not supported. Set fsdp_version: 2 in the accelerate configuration.")
+        if state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: true leaves the weights of all processes but the first empty until "
+                "training starts, before which student and teacher are checked. Set it to false."
+            )
+    if not (is_zero3 or trainer.is_fsdp_enabled):
+        return
+    quantised = not all(each.is_floating_point() for each in trainer.model.parameters())
+    head = trainer.model.get_output_embeddings()
+    wrapped = isinstance(head, (BaseTunerLayer, ModulesToSaveWrapper))
+    refused = {
+        "a quantised student": quantised,
+        "an adapter on the LM head": wrapped,
+        "teacher_shares_base=True": trainer.args.teacher_shares_base,
+        "rollouts that TRL samples (vLLM, or a reshaped distribution)": trainer.use_vllm
+        or bool(trainer.args.reshaping_fields()),
+    }
+    strategy = "ZeRO-3" if is_zero3 else "FSDP"
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
 
 
 def check_prompt_ids(
@@ -211,7 +256,7 @@ def _check_tokenizers(
     if not teacher_name:  # built in process: its vocabulary's size is all that can be checked, once it is placed
         return
     try:
-        teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(teacher_name))
     except (OSError, ValueError) as error:
         if isinstance(teacher_model, str):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
 
 # Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
@@ -46,7 +47,7 @@ _REFUSED_FIELDS: dict[str, str] = {
     "transformers_continuous_batching_config": "continuous batching is refused",
     "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not part of this trainer's loss",
     "pad_to_multiple_of": "the decode loop pads to the longest row",
-    "ds3_gather_for_generation": "ZeRO-3 is not supported",
+    "ds3_gather_for_generation": "under ZeRO-3 rollouts are sampled from a whole copy of the student",
     "log_multimodal": "there are no images",
     "neftune_noise_alpha": "noise in the embeddings would train another distribution than the one that sampled",
     "label_smoothing_factor": "there are no labels; L_PT is a plain cross-entropy",
@@ -163,6 +164,12 @@ class MiniLLMConfig(GRPOConfig):
             where each batch is copied; or nowhere: `"recompute"` runs the teacher in every inner pass.
         offload_teacher (`bool`, *optional*, defaults to `False`):
             Whether the teacher is on the CPU, all but its LM head, while the student is updated.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher's transformer blocks are spread over the processes (`fully_shard`), each gathered while
+            it runs. Works with a student under DDP as well as under ZeRO or FSDP.
+        teacher_shares_base (`bool`, *optional*, defaults to `False`):
+            Whether `teacher_model` names an adapter on the base of the student, which is an adapter too. The base's
+            weights, quantised or not, are then there once.
         lm_coef (`float`, *optional*, defaults to `1.0`):
             Weight of L_PT, the language-modelling loss on `lm_dataset` (Algorithm 1). It is divided by its own number
             of tokens in the optimizer step.
@@ -179,8 +186,9 @@ class MiniLLMConfig(GRPOConfig):
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the student's dropout is off in training. The teacher's always is.
         bf16 (`bool`, *optional*):
-            Mixed precision in bfloat16. By default on CUDA devices that have it (compute capability 8.0 and above)
-            unless `fp16` is set. TRL's default is `True` everywhere.
+            Mixed precision in bfloat16. Unless `fp16` or this is set, the precision is what `accelerate launch` was
+            told, or else bfloat16 on CUDA devices that have it (compute capability 8.0 and above). TRL's default is
+            `True` everywhere.
     """
 
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -268,6 +276,12 @@ class MiniLLMConfig(GRPOConfig):
     offload_teacher: bool = field(
         default=False, metadata={"help": "Keep the teacher on the CPU while the student is updated."}
     )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "Spread the teacher's transformer blocks over the processes."}
+    )
+    teacher_shares_base: bool = field(
+        default=False, metadata={"help": "The teacher is an adapter on the base of the student, which is there once."}
+    )
     lm_coef: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on lm_dataset."})
     lm_kd_ratio: float = field(
         default=0.0, metadata={"help": "Share of forward KL to the teacher in that loss, in [0, 1]."}
@@ -283,8 +297,7 @@ class MiniLLMConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        choose_precision(self)
         single = self.num_generations == 1
         if single:
             self.num_generations = _OneGeneration(1)
@@ -340,6 +353,22 @@ class MiniLLMConfig(GRPOConfig):
             raise ValueError(
                 "half_precision_rollouts=True takes its precision from mixed precision: set fp16=True or bf16=True, "
                 "or half_precision_rollouts=False."
+            )
+        for name in ("offload_teacher", "shard_teacher"):
+            if self.teacher_shares_base and getattr(self, name):
+                raise ValueError(
+                    f"{name}=True and teacher_shares_base=True: the teacher's weights are the student's, so they stay "
+                    "where they are. Drop one of them."
+                )
+        if self.teacher_shares_base and self.teacher_model_init_kwargs:
+            raise ValueError(
+                f"teacher_model_init_kwargs={self.teacher_model_init_kwargs} has no effect with "
+                "teacher_shares_base=True, as only an adapter is loaded. Drop one of them."
+            )
+        if self.offload_teacher and self.shard_teacher:
+            raise ValueError(
+                "offload_teacher=True and shard_teacher=True: tensors that are spread over processes cannot be moved "
+                "one by one. Drop offload_teacher: a sharded teacher takes little memory as it is."
             )
         for name, value in (("teacher_hidden_states", "recompute"), ("lm_kd_ratio", self.lm_kd_ratio or None)):
             if self.offload_teacher and getattr(self, name) == value:

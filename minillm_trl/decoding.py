@@ -94,6 +94,7 @@ class LazyDecoder:
         self.keep_from = keep_from
         self.states: list[tuple[np.ndarray, int, torch.Tensor]] = []  # rows, index of the first position, states
         self.takes_positions = accepts_position_ids(model)
+        self.head = LMHead.of(model)
 
     def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits of the token after `ids` for `rows`, `(B, L) -> (R, V)`; `mask` is False on left padding."""
@@ -109,11 +110,12 @@ class LazyDecoder:
         elif self.keep_from is not None:
             hidden_states = self.model.base_model(**inputs, use_cache=True).last_hidden_state
         else:
-            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
+            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
+            return logits.to(ids.device)
         if self.keep_from is not None:
             first = max(start, self.keep_from)
             self.states.append((self.rows, first, hidden_states[:, first - start :].clone()))  # no view of more
-        return LMHead.of(self.model).logits(hidden_states[:, -1], self.vocab_size)
+        return self.head.logits(hidden_states[:, -1], self.vocab_size).to(ids.device)
 
     def drop(self, finished: np.ndarray, last: np.ndarray) -> None:
         """Drop finished rows, once enough of them have finished; `last` is the index of their last token in `ids`.

@@ -305,32 +305,39 @@ def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.log_softmax(logits, dim=-1, out=logits if logits.device.type == "cpu" else None)
 
 
-def add_scoring(model: PreTrainedModel, vocab_size: int, teacher: PreTrainedModel | None = None) -> None:
+def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | None = None) -> None:
     """Let `model(score_requests=[...])` return a list of [`TokenScores`] instead of logits.
 
     Several requests are one forward call, as wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) want one call
     for one backward pass. Without `score_requests` the forward is the one it was. Patch before the model is wrapped,
-    as the wrapper's forward is what synchronises gradients and gathers sharded weights.
+    as the wrapper's forward is what synchronises gradients and gathers sharded weights. For the same reason the scores
+    are computed inside the call of the head's own module: that is when its weights are whole.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
         vocab_size (`int`): number of leading vocabulary rows shared with the teacher.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): whose LM head turns `teacher_hidden_states` into the
-            teacher's distribution. Held by the closure, so it is no submodule of `model`.
+        teacher_head ([`LMHead`], *optional*): turns `teacher_hidden_states` into the teacher's distribution.
     """
-    original_forward = model.forward
+    head = model.get_output_embeddings()
+    original_forward, project = model.forward, head.forward
 
     # `generate` validates its keyword arguments against this signature
     @functools.wraps(original_forward)
     def forward(self, *args, score_requests: Sequence[ScoreRequest] | None = None, **kwargs):
         if score_requests is None:
             return original_forward(*args, **kwargs)
-        teacher_head = None if teacher is None else LMHead.of(teacher)
         scores = []
         for request in score_requests:
             length = request.completion_mask.shape[1]
             hidden_states = completion_hidden_states(self, request.input_ids, request.attention_mask, length)
-            scores.append(score_hidden_states(hidden_states, LMHead.of(self), request, vocab_size, teacher_head))
+            scores.append(self.get_output_embeddings()(hidden_states, score_request=request))
         return scores
 
+    @functools.wraps(project)
+    def project_or_score(self, hidden_states, *args, score_request: ScoreRequest | None = None, **kwargs):
+        if score_request is None:
+            return project(hidden_states, *args, **kwargs)
+        return score_hidden_states(hidden_states, LMHead.of(model), score_request, vocab_size, teacher_head)
+
     model.forward = types.MethodType(forward, model)
+    head.forward = types.MethodType(project_or_score, head)

@@ -1,9 +1,12 @@
 """The two parts of a causal language model that are run apart: its body, and the head that projects to logits."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -26,13 +29,23 @@ class LMHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LMHead":
-        """Read the head of `model` as it stands now (sharding wrappers may replace its tensors between calls)."""
-        projection = model.get_output_embeddings()
+        """Read the head of `model` as it stands now, with its adapters.
+
+        Sharding wrappers replace its tensors between calls, and gather them only while the head's module runs.
+
+        Raises:
+            ValueError: for adapters on the head that are no linear map of their own, and for a quantised head.
+        """
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        bias = getattr(projection, "bias", None)
-        return cls(projection.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+        weight, bias = _projection(model.get_output_embeddings())
+        return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def frozen(self, device: torch.device) -> "LMHead":
+        """The head as it is now on `device`, without a graph."""
+        weight, bias = (None if each is None else each.detach().to(device) for each in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias)
 
     def project(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
@@ -56,6 +69,42 @@ class LMHead:
     def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
         return self.transform(self.project(hidden_states, vocab_size))
+
+
+def num_rows(model: PreTrainedModel) -> int:
+    """Rows of the vocabulary in the head of `model`, also where ZeRO-3 has spread them over processes."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of an output projection with its adapters: W + s B A of LoRA.
+
+    A teacher may have such an adapter; GRPOTrainer refuses students with one, but for `modules_to_save`.
+    """
+    if isinstance(module, ModulesToSaveWrapper):
+        trained = not module.disable_adapters and module.active_adapters
+        return _projection(module.modules_to_save[module.active_adapters[0]] if trained else module.original_module)
+    if not isinstance(module, BaseTunerLayer):
+        if not module.weight.is_floating_point():
+            raise ValueError(
+                f"The LM head is quantised ({type(module).__name__}). Exclude it from quantisation: add its name to "
+                "llm_int8_skip_modules of the quantization_config."
+            )
+        return module.weight, getattr(module, "bias", None)
+    weight, bias = _projection(module.get_base_layer())
+    if module.disable_adapters or module.merged:
+        return weight, bias
+    for adapter in module.active_adapters:
+        if not isinstance(module, LoraLinear) or module.use_dora.get(adapter) or module.lora_bias.get(adapter):
+            raise ValueError(
+                f"The adapter {adapter!r} on the LM head ({type(module).__name__}) is not supported: the head is "
+                "computed in chunks from its weights, which plain LoRA changes by a product of two matrices. Take the "
+                "head out of target_modules, or put it into modules_to_save."
+            )
+        if adapter in module.lora_A:
+            weight = weight + module.get_delta_weight(adapter)
+    return weight, bias
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -89,7 +138,8 @@ def completion_hidden_states(
     if accepts_position_ids(model):
         inputs["position_ids"] = position_ids(attention_mask)
     hidden_states = model.base_model(**inputs).last_hidden_state
-    return hidden_states[:, -completion_length - 1 : -1]
+    # a model with a device_map may end on another device than it begins
+    return hidden_states[:, -completion_length - 1 : -1].to(input_ids.device)
 
 
 @torch.no_grad()
@@ -100,10 +150,12 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
             Scoring such a model would be silently wrong. Also if the head is sharded over processes.
     """
-    if isinstance(model.get_output_embeddings().weight, DTensor):
+    weight = model.get_output_embeddings().weight
+    if isinstance(weight, DTensor) or weight.is_meta:
+        where = "offloaded by its device_map" if weight.is_meta else "sharded over processes"
         raise ValueError(
-            f"The LM head of the {name} ({type(model).__name__}) is sharded over processes, but each needs all of it. "
-            "Shard the blocks of the model alone (fully_shard on each layer, not on the model)."
+            f"The LM head of the {name} ({type(model).__name__}) is {where}, but each process needs all of it. "
+            "Keep it on a device; shard the blocks alone (shard_teacher=True does)."
         )
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)

@@ -1,13 +1,23 @@
-"""The teacher: loading and freezing it, and refusing one that does not fit the student."""
+"""The teacher: loading, freezing and placing it, and refusing one that does not fit the student."""
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import PeftConfig, PeftModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.utils import cached_file, find_adapter_config_file
 
-from .lm_head import completion_hidden_states
+from .lm_head import completion_hidden_states, num_rows
+from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
 
 # Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.
@@ -48,16 +58,119 @@ def load_teacher(
     return teacher_model.eval().requires_grad_(False)
 
 
+def adapter_on_base(student: PeftModel, adapter: str) -> PreTrainedModel:
+    """A teacher that is the adapter `adapter` on the base of `student`, whose weights are there once.
+
+    Both have modules of their own around the same tensors, each with its own adapter, so that nothing is switched
+    between them and neither's `requires_grad` is touched.
+
+    Args:
+        student ([`~peft.PeftModel`]): the student with its adapter, not wrapped.
+        adapter (`str`): name on the hub or folder of the teacher's adapter.
+
+    Raises:
+        ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another.
+    """
+    if not isinstance(student, PeftModel):
+        raise ValueError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
+    made_for, base = PeftConfig.from_pretrained(adapter).base_model_name_or_path, student.config._name_or_path
+    if made_for and base and os.path.realpath(made_for) != os.path.realpath(base):
+        raise ValueError(
+            f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base!r}. Start "
+            "the student from that base, or set teacher_shares_base=False."
+        )
+    trained = [name for name, each in student.named_parameters() if each.requires_grad and ".base_layer." in name]
+    if trained:
+        raise ValueError(
+            f"teacher_shares_base=True needs a frozen base, but the student trains {trained[0]!r}. Set bias='none'."
+        )
+    # the copy drops the student's adapters, but PEFT freezes them first
+    adapters = [each for each in student.parameters() if each.requires_grad]
+    teacher = copy_modules(student, {id(each): torch.nn.Parameter(torch.empty_like(each)) for each in adapters})
+    own = list(teacher.peft_config)
+    teacher.load_adapter(adapter, "teacher", is_trainable=False)
+    teacher.set_adapter("teacher", inference_mode=True)
+    for name in own:
+        teacher.delete_adapter(name)
+    return teacher.get_base_model().eval()
+
+
+@contextmanager
+def one_process_at_a_time(accelerator: Accelerator) -> Iterator[None]:
+    """Let the processes of a machine do something in turn, that takes more memory than all could have at once."""
+    number = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    for _ in range(accelerator.local_process_index):
+        accelerator.wait_for_everyone()
+    yield
+    for _ in range(number - accelerator.local_process_index):
+        accelerator.wait_for_everyone()
+
+
+@contextmanager
+def whole_weights(accelerator: Accelerator) -> Iterator[None]:
+    """Load models whole, where `from_pretrained` would spread their weights because the student is under ZeRO-3."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
+
+
+def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move the teacher to `device`, unless it has been spread over devices, quantised (then it is there), or sharded.
+
+    Raises:
+        ValueError: if its weights are spread over processes by ZeRO-3.
+    """
+    if any(hasattr(each, "ds_id") for each in teacher.parameters()):
+        raise ValueError(
+            "The weights of teacher_model are spread over processes by ZeRO-3, as it was loaded after a configuration "
+            "with ZeRO-3 had been made. Pass its name or folder instead, and set shard_teacher=True to spread it."
+        )
+    spread = len(set(getattr(teacher, "hf_device_map", {}).values())) > 1
+    if spread or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
+        return teacher
+    return teacher.to(device)
+
+
+def shard_blocks(teacher: PreTrainedModel, device_type: str) -> PreTrainedModel:
+    """Spread the teacher's transformer blocks over all processes; each is gathered while it runs.
+
+    Embeddings and LM head stay whole on each process, as the student's update needs the head.
+
+    Raises:
+        ValueError: for a quantised teacher, one with a `device_map`, or one that does not name its blocks.
+    """
+    names = set(teacher._no_split_modules or ())
+    blocks = [module for module in teacher.modules() if type(module).__name__ in names]
+    quantised = any(not each.is_floating_point() for each in teacher.parameters())
+    if quantised or len(set(getattr(teacher, "hf_device_map", {}).values())) > 1 or not blocks:
+        what = "is quantised" if quantised else "is spread by its device_map" if blocks else "does not name its blocks"
+        raise ValueError(
+            f"shard_teacher=True cannot spread this teacher over the processes: it {what}. Set shard_teacher=False."
+        )
+    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        # each block is a root of its own here, and by default roots keep their weights once gathered
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    device = torch.device(device_type, torch.accelerator.current_device_index()) if device_type != "cpu" else "cpu"
+    for each in [*teacher.parameters(), *teacher.buffers()]:
+        if not isinstance(each, DTensor):
+            each.data = each.data.to(device)
+    return teacher
+
+
 def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of leading vocabulary rows that both models have (members of a family pad them differently).
 
     Raises:
         ValueError: if the tokenizer has more tokens than one of the models has rows.
     """
-    rows = {
-        "student": student.get_output_embeddings().weight.shape[0],
-        "teacher": teacher.get_output_embeddings().weight.shape[0],
-    }
+    rows = {"student": num_rows(student), "teacher": num_rows(teacher)}
     for name, size in rows.items():
         if size < len(tokenizer):
             raise ValueError(
@@ -112,6 +225,16 @@ def check_same_tokenizer(
         )
 
 
+def tokenizer_source(name: str) -> str:
+    """Where the tokenizer of a model is: with it, or, for an adapter that was saved without one, with its base."""
+    if find_adapter_config_file(name) is None:
+        return name
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(name, "tokenizer_config.json", **optional) is not None:
+        return name
+    return PeftConfig.from_pretrained(name).base_model_name_or_path or name
+
+
 def max_context(*models: PreTrainedModel) -> int | None:
     """Longest sequence that every model can take, prompt and completion together; None where no config states one."""
     configs = (model.config.get_text_config() for model in models)
@@ -149,8 +272,8 @@ def teacher_hidden_states(
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether parameters are spread over processes (FSDP, tensor parallelism, ZeRO-3), so that all must call it."""
-    return any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in model.parameters())
+    """Whether parameters are spread over processes, so that all must call it."""
+    return any(isinstance(each, DTensor) for each in model.parameters())
 
 
 class TeacherOffload:

@@ -15,19 +15,25 @@ from .checks import check_prompt_ids
 from .config import MiniLLMConfig
 from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
-from .half_precision import HalfPrecisionCopy
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
+from .mixed_precision import OverflowCounter, fsdp_policy
 from .objectives import batch_advantages
+from .rollout_copy import RolloutCopy
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
 from .sampling import Completions, sample_prompts
 from .teacher import (
     TeacherOffload,
+    adapter_on_base,
     is_sharded,
     load_teacher,
     max_context,
+    one_process_at_a_time,
+    place_teacher,
+    shard_blocks,
     shared_vocab_size,
     teacher_hidden_states,
+    whole_weights,
 )
 from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
@@ -55,35 +61,54 @@ class TeacherMixedTrainer(GRPOTrainer):
         self._wants_old_logps = False
         self._rewards_per_func = torch.empty(0)
         mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        dtype = mixed_precision.get(self.accelerator.mixed_precision, torch.float32)
-        teacher = load_teacher(teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code)
-        self.vocab_size = shared_vocab_size(self._student, teacher, self._tokenizer)
-        self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        # mixed precision has wrapped its `forward`; it is always run in an autocast context of ours
-        teacher = self.accelerator.unwrap_model(self.teacher_model, keep_fp32_wrapper=False)
-        self.max_context = max_context(self._student, teacher)
-        check_head(self._student, "student")
-        check_head(teacher, "teacher")
-        add_scoring(self._student, self.vocab_size, teacher)
+        half = mixed_precision.get(self.accelerator.mixed_precision)
+        self._overflow_counter = None
+        if half is torch.float16:
+            self._overflow_counter = OverflowCounter(self.accelerator)
+            self.add_callback(self._overflow_counter)
+        if self.is_fsdp_enabled and half is not None:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(half)
+        # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
+        self._rollout_copy = None
+        if self._student_is_sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
+            self._rollout_copy = RolloutCopy(self._student, half, self._student_is_sharded)
+        student = self._student if self._rollout_copy is None else self._rollout_copy.model
+        self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
+        self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
+        self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
+        self.max_context = max_context(student, self.teacher_model)
+        check_head(student, "student")
+        check_head(self.teacher_model, "teacher")
+        add_scoring(self._student, self.vocab_size, self._teacher_head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
         if not self._decodes_with_trl and self.rollout_func is None:
-            static = CompiledDecoding(self._student, "eager") if self.args.compile_rollouts else None
-            check_decoding(self._student, "student", static)
+            static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
+            check_decoding(student, "student", static)
             if self.args.teacher_mixed_alpha > 0:
-                check_decoding(teacher, "teacher")
-        self._half_precision_copy = None
-        if self.args.half_precision_rollouts:
-            self._half_precision_copy = HalfPrecisionCopy(self._student, dtype)
+                check_decoding(self.teacher_model, "teacher")
         self._compiled_decoding = None
         if self.args.compile_rollouts:
-            sampled = self._student if self._half_precision_copy is None else self._half_precision_copy.model
-            self._compiled_decoding = CompiledDecoding(sampled, self.args.compile_rollouts)
-        self._teacher_phase = TeacherOffload(teacher) if self.args.offload_teacher else nullcontext()
+            self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
+        elif self._rollout_copy is not None:  # what is compiled has the addresses of the copy's weights
+            self._rollout_copy.release()
+        self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
+
+    def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        if self.args.teacher_shares_base:
+            return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
+        arguments = teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code
+        with whole_weights(self.accelerator):
+            if not self.args.shard_teacher or self.accelerator.num_processes == 1:
+                return place_teacher(load_teacher(*arguments), self.accelerator.device)
+            with one_process_at_a_time(self.accelerator):
+                teacher = shard_blocks(load_teacher(*arguments), self.accelerator.device.type)
+            return teacher
 
     @property
-    def _teacher(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.teacher_model)
+    def _student_is_sharded(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and plugin.zero_stage == 3)
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -123,6 +148,7 @@ class TeacherMixedTrainer(GRPOTrainer):
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
+                gather_deepspeed3_params=False,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
             self._sampling_model() as student,
@@ -136,7 +162,7 @@ class TeacherMixedTrainer(GRPOTrainer):
                 pad_token_id=self._tokenizer.pad_token_id,
                 temperature=self.temperature,
                 batch_size=self.args.sampling_batch_size,
-                teacher=self._teacher,
+                teacher=self.teacher_model,
                 alpha=self.args.teacher_mixed_alpha if training else 0.0,
                 coin_key=coin_key,
                 shared_coins=shared,
@@ -154,10 +180,12 @@ class TeacherMixedTrainer(GRPOTrainer):
 
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:
-        """The student in eval mode as it is, or its half-precision copy with the weights of now."""
-        if self._half_precision_copy is not None:
-            self._half_precision_copy.refresh()
-            yield self._half_precision_copy.model
+        """The student in eval mode as it is, or its copy with the weights of now."""
+        if self._rollout_copy is not None:
+            self._rollout_copy.refresh(self._student)
+            yield self._rollout_copy.model
+            if self._compiled_decoding is None:
+                self._rollout_copy.release()
             return
         training = self._student.training
         self._student.eval()
@@ -181,7 +209,7 @@ class TeacherMixedTrainer(GRPOTrainer):
 
         student_logps = logps(student, sampled.student_hidden_states)
         states = sampled.teacher_hidden_states
-        teacher_logps = (None, None) if states is None else logps(self._teacher, states)
+        teacher_logps = (None, None) if states is None else logps(self.teacher_model, states)
         return RolloutScores(*student_logps, *teacher_logps, self._keep(states))
 
     def _sampled_scores(self, name: str, mask: torch.Tensor) -> torch.Tensor | None:
@@ -200,7 +228,7 @@ class TeacherMixedTrainer(GRPOTrainer):
     def _teacher_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
         batch_size = self.args.per_device_train_batch_size
         with self.accelerator.autocast():
-            return teacher_hidden_states(self._teacher, input_ids, attention_mask, length, batch_size)
+            return teacher_hidden_states(self.teacher_model, input_ids, attention_mask, length, batch_size)
 
     def _score_rollout(self, batch: Batch, student_logps: torch.Tensor | None = None) -> RolloutScores:
         """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
@@ -222,7 +250,7 @@ class TeacherMixedTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 logps = completion_logps(
                     states,
-                    LMHead.of(self._teacher),
+                    self._teacher_head,
                     batch["completion_ids"],
                     mask,
                     self._temperatures,
@@ -330,6 +358,8 @@ class TeacherMixedTrainer(GRPOTrainer):
         metrics = self._metrics["eval"]
         for key in list(metrics) if name else ():
             metrics[name + key] = metrics.pop(key)
+        if self._overflow_counter is not None and "loss" in logs:
+            logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
         super().log(logs, start_time)
 
     def _log(self, metrics: dict[str, float]) -> None:

@@ -24,6 +24,7 @@ from .fused_head import ScoreRequest, TokenScores
 from .language_modeling import LanguageModelingBatches, language_modeling_request
 from .loss import LOSS_INPUTS, loss_terms
 from .masking import masked_moments, normalize_loss
+from .mixed_precision import keep_adapters_in_float32
 from .objectives import (
     importance_weights,
     mixture_logps,
@@ -159,9 +160,11 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
-        check_model(self)
+        check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
             _disable_dropout(self.model)
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            keep_adapters_in_float32(self.model)
         self._add_teacher(teacher_model)
         self._lm_window: list[Batch] = []
         self._lm_batches = None
@@ -356,9 +359,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         )
         requests = [request]
         if "lm" in inputs:
-            teacher = self.accelerator.unwrap_model(self.teacher_model)
             with self.accelerator.autocast():
-                requests.append(language_modeling_request(inputs["lm"], teacher, self.args.lm_kd_ratio))
+                requests.append(language_modeling_request(inputs["lm"], self.teacher_model, self.args.lm_kd_ratio))
         scores, *lm_scores = self._score(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)

@@ -1,16 +1,17 @@
-"""Trains on fixed rollouts and saves the outcome; started by test_distributed.py with one process and with two."""
+"""Trains on fixed rollouts and saves model and logs; started in several processes by the tests."""
 
 import json
 import sys
+from pathlib import Path
 
-import torch
 from fixed_rollouts import train
 
 
 def main(output: str, batch_size: str, accumulation: str, options: str) -> None:
-    result = train(output, int(batch_size), int(accumulation), **json.loads(options))
-    if result.pop("main"):
-        torch.save(result, f"{output}/result.pt")
+    trainer = train(output, int(batch_size), int(accumulation), **json.loads(options))
+    if trainer.accelerator.is_main_process:
+        facts = {"history": trainer.state.log_history, "strategy": str(trainer.accelerator.distributed_type)}
+        Path(output, "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """A training run on fixed rollouts of very different lengths, for comparing trajectories."""
 
+import copy
+
 import torch
-import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 
@@ -40,26 +41,27 @@ def late(prompts: list[str], **kwargs) -> list[float]:
     return [float(PROMPTS.index(prompt)) for prompt in prompts]
 
 
-def shard_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """Spread the weights of a GPT-2's blocks over the processes of the job."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.transformer.h:
-        # each block is a root of its own here, and by default roots keep their weights once gathered
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    return model
+def train(
+    output: str,
+    batch_size: int,
+    accumulation: int,
+    lora: bool = False,
+    student: str = "",
+    corpus: bool = True,
+    fsdp_on_cpu: bool = False,
+    **options,
+) -> MiniLLMTrainer:
+    """Train a few steps on a buffer of three optimizer steps, and save to `output`.
 
-
-def train(output: str, batch_size: int, accumulation: int, shard_teacher: bool = False, **options) -> dict:
-    """Train a few steps on a buffer of three optimizer steps; returns the change of the weights and the logs.
-
-    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones.
+    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones. `student` may be a folder.
     """
     tokenizer = build_tokenizer()
+    # before the configuration: transformers spreads what is built later under ZeRO-3
+    model, teacher = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), 1, width=48)
     args = MiniLLMConfig(
         output,
         use_cpu=True,
         report_to="none",
-        gradient_checkpointing=False,
         disable_tqdm=True,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -70,24 +72,40 @@ def train(output: str, batch_size: int, accumulation: int, shard_teacher: bool =
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # clipping would hide it too
         logging_steps=1,
-        save_strategy="no",
-        lm_batch_size=batch_size,
-        **{"max_steps": 5, "teacher_mixed_alpha": 0.0, **options},
+        lm_batch_size=batch_size if corpus else None,
+        **{
+            "max_steps": 5,
+            "teacher_mixed_alpha": 0.0,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            **options,
+        },
     )
+    if fsdp_on_cpu:  # accelerate takes FSDP for a matter of GPUs; torch has it on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     reward_funcs = late if options.get("scale_rewards") else None
-    student = build_model("gpt2", len(tokenizer))
-    teacher = build_model("gpt2", len(tokenizer), 1, width=48)
-    before = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
     trainer = MiniLLMTrainer(
-        student,
-        shard_blocks(teacher) if shard_teacher else teacher,
+        student or model,
+        teacher,
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer,
         rollout_func=None if args.teacher_mixed_alpha else rollout,
-        lm_dataset=CORPUS,
+        lm_dataset=CORPUS if corpus else None,
+        peft_config=LoraConfig(r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False) if lora else None,
     )
     trainer.train()
-    after = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
-    return {"moved": after - before, "history": trainer.state.log_history, "main": trainer.accelerator.is_main_process}
+    trainer.save_model(output)
+    return trainer
+
+
+def moved(output: str, lora: bool = False) -> torch.Tensor:
+    """The change of all weights in one row: what a run has saved, loaded without what it was trained under."""
+    before = build_model("gpt2", len(build_tokenizer()))
+    if lora:
+        after = PeftModel.from_pretrained(copy.deepcopy(before), output).merge_and_unload()
+    else:
+        after = AutoModelForCausalLM.from_pretrained(output)
+    names = sorted(name for name, _ in before.named_parameters())
+    return torch.cat([(after.get_parameter(name) - before.get_parameter(name)).flatten() for name in names])

@@ -5,10 +5,9 @@ import sys
 import torch
 import torch.distributed as dist
 from conftest import build_model
-from fixed_rollouts import shard_blocks
 
 from minillm_trl.sampling import sample_prompts
-from minillm_trl.teacher import is_sharded
+from minillm_trl.teacher import is_sharded, shard_blocks
 
 PROMPTS = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]  # of each process
 # Keys are chosen so that the completions of the first process end long before those of the second
@@ -40,7 +39,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     teacher = build_teacher()
-    assert is_sharded(shard_blocks(teacher))
+    assert is_sharded(shard_blocks(teacher, "cpu"))
 
     def on_every_process(flag: bool) -> bool:
         flags = torch.tensor(int(flag))

@@ -1,6 +1,8 @@
-"""However a step is cut into micro-batches and processes, the weights and the metrics are the same."""
+"""However a step is cut into micro-batches and processes, and whatever is sharded, the outcome is the same."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT
-from fixed_rollouts import train
+from fixed_rollouts import moved, train
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 CASES = [
@@ -25,13 +27,65 @@ CASES = [
 ]
 
 
+# What training has of its own under each strategy: both losses in one backward pass, activation checkpointing, inner
+# passes, rollouts sampled with a teacher that is sharded or not.
+EVERYTHING = {
+    "teacher_mixed_alpha": 0.3,
+    "shared_coins": False,
+    "num_iterations": 2,
+    "lm_kd_ratio": 0.5,
+    "gradient_checkpointing": True,
+    "whiten_advantages": "tokens",
+}
+LORA = {**EVERYTHING, "lora": True}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("c++") is None,
+    reason="needs DeepSpeed, and a C++ compiler for its communication on CPUs",
+)
+STRATEGIES = [
+    pytest.param("cpu", EVERYTHING | {"shard_teacher": True}, id="DDP, sharded teacher"),
+    pytest.param("cpu", LORA, id="DDP, LoRA"),
+    pytest.param("v100_zero2_fp16", EVERYTHING, id="ZeRO-2", marks=needs_deepspeed),
+    pytest.param("zero2_bf16", LORA | {"shard_teacher": True}, id="ZeRO-2, LoRA, sharded", marks=needs_deepspeed),
+    pytest.param("v100_zero3_fp16", EVERYTHING | {"shard_teacher": True}, id="ZeRO-3, sharded", marks=needs_deepspeed),
+    pytest.param(
+        "zero3_bf16",
+        {"gradient_checkpointing": False, "beta": 0.3, "num_iterations": 2, "student": "folder"},
+        id="ZeRO-3, loaded sharded, KL to the reference",
+        marks=needs_deepspeed,
+    ),
+    pytest.param(
+        "v100_zero3_fp16", LORA | {"corpus": False, "lm_kd_ratio": 0.0}, id="ZeRO-3, LoRA", marks=needs_deepspeed
+    ),
+    pytest.param("v100_fsdp_fp16", EVERYTHING | {"shard_teacher": True}, id="FSDP, sharded teacher"),
+    pytest.param(
+        "fsdp_bf16",
+        {"gradient_checkpointing": False, "beta": 0.3, "num_iterations": 2, "student": "folder"},
+        id="FSDP, KL to the reference",
+    ),
+    pytest.param("v100_fsdp_fp16", LORA, id="FSDP, LoRA"),
+]
+CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate_configs"
+
+
+def outcome(folder: Path, history: list[dict], lora: bool = False) -> dict:
+    return {"moved": moved(str(folder), lora), "history": history}
+
+
+def run(folder: Path, batch_size: int, accumulation: int, **options) -> dict:
+    """The outcome on one process, this one."""
+    trainer = train(str(folder), batch_size, accumulation, **options)
+    return outcome(folder, trainer.state.log_history, options.get("lora", False))
+
+
 def assert_same(result: dict, reference: dict) -> None:
     # float32 sums in another order; steps differ by far more (see the test below)
     assert (result["moved"] - reference["moved"]).norm() < 1e-4 * reference["moved"].norm()
+    names = ("loss", "grad_norm", "objective/reverse_kl", "completions/mean_length", "rollout/eos_rate")
     pairs = [
         (actual[name], expected[name])
         for actual, expected in zip(result["history"], reference["history"], strict=True)
-        for name in ("loss", "grad_norm")
+        for name in names
         if name in expected
     ]
     assert pairs
@@ -41,33 +95,60 @@ def assert_same(result: dict, reference: dict) -> None:
 
 @pytest.mark.parametrize("options", CASES)
 def test_micro_batches_do_not_matter(tmp_path: Path, options: dict):
-    reference = train(str(tmp_path), 8, 1, **options)
+    reference = run(tmp_path, 8, 1, **options)
     for batch_size, accumulation in ((4, 2), (2, 4)):
-        assert_same(train(str(tmp_path), batch_size, accumulation, **options), reference)
+        assert_same(run(tmp_path, batch_size, accumulation, **options), reference)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("options", CASES)
 def test_processes_do_not_matter(tmp_path: Path, options: dict):
-    reference = train(str(tmp_path), 8, 1, **options)
+    reference = run(tmp_path, 8, 1, **options)
     assert_same(train_distributed(tmp_path, 2, 2, 2, options), reference)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("config", "options"), STRATEGIES)
+def test_strategies_reach_the_weights_of_one_process(tmp_path: Path, model_dir, config: str, options: dict):
+    """Launched by the recipes' own configurations, but for their precision, which CPUs do not have."""
+    if "student" in options:
+        options = {**options, "student": model_dir("gpt2")}
+    checkpoint = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    reference = run(tmp_path, 8, 1, **{**options, **checkpoint, "shard_teacher": False})
+    folder = tmp_path / "distributed"
+    folder.mkdir()
+    command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes=2"]
+    command += ["--mixed_precision=no", "--main_process_port=0"]
+    extra = {"fsdp_on_cpu": True} if "fsdp" in config else {}
+    result = launch(command, folder, 2, 2, {**options, **checkpoint, **extra})
+    expected = "FSDP" if "fsdp" in config else "DEEPSPEED" if "zero" in config else "MULTI_CPU"
+    assert result["strategy"] == f"DistributedType.{expected}"
+    assert_same(result, reference)
+    # a checkpoint is the model as well, without what it was trained under
+    assert torch.equal(moved(str(folder / "checkpoint-4"), options.get("lora", False)), result["moved"])
 
 
 def test_another_order_of_rows_is_told_apart(tmp_path: Path):
     options = CASES[0].values[0]
-    first, second = (train(str(tmp_path), 8, 1, **options, seed=seed) for seed in (0, 1))
+    first, second = (run(tmp_path, 8, 1, **options, seed=seed) for seed in (0, 1))
     assert (first["moved"] - second["moved"]).norm() > 0.01 * first["moved"].norm()
 
 
 def train_distributed(folder: Path, processes: int, batch_size: int, accumulation: int, options: dict) -> dict:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *(str(SCRIPT), str(folder), str(batch_size), str(accumulation), json.dumps(options)),
-    ]
+    command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launch(command, folder, batch_size, accumulation, options)
+
+
+def launch(command: list[str], folder: Path, batch_size: int, accumulation: int, options: dict) -> dict:
+    """The outcome in the processes that a launcher starts."""
+    arguments = [str(SCRIPT), str(folder), str(batch_size), str(accumulation), json.dumps(options)]
     for _ in range(2):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+        result = subprocess.run(
+            [sys.executable, "-m", *command, *arguments], capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+        )
         # a gloo process of torch 2.13 aborts at its exit once in some dozens of runs, when all its work is done
         if "terminate called without an active exception" not in result.stderr:
             break
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(folder / "result.pt", weights_only=False)
+    assert result.returncode == 0, result.stderr[-5000:]
+    facts = json.loads((folder / "facts.json").read_text())
+    return {**outcome(folder, facts["history"], options.get("lora", False)), "strategy": facts["strategy"]}

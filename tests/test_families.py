@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.fused_head import ScoreRequest, add_scoring
-from minillm_trl.lm_head import completion_hidden_states
+from minillm_trl.lm_head import LMHead, completion_hidden_states
 from minillm_trl.rollouts import sequences
 
 TOKENIZER = build_tokenizer()
@@ -105,7 +105,7 @@ def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
     parameters = list(student.parameters())
     gradients = torch.autograd.grad((2 * expected[2] - expected[0]).sum(), parameters)
 
-    add_scoring(student, VOCAB, teacher)
+    add_scoring(student, VOCAB, LMHead.of(teacher))
     with torch.no_grad():
         states = completion_hidden_states(teacher, ids, mask, length)
     request = ScoreRequest(ids, mask, mask[:, -length:].bool(), temperature, states, kd_temperature)

@@ -12,7 +12,7 @@ from test_trainer import DATASET, make_config, make_trainer, weights
 
 import minillm_trl.teacher_mixed_trainer
 from minillm_trl.decoding import CompiledDecoding
-from minillm_trl.half_precision import HalfPrecisionCopy
+from minillm_trl.rollout_copy import RolloutCopy
 from minillm_trl.rollouts import by_length, parts_by_length, sequences, trim
 from minillm_trl.teacher import TeacherOffload
 
@@ -114,10 +114,10 @@ class TestTeacherOffload:
             make_config(tmp_path, offload_teacher=True, **options)
 
 
-class TestHalfPrecisionCopy:
+class TestRolloutCopy:
     def test_copy_computes_like_the_model_in_half_precision_and_follows_it(self):
         model = build_model("llama")
-        copied = HalfPrecisionCopy(model, torch.bfloat16)
+        copied = RolloutCopy(model, torch.bfloat16)
         before = {name: each.clone() for name, each in model.named_parameters()}
         ids = torch.arange(2, 9)[None]
         for _ in range(2):
@@ -132,13 +132,13 @@ class TestHalfPrecisionCopy:
                 for name, each in model.named_parameters():
                     each += 0.1
                     before[name] = each.clone()
-            copied.refresh()
+            copied.refresh(model)
         assert all(each.dtype == torch.float32 and each.requires_grad for each in model.parameters())
 
     def test_weights_in_half_precision_are_shared(self):
         base = build_model("llama").bfloat16()
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), autocast_adapter_dtype=True)
-        copied = HalfPrecisionCopy(model.get_base_model(), torch.bfloat16)
+        copied = RolloutCopy(model.get_base_model(), torch.bfloat16)
         shared = {name for name, each in copied.model.named_parameters() if any(each is p for p in base.parameters())}
         own = {name for name, _ in copied.model.named_parameters()} - shared
         assert shared
@@ -146,15 +146,15 @@ class TestHalfPrecisionCopy:
         assert all("lora_" in name for name in own)
 
     def test_tied_weights_stay_tied(self):
-        copied = HalfPrecisionCopy(build_model("gpt2"), torch.bfloat16).model
+        copied = RolloutCopy(build_model("gpt2"), torch.bfloat16).model
         assert copied.lm_head.weight is copied.transformer.wte.weight
 
     def test_rollouts_come_from_the_copy_and_the_trained_weights_stay_float32(self, tmp_path, monkeypatch):
         trainer = make_trainer(tmp_path, bf16=True, half_precision_rollouts=True, max_steps=2)
         refreshed, decoded = [], []
-        refresh = HalfPrecisionCopy.refresh
-        monkeypatch.setattr(HalfPrecisionCopy, "refresh", lambda self: (refreshed.append(1), refresh(self)))
-        trainer._half_precision_copy.model.base_model.register_forward_hook(lambda *unused: decoded.append(1))
+        refresh = RolloutCopy.refresh
+        monkeypatch.setattr(RolloutCopy, "refresh", lambda self, model: (refreshed.append(1), refresh(self, model)))
+        trainer._rollout_copy.model.base_model.register_forward_hook(lambda *unused: decoded.append(1))
         before = weights(trainer)
         trainer.train()
         assert len(refreshed) == 1
@@ -164,7 +164,7 @@ class TestHalfPrecisionCopy:
 
     def test_old_log_probs_are_those_of_the_copy(self, tmp_path, monkeypatch):
         trainer = make_trainer(tmp_path, bf16=True, half_precision_rollouts=True, teacher_mixed_alpha=0.0)
-        monkeypatch.setattr(HalfPrecisionCopy, "refresh", lambda self: None)
+        monkeypatch.setattr(RolloutCopy, "refresh", lambda self, model: None)
         with torch.no_grad():  # so that a stale copy and the student are told apart
             for each in trainer.model.parameters():
                 each.mul_(0.3)

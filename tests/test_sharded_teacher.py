@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT
-from fixed_rollouts import train
 from sharded_sampling import build_teacher, sample
-from test_distributed import assert_same, train_distributed
+from test_distributed import assert_same, run, train_distributed
 
 from minillm_trl.teacher import is_sharded
 
@@ -32,7 +31,7 @@ def test_processes_that_finish_at_different_steps_sample_as_with_a_whole_teacher
 @pytest.mark.distributed
 def test_training_with_a_sharded_teacher_reaches_the_weights_of_training_with_a_whole_one(tmp_path: Path):
     options = {"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2}
-    reference = train(str(tmp_path), 8, 1, **options)
+    reference = run(tmp_path, 8, 1, **options)
     assert_same(train_distributed(tmp_path, 2, 4, 1, {**options, "shard_teacher": True}), reference)
 
 

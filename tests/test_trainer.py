@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
 
 import minillm_trl.checks
@@ -53,6 +53,10 @@ def make_trainer(tmp_path, *, family: str = "gpt2", student=None, teacher=None, 
         processing_class=tokenizer,
         **trainer_options,
     )
+
+
+def lora_on_head():
+    return get_peft_model(build_model("llama"), LoraConfig(target_modules=["lm_head"]))
 
 
 def weights(trainer: MiniLLMTrainer) -> torch.Tensor:
@@ -295,23 +299,54 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"processing_class": ProcessorMixin()}, "Vision-language students are not supported"),
-            ({"is_fsdp_enabled": True}, "ZeRO-3 and FSDP are not supported yet"),
-            ({"is_deepspeed_enabled": True, "zero_stage": 3}, "ZeRO-3 and FSDP are not supported yet"),
+            ({"model": build_model("gpt2").half(), "precision": "fp16"}, r"trained weights in half precision \(tr"),
+            ({"use_reentrant": True, "num_processes": 2}, "use_reentrant=False in gradient_checkpointing_kwargs"),
+            ({"is_fsdp_enabled": True, "fsdp_version": 1}, "Set fsdp_version: 2"),
+            ({"is_fsdp_enabled": True, "cpu_ram_efficient_loading": True}, "Set it to false"),
+            ({"is_fsdp_enabled": True, "use_vllm": True}, "FSDP with rollouts that TRL samples .* Use DDP"),
+            ({"is_deepspeed_enabled": True, "teacher_shares_base": True}, "ZeRO-3 with teacher_shares_base=True"),
+            ({"is_deepspeed_enabled": True, "model": lora_on_head()}, "ZeRO-3 with an adapter on the LM head"),
         ],
     )
     def test_student_that_cannot_be_trained_is_refused(self, tokenizer, changes: dict, message: str):
-        plugin = SimpleNamespace(zero_stage=changes.get("zero_stage", 2))
-        trainer = SimpleNamespace(
-            processing_class=tokenizer,
-            model=None,
-            aux_loss_enabled=False,
-            is_fsdp_enabled=False,
-            is_deepspeed_enabled=False,
-            accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
-        )
-        check_model(trainer)
+        def trainer(
+            fsdp_version=2,
+            cpu_ram_efficient_loading=False,
+            precision="no",
+            num_processes=1,
+            use_reentrant=False,
+            **facts,
+        ):
+            state = SimpleNamespace(
+                deepspeed_plugin=SimpleNamespace(zero_stage=3),
+                fsdp_plugin=SimpleNamespace(
+                    fsdp_version=fsdp_version, cpu_ram_efficient_loading=cpu_ram_efficient_loading
+                ),
+            )
+            return SimpleNamespace(
+                accelerator=SimpleNamespace(state=state, mixed_precision=precision, num_processes=num_processes),
+                args=SimpleNamespace(
+                    gradient_checkpointing=True,
+                    gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+                    teacher_shares_base=facts.pop("teacher_shares_base", False),
+                    reshaping_fields=list,
+                ),
+                **{
+                    "processing_class": tokenizer,
+                    "model": build_model("gpt2"),
+                    "aux_loss_enabled": False,
+                    "use_vllm": False,
+                    "is_fsdp_enabled": False,
+                    "is_deepspeed_enabled": False,
+                    **facts,
+                },
+            )
+
+        check_model(trainer(), has_corpus=True)
+        check_model(trainer(is_fsdp_enabled=True), has_corpus=True)
+        check_model(trainer(is_deepspeed_enabled=True), has_corpus=True)
         with pytest.raises(ValueError, match=message):
-            check_model(SimpleNamespace(**{**vars(trainer), **changes}))
+            check_model(trainer(**changes), has_corpus=True)
 
     def test_mixture_of_experts_with_a_router_loss_is_refused_and_trains_without(self, tmp_path, tokenizer):
         def student(coefficient: float) -> MixtralForCausalLM:

@@ -8,7 +8,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import MiniLLMConfig
 from ..data import check_prompt_lengths, load_corpus, unique_prompts
-from ..teacher import check_same_tokenizer
+from ..teacher import check_same_tokenizer, tokenizer_source
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, Parser, make_parser, parse
 from .examples import load_splits
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     teacher_tokenizer = load_tokenizer(
-        teacher.teacher_model_name_or_path,
+        tokenizer_source(teacher.teacher_model_name_or_path),
         (args.teacher_model_init_kwargs or {}).get("revision"),
         args.trust_remote_code,
     )

@@ -1,0 +1,73 @@
+"""Mixed precision: which one, what stays in float32, and the steps that overflow in float16."""
+
+import os
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def choose_precision(args: TrainingArguments) -> None:
+    """Set `fp16` and `bf16` where neither is set: to what `accelerate launch` was told, or else to bfloat16 on CUDA
+    devices that have it (compute capability 8.0)."""
+    if args.bf16 is not None or args.fp16:
+        return
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launched in ("fp16", "bf16"):
+        args.fp16, args.bf16 = launched == "fp16", launched == "bf16"
+    else:
+        args.bf16 = not args.use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def keep_adapters_in_float32(model: PreTrainedModel) -> None:
+    """Undo GRPOTrainer's cast of the adapters of quantised models to bfloat16, which a V100 does not have; and with
+    eight bits of precision a small update of a weight is lost anywhere."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+
+
+def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights are gathered in half precision and gradients reduced in float32.
+
+    Accelerate's policy would also cast what the modules return: the residual stream, which overflows float16 in some
+    models, and the losses.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+class OverflowCounter(TrainerCallback):
+    """Counts the optimizer steps that were skipped because a gradient overflowed in float16.
+
+    That is how the loss scale finds its size, so a few at the start and one now and then are no fault.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+    """
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.skipped_steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
+        """A resumed run goes on counting."""
+        logged = [int(each["fp16/skipped_steps"]) for each in state.log_history if "fp16/skipped_steps" in each]
+        self.skipped_steps = logged[-1] if logged else 0
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
+        """Called after each step, taken or skipped."""
+        self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+
+    def metrics(self, engine: Any) -> dict[str, float]:
+        """`fp16/skipped_steps` and `fp16/loss_scale`, from accelerate's scaler or that of a DeepSpeed `engine`."""
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else getattr(engine.optimizer, "cur_scale", None)
+        metrics = {"fp16/skipped_steps": float(self.skipped_steps)}
+        return metrics if scale is None else {**metrics, "fp16/loss_scale": float(scale)}
