@@ -9,14 +9,17 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 
 def choose_precision(args: TrainingArguments) -> None:
-    """Set `fp16` and `bf16` where neither is set: to what `accelerate launch` was told, or else to bfloat16 on CUDA
-    devices that have it (compute capability 8.0)."""
-    if args.bf16 is not None or args.fp16:
+    """Set `fp16` and `bf16` where neither is true.
+
+    What `accelerate launch` was told is what accelerate will do. Without it, and unless `bf16` is False, it is
+    bfloat16 on CUDA devices that have it (compute capability 8.0).
+    """
+    if args.fp16 or args.bf16:
         return
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if launched in ("fp16", "bf16"):
         args.fp16, args.bf16 = launched == "fp16", launched == "bf16"
-    else:
+    elif args.bf16 is None:
         args.bf16 = not args.use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
