@@ -7,6 +7,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .fused_head import CHUNK_ELEMENTS
 
+# From the least communication to the least memory
+STRATEGIES = ("ddp", "zero2", "fsdp", "zero3")
+
 # Bytes a weight: half precision, and NF4 with its scales
 _HALF, _NF4 = 2.0, 0.56
 
@@ -24,6 +27,8 @@ class Workload:
         lora_rank: of a LoRA student on all linear layers; None for a student that is trained as a whole.
         student_4bit, teacher_4bit: whether the frozen weights are NF4.
         keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
+        strategy, processes: what the student is trained under, one of `STRATEGIES`, and by how many.
+        shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
     """
 
     rows: int
@@ -37,6 +42,10 @@ class Workload:
     teacher_4bit: bool = False
     keeps_states: bool = True
     keeps_teacher: bool = True
+    strategy: str = "ddp"
+    processes: int = 1
+    shard_teacher: bool = False
+    teacher_shares_base: bool = False
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -57,35 +66,45 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
     student, teacher = student.get_text_config(), teacher.get_text_config()
+    sharded = load.strategy in ("fsdp", "zero3")
     if load.lora_rank is None:
-        # float32 weights, gradients and two moments; the half-precision copy for rollouts
-        trained, copied = sizes["student"] * 16.0, sizes["student"] * _HALF
+        frozen, trained, copied = 0.0, float(sizes["student"]), sizes["student"] * _HALF
     else:
         frozen = sizes["student"] * (_NF4 if load.student_4bit else _HALF)
         # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
-        adapters = student.num_hidden_layers * 30 * student.hidden_size * load.lora_rank
-        trained, copied = frozen + adapters * 16.0, adapters * _HALF
+        trained = student.num_hidden_layers * 30.0 * student.hidden_size * load.lora_rank
+        copied = trained * _HALF + (frozen if sharded else 0.0)
+    if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
+        trained, copied = trained * (_HALF + 14.0 / load.processes), 0.0
+    else:  # float32 weights, gradients and two moments
+        trained *= 16.0
+    if sharded:
+        frozen, trained = frozen / load.processes, trained / load.processes
+    trained += frozen
     tokens = load.prompt_tokens + load.completion_tokens
     position = load.rows * tokens * student.hidden_size
     layers = student.num_hidden_layers
     activations = position * (2 * layers + 34 if load.gradient_checkpointing else 34 * layers)
-    teacher_bytes = sizes["teacher"] * (_NF4 if load.teacher_4bit else _HALF)
+    teacher_bytes = 0.0 if load.teacher_shares_base else sizes["teacher"] * (_NF4 if load.teacher_4bit else _HALF)
     head = teacher.vocab_size * teacher.hidden_size * _HALF
+    if load.shard_teacher:  # all but head and embeddings
+        tied = 1 if teacher.tie_word_embeddings else 2
+        teacher_bytes = tied * head + (teacher_bytes - tied * head) / load.processes
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * _HALF
     caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * _HALF
     parts = {
         "student, gradients and optimizer": trained,
-        "half-precision copy for rollouts": copied,
+        "copy for rollouts": copied,
         "teacher": teacher_bytes,
         "key-value caches while sampling": caches,
         "teacher's states of a rollout": states,
         "activations of a micro-batch": activations,
         "heads in chunks": 4 * CHUNK_ELEMENTS * 4.0 + student.vocab_size * student.hidden_size * 4.0,
     }
-    common = trained + copied
-    parts["while sampling"] = common + teacher_bytes + caches + states
+    parts["while sampling"] = trained + copied + teacher_bytes + caches + states
     parts["while updating"] = (
-        common
+        trained
+        + (0.0 if sharded else copied)
         + (teacher_bytes if load.keeps_teacher else head)
         + (states if load.keeps_states else 0.0)
         + parts["activations of a micro-batch"]

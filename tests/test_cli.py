@@ -179,7 +179,7 @@ class TestMistakes:
             *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
             *("--use_cpu", "true", "--bf16", "false", "--accelerate_config", "v100"),
         )
-        assert "neither a file nor one of cpu, ddp_bf16, single_gpu, v100_ddp_fp16" in message
+        assert "neither a file nor one of cpu, ddp_bf16, fsdp_bf16, multi_node_bf16, single_gpu, v100_ddp" in message
 
     def test_no_checkpoint_to_resume_is_said(self, tmp_path, capsys, data_file):
         message = refused(

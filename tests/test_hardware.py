@@ -1,13 +1,17 @@
 """Verdicts on recorded machines, and the screen of `minillm-trl doctor` on this one."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
-from transformers import GPT2Config, Qwen2Config
+from transformers import BitsAndBytesConfig, GPT2Config, Qwen2Config
+from trl import ModelConfig
 
+from minillm_trl import MiniLLMConfig
 from minillm_trl.cli import main
-from minillm_trl.cli.doctor import describe, launch_line
+from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
+from minillm_trl.cli.minillm import TeacherArguments
 from minillm_trl.hardware import GPU, Machine, best_precision, probe, problems, runs_on
 from minillm_trl.memory_estimate import Workload, count_parameters, estimate_memory
 
@@ -108,6 +112,10 @@ class TestMemory:
             ({"keeps_states": False}, "while updating"),
             ({"sampled_rows": 8}, "while sampling"),
             ({"rows": 4}, "while updating"),
+            ({"strategy": "zero2", "processes": 4}, "while updating"),
+            ({"strategy": "fsdp", "processes": 4}, "while sampling"),
+            ({"shard_teacher": True, "processes": 4}, "while sampling"),
+            ({"teacher_shares_base": True}, "while sampling"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
     )
@@ -137,6 +145,45 @@ class TestDoctor:
     )
     def test_launch_line(self, facts: Machine, expected: str):
         assert launch_line(facts, "run.yaml") == f"minillm-trl minillm --config run.yaml {expected}"
+
+    def test_one_v100_is_launched_in_float16(self):
+        assert launch_line(machine(V100), "run.yaml").endswith("--accelerate_config v100_single_gpu_fp16")
+
+    @pytest.mark.parametrize(
+        ("layers", "options", "cards", "strategy", "verdict"),
+        [
+            (8, {}, 4, "ddp", "is there: fits"),
+            (40, {}, 4, "zero2", "is there: fits"),
+            (64, {}, 8, "zero2", "may not fit"),
+            (64, {"shard_teacher": True}, 8, "zero2", "is there: fits"),
+            (40, {}, 1, "ddp", "does not fit"),
+        ],
+    )
+    def test_strategy_is_the_first_that_fits(self, tmp_path, layers, options: dict, cards, strategy, verdict):
+        config = Qwen2Config(
+            hidden_size=2048,
+            intermediate_size=5504,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            vocab_size=32000,
+        )
+        config.save_pretrained(tmp_path)
+        facts = machine(*[V100] * cards)
+        facts = replace(facts, versions={**VERSIONS, "deepspeed": "0.19"})
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, **options)
+        model, teacher = ModelConfig(model_name_or_path=str(tmp_path)), TeacherArguments(str(tmp_path))
+        chosen, parts = choose_strategy(facts, model, teacher, args, prompt_tokens=256)
+        assert chosen == strategy
+        assert verdict in "\n".join(describe_memory(facts, chosen, parts))
+        expected = "v100_single_gpu_fp16" if cards == 1 else f"v100_{strategy}_fp16 --num_processes {cards}"
+        assert launch_line(facts, "run.yaml", chosen).endswith(expected)
+
+    def test_teacher_is_checked_as_well(self, tmp_path):
+        quantized = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, teacher_model_init_kwargs=quantized)
+        args.use_cpu = False
+        (found,) = check(machine(V100), ModelConfig(), TeacherArguments("teacher"), args)
+        assert "load_in_8bit=True: LLM.int8() needs compute capability 7.5" in found
 
     def test_this_machine_is_described(self, capsys):
         assert main(["doctor"]) == 0

@@ -1,13 +1,24 @@
-"""Every recipe is parsed by the parser of the subcommand that it is for, unknown keys refused."""
+"""Every recipe is parsed by the parser that it is for, unknown keys refused, and launch configurations launch."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from conftest import ENVIRONMENT
+from test_distributed import needs_deepspeed
 
 from minillm_trl.cli import minillm, sft
 from minillm_trl.cli.arguments import parse
+from minillm_trl.cli.launch import accelerate_config_path
 
 ROOT = Path(__file__).parents[1]
+LAUNCH = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 PARSERS = {"sft": sft.build_parser, "minillm": minillm.build_parser}
 
@@ -23,3 +34,125 @@ def test_recipe_is_parsed_and_names_its_launch_line(path: Path):
     assert launch == {}
     assert values[0].dataset
     assert f"minillm-trl {subcommand} --config {path.relative_to(ROOT)}" in path.read_text()
+
+
+class TestLaunchConfigurations:
+    def test_each_has_its_twin_for_the_other_precision(self):
+        names = {path.stem for path in LAUNCH}
+        assert {name for name in names if name.startswith("v100_")} >= {
+            "v100_single_gpu_fp16",
+            "v100_ddp_fp16",
+            "v100_zero2_fp16",
+            "v100_zero3_fp16",
+            "v100_fsdp_fp16",
+            "v100_multi_node_fp16",
+        }
+        twins = {name.removeprefix("v100_").replace("_fp16", "_bf16") for name in names if name.startswith("v100_")}
+        assert names - {name for name in names if name.startswith("v100_")} == {"cpu", "single_gpu"} | (
+            twins - {"single_gpu_bf16"}
+        )
+
+    @pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.stem)
+    def test_accelerate_takes_every_key(self, path: Path):
+        config = load_config_from_file(str(path))  # refuses unknown keys
+        name = path.stem
+        precision = "fp16" if "fp16" in name else "bf16" if "bf16" in name else "no"
+        assert config.mixed_precision == precision
+        kind = {"z": "DEEPSPEED", "f": "FSDP", "d": "MULTI_GPU", "m": "MULTI_GPU", "c": "MULTI_GPU", "s": "NO"}
+        assert config.distributed_type == kind[name.removeprefix("v100_")[0]]
+        arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+        arguments, _, _ = _validate_launch_command(arguments)
+        assert arguments.mixed_precision == precision
+        if "zero" in name:
+            assert arguments.zero_stage == int(name.split("zero")[1][0])
+        if "zero3" in name:  # a checkpoint is a model that can be loaded
+            assert str(arguments.zero3_save_16bit_model).lower() == "true"
+        if "fsdp" in name:
+            assert int(arguments.fsdp_version) == 2
+            assert arguments.fsdp_state_dict_type == "FULL_STATE_DICT"
+            assert str(arguments.fsdp_cpu_ram_efficient_loading).lower() == "false"
+        if "multi_node" in name:
+            assert arguments.num_machines == 2
+            assert arguments.num_processes == 16
+
+    @pytest.mark.cli
+    @pytest.mark.distributed
+    @pytest.mark.parametrize(
+        ("subcommand", "name"),
+        [
+            ("sft", "v100_ddp_fp16"),
+            ("minillm", "ddp_bf16"),
+            pytest.param("sft", "zero2_bf16", marks=needs_deepspeed),
+            pytest.param("minillm", "v100_zero3_fp16", marks=needs_deepspeed),
+            ("minillm", "v100_single_gpu_fp16"),
+        ],
+    )
+    def test_training_subcommands_run_under_them(self, tmp_path: Path, model_dir, subcommand: str, name: str):
+        """But for the precision, which CPUs do not have."""
+        recipe = write_recipe(tmp_path, subcommand, model_dir)
+        processes = 1 if "single" in name else 2
+        launch = ["--accelerate_config", name, "--num_processes", str(processes), "--mixed_precision", "no"]
+        command = [sys.executable, "-m", "minillm_trl", subcommand, "--config", str(recipe), *launch]
+        command += ["--main_process_port", "0"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert result.stdout.count("Saved to") == 1
+
+    @pytest.mark.distributed
+    def test_two_machines_reach_what_two_processes_of_one_do(self, tmp_path: Path, model_dir):
+        """Both "machines" are this one; each is started with its own number, as the file says."""
+        port = 29500 + os.getpid() % 5000
+        runs = []
+        for rank in (0, 1):
+            folder = tmp_path / f"machine{rank}"
+            folder.mkdir()
+            recipe = write_recipe(folder, "minillm", model_dir)
+            config = accelerate_config_path("multi_node_bf16")
+            launch = ["--config_file", str(config), "--mixed_precision", "no", "--num_processes", "2"]
+            launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank", str(rank)]
+            command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "minillm_trl", "minillm"]
+            command += ["--config", str(recipe)]
+            runs.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+            )
+        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+        one = write_recipe(tmp_path, "minillm", model_dir)
+        command = [sys.executable, "-m", "minillm_trl", "minillm", "--config", str(one), "--accelerate_config", "cpu"]
+        subprocess.run(command, capture_output=True, timeout=300, env=ENVIRONMENT, check=True)
+        several, single = (last_losses(path) for path in (tmp_path / "machine0" / "out", tmp_path / "out"))
+        assert several == pytest.approx(single, rel=1e-4)
+
+
+def write_recipe(folder: Path, subcommand: str, model_dir) -> Path:
+    rows = [{"prompt": f"the mill {i}", "completion": " is a pub"} for i in range(16)]
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model_name_or_path": model_dir("llama"),
+        "dataset": str(data),
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if subcommand == "minillm":
+        settings |= {
+            "teacher_model_name_or_path": model_dir("llama", seed=1, width=48),
+            "max_completion_length": 6,
+            "steps_per_generation": 1,
+            "shared_coins": False,
+        }
+    path = folder / f"{subcommand}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def last_losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    return [each["loss"] for each in state["log_history"] if "loss" in each]

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import io
+import math
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig
@@ -16,6 +18,7 @@ from .arguments import parse, parse_plain
 from .minillm import TeacherArguments, build_parser
 
 _GIB = 2**30
+_MARGIN = 1.2  # for what a framework needs besides, and fragmentation
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +31,7 @@ def run(argv: list[str]) -> int:
     options = parse_plain(parser, argv)
     machine = probe()
     print("\n".join(describe(machine)))
-    found = problems(machine)
+    found, strategy = problems(machine), "ddp"
     if options.config is not None:
         try:
             settings = _read(options.config)
@@ -36,8 +39,9 @@ def run(argv: list[str]) -> int:
             found.append(str(error))
         else:
             found = check(machine, *settings)
-            print("\n" + "\n".join(describe_memory(machine, *settings, prompt_tokens=options.prompt_tokens)))
-    print("\n" + f"Launch with\n  {launch_line(machine, options.config)}")
+            strategy, parts = choose_strategy(machine, *settings, prompt_tokens=options.prompt_tokens)
+            print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
+    print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
     print("\n" + ("\n".join(f"PROBLEM  {each}" for each in found) or "Nothing found that stands against it."))
     return 1 if found else 0
 
@@ -74,51 +78,85 @@ def check(machine: Machine, model: ModelConfig, teacher: TeacherArguments, args:
         load_in_8bit=model.load_in_8bit,
         use_cpu=args.use_cpu,
         compile_rollouts=args.compile_rollouts,
+    ) + problems(
+        machine,
+        attn_implementation=(args.teacher_model_init_kwargs or {}).get("attn_implementation"),
+        load_in_8bit=_quantization(args.teacher_model_init_kwargs or {}).get("load_in_8bit", False),
+        use_cpu=args.use_cpu,
     )
 
 
-def describe_memory(
+def choose_strategy(
     machine: Machine, model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig, prompt_tokens: int
-) -> list[str]:
-    """The memory estimate in lines, beside what the smallest GPU has."""
+) -> tuple[str, dict[str, float]]:
+    """How to spread the student over the GPUs, with the least communication that fits; and the estimate for it."""
     names = model.model_name_or_path, teacher.teacher_model_name_or_path
+    if args.teacher_shares_base:  # it names an adapter
+        names = names[:1] * 2
     configs = [AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code) for name in names]
     buffered = args.per_device_train_batch_size * args.steps_per_generation
     teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}
-    parts = estimate_memory(
-        *configs,
-        Workload(
-            rows=args.per_device_train_batch_size,
-            sampled_rows=args.sampling_batch_size or buffered,
-            buffered_rows=buffered,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=args.max_completion_length,
-            gradient_checkpointing=args.gradient_checkpointing,
-            lora_rank=model.lora_r if model.use_peft else None,
-            student_4bit=model.load_in_4bit,
-            teacher_4bit="quantization_config" in teacher_kwargs,
-            keeps_states=args.teacher_hidden_states == "device",
-            keeps_teacher=not args.offload_teacher,
-        ),
+    load = Workload(
+        rows=args.per_device_train_batch_size,
+        sampled_rows=args.sampling_batch_size or buffered,
+        buffered_rows=buffered,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=args.max_completion_length,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=model.lora_r if model.use_peft else None,
+        student_4bit=model.load_in_4bit,
+        teacher_4bit=_quantization(teacher_kwargs).get("load_in_4bit", False),
+        keeps_states=args.teacher_hidden_states == "device",
+        keeps_teacher=not args.offload_teacher,
+        processes=max(len(machine.gpus), 1),
+        shard_teacher=args.shard_teacher,
+        teacher_shares_base=args.teacher_shares_base,
     )
-    lines = ["Memory of each process in mixed precision, an estimate not compared with a GPU yet; leave a fifth:"]
+    strategies = ["ddp"]
+    if len(machine.gpus) > 1:
+        able = {"zero2": bool(machine.versions.get("deepspeed")), "fsdp": not (load.student_4bit)}
+        strategies += [name for name, is_able in able.items() if is_able and not args.teacher_shares_base]
+    estimates = {name: estimate_memory(*configs, replace(load, strategy=name)) for name in strategies}
+    smallest = min((gpu.memory for gpu in machine.gpus), default=math.inf)
+    fitting = [name for name, parts in estimates.items() if _MARGIN * _peak(parts) < smallest]
+    chosen = fitting[0] if fitting else min(strategies, key=lambda name: _peak(estimates[name]))
+    return chosen, estimates[chosen]
+
+
+def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) -> list[str]:
+    """The memory estimate in lines, beside what the smallest GPU has."""
+    lines = [f"Memory of each process in mixed precision under {strategy}, an estimate not compared with a GPU yet:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
     if machine.gpus:
         smallest = min(gpu.memory for gpu in machine.gpus)
-        most = max(parts["while sampling"], parts["while updating"])
-        verdict = "fits" if 1.2 * most < smallest else "may not fit" if most < smallest else "does not fit"
+        fits = "fits" if _MARGIN * _peak(parts) < smallest else "may not fit"
+        verdict = fits if _peak(parts) < smallest else "does not fit"
         lines.append(f"  {smallest / _GIB:7.2f} GiB  is there: {verdict}")
+        if verdict != "fits":
+            lines.append(
+                "  To save memory: shard_teacher, offload_teacher or a 4-bit teacher; teacher_hidden_states: cpu; a "
+                "smaller per_device_train_batch_size or sampling_batch_size; an adapter (use_peft)."
+            )
     return lines
 
 
-def launch_line(machine: Machine, config: str | None) -> str:
+def launch_line(machine: Machine, config: str | None, strategy: str = "ddp") -> str:
     """The command that starts a run with all GPUs of a machine."""
-    number = len(machine.gpus)
-    name = {0: "cpu", 1: "single_gpu"}.get(number)
-    if name is None:
-        name = "ddp_bf16" if best_precision(machine) == "bf16" else "v100_ddp_fp16"
+    number, precision = len(machine.gpus), best_precision(machine)
+    name = {0: "cpu", 1: "single_gpu"}.get(number, strategy)
+    if number > 1 or precision == "fp16":
+        name = f"{'v100_' if precision == 'fp16' else ''}{name}_{precision}"
     processes = f" --num_processes {number}" if number > 1 else ""
     return f"minillm-trl minillm --config {config or 'FILE.yaml'} --accelerate_config {name}{processes}"
+
+
+def _peak(parts: dict[str, float]) -> float:
+    return max(parts["while sampling"], parts["while updating"])
+
+
+def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
+    found = kwargs.get("quantization_config") or {}
+    return found if isinstance(found, dict) else found.to_dict()
 
 
 def _read(path: str) -> tuple[ModelConfig, TeacherArguments, MiniLLMConfig]:

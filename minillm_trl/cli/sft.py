@@ -1,16 +1,28 @@
 """`minillm-trl sft`: supervised fine-tuning on TRL's `SFTTrainer`."""
 
+from dataclasses import dataclass
+
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..mixed_precision import choose_precision
 from .arguments import DataArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
 from .models import checkpoint_to_resume, load_tokenizer
 
 
+@dataclass
+class FineTuningConfig(SFTConfig):
+    """Configuration of `SFTTrainer`; the precision, where none is set, is chosen as for `minillm`."""
+
+    def __post_init__(self) -> None:
+        choose_precision(self)
+        super().__post_init__()
+
+
 def build_parser() -> Parser:
     """The subcommand's parser."""
-    return make_parser("sft", (DataArguments, ModelConfig, SFTConfig), __doc__)
+    return make_parser("sft", (DataArguments, ModelConfig, FineTuningConfig), __doc__)
 
 
 def run(argv: list[str]) -> int:
