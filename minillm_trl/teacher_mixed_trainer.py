@@ -74,11 +74,11 @@ class TeacherMixedTrainer(GRPOTrainer):
             self._rollout_copy = RolloutCopy(self._student, half, self._student_is_sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
-        self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
+        self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
         add_scoring(self._student, self.vocab_size, self._teacher_head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)

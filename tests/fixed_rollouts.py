@@ -47,17 +47,18 @@ def train(
     accumulation: int,
     lora: bool = False,
     student: str = "",
+    teacher: str = "",
     corpus: bool = True,
     fsdp_on_cpu: bool = False,
     **options,
 ) -> MiniLLMTrainer:
     """Train a few steps on a buffer of three optimizer steps, and save to `output`.
 
-    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones. `student` may be a folder.
+    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones. `student` and `teacher` may be folders.
     """
     tokenizer = build_tokenizer()
     # before the configuration: transformers spreads what is built later under ZeRO-3
-    model, teacher = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), 1, width=48)
+    models = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), 1, width=48)
     args = MiniLLMConfig(
         output,
         use_cpu=True,
@@ -85,8 +86,8 @@ def train(
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     reward_funcs = late if options.get("scale_rewards") else None
     trainer = MiniLLMTrainer(
-        student or model,
-        teacher,
+        student or models[0],
+        teacher or models[1],
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),

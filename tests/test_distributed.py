@@ -43,11 +43,16 @@ needs_deepspeed = pytest.mark.skipif(
     reason="needs DeepSpeed, and a C++ compiler for its communication on CPUs",
 )
 STRATEGIES = [
-    pytest.param("cpu", EVERYTHING | {"shard_teacher": True}, id="DDP, sharded teacher"),
+    pytest.param("cpu", EVERYTHING | {"shard_teacher": True, "teacher": "folder"}, id="DDP, sharded teacher"),
     pytest.param("cpu", LORA, id="DDP, LoRA"),
     pytest.param("v100_zero2_fp16", EVERYTHING, id="ZeRO-2", marks=needs_deepspeed),
     pytest.param("zero2_bf16", LORA | {"shard_teacher": True}, id="ZeRO-2, LoRA, sharded", marks=needs_deepspeed),
-    pytest.param("v100_zero3_fp16", EVERYTHING | {"shard_teacher": True}, id="ZeRO-3, sharded", marks=needs_deepspeed),
+    pytest.param(
+        "v100_zero3_fp16",
+        EVERYTHING | {"shard_teacher": True, "teacher": "folder"},
+        id="ZeRO-3, sharded teacher",
+        marks=needs_deepspeed,
+    ),
     pytest.param(
         "zero3_bf16",
         {"gradient_checkpointing": False, "beta": 0.3, "num_iterations": 2, "student": "folder"},
@@ -111,8 +116,8 @@ def test_processes_do_not_matter(tmp_path: Path, options: dict):
 @pytest.mark.parametrize(("config", "options"), STRATEGIES)
 def test_strategies_reach_the_weights_of_one_process(tmp_path: Path, model_dir, config: str, options: dict):
     """Launched by the recipes' own configurations, but for their precision, which CPUs do not have."""
-    if "student" in options:
-        options = {**options, "student": model_dir("gpt2")}
+    folders = {"student": model_dir("gpt2"), "teacher": model_dir("gpt2", seed=1, width=48)}
+    options = options | {name: folders[name] for name in folders if options.get(name) == "folder"}
     checkpoint = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     reference = run(tmp_path, 8, 1, **{**options, **checkpoint, "shard_teacher": False})
     folder = tmp_path / "distributed"

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from datasets import Dataset
 from tokenizers import normalizers
+from transformers import BitsAndBytesConfig
 
-from minillm_trl.teacher import check_same_tokenizer, load_teacher, max_context, shared_vocab_size
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.teacher import (
+    check_same_tokenizer,
+    load_teacher,
+    max_context,
+    place_teacher,
+    shard_blocks,
+    shared_vocab_size,
+)
 
 
 class TestCheckSameTokenizer:
@@ -46,6 +56,79 @@ class TestLoadTeacher:
     def test_init_kwargs_for_a_loaded_teacher_are_refused(self):
         with pytest.raises(ValueError, match=r"teacher_model_init_kwargs=.* has no effect"):
             load_teacher(build_model("gpt2"), {"dtype": "float16"}, torch.float32)
+
+
+class TestPlaces:
+    """Wherever the teacher's weights are, training is that with a teacher that is whole and at hand."""
+
+    def train(self, tmp_path, model_dir, teacher, **options) -> MiniLLMTrainer:
+        args = MiniLLMConfig(
+            str(tmp_path / "out"),
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=8,
+            steps_per_generation=1,
+            max_steps=2,
+            max_completion_length=8,
+            teacher_mixed_alpha=0.4,
+            logging_steps=1,
+            **options,
+        )
+        prompts = Dataset.from_dict({"prompt": [f"the punter {i}" for i in range(16)]})
+        trainer = MiniLLMTrainer(model_dir("llama"), teacher, args=args, train_dataset=prompts)
+        trainer.train()
+        return trainer
+
+    def test_teacher_spread_by_its_device_map_trains_as_a_whole_one(self, tmp_path, model_dir):
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        device_map = places | {"model.layers.0": "disk", "model.layers.1": "cpu"}
+        kwargs = {"device_map": device_map, "offload_folder": str(tmp_path / "offloaded")}
+        teacher = model_dir("llama", seed=1, width=48)
+        spread = self.train(tmp_path, model_dir, teacher, teacher_model_init_kwargs=kwargs)
+        assert any(each.is_meta for each in spread.teacher_model.parameters())
+        whole = self.train(tmp_path, model_dir, teacher)
+        for one, other in zip(spread.model.parameters(), whole.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_offloaded_head_is_refused(self, tmp_path, model_dir):
+        device_map = {"model": "cpu", "lm_head": "disk"}
+        kwargs = {"device_map": device_map, "offload_folder": str(tmp_path / "offloaded")}
+        with pytest.raises(ValueError, match=r"LM head of the teacher .* is offloaded by its device_map"):
+            self.train(tmp_path, model_dir, model_dir("llama", seed=1), teacher_model_init_kwargs=kwargs)
+
+    def test_what_cannot_be_sharded_is_refused(self, model_dir):
+        kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+        with pytest.raises(ValueError, match=r"it is quantised\. Set shard_teacher=False"):
+            shard_blocks(load_teacher(model_dir("llama"), kwargs, torch.float32), "cpu")
+        unnamed = build_model("llama")
+        unnamed._no_split_modules = None
+        with pytest.raises(ValueError, match="it does not name its blocks"):
+            shard_blocks(unnamed, "cpu")
+
+    def test_teacher_under_zero3_is_refused(self):
+        teacher = build_model("gpt2")
+        next(teacher.parameters()).ds_id = 0
+        with pytest.raises(ValueError, match="Pass its name or folder instead"):
+            place_teacher(teacher, torch.device("cpu"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"teacher_shares_base": True, "shard_teacher": True}, "shard_teacher=True and teacher_shares_base=True"),
+            ({"teacher_shares_base": True, "offload_teacher": True}, "offload_teacher=True and teacher_shares_base"),
+            ({"offload_teacher": True, "shard_teacher": True}, "Drop offload_teacher"),
+            (
+                {"teacher_shares_base": True, "teacher_model_init_kwargs": {"dtype": "float16"}},
+                "has no effect with teacher_shares_base=True",
+            ),
+        ],
+    )
+    def test_places_that_exclude_each_other_are_refused(self, tmp_path, options: dict, message: str):
+        with pytest.raises(ValueError, match=message):
+            MiniLLMConfig(str(tmp_path), use_cpu=True, **options)
 
 
 def test_shared_vocabulary_is_the_smaller_one():
