@@ -91,6 +91,7 @@ def train(
         reward_funcs=reward_funcs,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:8]}) if "eval_strategy" in options else None,
         processing_class=tokenizer,
         rollout_func=None if args.teacher_mixed_alpha else rollout,
         lm_dataset=CORPUS if corpus else None,

@@ -36,6 +36,9 @@ EVERYTHING = {
     "lm_kd_ratio": 0.5,
     "gradient_checkpointing": True,
     "whiten_advantages": "tokens",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_on_start": True,
 }
 LORA = {**EVERYTHING, "lora": True}
 needs_deepspeed = pytest.mark.skipif(
@@ -87,6 +90,7 @@ def assert_same(result: dict, reference: dict) -> None:
     # float32 sums in another order; steps differ by far more (see the test below)
     assert (result["moved"] - reference["moved"]).norm() < 1e-4 * reference["moved"].norm()
     names = ("loss", "grad_norm", "objective/reverse_kl", "completions/mean_length", "rollout/eos_rate")
+    names += ("eval_loss", "eval_objective/reverse_kl", "eval_completions/mean_length")
     pairs = [
         (actual[name], expected[name])
         for actual, expected in zip(result["history"], reference["history"], strict=True)
