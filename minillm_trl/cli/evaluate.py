@@ -25,8 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
         "length, end-of-sequence rate, repetition, distinct outputs and, with a teacher, reverse KL; means over "
         "prompts with 95 %% bootstrap intervals.",
     )
-    parser.add_argument("--model", required=True, help="name or folder")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
+    parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
+    parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
     parser.add_argument("--teacher", help="name or folder of a teacher, for reverse KL")
     parser.add_argument("--dataset", required=True, help="prompts with references, see `minillm-trl sft --help`")
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
@@ -64,7 +64,9 @@ def run(argv: list[str]) -> int:
     if arguments.max_rows is not None:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, adapter=arguments.adapter
+    )
     teacher = None
     if arguments.teacher is not None:
         conversational = not isinstance(prompts[0]["prompt"], str)

@@ -15,8 +15,8 @@ from .models import load_model, load_tokenizer
 def make_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
     parser = argparse.ArgumentParser(prog="minillm-trl generate", description=__doc__)
-    parser.add_argument("--model", required=True, help="name or folder")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter for the model")
+    parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
+    parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="prompts as texts; \\n stands for a line break")
     source.add_argument("--dataset", help="prompts from a dataset, see `minillm-trl sft --help`")
@@ -55,7 +55,9 @@ def run(argv: list[str]) -> int:
     else:
         examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
         prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
-    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, adapter=arguments.adapter
+    )
     model = load_model(arguments.model, arguments.adapter, trust_remote_code=arguments.trust_remote_code)
     lines = []
     for sample in range(arguments.num_samples):

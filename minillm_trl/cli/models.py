@@ -3,27 +3,25 @@
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from .adapters import Adapter, find_adapter, is_adapter
 
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, adapter: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer for left-padded generation; the padding token falls back to the end-of-sequence token.
+
+    Where there is an adapter, the tokenizer that was saved with it comes before that of its base.
 
     Raises:
         ValueError: if there is no tokenizer at `name`, or it has neither token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            padding_side="left",
-            truncation_side="left",
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r}: {error}") from error
+    if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
+        name, revision = found.tokenizer_source()
+    tokenizer = read_tokenizer(name, revision, trust_remote_code, padding_side="left", truncation_side="left")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name!r} has neither a padding nor an end-of-sequence token. Set one.")
@@ -31,16 +29,45 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def read_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, **options: str
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as it was saved, but for the `options`.
+
+    Raises:
+        ValueError: if there is no tokenizer at `name`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {name!r}: {error}") from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
+        raise ValueError(f"no tokenizer at {name!r}: its vocabulary is empty.")
+    return tokenizer
+
+
 def load_model(
     name: str, adapter: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model for inference, on the GPU if there is one; an adapter is merged into it."""
+    """Load a causal language model for inference, on the GPU if there is one; an adapter is merged into it.
+
+    `name` may also be that of an adapter alone, which then goes into the base that it names.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
+        model = found.load_merged(dtype, trust_remote_code)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
+
+
+def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adapter | None:
+    if adapter is not None:
+        return find_adapter(adapter, name, trust_remote_code)
+    return find_adapter(name, None, trust_remote_code) if is_adapter(name) else None
 
 
 def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | None:
