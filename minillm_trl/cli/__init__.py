@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "demo": "train a teacher and a student on real data, distil, and write a report (CPU, minutes)",
     "sft": "supervised fine-tuning of a teacher or a student",
     "minillm": "distil a teacher into a student with MiniLLM",
+    "merge": "make a plain model of an adapter and its base",
     "generate": "sample completions from a model",
     "evaluate": "measure a model on prompts with references",
     "doctor": "what this machine can run, with which precision and launch line",

@@ -1,0 +1,124 @@
+"""`minillm-trl merge`: merge an adapter into its base, and save the plain model that comes of it."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .adapters import Adapter, find_adapter
+from .arguments import parse_plain
+from .models import read_tokenizer
+
+_NOTE = (
+    "An adapter that was trained on quantised weights (QLoRA) is merged into the full-precision ones: what comes out "
+    "differs slightly from the quantised model that was trained."
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="minillm-trl merge",
+        description="Merge an adapter (LoRA, DoRA and others of PEFT that change weights) into its base, and save "
+        f"model, generation configuration and tokenizer as a plain model. {_NOTE}",
+    )
+    parser.add_argument("--adapter", required=True, help="name or folder of a PEFT adapter")
+    parser.add_argument("--model", help="name or folder of its base (default: the one that the adapter names)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the merged model")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="dtype of the merged weights (default: auto, the base's)",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in output_dir, if there is one")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, check adapter, base and folders before any model is loaded, merge, and save."""
+    arguments = parse_plain(make_parser(), argv)
+    adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
+    output = arguments.output_dir.resolve()
+    _check_output(output, adapter, arguments.overwrite)
+    if getattr(adapter.base_config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the base {adapter.base!r} is stored quantised. Name the full-precision model that it was made from: "
+            f"--model NAME_OR_FOLDER --adapter {adapter.name}."
+        )
+    tokenizer, problem = _find_tokenizer(adapter, arguments.trust_remote_code)
+    print(f"Merging {adapter.name} into {adapter.base}. {_NOTE}")
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model = adapter.load_merged(dtype, arguments.trust_remote_code, progress=True)
+    with _written_whole(output) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    print(f"Saved to {output} in {model.dtype}")
+    if problem is not None:
+        print(f"warning: saved without a tokenizer, so copy one to {output}: {problem}", file=sys.stderr)
+    return 0
+
+
+def _check_output(output: Path, adapter: Adapter, overwrite: bool) -> None:
+    for role, other in (("adapter", Path(adapter.name)), ("base", Path(adapter.base))):
+        if not other.is_dir():
+            continue
+        other = other.resolve()
+        if output == other or output in other.parents or other in output.parents:
+            raise ValueError(
+                f"--output_dir {output}: this folder and that of the {role}, {other}, are the same, or one lies in "
+                "the other. Name one apart from it."
+            )
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output}: this is a file. Name a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--output_dir {output}: this folder is not empty. Name another, or add --overwrite.")
+    if not (output / "config.json").is_file():
+        raise ValueError(
+            f"--output_dir {output}: --overwrite replaces a whole folder, and this one holds no model (there is no "
+            "config.json). Name another."
+        )
+
+
+def _find_tokenizer(adapter: Adapter, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer of the adapter or its base, or why there is none, which is not refused: weights do without one."""
+    name, revision = adapter.tokenizer_source()
+    try:
+        return read_tokenizer(name, revision, trust_remote_code), None
+    except ValueError as error:
+        if name == adapter.name:  # it has one that does not load; the base's may be another
+            raise
+        return None, str(error)
+
+
+@contextmanager
+def _written_whole(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place once the block has ended without an error."""
+    partial, previous = (output.with_name(f".{output.name}.{state}") for state in ("partial", "previous"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if output.is_dir():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(output, previous)
+        try:
+            os.replace(partial, output)
+        except OSError:
+            if previous.is_dir():
+                os.replace(previous, output)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
