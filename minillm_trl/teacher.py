@@ -225,12 +225,16 @@ def check_same_tokenizer(
         )
 
 
+def has_tokenizer(name: str) -> bool:
+    """Whether a tokenizer lies with the model or adapter `name`."""
+    flags = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{flag}": False for flag in flags}
+    return cached_file(name, "tokenizer_config.json", **quiet) is not None
+
+
 def tokenizer_source(name: str) -> str:
     """Where the tokenizer of a model is: with it, or, for an adapter that was saved without one, with its base."""
-    if find_adapter_config_file(name) is None:
-        return name
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(name, "tokenizer_config.json", **optional) is not None:
+    if find_adapter_config_file(name) is None or has_tokenizer(name):
         return name
     return PeftConfig.from_pretrained(name).base_model_name_or_path or name
 

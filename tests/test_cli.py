@@ -280,6 +280,19 @@ class TestRuns:
         assert result.returncode == 0, result.stderr[-2000:]
         assert json.loads(result.stdout)["prompt"] == "the mill"
 
+        # the adapter as teacher of a smaller one on the same base, which is in NF4
+        result = run_cli(
+            *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama")),
+            *("--teacher_model_name_or_path", tmp_path, "--teacher_shares_base", "true", "--output_dir"),
+            *(tmp_path / "second", *TRAINING, "--max_completion_length", "8", "--per_device_train_batch_size", "4"),
+            *("--use_peft", "--use_dora", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"),
+            *("--load_in_4bit", "--bnb_4bit_quant_type", "nf4"),
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+        assert config["use_dora"]
+        assert config["base_model_name_or_path"] == model_dir("llama")
+
     def test_different_tokenizers_are_refused_before_a_model_is_loaded(self, tmp_path, capsys, model_dir, data_file):
         from conftest import build_tokenizer
 

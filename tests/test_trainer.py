@@ -1,13 +1,17 @@
 """Training runs: what is logged, what stays the same however a step is cut into micro-batches, what is refused."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl.trainer.grpo_trainer
+import trl.trainer.utils
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
+from trl.kernels import chunked_divergence, chunked_logprob
 
 import minillm_trl.checks
 import minillm_trl.teacher_mixed_trainer
@@ -116,6 +120,32 @@ class TestTraining:
             minillm_trl.teacher_mixed_trainer._EVAL_TOKENS,
         )
         assert set(calls) == {(train_tokens, 0.2), (eval_tokens, 0.0)}
+
+    def test_kernels_of_trl_are_never_called(self, tmp_path, model_dir, monkeypatch: pytest.MonkeyPatch):
+        """They run Triton on every CUDA device, V100s included."""
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("a kernel of TRL was called")
+
+        kernels = [chunked_divergence, chunked_logprob]  # the third can only be imported where Triton is
+        own = {id(each) for module in kernels for each in vars(module).values() if inspect.isfunction(each)}
+        users = [trl.trainer.utils, trl.trainer.grpo_trainer]
+        patched = [
+            monkeypatch.setattr(module, name, refuse)
+            for module in (*kernels, *users)
+            for name, each in list(vars(module).items())
+            if id(each) in own
+        ]
+        assert len(patched) > len(kernels)
+        trainer = make_trainer(
+            tmp_path,
+            student=model_dir("gpt2"),
+            beta=0.1,
+            eval_dataset=DATASET.select(range(8)),
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        trainer.train()
 
     def test_evaluation_does_not_change_training(self, tmp_path):
         plain = make_trainer(tmp_path)

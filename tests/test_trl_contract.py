@@ -5,6 +5,10 @@ from importlib.metadata import version
 
 import pytest
 import torch
+import transformers
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
@@ -164,3 +168,44 @@ def test_sft_trainer_takes_what_the_command_line_passes():
     assert {"model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"} <= set(
         parameters(SFTTrainer.__init__)
     )
+
+
+class TestWhatShardingReliesOn:
+    """In transformers and accelerate; tests/test_distributed.py runs it."""
+
+    def test_generation_leaves_sharded_weights_alone_when_told_so(self):
+        assert "gather_deepspeed3_params" in parameters(unwrap_model_for_generation)
+
+    def test_students_of_fsdp_and_zero_are_told_by_the_trainer(self):
+        source = inspect.getsource(transformers.Trainer)
+        assert "self.is_fsdp_enabled =" in source
+        assert "self.is_deepspeed_enabled =" in source
+
+    def test_transformers_spreads_what_it_loads_by_a_configuration_that_can_be_put_aside(self):
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+        plugin = DeepSpeedPluginStandIn()
+        deepspeed.set_hf_deepspeed_config(plugin)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        deepspeed.unset_hf_deepspeed_config()
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert "self.dschf = HfDeepSpeedConfig(" in inspect.getsource(DeepSpeedPlugin.set_deepspeed_weakref)
+
+    def test_accelerate_has_a_policy_for_fsdp_of_its_own_which_ours_replaces(self):
+        source = inspect.getsource(FullyShardedDataParallelPlugin.set_mixed_precision)
+        assert 'dtype_args["output_dtype"] = dtype' in source
+        assert "fsdp2_plugin.mixed_precision_policy or MixedPrecisionPolicy()" in inspect.getsource(
+            fsdp2_prepare_model
+        )
+
+    def test_names_lose_what_activation_checkpointing_adds(self):
+        names = fsdp2_canonicalize_names({"model.layers.0._checkpoint_wrapped_module.weight": 0})
+        assert list(names) == ["model.layers.0.weight"]
+
+    def test_adapters_of_quantised_students_are_cast_by_grpo(self):
+        source = inspect.getsource(GRPOTrainer.__init__)
+        assert "param.data = param.data.to(torch.bfloat16)" in source
+
+
+class DeepSpeedPluginStandIn:
+    def is_zero3(self) -> bool:
+        return True

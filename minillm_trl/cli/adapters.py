@@ -8,7 +8,9 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
+
+from ..teacher import has_tokenizer
 
 
 def is_adapter(name: str) -> bool:
@@ -41,11 +43,7 @@ class Adapter:
 
     def tokenizer_source(self) -> tuple[str, str | None]:
         """Name and revision of what has the tokenizer: the adapter, if one was saved with it, or else the base."""
-        flags = ("gated_repo", "missing_entries", "connection_errors")
-        quiet = {f"_raise_exceptions_for_{flag}": False for flag in flags}
-        if cached_file(self.name, "tokenizer_config.json", **quiet) is not None:
-            return self.name, None
-        return self.base, self.revision
+        return (self.name, None) if has_tokenizer(self.name) else (self.base, self.revision)
 
     def load_merged(
         self, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, progress: bool = False

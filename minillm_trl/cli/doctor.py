@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoConfig
 from trl import ModelConfig
 
 from ..config import MiniLLMConfig
@@ -16,6 +15,7 @@ from ..memory_estimate import Workload, estimate_memory
 from ..trl_version import TESTED
 from .arguments import parse, parse_plain
 from .minillm import TeacherArguments, build_parser
+from .models import load_config
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
@@ -91,9 +91,7 @@ def choose_strategy(
 ) -> tuple[str, dict[str, float]]:
     """How to spread the student over the GPUs, with the least communication that fits; and the estimate for it."""
     names = model.model_name_or_path, teacher.teacher_model_name_or_path
-    if args.teacher_shares_base:  # it names an adapter
-        names = names[:1] * 2
-    configs = [AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code) for name in names]
+    configs = [load_config(name, args.trust_remote_code) for name in names]
     buffered = args.per_device_train_batch_size * args.steps_per_generation
     teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}
     load = Workload(

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="minillm-trl merge",
         description="Merge an adapter (LoRA, DoRA and others of PEFT that change weights) into its base, and save "
         f"model, generation configuration and tokenizer as a plain model. {_NOTE}",
+        allow_abbrev=False,  # --overwrite is not for guessing
     )
     parser.add_argument("--adapter", required=True, help="name or folder of a PEFT adapter")
     parser.add_argument("--model", help="name or folder of its base (default: the one that the adapter names)")

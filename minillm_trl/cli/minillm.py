@@ -3,17 +3,16 @@
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import MiniLLMConfig
 from ..data import check_prompt_lengths, load_corpus, unique_prompts
-from ..teacher import check_same_tokenizer, tokenizer_source
+from ..teacher import check_same_tokenizer
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
-from .models import checkpoint_to_resume, load_tokenizer
+from .models import checkpoint_to_resume, load_config, load_tokenizer
 
 
 @dataclass
@@ -74,7 +73,7 @@ def run(argv: list[str]) -> int:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     teacher_tokenizer = load_tokenizer(
-        tokenizer_source(teacher.teacher_model_name_or_path),
+        teacher.teacher_model_name_or_path,
         (args.teacher_model_init_kwargs or {}).get("revision"),
         args.trust_remote_code,
     )
@@ -106,9 +105,7 @@ def run(argv: list[str]) -> int:
 
 
 def _check_lengths(data, args, names, tokenizer, train: Dataset, evaluation: Dataset | None) -> None:
-    configs = [
-        AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code).get_text_config() for name in names
-    ]
+    configs = [load_config(name, args.trust_remote_code).get_text_config() for name in names]
     limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
     if not limits:
         return

@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import Adapter, find_adapter, is_adapter
@@ -46,6 +53,13 @@ def read_tokenizer(
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
         raise ValueError(f"no tokenizer at {name!r}: its vocabulary is empty.")
     return tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the configuration of a model; of an adapter, that of its base."""
+    if (found := _adapter_of(name, None, trust_remote_code)) is not None:
+        return found.base_config
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
