@@ -94,7 +94,7 @@ class LazyDecoder:
         self.keep_from = keep_from
         self.states: list[tuple[np.ndarray, int, torch.Tensor]] = []  # rows, index of the first position, states
         self.takes_positions = accepts_position_ids(model)
-        self.head = LMHead.of(model)
+        self.head = None if compiled is None and keep_from is None else LMHead.of(model)
 
     def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits of the token after `ids` for `rows`, `(B, L) -> (R, V)`; `mask` is False on left padding."""

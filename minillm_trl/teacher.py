@@ -71,6 +71,10 @@ def adapter_on_base(student: PeftModel, adapter: str) -> PreTrainedModel:
     Raises:
         ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another.
     """
+    if not isinstance(adapter, str):
+        raise ValueError(
+            "teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model."
+        )
     if not isinstance(student, PeftModel):
         raise ValueError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
     made_for, base = PeftConfig.from_pretrained(adapter).base_model_name_or_path, student.config._name_or_path
@@ -79,19 +83,22 @@ def adapter_on_base(student: PeftModel, adapter: str) -> PreTrainedModel:
             f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base!r}. Start "
             "the student from that base, or set teacher_shares_base=False."
         )
-    trained = [name for name, each in student.named_parameters() if each.requires_grad and ".base_layer." in name]
-    if trained:
-        raise ValueError(
-            f"teacher_shares_base=True needs a frozen base, but the student trains {trained[0]!r}. Set bias='none'."
-        )
-    # the copy drops the student's adapters, but PEFT freezes them first
-    adapters = [each for each in student.parameters() if each.requires_grad]
-    teacher = copy_modules(student, {id(each): torch.nn.Parameter(torch.empty_like(each)) for each in adapters})
+    # PEFT freezes the student's adapters on their way out of the copy, so it has empty ones instead
+    trained = [each for each in student.parameters() if each.requires_grad]
+    empty = {id(each): torch.nn.Parameter(torch.empty_like(each)) for each in trained}
+    teacher = copy_modules(student, empty)
     own = list(teacher.peft_config)
     teacher.load_adapter(adapter, "teacher", is_trainable=False)
     teacher.set_adapter("teacher", inference_mode=True)
     for name in own:
         teacher.delete_adapter(name)
+    replaced = {id(each) for each in empty.values()}
+    left = [name for name, each in teacher.named_parameters() if id(each) in replaced]
+    if left:
+        raise ValueError(
+            f"teacher_shares_base=True needs a frozen base, but the student trains {left[0]!r}. Set bias='none' in "
+            "peft_config, or teacher_shares_base=False."
+        )
     return teacher.get_base_model().eval()
 
 
@@ -145,6 +152,8 @@ def shard_blocks(teacher: PreTrainedModel, device_type: str) -> PreTrainedModel:
     Raises:
         ValueError: for a quantised teacher, one with a `device_map`, or one that does not name its blocks.
     """
+    if is_sharded(teacher):
+        return teacher
     names = set(teacher._no_split_modules or ())
     blocks = [module for module in teacher.modules() if type(module).__name__ in names]
     quantised = any(not each.is_floating_point() for each in teacher.parameters())

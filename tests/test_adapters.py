@@ -1,5 +1,7 @@
 """Students that are adapters: the head's own adapters, a teacher on the same base, and what stays in float32."""
 
+import re
+
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
@@ -166,10 +168,17 @@ class TestSharedBase:
         with pytest.raises(ValueError, match=r"was made for .* but the student's base is"):
             adapter_on_base(other, teacher_adapter)
         base = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
-        trains_base = adapt(base, target_modules=LAYERS)
-        next(each for name, each in trains_base.named_parameters() if "base_layer" in name).requires_grad_(True)
-        with pytest.raises(ValueError, match=r"needs a frozen base, but the student trains .*base_layer"):
-            adapter_on_base(trains_base, teacher_adapter)
+        with pytest.raises(ValueError, match="needs the name or folder of the teacher's adapter"):
+            adapter_on_base(adapt(base, target_modules=LAYERS), other)
+
+    @pytest.mark.parametrize(
+        "trained", ["layers.0.mlp.down_proj.base_layer.weight", "layers.0.input_layernorm.weight"]
+    )
+    def test_base_that_is_trained_is_refused(self, model_dir, teacher_adapter: str, trained: str):
+        student = adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=LAYERS)
+        student.get_parameter(f"base_model.model.model.{trained}").requires_grad_(True)
+        with pytest.raises(ValueError, match=f"needs a frozen base, but the student trains .*{re.escape(trained)}"):
+            adapter_on_base(student, teacher_adapter)
 
 
 def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_dir):

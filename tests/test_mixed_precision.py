@@ -161,7 +161,7 @@ class TestFSDPPolicy:
             residuals, gathered = [], []
             block = model.model.layers[0]
             if sharded:
-                for each in (*model.model.layers, model):
+                for each in (*model.model.layers, model.lm_head, model):  # the head is gathered by its own call
                     fully_shard(each, mesh=mesh, mp_policy=fsdp_policy(dtype))
             block.register_forward_hook(lambda module, args, output, kept=residuals: kept.append(output.dtype))
             block.mlp.register_forward_hook(
