@@ -1,4 +1,4 @@
-"""Writes the table in `benchmarks/README.md` and the picture `results/speed.png` from the results.
+"""Writes the tables in `benchmarks/README.md` and the picture `results/speed.png` from the results.
 
 python benchmarks/report.py
 """
@@ -15,6 +15,7 @@ from measurement import RESULTS
 README = Path(__file__).with_name("README.md")
 PICTURE = RESULTS / "speed.png"
 MARKS = "<!-- table: made by report.py -->\n", "<!-- end of table -->\n"
+PRECISION_MARKS = "<!-- precisions: made by report.py -->\n", "<!-- end of precisions -->\n"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,19 @@ def table(figures: list[Measured]) -> str:
     return head + "".join(each.row + "\n" for each in figures)
 
 
+def precision_table() -> str:
+    """What each precision came to over the updates of `mixed_precision.py`."""
+    names = {"full": "whole student", "qlora_nf4": "QLoRA student, NF4 teacher"}
+    head = "| way | precision | updates | skipped | every number finite | reverse KL, first 20 → last 20 |\n"
+    rows = [
+        f"| {names[each['way']]} | {each['precision']} | {each['steps']} | {each['skipped_steps']:.0f} | "
+        f"{'yes' if each['all_finite'] else '**no**'} | "
+        f"{each['reverse_kl_first_20']:.2f} → {each['reverse_kl_last_20']:.2f} |\n"
+        for each in read("mixed_precision")
+    ]
+    return head + "|---|---|---:|---:|---|---|\n" + "".join(rows)
+
+
 def draw(figures: list[Measured]) -> None:
     """Speed-ups as bars with the spread over rounds, and a mark where each was to be."""
     bars = [each for each in figures if each.at_least][::-1]
@@ -151,9 +165,9 @@ def draw(figures: list[Measured]) -> None:
 
 def main() -> None:
     figures = measured()
-    start, end = MARKS
-    before, rest = README.read_text().split(start)
-    README.write_text(before + start + table(figures) + end + rest.split(end)[1])
+    for (start, end), made in ((MARKS, table(figures)), (PRECISION_MARKS, precision_table())):
+        before, rest = README.read_text().split(start)
+        README.write_text(before + start + made + end + rest.split(end)[1])
     draw(figures)
 
 

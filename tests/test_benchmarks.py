@@ -13,10 +13,11 @@ sys.path.insert(0, str(BENCHMARKS))
 import report  # noqa: E402 - lies in benchmarks/, which is no package
 
 
-def test_table_is_that_of_the_results():
+def test_tables_are_those_of_the_results():
     text = (BENCHMARKS / "README.md").read_text()
-    start, end = report.MARKS
-    assert text.split(start)[1].split(end)[0] == report.table(report.measured())
+    made = {report.MARKS: report.table(report.measured()), report.PRECISION_MARKS: report.precision_table()}
+    for (start, end), expected in made.items():
+        assert text.split(start)[1].split(end)[0] == expected
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
