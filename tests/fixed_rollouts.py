@@ -7,7 +7,7 @@ from accelerate import DistributedType, PartialState
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 
@@ -46,6 +46,7 @@ def train(
     batch_size: int,
     accumulation: int,
     lora: bool = False,
+    nf4: bool = False,
     student: str = "",
     teacher: str = "",
     corpus: bool = True,
@@ -95,6 +96,7 @@ def train(
         processing_class=tokenizer,
         rollout_func=None if args.teacher_mixed_alpha else rollout,
         lm_dataset=CORPUS if corpus else None,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None,
         peft_config=LoraConfig(r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False) if lora else None,
     )
     trainer.train()

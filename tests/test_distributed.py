@@ -48,7 +48,11 @@ needs_deepspeed = pytest.mark.skipif(
 STRATEGIES = [
     pytest.param("cpu", EVERYTHING | {"shard_teacher": True, "teacher": "folder"}, id="DDP, sharded teacher"),
     pytest.param("cpu", LORA, id="DDP, LoRA"),
+    pytest.param("cpu", LORA | {"student": "folder", "nf4": True}, id="DDP, QLoRA"),
     pytest.param("v100_zero2_fp16", EVERYTHING, id="ZeRO-2", marks=needs_deepspeed),
+    pytest.param(
+        "v100_zero2_fp16", LORA | {"student": "folder", "nf4": True}, id="ZeRO-2, QLoRA", marks=needs_deepspeed
+    ),
     pytest.param("zero2_bf16", LORA | {"shard_teacher": True}, id="ZeRO-2, LoRA, sharded", marks=needs_deepspeed),
     pytest.param(
         "v100_zero3_fp16",
