@@ -25,19 +25,10 @@ from .language_modeling import LanguageModelingBatches, language_modeling_reques
 from .loss import LOSS_INPUTS, loss_terms
 from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
-from .objectives import (
-    importance_weights,
-    mixture_logps,
-    reward_to_go,
-    token_rewards,
-    whiten,
-)
+from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
 from .rollouts import Batch, by_length, deal_rows, sequences, trim, window_token_counts
 from .teacher_mixed_trainer import TeacherMixedTrainer
-from .training_metrics import (
-    corpus_totals,
-    loss_totals,
-)
+from .training_metrics import corpus_totals, loss_totals
 
 # Second element of the key of the buffer's order, after the seed; see teacher_mixed_trainer for the others
 _ORDER = 3
