@@ -71,12 +71,6 @@ class LMHead:
         return self.transform(self.project(hidden_states, vocab_size))
 
 
-def num_rows(model: PreTrainedModel) -> int:
-    """Rows of the vocabulary in the head of `model`, also where ZeRO-3 has spread them over processes."""
-    weight = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
-
-
 def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of an output projection with its adapters: W + s B A of LoRA.
 

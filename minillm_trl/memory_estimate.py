@@ -7,9 +7,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .fused_head import CHUNK_ELEMENTS
 
-# From the least communication to the least memory
-STRATEGIES = ("ddp", "zero2", "fsdp", "zero3")
-
 # Bytes a weight: half precision, and NF4 with its scales
 _HALF, _NF4 = 2.0, 0.56
 
@@ -27,7 +24,7 @@ class Workload:
         lora_rank: of a LoRA student on all linear layers; None for a student that is trained as a whole.
         student_4bit, teacher_4bit: whether the frozen weights are NF4.
         keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
-        strategy, processes: what the student is trained under, one of `STRATEGIES`, and by how many.
+        strategy, processes: what the student is trained under ("ddp", "zero2", "zero3" or "fsdp"), and by how many.
         shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
     """
 

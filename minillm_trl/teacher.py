@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .lm_head import completion_hidden_states, num_rows
+from .lm_head import completion_hidden_states
 from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
 
@@ -179,7 +179,10 @@ def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokeni
     Raises:
         ValueError: if the tokenizer has more tokens than one of the models has rows.
     """
-    rows = {"student": num_rows(student), "teacher": num_rows(teacher)}
+    rows = {
+        "student": student.get_output_embeddings().weight.shape[0],
+        "teacher": teacher.get_output_embeddings().weight.shape[0],
+    }
     for name, size in rows.items():
         if size < len(tokenizer):
             raise ValueError(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
-from datasets import Dataset
+from test_adapters import train
 from tokenizers import normalizers
 from transformers import BitsAndBytesConfig
 
-from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl import MiniLLMConfig
 from minillm_trl.teacher import (
     check_same_tokenizer,
     load_teacher,
@@ -61,35 +61,14 @@ class TestLoadTeacher:
 class TestPlaces:
     """Wherever the teacher's weights are, training is that with a teacher that is whole and at hand."""
 
-    def train(self, tmp_path, model_dir, teacher, **options) -> MiniLLMTrainer:
-        args = MiniLLMConfig(
-            str(tmp_path / "out"),
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=8,
-            steps_per_generation=1,
-            max_steps=2,
-            max_completion_length=8,
-            teacher_mixed_alpha=0.4,
-            logging_steps=1,
-            **options,
-        )
-        prompts = Dataset.from_dict({"prompt": [f"the punter {i}" for i in range(16)]})
-        trainer = MiniLLMTrainer(model_dir("llama"), teacher, args=args, train_dataset=prompts)
-        trainer.train()
-        return trainer
-
     def test_teacher_spread_by_its_device_map_trains_as_a_whole_one(self, tmp_path, model_dir):
         places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         device_map = places | {"model.layers.0": "disk", "model.layers.1": "cpu"}
         kwargs = {"device_map": device_map, "offload_folder": str(tmp_path / "offloaded")}
         teacher = model_dir("llama", seed=1, width=48)
-        spread = self.train(tmp_path, model_dir, teacher, teacher_model_init_kwargs=kwargs)
+        spread = train(tmp_path, model_dir("llama"), teacher, teacher_model_init_kwargs=kwargs)
         assert any(each.is_meta for each in spread.teacher_model.parameters())
-        whole = self.train(tmp_path, model_dir, teacher)
+        whole = train(tmp_path, model_dir("llama"), teacher)
         for one, other in zip(spread.model.parameters(), whole.model.parameters(), strict=True):
             torch.testing.assert_close(one, other)
 
@@ -97,7 +76,7 @@ class TestPlaces:
         device_map = {"model": "cpu", "lm_head": "disk"}
         kwargs = {"device_map": device_map, "offload_folder": str(tmp_path / "offloaded")}
         with pytest.raises(ValueError, match=r"LM head of the teacher .* is offloaded by its device_map"):
-            self.train(tmp_path, model_dir, model_dir("llama", seed=1), teacher_model_init_kwargs=kwargs)
+            train(tmp_path, model_dir("llama"), model_dir("llama", seed=1), teacher_model_init_kwargs=kwargs)
 
     def test_what_cannot_be_sharded_is_refused(self, model_dir):
         kwargs = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}

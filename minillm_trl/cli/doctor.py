@@ -112,7 +112,7 @@ def choose_strategy(
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:
-        able = {"zero2": bool(machine.versions.get("deepspeed")), "fsdp": not (load.student_4bit)}
+        able = {"zero2": bool(machine.versions.get("deepspeed")), "fsdp": not load.student_4bit}
         strategies += [name for name, is_able in able.items() if is_able and not args.teacher_shares_base]
     estimates = {name: estimate_memory(*configs, replace(load, strategy=name)) for name in strategies}
     smallest = min((gpu.memory for gpu in machine.gpus), default=math.inf)
