@@ -25,8 +25,9 @@ $(INSTALLED): pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
 	touch $@
 
+# The demo runs on a CPU, which DeepSpeed, once installed, otherwise warns of
 demo: $(INSTALLED)
-	$(BIN)/minillm-trl demo $(DEMO_ARGS)
+	DS_ACCELERATOR=cpu $(BIN)/minillm-trl demo $(DEMO_ARGS)
 
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
