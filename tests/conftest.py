@@ -1,6 +1,8 @@
 """Tiny models and a tiny tokenizer, built in process: nothing is downloaded."""
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -13,6 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 # Of subprocesses: offline, one thread each, since tests run side by side
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run_module(*words: object, **options: object) -> subprocess.CompletedProcess:
+    """`python -m WORDS`, once more if gloo aborted one of its processes."""
+
+    def run() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
+
+    result = run()
+    # a gloo process of torch 2.13 aborts at its exit once in some dozens of runs, when all its work is done
+    return run() if "terminate called without an active exception" in result.stderr else result
+
 
 WORDS = "the punter serves italian food near the river and the mill is a cheap family friendly pub in the city centre"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from conftest import run_module
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minillm_trl.cli import SUBCOMMANDS, main
@@ -31,14 +31,8 @@ TRAINING = [
 ]
 
 
-def run_cli(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
-    def run() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "minillm_trl", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
-
-    result = run()
-    # a gloo process of torch 2.13 aborts at its exit once in some dozens of runs, when all its work is done
-    return run() if "terminate called without an active exception" in result.stderr else result
+def run_cli(*arguments: object) -> subprocess.CompletedProcess:
+    return run_module("minillm_trl", *arguments)
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -179,7 +173,7 @@ class TestMistakes:
             *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
             *("--use_cpu", "true", "--bf16", "false", "--accelerate_config", "v100"),
         )
-        assert "neither a file nor one of cpu, ddp_bf16, fsdp_bf16, multi_node_bf16, single_gpu, v100_ddp" in message
+        assert "neither a file nor one of cpu, ddp_bf16, fsdp_bf16, multi_node_bf16, multi_node_fsdp_bf16" in message
 
     def test_no_checkpoint_to_resume_is_said(self, tmp_path, capsys, data_file):
         message = refused(
@@ -187,7 +181,7 @@ class TestMistakes:
             *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path / "new"),
             *("--use_cpu", "true", "--bf16", "false", "--resume_from_checkpoint", "true"),
         )
-        assert "no checkpoint in" in message
+        assert "no whole checkpoint in" in message
 
 
 class TestLaunchFlags:
@@ -341,15 +335,9 @@ class TestRuns:
             "use_cpu: true\nbf16: false\nreport_to: [none]\nmax_steps: 1\nsave_strategy: 'no'\n"
             "per_device_train_batch_size: 2\naccelerate_config: cpu\nnum_processes: 2\n"
         )
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
-                *("--config_file", str(accelerate_config_path("cpu")), "-m", "minillm_trl", "sft", "--config", config),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        result = run_module(
+            *("accelerate.commands.accelerate_cli", "launch", "--config_file", accelerate_config_path("cpu")),
+            *("-m", "minillm_trl", "sft", "--config", config),
         )
         assert result.returncode == 0, result.stderr[-3000:]
         assert result.stdout.count("Saved to") == 1
