@@ -10,11 +10,16 @@ from .. import __version__
 # Each is a module of this package with `run(argv) -> int`, imported only when it is chosen.
 SUBCOMMANDS = {
     "demo": "train a teacher and a student on real data, distil, and write a report (CPU, minutes)",
+    "prepare-data": "check, filter and split data; write it for the other subcommands",
     "sft": "supervised fine-tuning of a teacher or a student",
+    "kd": "word-level knowledge distillation, a baseline",
+    "seqkd": "fine-tuning on the teacher's completions, a baseline",
     "minillm": "distil a teacher into a student with MiniLLM",
     "merge": "make a plain model of an adapter and its base",
     "generate": "sample completions from a model",
     "evaluate": "measure a model on prompts with references",
+    "recipe": "run all stages of a recipe, from the data to the table",
+    "compare": "one table of models that were evaluated",
     "doctor": "what this machine can run, with which precision and launch line",
 }
 
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(subcommands="\n".join(f"  {name:<10} {text}" for name, text in SUBCOMMANDS.items())))
+        print(_USAGE.format(subcommands="\n".join(f"  {name:<12} {text}" for name, text in SUBCOMMANDS.items())))
         return 0
     if arguments[0] == "--version":
         print(f"minillm-trl {__version__}")
@@ -56,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minillm-trl: unknown subcommand {name!r}. {hint}", file=sys.stderr)
         return 2
     try:
-        return import_module(f".{name}", __name__).run(rest)
+        return import_module(f".{name.replace('-', '_')}", __name__).run(rest)
     except KeyboardInterrupt:
         print(f"\nminillm-trl {name}: stopped. {_how_to_continue(name)}", file=sys.stderr)
         return 130
@@ -68,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _how_to_continue(name: str) -> str:
-    if name == "demo":
+    if name in ("demo", "recipe"):
         return "The same command continues from the last finished stage or checkpoint."
-    if name in ("sft", "minillm"):
+    if name in ("sft", "kd", "seqkd", "minillm"):
         return "Add --resume_from_checkpoint true to continue from the newest checkpoint."
     return "Run the same command again."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from trl import TrlParser
 
 from .launch import is_launched, launch_options, read_flags
@@ -35,6 +36,43 @@ class DataArguments:
     references_column: str = field(default="references", metadata={"help": "Column with reference texts."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+
+
+@dataclass
+class TeacherArguments:
+    """The teacher."""
+
+    teacher_model_name_or_path: str = field(metadata={"help": "Name or folder of the teacher model."})
+
+
+@dataclass
+class EarlyStoppingArguments:
+    """When to stop before the last step."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
+    )
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "How much better counts as better."})
+
+    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+        """The callback that stops, if it is asked for.
+
+        Raises:
+            ValueError: if there is no best checkpoint to go back to, or the patience is none.
+        """
+        if self.early_stopping_patience is None:
+            if self.early_stopping_threshold:
+                raise ValueError("early_stopping_threshold has no effect without early_stopping_patience. Set it.")
+            return []
+        if self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}.")
+        if not args.load_best_model_at_end or args.metric_for_best_model is None:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} goes back to the best checkpoint: set "
+                "load_best_model_at_end=true and metric_for_best_model (eval_rouge_l or eval_loss)."
+            )
+        return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -105,12 +143,9 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
     ]
-    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
-    known = {action.dest: action for action in reversed(parser._actions)}
-    launch = {option.removeprefix("--") for option in launch_options()}
     if "--config" in argv:
-        check_yaml(_config_path(argv), known, launch, _list_fields(parser.dataclass_types))
-    _check_flags(argv, set(known), launch)
+        check_config(parser, _config_path(argv))
+    _check_flags(argv, {action.dest for action in parser._actions}, _launch_names())
     *values, from_yaml, from_cli = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
@@ -118,6 +153,22 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     instances = tuple(values[: len(parser.dataclass_types)])
     flags = read_flags(from_yaml, from_cli)
     return instances, {} if is_launched() else flags
+
+
+def check_config(parser: Parser, path: Path) -> None:
+    """Check the names and values of a YAML file for [`parse`].
+
+    Raises:
+        ValueError: with file and line.
+    """
+    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
+    known = {action.dest: action for action in reversed(parser._actions)}
+    # `env` is TrlParser's: variables of the environment
+    check_yaml(path, known, _launch_names() | {"env"}, _list_fields(parser.dataclass_types))
+
+
+def _launch_names() -> set[str]:
+    return {option.removeprefix("--") for option in launch_options()}
 
 
 def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -131,6 +182,53 @@ def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
         known = {action.dest for action in parser._actions}
         raise ValueError(f"unknown option {unknown[0]!r}.{_nearest(unknown[0].removeprefix('--'), known)}")
     return values
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a subcommand that starts no training and has an option `--config` for a YAML file.
+
+    Args:
+        parser (`argparse.ArgumentParser`): in the YAML, an option with several values takes a list, and one whose
+            values are `NAME=VALUE` a mapping as well.
+        argv (`list[str]`): arguments; they override the file's.
+
+    Raises:
+        ValueError: for an unknown option, and for a value of the file that its option does not take, with the line.
+    """
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path)
+    path, rest = config.parse_known_args(argv)[0].config, argv
+    if path is not None:
+        check_plain_yaml(parser, path)
+        rest = [*_words(parser, yaml.safe_load(path.read_text(encoding="utf-8"))), *argv]
+    return parse_plain(parser, rest)
+
+
+def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Check the names and values of a YAML file for [`parse_with_config`].
+
+    Raises:
+        ValueError: with file and line.
+    """
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    check_yaml(path, known, set(), {name for name, action in known.items() if action.nargs == "+"})
+
+
+def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]:
+    """The values of a YAML file as words of a command line."""
+    known, words = {action.dest: action for action in parser._actions}, []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        if isinstance(value, dict | list) and known[name].nargs != "+":
+            raise ValueError(f"--config: {name}: expected one value, got {value}.")
+        if isinstance(value, dict):
+            value = [f"{key}={each}" for key, each in value.items()]
+        if known[name].nargs == "+":
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            words.append(f"--{name}" if known[name].nargs == 0 else f"--{name}={value}")
+    return words
 
 
 def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], lists: set[str]) -> None:
@@ -158,7 +256,7 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], 
         if name in seen:
             raise ValueError(f"{path}:{line}: {name!r} stands in line {seen[name]} already.")
         seen[name] = line
-        if name not in known and name not in launch and name != "env":
+        if name not in known and name not in launch:
             raise ValueError(f"{path}:{line}: unknown option {name!r}.{_nearest(name, known)}")
         elif name in known:
             _check_yaml_value(known[name], value_node, name in lists, f"{path}:{line}: {name}")
@@ -167,8 +265,13 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], 
 def _check_yaml_value(action: argparse.Action, node: yaml.Node, takes_list: bool, place: str) -> None:
     if isinstance(node, yaml.SequenceNode) and not takes_list and action.type is not None:
         raise ValueError(f"{place}: expected one value, got a list.")
+    if isinstance(node, yaml.SequenceNode) and action.type in (int, float):
+        for each in node.value:
+            _check_yaml_value(action, each, False, place)
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         return
+    if action.nargs == 0 and not node.tag.endswith(":bool"):
+        raise ValueError(f"{place}: expected true or false, got {node.value!r}.")
     if action.choices is not None and node.value not in map(str, action.choices):
         # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
         raise ValueError(f"{place}: expected one of {', '.join(map(str, action.choices))}, got {node.value!r}.")

@@ -1,0 +1,37 @@
+"""How an instruction and its input become a prompt."""
+
+from typing import Any, Literal
+
+Template = Literal["alpaca", "chat"]
+
+
+def format_instruction(instruction: str, context: str = "") -> str:
+    """The Alpaca-style wrapper that the paper's code puts around every instruction (`process_data_dolly.py`).
+
+    Args:
+        instruction (`str`): the instruction.
+        context (`str`, *optional*): the input that it speaks of; without one the wrapper has no `### Input:`.
+    """
+    task = "Below is an instruction that describes a task"
+    request = "Write a response that appropriately completes the request."
+    if not context:
+        return f"{task}. {request}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    task += ", paired with an input that provides further context"
+    return f"{task}. {request}\n\n### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
+
+
+def make_prompt(instruction: str, context: str, template: Template) -> str | list[dict[str, str]]:
+    """The prompt of an instruction: the wrapper's text, or a conversation of one message for chat models."""
+    if template == "alpaca":
+        return format_instruction(instruction, context)
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
+
+
+def make_completion(text: str, template: Template) -> str | list[dict[str, str]]:
+    """The answer in the same form as [`make_prompt`]'s prompt."""
+    return text if template == "alpaca" else [{"role": "assistant", "content": text}]
+
+
+def message_text(value: Any) -> str:
+    """The text of a prompt or completion, whichever form it has."""
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
