@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 
 from .config import MiniLLMConfig
 from .hardware import probe, problems
@@ -95,8 +95,8 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
             raise ValueError(problem)
 
 
-def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
-    """Check what is known of the student once GRPOTrainer has loaded and placed it.
+def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
+    """Check what is known of a student that learns from a teacher's distributions, once TRL has loaded and placed it.
 
     Raises:
         ValueError: naming what is not supported, and what to do instead.
@@ -122,6 +122,18 @@ def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
             f"fp16=True with trained weights in half precision ({half[0]}): their updates would be lost in rounding, "
             "and the gradient scaler refuses them. Load the student in float32 (dtype='float32'), or train an adapter."
         )
+    quantised = not all(each.is_floating_point() for each in trainer.model.parameters())
+    wrapped = isinstance(trainer.model.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
+    _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
+
+
+def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
+    """Check what is known of the student of [`MiniLLMTrainer`] once GRPOTrainer has loaded and placed it.
+
+    Raises:
+        ValueError: naming what is not supported, and what to do instead.
+    """
+    check_student(trainer)
     checkpointing = trainer.args.gradient_checkpointing and (trainer.args.gradient_checkpointing_kwargs or {})
     if has_corpus and checkpointing and checkpointing.get("use_reentrant") and trainer.accelerator.num_processes > 1:
         raise ValueError(
@@ -129,11 +141,16 @@ def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
             "share one backward pass, in which it would reduce each gradient twice. Set use_reentrant=False in "
             "gradient_checkpointing_kwargs. TRL sets it to True for adapters under ZeRO-3: use ZeRO-2 or FSDP there."
         )
-    _check_strategy(trainer)
+    sampled_by_trl = trainer.use_vllm or bool(trainer.args.reshaping_fields())
+    refused = {
+        "teacher_shares_base=True": trainer.args.teacher_shares_base,
+        "rollouts that TRL samples (vLLM, or a reshaped distribution)": sampled_by_trl,
+    }
+    _check_sharding(trainer, refused)
 
 
-def _check_strategy(trainer: GRPOTrainer) -> None:
-    """Check the student against the way in which it is to be sharded over processes."""
+def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool]) -> None:
+    """Check the student against the way in which it is to be sharded over processes, if it is."""
     state = trainer.accelerator.state
     is_zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
     if trainer.is_fsdp_enabled:
@@ -146,20 +163,9 @@ def _check_strategy(trainer: GRPOTrainer) -> None:
             )
     if not (is_zero3 or trainer.is_fsdp_enabled):
         return
-    quantised = not all(each.is_floating_point() for each in trainer.model.parameters())
-    head = trainer.model.get_output_embeddings()
-    wrapped = isinstance(head, (BaseTunerLayer, ModulesToSaveWrapper))
-    refused = {
-        "a quantised student": quantised,
-        "an adapter on the LM head": wrapped,
-        "teacher_shares_base=True": trainer.args.teacher_shares_base,
-        "rollouts that TRL samples (vLLM, or a reshaped distribution)": trainer.use_vllm
-        or bool(trainer.args.reshaping_fields()),
-    }
     strategy = "ZeRO-3" if is_zero3 else "FSDP"
-    for what, is_so in refused.items():
-        if is_so:
-            raise ValueError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
+    for what in (what for what, is_so in refused.items() if is_so):
+        raise ValueError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
 
 
 def check_prompt_ids(

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +22,11 @@ def choose_precision(args: TrainingArguments) -> None:
         args.fp16, args.bf16 = launched == "fp16", launched == "bf16"
     elif args.bf16 is None:
         args.bf16 = not args.use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def half_precision(accelerator: Accelerator) -> torch.dtype | None:
+    """The dtype of products under mixed precision; None in float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
 
 
 def keep_adapters_in_float32(model: PreTrainedModel) -> None:

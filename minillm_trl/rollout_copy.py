@@ -4,9 +4,23 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+
+def student_of(model: torch.nn.Module, accelerator: Accelerator) -> PreTrainedModel:
+    """The model that is trained, without wrappers; for adapters, the base model that they are injected into."""
+    model = accelerator.unwrap_model(model)
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def shards_student(accelerator: Accelerator) -> bool:
+    """Whether the weights of the model that is trained are, or will be, spread over the processes (ZeRO-3, FSDP)."""
+    plugin = accelerator.state.deepspeed_plugin
+    is_fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    return is_fsdp or (plugin is not None and plugin.zero_stage == 3)
 
 
 def copy_modules(model: torch.nn.Module, replaced: Mapping[int, torch.Tensor] | None = None) -> torch.nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from peft import PeftConfig, PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -114,9 +115,8 @@ def one_process_at_a_time(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def whole_weights(accelerator: Accelerator) -> Iterator[None]:
+def whole_weights(plugin: DeepSpeedPlugin | None) -> Iterator[None]:
     """Load models whole, where `from_pretrained` would spread their weights because the student is under ZeRO-3."""
-    plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         yield
         return
@@ -125,6 +125,32 @@ def whole_weights(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(plugin.dschf)
+
+
+def place_new_teacher(
+    teacher_model: str | PreTrainedModel,
+    accelerator: Accelerator,
+    *,
+    init_kwargs: dict[str, Any] | None,
+    default_dtype: torch.dtype,
+    shard: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the teacher and place it on this process's device, or spread its blocks over the processes.
+
+    Args:
+        teacher_model, init_kwargs, default_dtype, trust_remote_code: see [`load_teacher`].
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        shard (`bool`, *optional*, defaults to `False`): whether to spread the blocks, where there are several
+            processes, which then load it in turn.
+    """
+    arguments = teacher_model, init_kwargs, default_dtype, trust_remote_code
+    with whole_weights(accelerator.state.deepspeed_plugin):
+        if not shard or accelerator.num_processes == 1:
+            return place_teacher(load_teacher(*arguments), accelerator.device)
+        with one_process_at_a_time(accelerator):
+            teacher = shard_blocks(load_teacher(*arguments), accelerator.device.type)
+        return teacher
 
 
 def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:

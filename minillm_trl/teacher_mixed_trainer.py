@@ -17,23 +17,19 @@ from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
-from .mixed_precision import OverflowCounter, fsdp_policy
+from .mixed_precision import OverflowCounter, fsdp_policy, half_precision
 from .objectives import batch_advantages
-from .rollout_copy import RolloutCopy
+from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
 from .sampling import Completions, sample_prompts
 from .teacher import (
     TeacherOffload,
     adapter_on_base,
     is_sharded,
-    load_teacher,
     max_context,
-    one_process_at_a_time,
-    place_teacher,
-    shard_blocks,
+    place_new_teacher,
     shared_vocab_size,
     teacher_hidden_states,
-    whole_weights,
 )
 from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
@@ -60,8 +56,7 @@ class TeacherMixedTrainer(GRPOTrainer):
         self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
         self._wants_old_logps = False
         self._rewards_per_func = torch.empty(0)
-        mixed_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        half = mixed_precision.get(self.accelerator.mixed_precision)
+        half = half_precision(self.accelerator)
         self._overflow_counter = None
         if half is torch.float16:
             self._overflow_counter = OverflowCounter(self.accelerator)
@@ -70,8 +65,9 @@ class TeacherMixedTrainer(GRPOTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(half)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None
-        if self._student_is_sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
-            self._rollout_copy = RolloutCopy(self._student, half, self._student_is_sharded)
+        sharded = shards_student(self.accelerator)
+        if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
+            self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
@@ -97,24 +93,18 @@ class TeacherMixedTrainer(GRPOTrainer):
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
             return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
-        arguments = teacher_model, self.args.teacher_model_init_kwargs, dtype, self.args.trust_remote_code
-        with whole_weights(self.accelerator):
-            if not self.args.shard_teacher or self.accelerator.num_processes == 1:
-                return place_teacher(load_teacher(*arguments), self.accelerator.device)
-            with one_process_at_a_time(self.accelerator):
-                teacher = shard_blocks(load_teacher(*arguments), self.accelerator.device.type)
-            return teacher
-
-    @property
-    def _student_is_sharded(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and plugin.zero_stage == 3)
+        return place_new_teacher(
+            teacher_model,
+            self.accelerator,
+            init_kwargs=self.args.teacher_model_init_kwargs,
+            default_dtype=dtype,
+            shard=self.args.shard_teacher,
+            trust_remote_code=self.args.trust_remote_code,
+        )
 
     @property
     def _student(self) -> PreTrainedModel:
-        """The student without wrappers; for adapters, the base model that they are injected into."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
+        return student_of(self.model, self.accelerator)
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)

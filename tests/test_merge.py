@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -452,10 +453,12 @@ class TestRuns:
     def test_evaluate_takes_an_adapter_alone_as_model_and_as_teacher(self, tmp_path, model_dir, adapter):
         data = tmp_path / "data.jsonl"
         data.write_text('{"prompt": "the mill", "completion": "is cheap"}\n')
-        arguments = ["--dataset", str(data), "--seeds", "1", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
-        assert main(["evaluate", "--model", adapter, "--teacher", adapter, *arguments]) == 0
-        summary = json.loads((tmp_path / "results.json").read_text())["summary"]
-        assert summary["reverse_kl"]["mean"] == pytest.approx(0, abs=1e-5)
-        assert main(["evaluate", "--model", model_dir("llama"), "--teacher", adapter, *arguments]) == 0
-        summary = json.loads((tmp_path / "results.json").read_text())["summary"]
-        assert summary["reverse_kl"]["mean"] > 0.1
+        copied = shutil.copytree(adapter, tmp_path / "copy")  # of a model to itself none is measured
+        means = []
+        for number, model in enumerate((str(copied), model_dir("llama"))):
+            output = tmp_path / str(number)
+            arguments = ["--dataset", str(data), "--seeds", "1", "--max_new_tokens", "6", "--output_dir", str(output)]
+            assert main(["evaluate", "--model", model, "--teacher", adapter, *arguments]) == 0
+            means.append(json.loads((output / "results.json").read_text())["summary"]["reverse_kl"]["mean"])
+        assert means[0] == pytest.approx(0, abs=1e-5)
+        assert means[1] > 0.1

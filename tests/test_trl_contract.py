@@ -11,6 +11,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_
 from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import split_tensor_dict
 
 from minillm_trl.config import _OneGeneration
@@ -168,6 +169,37 @@ def test_sft_trainer_takes_what_the_command_line_passes():
     assert {"model", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"} <= set(
         parameters(SFTTrainer.__init__)
     )
+
+
+class TestWhatFineTuningReliesOn:
+    def test_overridden_methods_keep_their_signature(self):
+        arguments = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+        assert parameters(SFTTrainer.compute_loss) == arguments
+        assert parameters(SFTTrainer.evaluate) == ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]
+
+    def test_metrics_of_an_evaluation_reach_its_result(self):
+        log = inspect.getsource(SFTTrainer.log)
+        assert 'metrics = {f"eval_{key}": val for key, val in metrics.items()}' in log
+        assert "logs.update(metrics)" in log  # the dict that `evaluate` returns
+        evaluate = inspect.getsource(transformers.Trainer.evaluate)
+        assert "self.log(output.metrics)" in evaluate
+        assert evaluate.index("self.log(output.metrics)") < evaluate.index("return output.metrics")
+
+    def test_losses_are_taken_as_divided_by_the_tokens_of_the_step(self):
+        source = inspect.getsource(SFTTrainer.compute_loss)
+        assert "per_token_loss.sum() / torch.as_tensor(num_tokens)" in source
+        assert "loss = loss * (self.accelerator.num_processes // self.get_tp_size())" in source
+
+    def test_evaluation_asks_for_the_loss_alone(self):
+        assert "self.compute_loss(model, inputs, return_outputs=False)" in inspect.getsource(
+            SFTTrainer.prediction_step
+        )
+
+    def test_labels_of_prompts_are_masked_by_the_collators_default(self):
+        collator = DataCollatorForLanguageModeling(pad_token_id=1)
+        batch = collator([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8]}])
+        assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 class TestWhatShardingReliesOn:

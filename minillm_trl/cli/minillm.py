@@ -7,19 +7,18 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import MiniLLMConfig
 from ..data import check_prompt_lengths, load_corpus, unique_prompts
-from ..teacher import check_same_tokenizer
 from ..trainer import MiniLLMTrainer
-from .arguments import DataArguments, Parser, make_parser, parse
+from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
-from .models import checkpoint_to_resume, load_config, load_tokenizer
-
-
-@dataclass
-class TeacherArguments:
-    """The teacher."""
-
-    teacher_model_name_or_path: str = field(metadata={"help": "Name or folder of the teacher model."})
+from .models import (
+    check_teacher_tokenizer,
+    checkpoint_to_resume,
+    load_config,
+    load_tokenizer,
+    set_model_init_kwargs,
+    train_and_save,
+)
 
 
 @dataclass
@@ -57,36 +56,27 @@ class CorpusArguments:
 
 def build_parser() -> Parser:
     """The subcommand's parser."""
-    types = (DataArguments, TeacherArguments, CorpusArguments, MiniLLMConfig, ModelConfig)
+    types = (DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, MiniLLMConfig, ModelConfig)
     return make_parser("minillm", types, __doc__)
 
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
-    (data, teacher, corpus, args, model), launch = parse(build_parser(), argv)
+    (data, teacher, corpus, stopping, args, model), launch = parse(build_parser(), argv)
     if launch:
         return hand_over("minillm", argv, launch)
+    callbacks = stopping.callbacks(args)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
     lm_dataset = corpus.load()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    teacher_tokenizer = load_tokenizer(
-        teacher.teacher_model_name_or_path,
-        (args.teacher_model_init_kwargs or {}).get("revision"),
-        args.trust_remote_code,
-    )
-    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
+    check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
     _check_lengths(
         data, args, (model.model_name_or_path, teacher.teacher_model_name_or_path), tokenizer, train, evaluation
     )
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    set_model_init_kwargs(args, model)
     trainer = MiniLLMTrainer(
         model=model.model_name_or_path,
         teacher_model=teacher.teacher_model_name_or_path,
@@ -94,13 +84,12 @@ def run(argv: list[str]) -> int:
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
+        callbacks=callbacks,
         peft_config=get_peft_config(model),
         lm_dataset=lm_dataset,
         quantization_config=get_quantization_config(model),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"Saved to {args.output_dir}")
+    train_and_save(trainer, checkpoint)
     return 0
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -10,9 +11,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig
 
+from ..checkpoints import last_complete_checkpoint
+from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
 
 
@@ -84,8 +89,41 @@ def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adap
     return find_adapter(name, None, trust_remote_code) if is_adapter(name) else None
 
 
+def check_teacher_tokenizer(
+    teacher: str, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
+) -> None:
+    """Check that the teacher has the student's tokenizer, before either model is loaded; see [`check_same_tokenizer`].
+
+    Args:
+        teacher (`str`): name or folder of the teacher.
+        args ([`~transformers.TrainingArguments`]): with `teacher_model_init_kwargs` and `trust_remote_code`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
+        train ([`~datasets.Dataset`]): with a column `prompt`; for conversations the chat templates must agree too.
+    """
+    revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
+    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
+
+
+def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
+    """Let the trainer load the student as `model` says; what `args.model_init_kwargs` says comes first."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, from `checkpoint` on if there is one, and save the model to `output_dir`."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"Saved to {trainer.args.output_dir}")
+
+
 def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or with `true` the newest one in `output_dir`.
+    """The checkpoint that `--resume_from_checkpoint` names: a folder, or with `true` the newest whole one of a run.
 
     Raises:
         ValueError: if there is none.
@@ -98,7 +136,7 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | Non
                 f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir."
             )
         return str(value)
-    newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    newest = last_complete_checkpoint(Path(output_dir))
     if newest is None:
-        raise ValueError(f"--resume_from_checkpoint true: no checkpoint in {output_dir}. Leave it out to start.")
+        raise ValueError(f"--resume_from_checkpoint true: no whole checkpoint in {output_dir}. Leave it out to start.")
     return newest

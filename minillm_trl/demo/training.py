@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
+from ..checkpoints import last_complete_checkpoint
 from ..config import MiniLLMConfig
 from ..trainer import MiniLLMTrainer
 from .progress import StageProgress, UpdateTimer
@@ -118,14 +119,8 @@ def train_minillm(
 
 def _train(trainer: Trainer, folder: Path) -> None:
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what matters
-    trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder / "checkpoints"))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "checkpoints"))
     trainer.save_model(str(folder / "model"))
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    # the trainer's state is written last, so a checkpoint without it is torn: the run was killed while saving
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size > 0]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def _seconds(trainer: Trainer) -> float:

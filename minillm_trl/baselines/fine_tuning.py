@@ -1,0 +1,192 @@
+"""Supervised fine-tuning on TRL's `SFTTrainer`, measured during training by the student's own samples."""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from ..data import unique_prompts
+from ..evaluation.generation import encode_prompts, end_token_ids
+from ..mixed_precision import choose_precision, keep_adapters_in_float32
+from ..rollout_copy import RolloutCopy, shards_student, student_of
+from ..sampling import sample_prompts
+from ..teacher import max_context
+from ..training_metrics import degeneration, rouge_l_to_references
+
+# Second element of the keys of the noise, after the seed: that of evaluation in `teacher_mixed_trainer`
+_EVAL_TOKENS = 1
+_SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
+
+
+@dataclass
+class FineTuningConfig(SFTConfig):
+    r"""Configuration of [`FineTuningTrainer`]: that of [`~trl.SFTTrainer`], with samples at each evaluation.
+
+    The precision, where none is set, is chosen as for MiniLLM.
+
+    Args:
+        predict_with_generate (`bool`, *optional*, defaults to `False`):
+            Whether each evaluation also samples a completion for every prompt and logs its Rouge-L
+            (`eval_rouge_l`), length, end-of-sequence rate and repetition. `metric_for_best_model="eval_rouge_l"` then
+            keeps the checkpoint with the best samples, as the paper does for its baselines; `"eval_loss"` the one
+            with the lowest validation loss, which MiniLLM starts from.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Length limit of these samples.
+    """
+
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={"help": "Sample at each evaluation and log Rouge-L, length, end-of-sequence rate and repetition."},
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Length limit of these samples."})
+
+    def __post_init__(self) -> None:
+        choose_precision(self)
+        super().__post_init__()
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        if self.predict_with_generate and self.eval_strategy == "no" and not self.eval_on_start:
+            raise ValueError("predict_with_generate=True needs evaluations: set eval_strategy to 'steps' or 'epoch'.")
+        metric = str(self.metric_for_best_model).removeprefix("eval_")
+        if metric in _SAMPLED_METRICS and not self.predict_with_generate:
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is measured on samples: set "
+                "predict_with_generate=True."
+            )
+
+
+class FineTuningTrainer(SFTTrainer):
+    r"""[`~trl.SFTTrainer`] that can sample from the student at each evaluation.
+
+    Samples are of the student alone at temperature 1, one for each different prompt of the evaluation dataset, with
+    the same random numbers at each evaluation. Every process samples its share, and the means are over all prompts.
+
+    Args:
+        args ([`FineTuningConfig`]):
+            Configuration.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            With the columns `prompt` and `completion` and, for several references of a prompt, `references`.
+        kwargs:
+            As in [`~trl.SFTTrainer`].
+
+    Raises:
+        ValueError: if `predict_with_generate` is set and there are no prompts to sample for.
+    """
+
+    args: FineTuningConfig
+
+    def __init__(self, *, args: FineTuningConfig, eval_dataset: Dataset | None = None, **kwargs: Any):
+        prompts = None
+        if args.predict_with_generate:
+            prompts = _prompts_with_references(eval_dataset)
+        if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
+            eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
+        super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            keep_adapters_in_float32(self.model)
+        self._eval_prompts = prompts
+        # sampling needs weights that ZeRO-3 and FSDP spread over the processes
+        self._whole_copy = None
+        if shards_student(self.accelerator):
+            self._whole_copy = RolloutCopy(self._student, None, sharded=True)
+            self._whole_copy.release()
+        if prompts is not None:
+            self._check_room(prompts)
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        return student_of(self.model, self.accelerator)
+
+    def _check_room(self, prompts: Dataset) -> None:
+        context = max_context(self._student)
+        longest = max(map(len, encode_prompts(self.processing_class, prompts["prompt"])))
+        if context is not None and longest + self.args.max_completion_length > context:
+            raise ValueError(
+                f"The longest prompt of eval_dataset has {longest} tokens, which with max_completion_length="
+                f"{self.args.max_completion_length} is more than the student's context of {context}. Lower "
+                "max_completion_length, or filter the prompts."
+            )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """As in [`~trl.SFTTrainer`]; with `predict_with_generate` the metrics of the samples are among the result."""
+        if self._eval_prompts is not None and metric_key_prefix == "eval":
+            self.model.eval()
+            for name, value in self._sample_metrics().items():
+                self._metrics["eval"][name].append(value)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    @contextmanager
+    def _sampling_model(self) -> Iterator[PreTrainedModel]:
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=False,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ):
+            if self._whole_copy is None:
+                self._student.eval()
+                with self.accelerator.autocast():
+                    yield self._student
+            else:
+                self._whole_copy.refresh(self._student)
+                with self.accelerator.autocast():
+                    yield self._whole_copy.model
+                self._whole_copy.release()
+
+    @torch.no_grad()
+    def _sample_metrics(self) -> dict[str, float]:
+        """Means over the samples of all processes."""
+        tokenizer, processes = self.processing_class, self.accelerator.num_processes
+        rows = self._eval_prompts.select(range(self.accelerator.process_index, len(self._eval_prompts), processes))
+        prompt_ids = encode_prompts(tokenizer, rows["prompt"])
+        with self._sampling_model() as student:
+            ends = end_token_ids(student, tokenizer)
+            completions = sample_prompts(
+                student,
+                prompt_ids,
+                keys=[(self.args.seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), 0, 0) for ids in prompt_ids],
+                max_new_tokens=self.args.max_completion_length,
+                eos_token_ids=ends,
+                pad_token_id=tokenizer.pad_token_id,
+                batch_size=self.args.per_device_eval_batch_size,
+                vocab_size=min(len(tokenizer), student.get_output_embeddings().weight.shape[0]),
+            )
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        values = {
+            "rouge_l": 0.0,
+            "completions/mean_length": 0.0,
+            "rollout/eos_rate": 0.0,
+            "rollout/repeated_4grams": 0,
+        }
+        if completions:
+            values = {
+                "rouge_l": rouge_l_to_references(texts, rows),
+                "completions/mean_length": sum(map(len, completions)) / len(completions),
+                **degeneration(completions, ends),
+            }
+        # a process may have one prompt fewer than another, or none
+        totals = torch.tensor([*(value * len(completions) for value in values.values()), len(completions)])
+        *sums, count = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
+        return {name: total / count for name, total in zip(values, sums, strict=True)}
+
+
+def _prompts_with_references(eval_dataset: Any) -> Dataset:
+    if not isinstance(eval_dataset, Dataset) or not {"prompt", "completion"} <= set(eval_dataset.column_names):
+        raise ValueError(
+            "predict_with_generate=True needs an eval_dataset (one datasets.Dataset) with the columns 'prompt' and "
+            "'completion'."
+        )
+    if "references" not in eval_dataset.column_names:
+        references = [
+            [completion if isinstance(completion, str) else completion[0]["content"]]
+            for completion in eval_dataset["completion"]
+        ]
+        eval_dataset = eval_dataset.add_column("references", references)
+    return unique_prompts(eval_dataset)

@@ -1,0 +1,145 @@
+"""Word-level knowledge distillation, the KD baseline of the paper, on TRL's `SFTTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checks import check_student
+from ..fused_head import TokenScores, add_scoring
+from ..language_modeling import language_modeling_request
+from ..lm_head import LMHead, check_head
+from ..mixed_precision import fsdp_policy, half_precision
+from ..teacher import place_new_teacher, shared_vocab_size
+from ..training_metrics import corpus_totals, loss_metrics
+from .fine_tuning import FineTuningConfig, FineTuningTrainer
+
+
+@dataclass
+class KDConfig(FineTuningConfig):
+    r"""Configuration of [`KDTrainer`].
+
+    Args:
+        kd_ratio (`float`, *optional*, defaults to `0.5`):
+            Share of the forward KL to the teacher in the loss; the rest is the cross-entropy of the data.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` for a teacher that is given by name.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher's blocks are spread over the processes.
+    """
+
+    kd_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the forward KL to the teacher; the rest is cross-entropy."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained for the teacher."}
+    )
+    shard_teacher: bool = field(default=False, metadata={"help": "Spread the teacher's blocks over the processes."})
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*FineTuningConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.kd_ratio <= 1.0:
+            raise ValueError(f"kd_ratio must lie in (0, 1], got {self.kd_ratio}. For 0 fine-tune with sft.")
+        unsupported = {
+            "packing": self.packing or bool(self.eval_packing),
+            "padding_free": self.padding_free,
+            "loss_type": self.loss_type != "nll",
+            "label_smoothing_factor": self.label_smoothing_factor > 0,
+            "use_liger_kernel": self.use_liger_kernel,
+        }
+        for name in (name for name, is_set in unsupported.items() if is_set):
+            raise ValueError(
+                f"{name}={getattr(self, name)} has no meaning for KD, whose loss is computed token by token from "
+                f"padded rows. Leave {name} out."
+            )
+
+
+class KDTrainer(FineTuningTrainer):
+    r"""Fine-tunes a student on data and on the teacher's distributions over it.
+
+    The loss of a completion token $y_t$ of the data is
+
+    $$ \ell_t = -(1-\lambda) \log q_\theta(y_t|y_{<t}, x) + \lambda\, \mathrm{KL}\big(p(\cdot|y_{<t}, x) \,\|\,
+    q_\theta(\cdot|y_{<t}, x)\big) $$
+
+    with $\lambda$ = `kd_ratio`, in nats, averaged over the completion tokens of the optimizer step on all processes.
+    The teacher's part has no gradient. Logits of either model exist for a chunk of tokens at a time. `eval_loss` is
+    the cross-entropy of the data alone, comparable with that of fine-tuning; `kd/forward_kl` and
+    `kd/cross_entropy` are logged in training, and with the prefix `eval_` in evaluation.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+            The teacher, with the student's tokenizer. It is frozen and put in eval mode.
+        args ([`KDConfig`]):
+            Configuration.
+        kwargs:
+            As in [`FineTuningTrainer`].
+
+    Raises:
+        ValueError: for settings that have no meaning here, and for heads or vocabularies that do not fit.
+    """
+
+    args: KDConfig
+
+    def __init__(self, *, teacher_model: str | PreTrainedModel, args: KDConfig, **kwargs: Any):
+        super().__init__(args=args, **kwargs)
+        check_student(self)
+        half = half_precision(self.accelerator)
+        if self.is_fsdp_enabled and half is not None:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(half)
+        self.teacher_model = place_new_teacher(
+            teacher_model,
+            self.accelerator,
+            init_kwargs=args.teacher_model_init_kwargs,
+            default_dtype=half or torch.float32,
+            shard=args.shard_teacher,
+            trust_remote_code=args.trust_remote_code,
+        )
+        student = self._student
+        if self._whole_copy is not None:
+            self._whole_copy.refresh(student)
+            student = self._whole_copy.model
+        vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
+        check_head(student, "student")
+        check_head(self.teacher_model, "teacher")
+        if self._whole_copy is not None:
+            self._whole_copy.release()
+        add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The loss of one micro-batch, divided by the tokens of the whole optimizer step.
+
+        Raises:
+            ValueError: if `return_outputs` is set: there are no logits to return.
+        """
+        if return_outputs:
+            raise ValueError("KDTrainer never has whole logits, so compute_metrics is not supported. Drop it.")
+        mask = inputs["labels"][:, 1:] != -100
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "loss_mask": mask}
+        with self.accelerator.autocast():
+            request = language_modeling_request(batch, self.teacher_model, self.args.kd_ratio)
+            (scores,) = model(score_requests=[request])
+        self._log_scores(scores, mask)
+        if not self.model.training:
+            return -scores.logps.sum() / mask.sum().clamp(min=1)
+        tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = scores.loss / torch.as_tensor(tokens, device=mask.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
+        return loss
+
+    def _log_scores(self, scores: TokenScores, mask: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        per_token = {"kd/cross_entropy": -scores.logps, "kd/forward_kl": scores.divergence, "entropy": scores.entropy}
+        totals = corpus_totals(per_token, mask)
+        for name, value in loss_metrics(totals.names, self.accelerator.gather(totals.values[None])).items():
+            self._metrics[mode][name].append(value)

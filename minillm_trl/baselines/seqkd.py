@@ -1,0 +1,359 @@
+"""Sequence-level knowledge distillation (SeqKD): the teacher's completions, kept as they come, to fine-tune on."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.generation import encode_prompts, end_token_ids
+from ..evaluation.metrics import rouge_l
+from ..sampling import sample_prompts
+from .fine_tuning import FineTuningConfig
+
+Job = tuple[int, int]  # number of the prompt, and of its sample
+# The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
+Answer = tuple[int, list[int], bool]
+Sampler = Callable[[list[Job], list[list[int]]], Iterator[list[Answer]]]
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass
+class SeqKDConfig(FineTuningConfig):
+    r"""Configuration of SeqKD: that of the fine-tuning, and how the teacher answers.
+
+    `max_completion_length` limits the teacher's completions too.
+
+    Args:
+        num_generations (`int`, *optional*, defaults to `1`):
+            Completions of each training prompt.
+        generation_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature of the teacher.
+        generation_seed (`int`, *optional*, defaults to `0`):
+            With the number of a prompt and of its sample, it determines a completion, whatever the batch size and the
+            number of processes (with `transformers`).
+        generation_batch_size (`int`, *optional*, defaults to `32`):
+            Prompts decoded together.
+        keep_unfinished (`bool`, *optional*, defaults to `False`):
+            Whether completions that were cut at `max_completion_length` are learnt from, as if they ended there.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM generates, in one process; its completions are others than those of `transformers`.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs over which vLLM spreads the teacher.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained`, or of `vllm.LLM`, for the teacher.
+        teacher_data_dir (`str`, *optional*):
+            Folder of the teacher's completions, by default `<output_dir>/teacher_data`.
+        generate_only (`bool`, *optional*, defaults to `False`):
+            Whether to stop when the teacher's data is there.
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Completions of each training prompt."})
+    generation_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the teacher."})
+    generation_seed: int = field(default=0, metadata={"help": "Seed of the teacher's completions."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Prompts decoded together."})
+    keep_unfinished: bool = field(
+        default=False, metadata={"help": "Learn from completions that were cut at max_completion_length too."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, in one process."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs over which vLLM spreads the teacher."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, or of vllm.LLM, for the teacher."}
+    )
+    teacher_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the teacher's completions; <output_dir>/teacher_data by default."}
+    )
+    generate_only: bool = field(default=False, metadata={"help": "Stop when the teacher's data is there."})
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*FineTuningConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_generations", "generation_batch_size", "vllm_tensor_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.generation_temperature > 0:
+            raise ValueError(f"generation_temperature must be positive, got {self.generation_temperature}.")
+        if self.generation_seed < 0:
+            raise ValueError(f"generation_seed must not be negative, got {self.generation_seed}.")
+        if self.use_vllm and self.world_size > 1:
+            raise ValueError(
+                f"use_vllm=True with {self.world_size} processes: each would load the whole teacher. Generate in one "
+                "process with vllm_tensor_parallel_size GPUs (generate_only=True), then fine-tune in several."
+            )
+        if not self.use_vllm and self.vllm_tensor_parallel_size > 1:
+            raise ValueError("vllm_tensor_parallel_size has no effect without use_vllm=True.")
+        self.teacher_data_dir = self.teacher_data_dir or str(Path(self.output_dir) / "teacher_data")
+
+
+class TeacherCompletion(NamedTuple):
+    """One line of a file of completions."""
+
+    row: int
+    sample: int
+    completion: str
+    tokens: int
+    finished: bool
+
+
+class TeacherData:
+    """The folder in which a teacher's completions are gathered, by any number of processes and runs.
+
+    Each process appends to a file of its own, `completions-<process>.jsonl`, line by line; a line that a kill has torn
+    is made again. `train.jsonl` and `statistics.json` appear when all completions are there.
+
+    Args:
+        folder (`Path`): the folder.
+        settings (`dict`): what the completions depend on, JSON values.
+
+    Raises:
+        ValueError: if the folder has completions that were made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+        path = folder / "settings.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if found is not None and found != self.settings:
+            name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
+            raise ValueError(
+                f"{folder} holds completions that were made with {name}={found.get(name)!r}; now it is "
+                f"{self.settings.get(name)!r}. Set teacher_data_dir to another folder, or delete this one."
+            )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to generate."""
+        return (self.folder / "statistics.json").is_file()
+
+    def read(self) -> dict[Job, TeacherCompletion]:
+        """All completions that are there, by number of prompt and sample."""
+        found = {}
+        for path in sorted(self.folder.glob("completions-*.jsonl")):
+            *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what ends without a line break is torn
+            for completion in (TeacherCompletion(**json.loads(line)) for line in lines):
+                found[completion.row, completion.sample] = completion
+        return found
+
+    def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
+        """Begin or go on with a process's file; the function returned appends to it, on disk before it returns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        path = self.folder / f"completions-{process}.jsonl"
+        if path.is_file():
+            data = path.read_bytes()
+            with open(path, "r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+
+        def append(completions: Sequence[TeacherCompletion]) -> None:
+            lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in completions)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+
+        return append
+
+    def finish(self, prompts: Dataset, keep_unfinished: bool) -> dict[str, Any]:
+        """Write `train.jsonl` (fields `prompt`, `completion`) and `statistics.json`, and return the statistics.
+
+        Empty completions and those that say what another one said to the same prompt are left out, and unless
+        `keep_unfinished` those that were cut at the length limit.
+        """
+        completions = [each for _, each in sorted(self.read().items())]
+        rows, dropped, seen = [], Counter(), set()
+        for each in completions:
+            if not each.completion.strip():
+                dropped["empty"] += 1
+            elif not (each.finished or keep_unfinished):
+                dropped["cut at the length limit"] += 1
+            elif (each.row, each.completion) in seen:
+                dropped["said before to the same prompt"] += 1
+            else:
+                seen.add((each.row, each.completion))
+                rows.append(_example(prompts[each.row]["prompt"], each.completion))
+        if not rows:
+            raise ValueError(
+                f"None of the teacher's {len(completions)} completions can be learnt from ({dict(dropped)}). Raise "
+                "max_completion_length, or look at them in " + str(self.folder)
+            )
+        lengths = np.quantile([each.tokens for each in completions], QUANTILES).tolist()
+        statistics = {
+            "completions": len(completions),
+            "kept": len(rows),
+            "dropped": dict(dropped),
+            "tokens": {f"{quantile:.0%}": length for quantile, length in zip(QUANTILES, lengths, strict=True)},
+        }
+        if "references" in prompts.column_names:
+            scores = [
+                rouge_l(each.completion, references)
+                for each in completions
+                if (references := prompts[each.row]["references"])
+            ]
+            if scores:
+                statistics["rouge_l"] = float(np.mean(scores))
+        _write(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(self.folder / "statistics.json", json.dumps(statistics, indent=1))
+        return statistics
+
+
+def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:
+    """What the teacher's data depends on."""
+    digest = hashlib.sha256()
+    for prompt in prompts["prompt"]:
+        digest.update(json.dumps(prompt, sort_keys=True).encode())
+    names = ("num_generations", "generation_temperature", "generation_seed", "max_completion_length")
+    names += ("keep_unfinished", "use_vllm", "teacher_model_init_kwargs")
+    return {"teacher": teacher, **{name: getattr(args, name) for name in names}, "prompts": digest.hexdigest()}
+
+
+def generate(
+    data: TeacherData,
+    found: Collection[Job],
+    prompts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sampler,
+    num_generations: int,
+    process: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> None:
+    """Generate this process's share of what is missing, and append it batch by batch.
+
+    Args:
+        data ([`TeacherData`]): where it goes.
+        found (`Collection`): the jobs that are done, from [`TeacherData.read`]. All processes must have read them
+            before one of them begins here, or their shares would not fit together.
+        prompts ([`~datasets.Dataset`]): with a column `prompt`, one row a prompt.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the teacher's.
+        sample (`Callable`): yields the answers to jobs, of which it is given the prompts' token ids too, batch by
+            batch; see [`sample_with_transformers`] and [`sample_with_vllm`].
+        num_generations (`int`): samples of each prompt.
+        process, num_processes (`int`): of the distributed run.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+    """
+    prompt_ids = encode_prompts(tokenizer, prompts["prompt"])
+    missing = [
+        (row, sample_number)
+        for row in sorted(range(len(prompts)), key=lambda row: -len(prompt_ids[row]))  # shares of like length
+        for sample_number in range(num_generations)
+        if (row, sample_number) not in found
+    ]
+    jobs = missing[process::num_processes]
+    append = data.open_share(process)
+    total = len(prompts) * num_generations
+    with tqdm(total=total, initial=len(found), desc="Teacher", unit=" completions", disable=not progress) as bar:
+        for batch in sample(jobs, [prompt_ids[row] for row, _ in jobs]):
+            texts = [_text(tokenizer, prompts, prompt_ids, jobs[number][0], ids) for number, ids, _ in batch]
+            append(
+                [
+                    TeacherCompletion(*jobs[number], text, len(ids), finished)
+                    for text, (number, ids, finished) in zip(texts, batch, strict=True)
+                ]
+            )
+            bar.update(min(len(batch) * num_processes, total - bar.n))
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, prompts: Dataset, prompt_ids: list[list[int]], row: int, ids: list[int]
+) -> str:
+    """The completion's text, with the space that it begins with: decoded alone, some tokenizers drop it."""
+    if not isinstance(prompts[row]["prompt"], str):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    prompt = tokenizer.decode(prompt_ids[row], skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_ids[row], *ids], skip_special_tokens=True)
+    return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _example(prompt: Any, completion: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": completion}
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
+
+
+def sample_with_transformers(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig
+) -> Sampler:
+    """Sample with the package's own decoding: a completion depends on seed, prompt and sample alone."""
+    ends = end_token_ids(teacher, tokenizer)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
+        for start in range(0, len(jobs), args.generation_batch_size):
+            numbers = range(start, min(start + args.generation_batch_size, len(jobs)))
+            sampled = sample_prompts(
+                teacher,
+                [prompt_ids[number] for number in numbers],
+                keys=[(args.generation_seed, *jobs[number]) for number in numbers],
+                max_new_tokens=args.max_completion_length,
+                eos_token_ids=ends,
+                pad_token_id=pad_token_id,
+                temperature=args.generation_temperature,
+                vocab_size=min(len(tokenizer), teacher.get_output_embeddings().weight.shape[0]),
+            )
+            yield [(number, ids, ids[-1] in ends) for number, ids in zip(numbers, sampled, strict=True)]
+
+    return sample
+
+
+def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig, chunk: int = 256) -> Sampler:
+    """Sample with vLLM, `chunk` prompts at a time so that what is done is kept.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+    """
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise ImportError(
+            "use_vllm=True needs vLLM: pip install 'minillm-trl[vllm]', or set use_vllm=False."
+        ) from error
+    model = LLM(
+        model=teacher,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        trust_remote_code=args.trust_remote_code,
+        **(args.teacher_model_init_kwargs or {}),
+    )
+
+    def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
+        for start in range(0, len(jobs), chunk):
+            numbers = range(start, min(start + chunk, len(jobs)))
+            outputs = model.generate(
+                [{"prompt_token_ids": prompt_ids[number]} for number in numbers],
+                [
+                    SamplingParams(
+                        temperature=args.generation_temperature,
+                        max_tokens=args.max_completion_length,
+                        seed=_request_seed(args.generation_seed, jobs[number]),
+                    )
+                    for number in numbers
+                ],
+                use_tqdm=False,
+            )
+            answers = [output.outputs[0] for output in outputs]
+            yield [
+                (number, list(answer.token_ids), answer.finish_reason == "stop")
+                for number, answer in zip(numbers, answers, strict=True)
+            ]
+
+    return sample
+
+
+def _request_seed(seed: int, job: Job) -> int:
+    digest = hashlib.sha256(f"{seed}:{job[0]}:{job[1]}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1  # a positive 32-bit integer
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,43 @@
+"""`minillm-trl kd`: word-level knowledge distillation, the KD baseline of the paper."""
+
+from trl import ModelConfig
+
+from ..baselines import KDConfig, KDTrainer
+from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
+from .examples import load_splits
+from .launch import hand_over
+from .models import (
+    check_teacher_tokenizer,
+    checkpoint_to_resume,
+    load_tokenizer,
+    set_model_init_kwargs,
+    train_and_save,
+)
+from .sft import trainer_arguments
+
+
+def build_parser() -> Parser:
+    """The subcommand's parser."""
+    types = (DataArguments, TeacherArguments, EarlyStoppingArguments, ModelConfig, KDConfig)
+    return make_parser("kd", types, __doc__)
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
+    (data, teacher, stopping, model, args), launch = parse(build_parser(), argv)
+    if launch:
+        return hand_over("kd", argv, launch)
+    callbacks = stopping.callbacks(args)
+    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
+    set_model_init_kwargs(args, model)
+    trainer = KDTrainer(
+        teacher_model=teacher.teacher_model_name_or_path,
+        args=args,
+        callbacks=callbacks,
+        **trainer_arguments(model, tokenizer, train, evaluation),
+    )
+    train_and_save(trainer, checkpoint)
+    return 0

@@ -1,0 +1,115 @@
+"""`minillm-trl seqkd`: sequence-level knowledge distillation, fine-tuning on what the teacher answers."""
+
+import gc
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from ..baselines import FineTuningTrainer
+from ..baselines.seqkd import (
+    SeqKDConfig,
+    TeacherData,
+    generate,
+    generation_settings,
+    sample_with_transformers,
+    sample_with_vllm,
+)
+from ..data import check_prompt_lengths, load_examples, unique_prompts
+from ..teacher import load_teacher, place_teacher, whole_weights
+from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
+from .examples import load_splits
+from .launch import hand_over
+from .models import checkpoint_to_resume, load_config, load_tokenizer, set_model_init_kwargs, train_and_save
+from .sft import trainer_arguments
+
+
+def build_parser() -> Parser:
+    """The subcommand's parser."""
+    types = (DataArguments, TeacherArguments, EarlyStoppingArguments, ModelConfig, SeqKDConfig)
+    return make_parser("seqkd", types, __doc__)
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, let the teacher answer (or what is left of it), fine-tune, and save to `output_dir`."""
+    (data, teacher, stopping, model, args), launch = parse(build_parser(), argv)
+    if launch:
+        return hand_over("seqkd", argv, launch)
+    callbacks = stopping.callbacks(args)
+    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, unique_prompts(train), data.dataset)
+    if args.generate_only:
+        return 0
+    set_model_init_kwargs(args, model)
+    trainer = FineTuningTrainer(
+        args=args,
+        callbacks=callbacks,
+        **trainer_arguments(model, tokenizer, load_examples(folder / "train.jsonl"), evaluation),
+    )
+    train_and_save(trainer, checkpoint)
+    return 0
+
+
+def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, source: str) -> Path:
+    """Generate what is missing in `teacher_data_dir`, on all processes, and let go of the teacher.
+
+    Args:
+        teacher (`str`): name or folder.
+        args ([`SeqKDConfig`]): configuration.
+        prompts ([`~datasets.Dataset`]): one row a prompt.
+        source (`str`): what the user called the data.
+    """
+    state = PartialState()
+    data = TeacherData(Path(args.teacher_data_dir), generation_settings(teacher, args, prompts))
+    is_complete, found = data.is_complete, data.read()
+    state.wait_for_everyone()  # all have seen the same before one of them writes
+    if is_complete:
+        state.print(f"{data.folder}: the teacher's completions were there before.")
+        return data.folder
+    revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
+    _check_room(teacher, args, prompts, tokenizer, source)
+    if args.use_vllm:
+        sample = sample_with_vllm(teacher, tokenizer, args)
+    else:
+        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+        with whole_weights(args.deepspeed_plugin):
+            loaded = load_teacher(teacher, args.teacher_model_init_kwargs, dtype, args.trust_remote_code)
+        sample = sample_with_transformers(place_teacher(loaded, args.device), tokenizer, args)
+        del loaded
+    generate(
+        data,
+        found,
+        prompts,
+        tokenizer,
+        sample,
+        args.num_generations,
+        state.process_index,
+        state.num_processes,
+        progress=state.is_main_process and not args.disable_tqdm,
+    )
+    del sample
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        statistics = data.finish(prompts, args.keep_unfinished)
+        print(f"{statistics['kept']} of {statistics['completions']} completions to learn from, in {data.folder}")
+    state.wait_for_everyone()
+    return data.folder
+
+
+def _check_room(
+    teacher: str, args: SeqKDConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    config = load_config(teacher, args.trust_remote_code).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None:
+        room = context - args.max_completion_length
+        check_prompt_lengths(prompts, tokenizer, max_prompt_tokens=room, source=source)
