@@ -7,6 +7,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from minillm_trl.evaluation.metrics import (
     MeanInterval,
     bootstrap_interval,
+    distinct_ngrams,
     distinct_outputs,
     paired_bootstrap,
     repeated_ngrams,
@@ -144,3 +145,22 @@ def test_rouge_l_of_one_text_for_references_is_refused():
 def test_repeated_ngrams_of_length_zero_is_refused():
     with pytest.raises(ValueError, match="n >= 1, got 0"):
         repeated_ngrams([1, 2], 0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        (["a b c", "a b d"], 2, 3 / 4),  # ab, bc, ab, bd
+        (["a a a a"], 1, 1 / 4),
+        (["a b", "c"], 3, 0.0),  # no trigram
+        (["a b c d", "e f g h"], 4, 1.0),
+        ([], 1, 0.0),
+    ],
+)
+def test_distinct_ngrams_is_the_share_of_different_ones_among_all_texts(texts, n, expected):
+    assert distinct_ngrams(texts, n) == pytest.approx(expected)
+
+
+def test_distinct_ngrams_of_no_length_are_refused():
+    with pytest.raises(ValueError, match="n >= 1"):
+        distinct_ngrams(["a"], 0)

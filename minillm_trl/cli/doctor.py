@@ -13,8 +13,8 @@ from ..config import MiniLLMConfig
 from ..hardware import Machine, best_precision, probe, problems
 from ..memory_estimate import Workload, estimate_memory
 from ..trl_version import TESTED
-from .arguments import parse, parse_plain
-from .minillm import TeacherArguments, build_parser
+from .arguments import TeacherArguments, parse, parse_plain
+from .minillm import build_parser
 from .models import load_config
 
 _GIB = 2**30
@@ -159,5 +159,5 @@ def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> tuple[ModelConfig, TeacherArguments, MiniLLMConfig]:
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
-        (_, teacher, _, args, model), _ = parse(build_parser(), ["--config", path])
+        (_, teacher, _, _, args, model), _ = parse(build_parser(), ["--config", path])
     return model, teacher, args

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from ..evaluation.comparison import COLUMNS
 from ..evaluation.metrics import MeanInterval, paired_bootstrap
 from ..evaluation.plots import Curve
-from ..evaluation.report import Column, Report, Row, Sample, Table
+from ..evaluation.report import Report, Row, Sample, Table
 from .settings import DemoSettings
 
 NAMES = {
@@ -13,14 +14,6 @@ NAMES = {
     "control": "SFT continued (control)",
     "minillm": "MiniLLM student",
 }
-COLUMNS = [
-    Column("rouge_l", "Rouge-L", "higher"),
-    Column("reverse_kl", "Reverse KL (nats)", "lower"),
-    Column("length", "Length (tokens)", "teacher"),
-    Column("eos_rate", "Ends by itself", "teacher", 2),
-    Column("repeated_4grams", "Repeated 4-grams", "teacher", 3),
-    Column("distinct_outputs", "Distinct outputs", "teacher", 2),
-]
 
 
 def build_report(

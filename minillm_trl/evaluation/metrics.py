@@ -52,6 +52,25 @@ def repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> float:
     return 1 - len({tuple(token_ids[i : i + n]) for i in range(total)}) / total
 
 
+def distinct_ngrams(texts: Sequence[str], n: int = 4) -> float:
+    """Dist-n: share of different n-grams of words among all of several texts, in [0, 1].
+
+    Over the samples for one prompt it measures their diversity; over a corpus, its own.
+
+    Args:
+        texts (`Sequence[str]`): split into words at white space.
+        n (`int`, *optional*, defaults to `4`): length of the n-grams. Texts without any score 0.
+
+    Raises:
+        ValueError: if n is less than 1.
+    """
+    if n < 1:
+        raise ValueError(f"distinct_ngrams needs n >= 1, got {n}.")
+    words = [text.split() for text in texts]
+    ngrams = [tuple(each[i : i + n]) for each in words for i in range(len(each) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
 def distinct_outputs(outputs: Sequence[str]) -> float:
     """Share of different texts among several samples for one prompt: 1 if all differ, 1/n if all are the same.
 

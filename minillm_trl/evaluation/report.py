@@ -72,6 +72,7 @@ class Report:
         curves (`list[Curve]`): small multiples over training.
         samples (`list[Sample]`): answers side by side.
         notes (`list[str]`): how to read the numbers.
+        details (`dict[str, Table]`): further tables by their headings.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Report:
     curves: list[Curve] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Table] = field(default_factory=dict)
 
 
 def format_cell(cell: Cell, digits: int) -> str:
@@ -156,18 +158,11 @@ def _cells(row: Row, table: Table) -> list[str]:
 
 
 def _markdown(report: Report) -> str:
-    best = best_students(report.table)
     lines = [f"# {_md(report.title)}", "", _md(report.summary), "", "| | |", "|---|---|"]
     lines += [f"| {_md(name)} | {_md(value)} |" for name, value in report.facts]
-    lines += ["", "## Results", ""]
-    lines += ["| model | " + " | ".join(_md(column.label) for column in report.table.columns) + " |"]
-    lines += ["|---|" + "---:|" * len(report.table.columns)]
-    for row in report.table.rows:
-        texts = [
-            f"**{_md(text)}**" if (row.name, column.key) in best else _md(text)
-            for text, column in zip(_cells(row, report.table), report.table.columns, strict=True)
-        ]
-        lines.append(f"| {_md(row.name)} | " + " | ".join(texts) + " |")
+    lines += ["", "## Results", "", *_table_markdown(report.table)]
+    for heading, table in report.details.items():
+        lines += ["", f"### {_md(heading)}", "", *_table_markdown(table)]
     lines += ["", *(f"- {_md(note)}" for note in report.notes)]
     if report.curves:
         lines += ["", "## Training", ""]
@@ -181,6 +176,19 @@ def _markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _table_markdown(table: Table) -> list[str]:
+    best = best_students(table)
+    lines = ["| model | " + " | ".join(_md(column.label) for column in table.columns) + " |"]
+    lines += ["|---|" + "---:|" * len(table.columns)]
+    for row in table.rows:
+        texts = [
+            f"**{_md(text)}**" if (row.name, column.key) in best else _md(text)
+            for text, column in zip(_cells(row, table), table.columns, strict=True)
+        ]
+        lines.append(f"| {_md(row.name)} | " + " | ".join(texts) + " |")
+    return lines
+
+
 def _md(text: str) -> str:
     escaped = re.sub(r"([\\`*_~$|\[\]])", r"\\\1", html.escape(text.strip(), quote=False))
     return "<br>".join(escaped.splitlines())
@@ -191,17 +199,10 @@ def _outputs(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _html(report: Report) -> str:
-    best = best_students(report.table)
-    head = "".join(f"<th>{_h(column.label)}{_arrow(column)}</th>" for column in report.table.columns)
-    body = ""
-    for row in report.table.rows:
-        cells = "".join(
-            f'<td class="best">{_h(text)}</td>' if (row.name, column.key) in best else f"<td>{_h(text)}</td>"
-            for text, column in zip(_cells(row, report.table), report.table.columns, strict=True)
-        )
-        kind = ' class="teacher"' if row.is_teacher else ""
-        body += f"<tr{kind}><th>{_h(row.name)}</th>{cells}</tr>"
     facts = "".join(f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in report.facts)
+    details = "".join(
+        f'<h3 class="task">{_h(heading)}</h3>{_table_html(table)}' for heading, table in report.details.items()
+    )
     notes = "".join(f"<li>{_h(note)}</li>" for note in report.notes)
     figures = "".join(
         f"<figure><figcaption>{_h(curve.title)}</figcaption>{curve_svg(curve, f'curve-{number}')}</figure>"
@@ -217,8 +218,25 @@ def _html(report: Report) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{_h(report.title)}</title><style>{STYLE}</style></head><body><main>"
         f'<h1>{_h(report.title)}</h1><p class="summary">{_h(report.summary)}</p><dl>{facts}</dl>'
-        f'<h2>Results</h2><div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>{"".join(sections)}</main></body></html>\n'
+        f"<h2>Results</h2>{_table_html(report.table)}{details}"
+        f'<ul class="notes">{notes}</ul>{"".join(sections)}</main></body></html>\n'
+    )
+
+
+def _table_html(table: Table) -> str:
+    best = best_students(table)
+    head = "".join(f"<th>{_h(column.label)}{_arrow(column)}</th>" for column in table.columns)
+    body = ""
+    for row in table.rows:
+        cells = "".join(
+            f'<td class="best">{_h(text)}</td>' if (row.name, column.key) in best else f"<td>{_h(text)}</td>"
+            for text, column in zip(_cells(row, table), table.columns, strict=True)
+        )
+        kind = ' class="teacher"' if row.is_teacher else ""
+        body += f"<tr{kind}><th>{_h(row.name)}</th>{cells}</tr>"
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -17,6 +17,7 @@ main { max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 0 0 .75rem; overflow-wrap: anywhere; }
+.task { margin-top: 1.5rem; }
 h4 { font-size: .8rem; margin: 0 0 .25rem; color: var(--accent); }
 p { margin: 0; overflow-wrap: anywhere; }
 h3, .answers p { white-space: pre-wrap; }

@@ -1,0 +1,155 @@
+"""`minillm-trl recipe`: all stages of a recipe in order, from the data to the table; what is done is skipped."""
+
+import argparse
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from ..checkpoints import last_complete_checkpoint
+from ..evaluation.comparison import compare_models, read_evaluation
+from .arguments import parse_plain
+from .compare import show
+from .launch import accelerate_config_path
+from .stages import TRAINING, Recipe, Stage, read_recipe
+
+# After Ctrl-C, seconds until a stage is told that has not got it from the terminal
+_PATIENCE = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="minillm-trl recipe",
+        description="Run the stages of a recipe in order, from the data to the table. A stage that is done is "
+        "skipped, and a training that was stopped goes on from its newest checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder with recipe.yaml, such as recipes/gpt2-120m-from-1.5b")
+    parser.add_argument("--list", action="store_true", help="show the stages and what is done, and run nothing")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="run these only; `evaluate` is all evaluations")
+    parser.add_argument(
+        "--rerun",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help="run these, and what builds on them, again; their folders are moved aside",
+    )
+    parser.add_argument(
+        "--accept", nargs="+", default=[], metavar="STAGE", help="take what lies in their folders as their results"
+    )
+    parser.add_argument("--accelerate_config", help="launch configuration of the training stages: a file or a name")
+    parser.add_argument("--num_processes", type=int, help="number of their processes, one for each GPU")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, check the YAMLs of all stages, run what is left, and print the table."""
+    arguments = parse_plain(build_parser(), argv)
+    launch = _launch_words(arguments)
+    recipe = read_recipe(arguments.folder)
+    again = recipe.with_dependents(recipe.named(arguments.rerun))
+    chosen = recipe.stages if arguments.stages is None else recipe.named(arguments.stages)
+    _accept(recipe, recipe.named(arguments.accept))
+    done = [stage for stage in recipe.stages if stage not in again and recipe.is_done(stage)]
+    _print_plan(recipe, chosen, done, again)
+    if arguments.list:
+        return 0
+    _check_inputs(recipe, chosen, done)
+    for stage in again:
+        if (moved := stage.move_aside()) is not None:
+            print(f"{stage.output} was moved to {moved}")
+    for number, stage in enumerate(recipe.stages, start=1):
+        if stage not in chosen or stage in done:
+            continue
+        print(f"\n{number}/{len(recipe.stages)}  {stage.name}", flush=True)
+        status = _run_stage(recipe, stage, launch)
+        if status != 0:
+            print(
+                f"minillm-trl recipe: stage {stage.name} ended with status {status}; what it said stands above. Once "
+                "that is mended, the same command goes on with this stage (without --rerun).",
+                file=sys.stderr,
+            )
+            return status
+    _compare(recipe)
+    return 0
+
+
+def _launch_words(arguments: argparse.Namespace) -> list[str]:
+    words = []
+    if arguments.accelerate_config is not None:
+        words += ["--accelerate_config", str(accelerate_config_path(arguments.accelerate_config))]
+    if arguments.num_processes is not None:
+        if arguments.num_processes < 1:
+            raise ValueError(f"--num_processes must be positive, got {arguments.num_processes}.")
+        words += ["--num_processes", str(arguments.num_processes)]
+    return words
+
+
+def _accept(recipe: Recipe, stages: list[Stage]) -> None:
+    for stage in stages:
+        if not stage.output.is_dir():
+            raise ValueError(f"--accept {stage.name}: there is no folder {stage.output}.")
+        stage.mark(recipe.inputs(stage), finished=True)
+
+
+def _print_plan(recipe: Recipe, chosen: list[Stage], done: list[Stage], again: list[Stage]) -> None:
+    width = max(len(stage.name) for stage in recipe.stages)
+    for number, stage in enumerate(recipe.stages, start=1):
+        state = "done" if stage in done else "again" if stage in again else "pending"
+        if state == "pending" and stage.marker is not None:
+            state = "stopped"
+        skipped = "" if stage in chosen or stage in done else ", not chosen"
+        print(f"{number:>3}  {stage.name:<{width}}  {state}{skipped}")
+
+
+def _check_inputs(recipe: Recipe, chosen: list[Stage], done: list[Stage]) -> None:
+    for stage in chosen:
+        missing = [each.name for each in recipe.inputs(stage) if each not in chosen and each not in done]
+        if stage not in done and missing:
+            raise ValueError(f"stage {stage.name} builds on {missing[0]}, which is not done. Add it to --stages.")
+
+
+def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
+    inputs = recipe.inputs(stage)
+    if stage.subcommand in TRAINING:
+        stage.mark(inputs, finished=False)
+        words = [*stage.words, *launch]
+        if last_complete_checkpoint(stage.output) is not None:
+            words += ["--resume_from_checkpoint", "true"]
+        # a process of its own, which leaves no GPU memory behind
+        status = _run_child([sys.executable, "-m", "minillm_trl", stage.subcommand, *words])
+    else:
+        status = import_module(f".{stage.subcommand.replace('-', '_')}", __package__).run(stage.words)
+    if status == 0:
+        stage.mark(inputs, finished=True)
+    return status
+
+
+def _run_child(command: list[str]) -> int:
+    """Run a command to its end, whatever stops this process; 128 and its number for a signal that ended it."""
+    process = subprocess.Popen(command)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return status if status >= 0 else 128 - status
+
+
+def _compare(recipe: Recipe) -> None:
+    evaluations = [stage for stage in recipe.stages if stage.subcommand == "evaluate" and stage.is_finished]
+    if not evaluations:
+        return
+    names = [stage.name.split(":")[1] for stage in evaluations]
+    models = [read_evaluation(name, stage.output) for name, stage in zip(names, evaluations, strict=True)]
+    baseline, teacher = (name if name in names else None for name in (recipe.baseline, recipe.teacher))
+    show(compare_models(models, baseline, teacher), recipe.report)
