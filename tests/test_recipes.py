@@ -1,158 +1,151 @@
-"""Every recipe is parsed by the parser that it is for, unknown keys refused, and launch configurations launch."""
+"""YAMLs and launch lines of the recipes are parsed by the real parsers, and the recipes agree with each other."""
 
-import json
-import os
-import subprocess
-import sys
+import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ENVIRONMENT
-from test_distributed import needs_deepspeed
+from accelerate.commands.launch import launch_command_parser
 
-from minillm_trl.cli import minillm, sft
-from minillm_trl.cli.arguments import parse
+from minillm_trl.cli import SUBCOMMANDS
+from minillm_trl.cli.arguments import Parser, parse, parse_plain, parse_with_config
 from minillm_trl.cli.launch import accelerate_config_path
+from minillm_trl.cli.stages import TRAINING, read_recipe
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-PARSERS = {"sft": sft.build_parser, "minillm": minillm.build_parser}
+RECIPES = ROOT / "recipes"
+PAPER = sorted(path.parent for path in RECIPES.glob("*-from-*/recipe.yaml"))
+STAGES = [path for path in sorted(RECIPES.glob("*/*.yaml")) if path.stem != "recipe"]
+STAGES = [path for path in STAGES if path.parent.name != "accelerate_configs"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RECIPES.rglob("README.md"))]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in RECIPES if path.parent.name != "accelerate_configs"],
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
-def test_recipe_is_parsed_and_names_its_launch_line(path: Path):
-    subcommand = path.stem.split("_")[0]
-    values, launch = parse(PARSERS[subcommand](), ["--config", str(path)])
-    assert launch == {}
-    assert values[0].dataset
-    assert f"minillm-trl {subcommand} --config {path.relative_to(ROOT)}" in path.read_text()
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-class TestLaunchConfigurations:
-    def test_each_has_its_twin_for_the_other_precision(self):
-        names = {path.stem for path in LAUNCH}
-        assert {name for name in names if name.startswith("v100_")} >= {
-            "v100_single_gpu_fp16",
-            "v100_ddp_fp16",
-            "v100_zero2_fp16",
-            "v100_zero3_fp16",
-            "v100_fsdp_fp16",
-            "v100_multi_node_fp16",
-        }
-        twins = {name.removeprefix("v100_").replace("_fp16", "_bf16") for name in names if name.startswith("v100_")}
-        assert names - {name for name in names if name.startswith("v100_")} == {"cpu", "single_gpu"} | (
-            twins - {"single_gpu_bf16"}
-        )
-
-    @pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.stem)
-    def test_accelerate_takes_every_key(self, path: Path):
-        config = load_config_from_file(str(path))  # refuses unknown keys
-        name = path.stem
-        precision = "fp16" if "fp16" in name else "bf16" if "bf16" in name else "no"
-        assert config.mixed_precision == precision
-        kind = {"z": "DEEPSPEED", "f": "FSDP", "d": "MULTI_GPU", "m": "MULTI_GPU", "c": "MULTI_GPU", "s": "NO"}
-        assert config.distributed_type == kind[name.removeprefix("v100_")[0]]
-        arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
-        arguments, _, _ = _validate_launch_command(arguments)
-        assert arguments.mixed_precision == precision
-        if "zero" in name:
-            assert arguments.zero_stage == int(name.split("zero")[1][0])
-        if "zero3" in name:  # a checkpoint is a model that can be loaded
-            assert str(arguments.zero3_save_16bit_model).lower() == "true"
-        if "fsdp" in name:
-            assert int(arguments.fsdp_version) == 2
-            assert arguments.fsdp_state_dict_type == "FULL_STATE_DICT"
-            assert str(arguments.fsdp_cpu_ram_efficient_loading).lower() == "false"
-        if "multi_node" in name:
-            assert arguments.num_machines == 2
-            assert arguments.num_processes == 16
-
-    @pytest.mark.cli
-    @pytest.mark.distributed
-    @pytest.mark.parametrize(
-        ("subcommand", "name"),
-        [
-            ("sft", "v100_ddp_fp16"),
-            ("minillm", "ddp_bf16"),
-            pytest.param("sft", "zero2_bf16", marks=needs_deepspeed),
-            pytest.param("minillm", "v100_zero3_fp16", marks=needs_deepspeed),
-            ("minillm", "v100_single_gpu_fp16"),
-        ],
-    )
-    def test_training_subcommands_run_under_them(self, tmp_path: Path, model_dir, subcommand: str, name: str):
-        """But for the precision, which CPUs do not have."""
-        recipe = write_recipe(tmp_path, subcommand, model_dir)
-        processes = 1 if "single" in name else 2
-        launch = ["--accelerate_config", name, "--num_processes", str(processes), "--mixed_precision", "no"]
-        command = [sys.executable, "-m", "minillm_trl", subcommand, "--config", str(recipe), *launch]
-        command += ["--main_process_port", "0"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert (tmp_path / "out" / "model.safetensors").is_file()
-        assert result.stdout.count("Saved to") == 1
-
-    @pytest.mark.distributed
-    def test_two_machines_reach_what_two_processes_of_one_do(self, tmp_path: Path, model_dir):
-        """Both "machines" are this one; each is started with its own number, as the file says."""
-        port = 29500 + os.getpid() % 5000
-        runs = []
-        for rank in (0, 1):
-            folder = tmp_path / f"machine{rank}"
-            folder.mkdir()
-            recipe = write_recipe(folder, "minillm", model_dir)
-            config = accelerate_config_path("multi_node_bf16")
-            launch = ["--config_file", str(config), "--mixed_precision", "no", "--num_processes", "2"]
-            launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank", str(rank)]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "minillm_trl", "minillm"]
-            command += ["--config", str(recipe)]
-            runs.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-            )
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
-        assert [run.returncode for run in runs] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-        one = write_recipe(tmp_path, "minillm", model_dir)
-        command = [sys.executable, "-m", "minillm_trl", "minillm", "--config", str(one), "--accelerate_config", "cpu"]
-        subprocess.run(command, capture_output=True, timeout=300, env=ENVIRONMENT, check=True)
-        several, single = (last_losses(path) for path in (tmp_path / "machine0" / "out", tmp_path / "out"))
-        assert several == pytest.approx(single, rel=1e-4)
+def subcommand_of(path: Path) -> str:
+    if path.parent.name == "data" or path.stem == "dolly":
+        return "prepare-data"
+    name = path.stem.split("_")[0]
+    return "evaluate" if name == "eval" else name
 
 
-def write_recipe(folder: Path, subcommand: str, model_dir) -> Path:
-    rows = [{"prompt": f"the mill {i}", "completion": " is a pub"} for i in range(16)]
-    data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model_name_or_path": model_dir("llama"),
-        "dataset": str(data),
-        "output_dir": str(folder / "out"),
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if subcommand == "minillm":
-        settings |= {
-            "teacher_model_name_or_path": model_dir("llama", seed=1, width=48),
-            "max_completion_length": 6,
-            "steps_per_generation": 1,
-            "shared_coins": False,
-        }
-    path = folder / f"{subcommand}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+def parse_line(name: str, words: list[str]):
+    """As the subcommand does, without running it."""
+    module = import_module(f"minillm_trl.cli.{name.replace('-', '_')}")
+    if name in ("demo", "doctor", "generate", "merge"):
+        return None
+    parser = module.build_parser()
+    if isinstance(parser, Parser):
+        return parse(parser, words)
+    return parse_with_config(parser, words) if name == "evaluate" else parse_plain(parser, words)
 
 
-def last_losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
-    return [each["loss"] for each in state["log_history"] if "loss" in each]
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_stage_is_parsed_and_names_its_launch_line(path: Path):
+    name, relative = subcommand_of(path), path.relative_to(ROOT)
+    lines = [line for line in path.read_text().splitlines() if line.startswith(f"#   minillm-trl {name} --config ")]
+    assert len(lines) == 1
+    words = shlex.split(lines[0].removeprefix("#   minillm-trl "))[1:]
+    assert words[1] == str(relative)
+    parsed = parse_line(name, words)
+    if name in TRAINING:
+        assert set(parsed[1]) in ({"--accelerate_config", "--num_processes"}, set())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_launch_lines_of_a_page_are_parsed(page: Path):
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[-1:] == ["..."]:
+                words[-1:] = ["--model_name_or_path", "student"]
+            words = ["recipes/e2e_demo/minillm.yaml" if word.endswith("my.yaml") else word for word in words]
+            if words[:2] == ["accelerate", "launch"]:
+                arguments = launch_command_parser().parse_args(words[2:])
+                assert arguments.training_script == "minillm_trl"
+                parse_line(arguments.training_script_args[0], arguments.training_script_args[1:])
+            elif words[:1] == ["minillm-trl"]:
+                assert words[1] in SUBCOMMANDS
+                parse_line(words[1], words[2:])
+                if "--accelerate_config" in words:
+                    assert accelerate_config_path(words[words.index("--accelerate_config") + 1]).is_file()
+
+
+def load(folder: Path, name: str) -> dict:
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
+def processes(folder: Path) -> int:
+    return int(re.search(r"--num_processes (\d+)", (folder / "recipe.yaml").read_text()).group(1))
+
+
+@pytest.mark.parametrize("folder", PAPER, ids=lambda folder: folder.name)
+class TestPaperRecipe:
+    @pytest.mark.parametrize("name", ["minillm", "minillm_original_code", "minillm_lora", "minillm_qlora"])
+    def test_minillm_has_the_papers_buffer_and_mini_batch_and_starts_from_sft_init(self, folder: Path, name: str):
+        values = load(folder, name)
+        rows = values["per_device_train_batch_size"] * processes(folder)
+        assert rows * values["gradient_accumulation_steps"] == 64
+        assert rows * values["steps_per_generation"] == 256
+        assert values["num_iterations"] == 4
+        assert values["steps_per_generation"] % values["gradient_accumulation_steps"] == 0
+        buffer_steps = values["num_iterations"] * 256 // 64
+        assert values["save_steps"] == values["eval_steps"]
+        assert values["save_steps"] % buffer_steps == 0  # between two rollouts
+        assert values["max_steps"] == 5000
+        assert values["model_name_or_path"] == load(folder, "sft_init")["output_dir"]
+        assert values["teacher_model_name_or_path"] == load(folder, "sft_teacher")["output_dir"]
+        assert values["metric_for_best_model"] == "eval_rouge_l"
+        if name == "minillm":
+            assert values["learning_rate"] == 5e-6
+
+    def test_baselines_have_one_budget_and_one_rule_of_selection(self, folder: Path):
+        sft, kd, seqkd, init = (load(folder, name) for name in ("sft", "kd", "seqkd", "sft_init"))
+        same = ("model_name_or_path", "learning_rate", "num_train_epochs", "seed", "max_length", "dataset")
+        same += ("per_device_train_batch_size", "gradient_accumulation_steps", "metric_for_best_model")
+        for other in (kd, seqkd):
+            assert [other[key] for key in same] == [sft[key] for key in same]
+        assert sft["metric_for_best_model"] == "eval_rouge_l"
+        assert (init["metric_for_best_model"], init["num_train_epochs"]) == ("eval_loss", 3)
+        batch = sft["per_device_train_batch_size"] * sft["gradient_accumulation_steps"] * processes(folder)
+        assert batch in (32, 64)
+
+    def test_stages_write_to_folders_of_their_own_and_seeds_agree(self, folder: Path):
+        values = [load(folder, path.stem) for path in folder.glob("*.yaml") if path.stem not in ("recipe", "eval")]
+        outputs = [each["output_dir"] for each in values]
+        assert len(set(outputs)) == len(outputs)
+        assert all(output.startswith(f"runs/{folder.name}/") for output in outputs)
+        assert {each["seed"] for each in values} == {10}
+        launch = {re.search(r"--num_processes (\d+)", path.read_text()) for path in folder.glob("[skm]*.yaml")}
+        assert {int(each.group(1)) for each in launch} == {processes(folder)}
+
+    def test_evaluation_covers_all_methods_with_the_papers_settings(self, folder: Path):
+        recipe = read_recipe(folder.relative_to(ROOT))
+        names = [stage.name for stage in recipe.stages]
+        assert {f"evaluate:{name}" for name in ("sft_teacher", "sft", "kd", "seqkd", "minillm")} <= set(names)
+        by_name = {stage.name: stage for stage in recipe.stages}
+        inputs = {name: {each.name for each in recipe.inputs(stage)} for name, stage in by_name.items()}
+        assert inputs["minillm"] == {"dolly", "sft_teacher", "sft_init"}
+        assert inputs["kd"] == inputs["seqkd"] == {"dolly", "sft_teacher"}
+        values = load(folder, "eval")
+        teacher = {"sft_teacher"} if "teacher" in values else set()
+        assert inputs["evaluate:kd"] == {"dolly", "selfinst", "vicuna", "sni", "unni", "kd"} | teacher
+        assert recipe.teacher == "sft_teacher"
+        assert (values["seeds"], values["temperature"], values["max_new_tokens"]) == ([10, 20, 30, 40, 50], 1.0, 256)
+
+
+def test_ten_pairs_are_there_and_listed():
+    assert len(PAPER) == 10
+    text = (RECIPES / "README.md").read_text()
+    assert all(f"({folder.name}/README.md)" in text for folder in PAPER)
+
+
+@pytest.mark.parametrize("page", sorted(RECIPES.rglob("README.md")), ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
