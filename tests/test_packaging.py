@@ -78,7 +78,7 @@ class TestReadme:
         assert calls["MiniLLMTrainer"] <= set(inspect.signature(minillm_trl.MiniLLMTrainer.__init__).parameters)
 
     def test_commands_name_subcommands_and_launch_configurations_that_exist(self):
-        for name in re.findall(r"minillm-trl (\w+)", self.TEXT):
+        for name in re.findall(r"minillm-trl ([\w-]+)", self.TEXT):
             assert name in SUBCOMMANDS
         for name in re.findall(r"--accelerate_config (\w+)", self.TEXT):
             assert accelerate_config_path(name).is_file()
