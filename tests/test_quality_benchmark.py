@@ -17,7 +17,7 @@ sys.path.insert(0, str(QUALITY))
 import sizes  # noqa: E402 - lies in a folder that is no package
 import summarize  # noqa: E402
 from methods import METHODS, generate_seqkd_data, train  # noqa: E402
-from run import LEARNING_RATES, Run, best_learning_rates, identity  # noqa: E402
+from run import FIRST_RATES, LEARNING_RATES, SEEDS, Run, best_learning_rates, identity, rates_to_try, validation_scores  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 
 
@@ -61,26 +61,42 @@ def test_ablations_differ_from_minillm_in_what_they_say():
         "no_mixing": {"teacher_mixed_alpha": 0.0},
         "no_single_step": {"single_step_decomposition": False, "include_current_reward": True},
         "no_length_norm": {"length_normalization": False},
-        "no_lpt": {},
+        "lpt": {},
     }
     for name, expected in changed.items():
         other = METHODS[name]
         difference = {key: value for key, value in other.options.items() if base.options.get(key) != value}
         assert difference == expected
-        assert other.corpus == (name != "no_lpt")
+        assert other.corpus == (name == "lpt")
         assert other.updates == base.updates
 
 
 def test_learning_rates_are_chosen_by_validation_rouge_l_of_the_first_seed(tmp_path):
-    for method, best in (("sft", LEARNING_RATES[-1]), ("minillm", LEARNING_RATES[0])):
-        for rate in LEARNING_RATES:
-            run = Run("e2e", method, rate, 0)
+    for method, best in (("sft", 1e-2), ("minillm", 1e-3)):
+        for rate in LEARNING_RATES[FIRST_RATES]:
+            run = Run("e2e", method, rate, SEEDS[0])
             path = tmp_path / run.name / "train.json"
             path.parent.mkdir()
             score = 50.0 + (rate == best)
             path.write_text(json.dumps({"identity": identity(run), "validation": {"rouge_l": score}}))
-    rates = best_learning_rates(tmp_path, "e2e", ["sft", "minillm"])
-    assert rates == {"sft": LEARNING_RATES[-1], "minillm": LEARNING_RATES[0]}
+    assert best_learning_rates(tmp_path, "e2e", ["sft", "minillm"]) == {"sft": 1e-2, "minillm": 1e-3}
+    assert validation_scores(tmp_path, "e2e", "sft") == {1e-3: 50.0, 3e-3: 50.0, 1e-2: 51.0}
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({}, [1e-3, 3e-3, 1e-2]),
+        ({1e-3: 50.0, 1e-2: 49.0}, [3e-3]),
+        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 50.0}, []),
+        ({1e-3: 52.0, 3e-3: 51.0, 1e-2: 50.0}, [3e-4]),
+        ({3e-4: 51.0, 1e-3: 52.0, 3e-3: 51.0, 1e-2: 50.0}, []),
+        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 52.0}, [3e-2]),
+        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 52.0, 3e-2: 53.0, 1e-1: 54.0}, []),  # the ladder ends
+    ],
+)
+def test_rates_are_tried_until_the_best_lies_between_others(scores, expected):
+    assert rates_to_try(scores) == expected
 
 
 class TestIntervals:

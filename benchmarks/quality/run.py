@@ -6,8 +6,9 @@ Runs all that `methods.py` lists, and keeps it under `runs/quality/<task>`: what
 run that was stopped goes on. In order:
 
 1. a teacher, and one student for each training seed, fine-tuned from nothing; the teacher's completions for SeqKD;
-2. for the first training seed every method at every learning rate of one grid, and its Rouge-L on the validation
-   prompts at the end of the run (three sampling seeds; no intermediate checkpoint is chosen);
+2. for the first training seed every method at three learning rates, and at the next lower or higher one of a ladder as
+   long as the best is the lowest or highest tried, by Rouge-L on the validation prompts at the end of the run (three
+   sampling seeds; no intermediate checkpoint is chosen);
 3. each method at its best learning rate for the other training seeds;
 4. Rouge-L, reverse and forward KL, length, repetition and diversity on the test prompts, five sampling seeds each.
 
@@ -27,8 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-SEEDS = (0, 1, 2)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+SEEDS = (3, 4, 5)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATES = slice(2, 5)
 VALIDATION_SEEDS = (1, 2, 3)
 TEST_SEEDS = (10, 20, 30, 40, 50)
 DIVERSITY_NGRAM = 4
@@ -185,13 +187,24 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
     return {"summary": summary, "per_prompt": per_prompt}
 
 
+def validation_scores(folder: Path, task: str, method: str) -> dict[float, float]:
+    """Rouge-L on the validation prompts at the first training seed, of each learning rate that was tried."""
+    runs = {rate: finished(folder, Run(task, method, rate, SEEDS[0]), "train") for rate in LEARNING_RATES}
+    return {rate: run["validation"]["rouge_l"] for rate, run in runs.items() if run is not None}
+
+
+def rates_to_try(scores: dict[float, float]) -> list[float]:
+    """The first rates, then the neighbours of the best one; none once they have been tried."""
+    if missing := [rate for rate in LEARNING_RATES[FIRST_RATES] if rate not in scores]:
+        return missing
+    best = LEARNING_RATES.index(max(scores, key=scores.__getitem__))
+    return [rate for rate in LEARNING_RATES[max(0, best - 1) : best + 2] if rate not in scores]
+
+
 def best_learning_rates(folder: Path, task: str, methods: list[str]) -> dict[str, float]:
     """Of each method, the rate with the highest Rouge-L on the validation prompts at the first training seed."""
-
-    def score(method: str, rate: float) -> float:
-        return finished(folder, Run(task, method, rate, SEEDS[0]), "train")["validation"]["rouge_l"]
-
-    return {method: max(LEARNING_RATES, key=lambda rate: score(method, rate)) for method in methods}
+    scores = {method: validation_scores(folder, task, method) for method in methods}
+    return {method: max(found, key=found.__getitem__) for method, found in scores.items()}
 
 
 def commit() -> str:
@@ -236,8 +249,12 @@ def main() -> None:
         names = ["teacher", *(f"sft-{seed}" for seed in SEEDS)]
         pool.submit(prepare, task, folder, names[0]).result()  # makes the tokenizer too
         run_all(pool, "students", prepare, [(task, folder, name) for name in names[1:]])
-        grid = [Run(task, method, rate, SEEDS[0]) for method in methods for rate in LEARNING_RATES]
-        run_all(pool, "learning rates", train_run, [(folder, run) for run in grid])
+        while grid := [
+            Run(task, method, rate, SEEDS[0])
+            for method in methods
+            for rate in rates_to_try(validation_scores(folder, task, method))
+        ]:
+            run_all(pool, "learning rates", train_run, [(folder, run) for run in grid])
         rates = best_learning_rates(folder, task, methods)
         runs = [Run(task, method, rates[method], seed) for seed in SEEDS for method in methods]
         run_all(pool, "training seeds", train_run, [(folder, run) for run in runs])

@@ -38,7 +38,7 @@ def summarize_size(runs: Path, size: str) -> dict[str, Any]:
         results[name] = [finished(folder, Run(task, name, rate, seed), "test") for seed in SEEDS]
     lead = {key: values_of(results["minillm"], key) - values_of(results["sft"], key) for key in MEASURES}
     return {
-        "parameters": json.loads((folder / "sft-0" / "stage.json").read_text())["parameters"],
+        "parameters": json.loads((folder / f"sft-{SEEDS[0]}" / "stage.json").read_text())["parameters"],
         "learning_rates": rates,
         "measures": {
             name: {key: interval(values_of(each, key)) for key in MEASURES} for name, each in results.items()

@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from methods import METHODS
-from run import LEARNING_RATES, SEEDS, TEST_SEEDS, VALIDATION_SEEDS, Run, best_learning_rates, commit, finished
+from run import (
+    LEARNING_RATES,
+    SEEDS,
+    TEST_SEEDS,
+    VALIDATION_SEEDS,
+    Run,
+    best_learning_rates,
+    commit,
+    finished,
+    validation_scores,
+)
 from tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -79,14 +89,15 @@ def summarize(folder: Path, task: str) -> dict[str, Any]:
                     for key in ("rouge_l", "reverse_kl", "forward_kl")
                 },
                 "validation_rouge_l": {
-                    f"{rate:g}": finished(folder, Run(task, name, rate, SEEDS[0]), "train")["validation"]["rouge_l"]
-                    for rate in LEARNING_RATES
+                    f"{rate:g}": score for rate, score in validation_scores(folder, task, name).items()
                 },
                 "commits": sorted({run["commit"] for run in training[name]}),
             }
-    sizes = {name: json.loads((folder / name / "stage.json").read_text()) for name in ("teacher", "sft-0")}
+    teacher, student = (
+        json.loads((folder / name / "stage.json").read_text())["parameters"] for name in ("teacher", f"sft-{SEEDS[0]}")
+    )
     return {
-        "parameters": {"teacher": sizes["teacher"]["parameters"], "student": sizes["sft-0"]["parameters"]},
+        "parameters": {"teacher": teacher, "student": student},
         "prompts": len(results["teacher"][0]["per_prompt"]),
         "rows": rows,
     }
