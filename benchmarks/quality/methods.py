@@ -86,28 +86,28 @@ ORIGINAL_CODE = _without(
 
 METHODS = {
     # on data: as many updates as take MiniLLM's CPU time, and no fewer than MiniLLM has
-    "sft": Method("SFT continued", "sft", 260, SUPERVISED),
-    "kd": Method("KD", "kd", 240, SUPERVISED),
-    "seqkd": Method("SeqKD", "seqkd", 260, SUPERVISED),
-    "minillm": Method("MiniLLM", "minillm", 240, MINILLM),
-    "no_mixing": Method("– no teacher-mixed sampling", "minillm", 240, _without(teacher_mixed_alpha=0.0)),
+    "sft": Method("SFT continued", "sft", 175, SUPERVISED),
+    "kd": Method("KD", "kd", 160, SUPERVISED),
+    "seqkd": Method("SeqKD", "seqkd", 175, SUPERVISED),
+    "minillm": Method("MiniLLM", "minillm", 160, MINILLM),
+    "no_mixing": Method("– no teacher-mixed sampling", "minillm", 160, _without(teacher_mixed_alpha=0.0)),
     # without it the policy gradient has to carry the current reward: Eq. 2 of the paper
     "no_single_step": Method(
         "– no single-step term",
         "minillm",
-        240,
+        160,
         _without(single_step_decomposition=False, include_current_reward=True),
     ),
-    "no_length_norm": Method("– no length normalisation", "minillm", 240, _without(length_normalization=False)),
-    "lpt": Method("+ L_PT on the training pairs", "minillm", 240, MINILLM, corpus=True),
-    "original_code": Method("authors' code's settings", "minillm", 240, ORIGINAL_CODE, corpus=True),
+    "no_length_norm": Method("– no length normalisation", "minillm", 160, _without(length_normalization=False)),
+    "lpt": Method("+ L_PT on the training pairs", "minillm", 160, MINILLM, corpus=True),
+    "original_code": Method("authors' code's settings", "minillm", 160, ORIGINAL_CODE, corpus=True),
     "distillation": Method(
-        "TRL DistillationTrainer, as many updates", "distillation", 240, {**SAMPLED, "beta": 1.0, "top_k": 0}
+        "TRL DistillationTrainer, as many updates", "distillation", 160, {**SAMPLED, "beta": 1.0, "top_k": 0}
     ),
     "distillation_time": Method(
-        "TRL DistillationTrainer, as much time", "distillation", 60, {**SAMPLED, "beta": 1.0, "top_k": 0}
+        "TRL DistillationTrainer, as much time", "distillation", 40, {**SAMPLED, "beta": 1.0, "top_k": 0}
     ),
-    "gkd": Method("TRL GKD, as many updates", "gkd", 240, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
+    "gkd": Method("TRL GKD, as many updates", "gkd", 160, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
 }
 
 
