@@ -86,9 +86,9 @@ ORIGINAL_CODE = _without(
 
 METHODS = {
     # on data: as many updates as take MiniLLM's CPU time, and no fewer than MiniLLM has
-    "sft": Method("SFT continued", "sft", 175, SUPERVISED),
+    "sft": Method("SFT continued", "sft", 250, SUPERVISED),
     "kd": Method("KD", "kd", 160, SUPERVISED),
-    "seqkd": Method("SeqKD", "seqkd", 175, SUPERVISED),
+    "seqkd": Method("SeqKD", "seqkd", 250, SUPERVISED),
     "minillm": Method("MiniLLM", "minillm", 160, MINILLM),
     "no_mixing": Method("– no teacher-mixed sampling", "minillm", 160, _without(teacher_mixed_alpha=0.0)),
     # without it the policy gradient has to carry the current reward: Eq. 2 of the paper
