@@ -48,6 +48,19 @@ def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
+def configure_wrappers(accelerator: Accelerator) -> None:
+    """How FSDP and DDP are to wrap the model that is trained; call it before they do.
+
+    FSDP follows [`fsdp_policy`] in half precision. DDP reduces gradients where they lie: by default it keeps a second
+    copy of them, four bytes a weight.
+    """
+    plugin, half = getattr(accelerator.state, "fsdp_plugin", None), half_precision(accelerator)
+    if plugin is not None and half is not None:
+        plugin.mixed_precision_policy = fsdp_policy(half)
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.gradient_as_bucket_view = True
+
+
 class OverflowCounter(TrainerCallback):
     """Counts the optimizer steps that were skipped because a gradient overflowed in float16.
 

@@ -2,12 +2,15 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import DistributedType, PartialState
 from conftest import build_model, build_tokenizer, run_module
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from test_distributed import needs_deepspeed
 from transformers import AutoModelForCausalLM
 
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, KDTrainer
@@ -23,25 +26,47 @@ TEXTS = Dataset.from_dict(
 )
 
 
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "gradient_checkpointing": False,
+    "max_steps": 2,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
+
+
+def make_args(config_class, folder, fsdp_on_cpu=False, **options):
+    args = config_class(str(folder), **{**COMMON, **options})
+    if fsdp_on_cpu:  # accelerate takes FSDP for a matter of GPUs; torch has it on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+
+def make_fine_tuning(folder, **options) -> FineTuningTrainer:
+    tokenizer = build_tokenizer()
+    student = build_model("llama", len(tokenizer))  # as in make_trainer
+    return FineTuningTrainer(
+        model=student,
+        args=make_args(FineTuningConfig, folder, **options),
+        train_dataset=TEXTS,
+        eval_dataset=TEXTS.select(range(7)),
+        processing_class=tokenizer,
+    )
+
+
 def make_trainer(folder, teacher=None, ratio=0.5, student=None, peft_config=None, **options) -> KDTrainer:
     tokenizer = build_tokenizer()
     # without dropout, and before the configuration: transformers spreads what is built later under ZeRO-3
     student = student or build_model("llama", len(tokenizer))
     teacher = teacher or build_model("llama", len(tokenizer), 1, width=48)
-    args = KDConfig(
-        str(folder),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        kd_ratio=ratio,
-        optim="sgd",
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        gradient_checkpointing=False,
-        **{"max_steps": 2, "save_strategy": "no", "logging_steps": 1, **options},
-    )
+    args = make_args(KDConfig, folder, kd_ratio=ratio, **options)
     return KDTrainer(
         model=student,
         teacher_model=teacher,
@@ -251,45 +276,61 @@ class TestCommandLine:
         assert "different tokenizers" in capsys.readouterr().err
 
 
+# Of two evaluations the first has the higher loss, which is made the better one: what is saved is not the last model
 RUN = """
-import sys
-sys.path.insert(0, sys.argv[2])
-from test_kd import make_trainer
-trainer = make_trainer(
-    sys.argv[1], per_device_train_batch_size=int(sys.argv[3]), shard_teacher=sys.argv[4] == "sharded",
-    eval_strategy="steps", eval_steps=2, predict_with_generate=True, max_completion_length=6,
-    per_device_eval_batch_size=2,
+import json, pathlib, sys
+output, folder, batch_size, kind, config = sys.argv[1:]
+sys.path.insert(0, folder)
+from test_kd import make_fine_tuning, make_trainer
+options = dict(
+    fsdp_on_cpu="fsdp" in config, per_device_train_batch_size=int(batch_size), eval_strategy="steps", eval_steps=2,
+    predict_with_generate=True, max_completion_length=6, per_device_eval_batch_size=2, max_steps=4,
+    save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+    metric_for_best_model="eval_loss", greater_is_better=True,
 )
+if kind == "kd":
+    trainer = make_trainer(output, shard_teacher=config != "", **options)
+else:
+    trainer = make_fine_tuning(output, **options)
 trainer.train()
-trainer.save_model(sys.argv[1])
+trainer.save_model(output)
 if trainer.accelerator.is_main_process:
-    import json, pathlib
-    entry = [each for each in trainer.state.log_history if "eval_loss" in each][-1]
-    pathlib.Path(sys.argv[1], "evaluation.json").write_text(json.dumps(entry))
+    found = [each for each in trainer.state.log_history if "eval_loss" in each]
+    facts = {"first": found[0], "strategy": str(trainer.accelerator.distributed_type)}
+    pathlib.Path(output, "facts.json").write_text(json.dumps(facts))
 """
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["cpu", "v100_zero3_fp16"])
-def test_two_processes_reach_what_one_does(tmp_path, config):
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("kd", "cpu"),
+        pytest.param("kd", "v100_zero3_fp16", marks=needs_deepspeed),
+        ("kd", "v100_fsdp_fp16"),
+        ("sft", "v100_fsdp_fp16"),
+    ],
+)
+def test_two_processes_reach_what_one_does(tmp_path, kind, config):
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    folder = str(__file__).rsplit("/", 1)[0]
-    moves, evaluations = [], []
+    tests = Path(__file__).parent
+    moves, facts = [], []
     before = weights(make_trainer(tmp_path))
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        arguments = [script, output, folder, 8 // processes, "sharded" if processes == 2 else "whole"]
         if processes == 1:
-            result = run_module("run", *arguments[1:], cwd=tmp_path)
+            result = run_module("run", output, tests, 8, kind, "", cwd=tmp_path)
         else:
             options = ["--config_file", accelerate_config_path(config), "--num_processes=2", "--mixed_precision=no"]
-            result = run_module("accelerate.commands.launch", *options, *arguments)
+            result = run_module("accelerate.commands.launch", *options, script, output, tests, 4, kind, config)
         assert result.returncode == 0, result.stderr[-3000:]
         after = AutoModelForCausalLM.from_pretrained(output)
         moves.append(torch.cat([each.detach().flatten() for each in after.parameters()]) - before)
-        evaluations.append(json.loads((output / "evaluation.json").read_text()))
+        facts.append(json.loads((output / "facts.json").read_text()))
     assert moves[0].norm() > 1e-3
     assert (moves[0] - moves[1]).norm() < 1e-3 * moves[0].norm()
     for name in ("eval_rouge_l", "eval_completions/mean_length", "eval_rollout/repeated_4grams"):
-        assert evaluations[0][name] == pytest.approx(evaluations[1][name], rel=1e-3), name
+        assert facts[0]["first"][name] == pytest.approx(facts[1]["first"][name], rel=1e-3), name
+    expected = "FSDP" if "fsdp" in config else "DEEPSPEED" if "zero" in config else "MULTI_CPU"
+    assert facts[1]["strategy"] == f"DistributedType.{expected}"

@@ -14,7 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
-from ..mixed_precision import choose_precision, keep_adapters_in_float32
+from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import sample_prompts
 from ..teacher import max_context
@@ -89,16 +89,16 @@ class FineTuningTrainer(SFTTrainer):
         if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        configure_wrappers(self.accelerator)
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_adapters_in_float32(self.model)
         self._eval_prompts = prompts
-        # sampling needs weights that ZeRO-3 and FSDP spread over the processes
-        self._whole_copy = None
-        if shards_student(self.accelerator):
-            self._whole_copy = RolloutCopy(self._student, None, sharded=True)
-            self._whole_copy.release()
+        self._whole_copy: RolloutCopy | None = None
         if prompts is not None:
             self._check_room(prompts)
+            if shards_student(self.accelerator):  # the copy is made before FSDP takes the model apart
+                self._whole_copy = self._copy_student()
+                self._whole_copy.release()
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -122,23 +122,34 @@ class FineTuningTrainer(SFTTrainer):
                 self._metrics["eval"][name].append(value)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def _copy_student(self) -> RolloutCopy:
+        return RolloutCopy(self._student, half_precision(self.accelerator), sharded=True)
+
+    @contextmanager
+    def _whole_student(self) -> Iterator[PreTrainedModel]:
+        """The student, or a copy of it, in half precision if it trains so, where ZeRO-3 or FSDP shards its weights."""
+        if not shards_student(self.accelerator):
+            yield self._student
+        elif self._whole_copy is None:
+            yield self._copy_student().model
+        else:
+            self._whole_copy.refresh(self._student)
+            yield self._whole_copy.model
+            self._whole_copy.release()
+
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=False,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=False,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ),
+            self._whole_student() as student,
+            self.accelerator.autocast(),
         ):
-            if self._whole_copy is None:
-                self._student.eval()
-                with self.accelerator.autocast():
-                    yield self._student
-            else:
-                self._whole_copy.refresh(self._student)
-                with self.accelerator.autocast():
-                    yield self._whole_copy.model
-                self._whole_copy.release()
+            yield student.eval()
 
     @torch.no_grad()
     def _sample_metrics(self) -> dict[str, float]:
@@ -160,19 +171,12 @@ class FineTuningTrainer(SFTTrainer):
             )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         values = {
-            "rouge_l": 0.0,
-            "completions/mean_length": 0.0,
-            "rollout/eos_rate": 0.0,
-            "rollout/repeated_4grams": 0,
+            "rouge_l": rouge_l_to_references(texts, rows),
+            "completions/mean_length": list(map(len, completions)),
+            **degeneration(completions, ends),
         }
-        if completions:
-            values = {
-                "rouge_l": rouge_l_to_references(texts, rows),
-                "completions/mean_length": sum(map(len, completions)) / len(completions),
-                **degeneration(completions, ends),
-            }
         # a process may have one prompt fewer than another, or none
-        totals = torch.tensor([*(value * len(completions) for value in values.values()), len(completions)])
+        totals = torch.tensor([*map(sum, values.values()), len(completions)])
         *sums, count = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
         return {name: total / count for name, total in zip(values, sums, strict=True)}
 

@@ -10,7 +10,7 @@ from ..checks import check_student
 from ..fused_head import TokenScores, add_scoring
 from ..language_modeling import language_modeling_request
 from ..lm_head import LMHead, check_head
-from ..mixed_precision import fsdp_policy, half_precision
+from ..mixed_precision import half_precision
 from ..teacher import place_new_teacher, shared_vocab_size
 from ..training_metrics import corpus_totals, loss_metrics
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
@@ -87,26 +87,18 @@ class KDTrainer(FineTuningTrainer):
     def __init__(self, *, teacher_model: str | PreTrainedModel, args: KDConfig, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         check_student(self)
-        half = half_precision(self.accelerator)
-        if self.is_fsdp_enabled and half is not None:
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(half)
         self.teacher_model = place_new_teacher(
             teacher_model,
             self.accelerator,
             init_kwargs=args.teacher_model_init_kwargs,
-            default_dtype=half or torch.float32,
+            default_dtype=half_precision(self.accelerator) or torch.float32,
             shard=args.shard_teacher,
             trust_remote_code=args.trust_remote_code,
         )
-        student = self._student
-        if self._whole_copy is not None:
-            self._whole_copy.refresh(student)
-            student = self._whole_copy.model
-        vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
-        check_head(student, "student")
         check_head(self.teacher_model, "teacher")
-        if self._whole_copy is not None:
-            self._whole_copy.release()
+        with self._whole_student() as student:
+            vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
+            check_head(student, "student")
         add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
 
     def compute_loss(
