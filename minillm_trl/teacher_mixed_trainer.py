@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
-from .mixed_precision import OverflowCounter, fsdp_policy, half_precision
+from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
 from .objectives import batch_advantages
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
@@ -55,14 +56,16 @@ class TeacherMixedTrainer(GRPOTrainer):
         self._turn = 0  # calls of generation within a rollout; tools make it several
         self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
         self._wants_old_logps = False
+        self._totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]] = {
+            mode: defaultdict(list) for mode in ("train", "eval")
+        }
         self._rewards_per_func = torch.empty(0)
         half = half_precision(self.accelerator)
         self._overflow_counter = None
         if half is torch.float16:
             self._overflow_counter = OverflowCounter(self.accelerator)
             self.add_callback(self._overflow_counter)
-        if self.is_fsdp_enabled and half is not None:
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(half)
+        configure_wrappers(self.accelerator)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None
         sharded = shards_student(self.accelerator)
@@ -315,7 +318,16 @@ class TeacherMixedTrainer(GRPOTrainer):
     # Metrics
 
     def _log_totals(self, totals: Totals) -> None:
-        self._log(loss_metrics(totals.names, self.accelerator.gather(totals.values[None])))
+        mode = "train" if self.model.training else "eval"
+        self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(totals.values[None]))
+
+    def _log_means(self) -> None:
+        """Of what the totals since the last log sum up: how they were cut into micro-batches does not matter."""
+        mode = "train" if self.model.training else "eval"
+        for names, gathered in self._totals[mode].items():
+            for name, value in loss_metrics(list(names), torch.cat(gathered)).items():
+                self._metrics[mode][name].append(value)
+        self._totals[mode].clear()
 
     def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
         mode = "train" if self.model.training else "eval"
@@ -325,9 +337,10 @@ class TeacherMixedTrainer(GRPOTrainer):
         if mode == "eval":
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
             values["rouge_l"] = rouge_l_to_references(texts, inputs)
-        local = torch.tensor(list(values.values()), device=self.accelerator.device)
-        means = self.accelerator.gather(local[None]).mean(dim=0).tolist()
-        self._log({name: mean for name, mean in zip(values, means, strict=True) if not math.isnan(mean)})
+        local = torch.tensor(list(values.values()), device=self.accelerator.device).T
+        for name, rows in zip(values, self.accelerator.gather(local).T.tolist(), strict=True):
+            if known := [value for value in rows if not math.isnan(value)]:
+                self._metrics[mode][name].extend(known)  # an entry a completion, so that each counts the same
 
         # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
         if not self.reward_funcs:
@@ -343,6 +356,7 @@ class TeacherMixedTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the name of the evaluation dataset where there are several, which GRPOTrainer leaves out."""
+        self._log_means()
         loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
         name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
         metrics = self._metrics["eval"]
@@ -351,8 +365,3 @@ class TeacherMixedTrainer(GRPOTrainer):
         if self._overflow_counter is not None and "loss" in logs:
             logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
         super().log(logs, start_time)
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)

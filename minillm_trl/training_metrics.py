@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +15,18 @@ _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
 )
 
 
-def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, float]:
-    """Means over completions that show text degenerating while the reverse KL still falls."""
-    ended = [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids]
-    repeated = [repeated_ngrams(ids, 4) for ids in completion_ids]
-    return {"rollout/eos_rate": fmean(ended), "rollout/repeated_4grams": fmean(repeated)}
+def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, list[float]]:
+    """Of each completion, what shows text degenerating while the reverse KL still falls."""
+    return {
+        "rollout/eos_rate": [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids],
+        "rollout/repeated_4grams": [repeated_ngrams(ids, 4) for ids in completion_ids],
+    }
 
 
-def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> float:
-    """Mean Rouge-L to the `references` of the dataset's rows, or to their `completion`; NaN if one has neither."""
+def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rouge-L of each text to the `references` of its row, or to its `completion`; NaN where there is neither."""
     references = [_references(row) for row in rows]
-    if not all(references):
-        return math.nan
-    return fmean(rouge_l(text, each) for text, each in zip(texts, references, strict=True))
+    return [rouge_l(text, each) if each else math.nan for text, each in zip(texts, references, strict=True)]
 
 
 def _references(row: Mapping[str, Any]) -> list[str]:
@@ -77,11 +75,11 @@ def corpus_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> 
 
 
 def loss_metrics(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
-    """Metrics of one micro-batch over all processes.
+    """Metrics of all micro-batches of all processes.
 
     Args:
         names (`list[str]`): of [`Totals`].
-        gathered (`torch.Tensor` of shape `(processes, K, 2)`): values of [`Totals`] of every process.
+        gathered (`torch.Tensor` of shape `(parts, K, 2)`): values of [`Totals`] of every micro-batch and process.
 
     Returns:
         `dict`: means over the tokens in nats; `objective/reverse_kl` is the sum over a completion's tokens, mean over

@@ -105,6 +105,19 @@ class TestTraining:
         assert first["clip_ratio/mixing"] > 0.0
         assert first["objective/long_term"] + first["objective/single_step"] == pytest.approx(first["loss"], abs=1e-4)
 
+    def test_evaluation_is_a_mean_over_prompts_whatever_the_batch(self, tmp_path):
+        found = []
+        for batch_size in (5, 3, 2):  # the last batch has fewer prompts
+            trainer = make_trainer(
+                tmp_path, eval_dataset=DATASET.select(range(5)), per_device_eval_batch_size=batch_size
+            )
+            found.append(trainer.evaluate())
+        names = [f"eval_{name}" for name in METRICS[1:]] + ["eval_rouge_l"]  # the length is logged by GRPOTrainer
+        for other in found[1:]:
+            assert {name: other[name] for name in names} == pytest.approx(
+                {name: found[0][name] for name in names}, rel=1e-5
+            )
+
     def test_evaluation_samples_from_the_student_alone(self, tmp_path, monkeypatch: pytest.MonkeyPatch):
         calls = []
 
