@@ -50,6 +50,10 @@ def load_teacher(
         kwargs = copy.copy(init_kwargs) or {}
         kwargs.setdefault("dtype", default_dtype)
         kwargs.setdefault("trust_remote_code", trust_remote_code)
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("load_in_4bit") and kwargs["dtype"] != "auto":
+            # 4-bit layers would compute in float32
+            kwargs["quantization_config"] = {"bnb_4bit_compute_dtype": kwargs["dtype"], **quantization}
         teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
     elif init_kwargs:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Which precision a run gets, what stays in float32, and what becomes of steps that overflow."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from datasets import Dataset
 from fixed_rollouts import PROMPTS, rollout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from trl import ModelConfig
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.cli.models import quantization_config
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.mixed_precision import OverflowCounter, choose_precision, fsdp_policy
 
@@ -18,6 +21,22 @@ from minillm_trl.mixed_precision import OverflowCounter, choose_precision, fsdp_
 def make_config(tmp_path, **options) -> MiniLLMConfig:
     settings = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
     return MiniLLMConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "expected"),
+    [
+        ({"fp16": True}, None, torch.float16),
+        ({"bf16": True}, None, torch.bfloat16),
+        ({}, None, torch.float32),
+        ({"fp16": True}, "float32", torch.float32),
+    ],
+)
+def test_four_bit_students_compute_in_the_precision_of_the_run(settings: dict, dtype: str | None, expected):
+    model = ModelConfig("student", load_in_4bit=True, bnb_4bit_quant_type="nf4", dtype=dtype)
+    config = quantization_config(model, SimpleNamespace(**{"fp16": False, "bf16": False, **settings}))
+    assert config.bnb_4bit_compute_dtype == expected
+    assert quantization_config(ModelConfig("student"), SimpleNamespace(fp16=True, bf16=False)) is None
 
 
 class TestChoosePrecision:

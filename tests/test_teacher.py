@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import build_model, build_tokenizer
 from test_adapters import train
 from tokenizers import normalizers
@@ -52,6 +53,18 @@ class TestLoadTeacher:
     def test_dtype_is_the_given_one_or_the_default(self, model_dir):
         assert load_teacher(model_dir(), None, torch.float16).dtype == torch.float16
         assert load_teacher(model_dir(), {"dtype": torch.float32}, torch.float16).dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("more", "expected"),
+        [({}, torch.bfloat16), ({"bnb_4bit_compute_dtype": "float32"}, torch.float32)],
+        ids=["default", "given"],
+    )
+    def test_four_bit_layers_compute_in_the_dtype_of_the_rest(self, model_dir, more: dict, expected: torch.dtype):
+        quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **more}
+        teacher = load_teacher(model_dir("llama"), {"quantization_config": quantization}, torch.bfloat16)
+        layers = [each for each in teacher.modules() if isinstance(each, Linear4bit)]
+        assert {each.compute_dtype for each in layers} == {expected}
+        assert quantization == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **more}  # the caller's own
 
     def test_init_kwargs_for_a_loaded_teacher_are_refused(self):
         with pytest.raises(ValueError, match=r"teacher_model_init_kwargs=.* has no effect"):

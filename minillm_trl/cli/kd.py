@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         teacher_model=teacher.teacher_model_name_or_path,
         args=args,
         callbacks=callbacks,
-        **trainer_arguments(model, tokenizer, train, evaluation),
+        **trainer_arguments(model, args, tokenizer, train, evaluation),
     )
     train_and_save(trainer, checkpoint)
     return 0

@@ -8,13 +8,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import last_complete_checkpoint
 from ..teacher import check_same_tokenizer
@@ -113,6 +114,14 @@ def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
+
+
+def quantization_config(model: ModelConfig, args: TrainingArguments) -> BitsAndBytesConfig | None:
+    """What `load_in_4bit` and `load_in_8bit` ask for; 4-bit layers compute in the run's precision or in `dtype`."""
+    config = get_quantization_config(model)
+    if config is not None and config.load_in_4bit and model.dtype in (None, "auto"):  # bitsandbytes takes float32
+        config.bnb_4bit_compute_dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+    return config
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:

@@ -4,13 +4,19 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from ..baselines import FineTuningConfig, FineTuningTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
-from .models import checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
+from .models import (
+    checkpoint_to_resume,
+    load_tokenizer,
+    quantization_config,
+    set_model_init_kwargs,
+    train_and_save,
+)
 
 
 def build_parser() -> Parser:
@@ -29,14 +35,18 @@ def run(argv: list[str]) -> int:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     set_model_init_kwargs(args, model)
     trainer = FineTuningTrainer(
-        args=args, callbacks=callbacks, **trainer_arguments(model, tokenizer, train, evaluation)
+        args=args, callbacks=callbacks, **trainer_arguments(model, args, tokenizer, train, evaluation)
     )
     train_and_save(trainer, checkpoint)
     return 0
 
 
 def trainer_arguments(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset | None
+    model: ModelConfig,
+    args: FineTuningConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None,
 ) -> dict[str, Any]:
     """What all trainers that learn from prompts and completions are given."""
     return {
@@ -45,5 +55,5 @@ def trainer_arguments(
         "eval_dataset": evaluation,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(model),
-        "quantization_config": get_quantization_config(model),
+        "quantization_config": quantization_config(model, args),
     }
