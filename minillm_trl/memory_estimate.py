@@ -52,62 +52,121 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
-    """Bytes on the GPU of each process in mixed precision with AdamW, by what takes them.
+    """Bytes on the GPU of each process for MiniLLM in mixed precision with AdamW, by what takes them.
 
-    Weights, gradients and optimizer states are counted; activations are the usual 34 bytes a token, layer and unit of
-    width (2 with gradient checkpointing, and one layer's 34). What a framework needs besides, and fragmentation, come
-    on top. Not compared with a run on a GPU yet.
+    Weights, gradients and optimizer states are counted, and the half-precision copies that autocast makes of weights;
+    activations are the usual 34 bytes a token, layer and unit of width (2 with gradient checkpointing, and one layer's
+    34). What a framework needs besides, and fragmentation, come on top. Not compared with a run on a GPU yet.
 
     Returns:
         `dict[str, float]`: rollout and update never run at once; each has its sum.
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
+    trained, copied = _trained_bytes(student, sizes["student"], load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
-    sharded = load.strategy in ("fsdp", "zero3")
-    if load.lora_rank is None:
-        frozen, trained, copied = 0.0, float(sizes["student"]), sizes["student"] * _HALF
-    else:
-        frozen = sizes["student"] * (_NF4 if load.student_4bit else _HALF)
-        # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
-        trained = student.num_hidden_layers * 30.0 * student.hidden_size * load.lora_rank
-        copied = trained * _HALF + (frozen if sharded else 0.0)
-    if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
-        trained, copied = trained * (_HALF + 14.0 / load.processes), 0.0
-    else:  # float32 weights, gradients and two moments
-        trained *= 16.0
-    if sharded:
-        frozen, trained = frozen / load.processes, trained / load.processes
-    trained += frozen
     tokens = load.prompt_tokens + load.completion_tokens
-    position = load.rows * tokens * student.hidden_size
-    layers = student.num_hidden_layers
-    activations = position * (2 * layers + 34 if load.gradient_checkpointing else 34 * layers)
-    teacher_bytes = 0.0 if load.teacher_shares_base else sizes["teacher"] * (_NF4 if load.teacher_4bit else _HALF)
-    head = teacher.vocab_size * teacher.hidden_size * _HALF
-    if load.shard_teacher:  # all but head and embeddings
-        tied = 1 if teacher.tie_word_embeddings else 2
-        teacher_bytes = tied * head + (teacher_bytes - tied * head) / load.processes
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * _HALF
     caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * _HALF
+    teacher_bytes = _teacher_bytes(teacher, sizes["teacher"], load)
     parts = {
         "student, gradients and optimizer": trained,
         "copy for rollouts": copied,
         "teacher": teacher_bytes,
         "key-value caches while sampling": caches,
         "teacher's states of a rollout": states,
-        "activations of a micro-batch": activations,
-        "heads in chunks": 4 * CHUNK_ELEMENTS * 4.0 + student.vocab_size * student.hidden_size * 4.0,
+        "activations of a micro-batch": _activation_bytes(student, load),
+        "heads in chunks": _head_bytes(student),
     }
     parts["while sampling"] = trained + copied + teacher_bytes + caches + states
     parts["while updating"] = (
         trained
-        + (0.0 if sharded else copied)
-        + (teacher_bytes if load.keeps_teacher else head)
+        + (0.0 if _is_sharded(load) else copied)
+        + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * _HALF)
         + (states if load.keeps_states else 0.0)
         + parts["activations of a micro-batch"]
         + parts["heads in chunks"]
     )
     return parts
+
+
+def estimate_fine_tuning_memory(
+    model: PreTrainedConfig, load: Workload, teacher: PreTrainedConfig | None = None
+) -> dict[str, float]:
+    """The same for fine-tuning on data (sft, seqkd once the teacher has answered) or, with a `teacher`, for KD.
+
+    Fine-tuning has whole logits, of which the loss keeps three copies in float32; KD has its heads in chunks.
+    """
+    size = count_parameters(model)
+    trained, copied = _trained_bytes(model, size, load)
+    copied = copied if _is_sharded(load) else 0.0  # elsewhere the model samples as it is
+    text = model.get_text_config()
+    tokens = load.prompt_tokens + load.completion_tokens
+    teacher_bytes, head = 0.0, 3 * load.rows * tokens * text.vocab_size * 4.0
+    if teacher is not None:
+        teacher_bytes = _teacher_bytes(teacher.get_text_config(), count_parameters(teacher), load)
+        head = _head_bytes(text)
+    caches = load.sampled_rows * tokens * _cache_width(text) * _HALF
+    parts = {
+        "student, gradients and optimizer": trained,
+        "teacher": teacher_bytes,
+        "activations of a micro-batch": _activation_bytes(text, load),
+        "logits": head,
+    }
+    return parts | {
+        "while sampling": trained + teacher_bytes + copied + caches,
+        "while updating": trained + teacher_bytes + parts["activations of a micro-batch"] + head,
+    }
+
+
+def _is_sharded(load: Workload) -> bool:
+    return load.strategy in ("fsdp", "zero3")
+
+
+def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple[float, float]:
+    """Of the student as it is trained, and of the copy that it samples from."""
+    text = config.get_text_config()
+    if load.lora_rank is None:
+        frozen, trained, copied = 0.0, float(size), size * _HALF
+    else:
+        frozen = _nf4_bytes(text, size) if load.student_4bit else size * _HALF
+        # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
+        trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
+        copied = trained * _HALF + (frozen if _is_sharded(load) else 0.0)
+    if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
+        return trained * (_HALF + 14.0 / load.processes) + frozen, 0.0
+    if _is_sharded(load):  # float32 weights, gradients and two moments, and a block in half precision
+        return (trained * 16.0 + frozen) / load.processes, copied
+    return trained * (16.0 + _HALF) + frozen, copied
+
+
+def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
+    if load.teacher_shares_base:
+        return 0.0
+    whole = _nf4_bytes(text, size) if load.teacher_4bit else size * _HALF
+    if not load.shard_teacher:
+        return whole
+    ends = _end_parameters(text) * _HALF  # all but head and embeddings is spread
+    return ends + (whole - ends) / load.processes
+
+
+def _nf4_bytes(text: PreTrainedConfig, size: int) -> float:
+    """bitsandbytes leaves embeddings and head as they are."""
+    ends = _end_parameters(text)
+    return (size - ends) * _NF4 + ends * _HALF
+
+
+def _end_parameters(text: PreTrainedConfig) -> int:
+    return (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
+
+
+def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
+    position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
+    layers = text.num_hidden_layers
+    return position * (2.0 * layers + 34 if load.gradient_checkpointing else 34.0 * layers)
+
+
+def _head_bytes(text: PreTrainedConfig) -> float:
+    return 4 * CHUNK_ELEMENTS * 4.0 + text.vocab_size * text.hidden_size * 4.0
 
 
 def _cache_width(config: PreTrainedConfig) -> int:

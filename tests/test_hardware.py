@@ -13,7 +13,7 @@ from minillm_trl.cli import main
 from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
 from minillm_trl.cli.minillm import TeacherArguments
 from minillm_trl.hardware import GPU, Machine, best_precision, probe, problems, runs_on
-from minillm_trl.memory_estimate import Workload, count_parameters, estimate_memory
+from minillm_trl.memory_estimate import Workload, count_parameters, estimate_fine_tuning_memory, estimate_memory
 
 GIB = 2**30
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -97,11 +97,29 @@ class TestMemory:
         student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
         teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
         parts = estimate_memory(student, teacher, self.LOAD)
-        assert parts["student, gradients and optimizer"] == 16 * count_parameters(student)
+        assert parts["student, gradients and optimizer"] == 18 * count_parameters(student)
         assert parts["teacher"] == 2 * count_parameters(teacher)
         assert parts["teacher's states of a rollout"] == 32 * 256 * 128 * 2
         assert parts["key-value caches while sampling"] == 32 * 512 * 2 * (2 * 2 * 64 + 2 * 3 * 128)
         assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (2 * 2 + 34)
+
+    def test_parts_of_fine_tuning_and_kd_by_hand(self):
+        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
+        size, sharded = count_parameters(student), Workload(**{**vars(self.LOAD), "strategy": "fsdp", "processes": 4})
+        plain = estimate_fine_tuning_memory(student, self.LOAD)
+        assert plain["logits"] == 3 * 8 * 512 * 1000 * 4
+        assert plain["while updating"] == 18 * size + plain["activations of a micro-batch"] + plain["logits"]
+        assert plain["while sampling"] == 18 * size + 32 * 512 * 2 * (2 * 2 * 64)
+        kd = estimate_fine_tuning_memory(student, sharded, teacher)
+        assert kd["teacher"] == 2 * count_parameters(teacher)
+        assert kd["while sampling"] == 4 * size + 2 * size + kd["teacher"] + 32 * 512 * 2 * (2 * 2 * 64)
+
+    def test_embeddings_and_head_stay_in_half_precision_under_nf4(self):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        load = Workload(**{**vars(self.LOAD), "teacher_4bit": True})
+        rest = count_parameters(config) - 64 * 1000
+        assert estimate_memory(config, config, load)["teacher"] == pytest.approx(0.56 * rest + 2 * 64 * 1000)
 
     @pytest.mark.parametrize(
         ("change", "part"),
