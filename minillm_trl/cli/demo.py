@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 
-def run(argv: list[str]) -> int:
-    """Parse the arguments and run the demo."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="minillm-trl demo",
         description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
@@ -22,7 +22,12 @@ def run(argv: list[str]) -> int:
         "--quick", action="store_true", help="less of everything: minutes become seconds, gains smaller"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, data order and rollouts")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments and run the demo."""
+    arguments = build_parser().parse_args(argv)
     if arguments.seed < 0:
         raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
 

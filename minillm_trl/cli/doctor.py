@@ -13,22 +13,27 @@ from ..config import MiniLLMConfig
 from ..hardware import Machine, best_precision, probe, problems
 from ..memory_estimate import Workload, estimate_memory
 from ..trl_version import TESTED
+from . import minillm
 from .arguments import TeacherArguments, parse, parse_plain
-from .minillm import build_parser
 from .models import load_config
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
 
 
-def run(argv: list[str]) -> int:
-    """Print the screen; 0 if nothing stands against the configuration (without one, against any run), else 1."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
     parser = argparse.ArgumentParser("minillm-trl doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML of a `minillm` run to check, with a memory estimate")
     parser.add_argument(
         "--prompt_tokens", type=int, default=256, help="length of the longest prompt, for the estimate"
     )
-    options = parse_plain(parser, argv)
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Print the screen; 0 if nothing stands against the configuration (without one, against any run), else 1."""
+    options = parse_plain(build_parser(), argv)
     machine = probe()
     print("\n".join(describe(machine)))
     found, strategy = problems(machine), "ddp"
@@ -159,5 +164,5 @@ def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> tuple[ModelConfig, TeacherArguments, MiniLLMConfig]:
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
-        (_, teacher, _, _, args, model), _ = parse(build_parser(), ["--config", path])
+        (_, teacher, _, _, args, model), _ = parse(minillm.build_parser(), ["--config", path])
     return model, teacher, args

@@ -12,7 +12,7 @@ from .arguments import parse_plain
 from .models import load_model, load_tokenizer
 
 
-def make_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
     parser = argparse.ArgumentParser(prog="minillm-trl generate", description=__doc__)
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, sample, and write one JSON object a line: prompt, completion, sample, finished."""
-    arguments = parse_plain(make_parser(), argv)
+    arguments = parse_plain(build_parser(), argv)
     for name in ("max_new_tokens", "temperature", "num_samples", "batch_size"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")

@@ -21,7 +21,7 @@ _NOTE = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="minillm-trl merge",
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check adapter, base and folders before any model is loaded, merge, and save."""
-    arguments = parse_plain(make_parser(), argv)
+    arguments = parse_plain(build_parser(), argv)
     adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
     output = arguments.output_dir.resolve()
     _check_output(output, adapter, arguments.overwrite)
