@@ -1,5 +1,6 @@
 """Loading, its errors with file and line, and the views for training and evaluation."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from minillm_trl.cli.arguments import DataArguments
+from minillm_trl.cli.examples import load_splits
 from minillm_trl.data import DataError, check_prompt_lengths, load_corpus, load_examples, unique_prompts
 
 USER = {"role": "user", "content": "Where is the pub?"}
@@ -74,6 +77,20 @@ def test_csv_keeps_text_that_looks_like_numbers_and_reads_empty_cells_as_null(wr
         {"prompt": "007", "completion": "NA", "references": ["NA"]},
         {"prompt": "NaN", "completion": None, "references": []},
     ]
+
+
+def test_csv_cells_may_be_long(write):
+    text = "x" * 200_000
+    before = csv.field_size_limit()
+    assert load_examples(write("a.csv", f"prompt\n{text}\n"))["prompt"][:] == [text]
+    assert csv.field_size_limit() == before
+
+
+def test_surrogate_pairs_load_and_halves_are_refused_in_json_arrays_too(write):
+    path = write("a.json", '[{"prompt": "\\ud83d\\ude00"}, {"prompt": "b", "id": ["\\ude00"]}]')
+    assert load_examples(path, max_rows=1)["prompt"][:] == ["\N{GRINNING FACE}"]
+    with pytest.raises(DataError, match=r"a.json, row 1 \(counting from 0\): field 'id' is .* half a surrogate pair"):
+        load_examples(path)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +215,7 @@ def test_broken_file_names_its_place(write, name, content, place, message):
         ({"prompt": "x", "references": []}, "field 'references' is []"),
         ({"prompt": "x", "references": ["r", 3]}, "field 'references' is ['r', 3]"),
         ({"prompt": "x", "references": "r", "id": "seven"}, "field 'id' is 'seven', which does not fit its column"),
-        ({"prompt": "\ud800", "references": "r"}, "field 'prompt' is '\\ud800', which does not fit its column"),
+        ({"prompt": "\ud800", "references": "r"}, "field 'prompt' is '\\ud800', which has half a surrogate"),
     ],
 )
 def test_bad_row_names_file_line_field_and_value(write, row, message):
@@ -219,6 +236,8 @@ def test_bad_row_names_file_line_field_and_value(write, row, message):
         ([{"role": "user"}], "message 0 (counting from 0) has the content None"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has the content [{'type': 'image'}]. Make it text"),
         ([USER, ASSISTANT], "ends with an assistant message"),
+        ([USER, {"role": "user", "content": " "}], "message 1 (counting from 0) is the user's and empty"),
+        ([{"role": "system", "content": "Be brief."}], "has no user message"),
         ("text", "is a text, 'text', but the rows from"),
     ],
 )
@@ -235,6 +254,7 @@ def test_bad_conversation_names_file_line_and_message(write, prompt, message):
     [
         ("text", "is a text, 'text', but its prompt is a conversation"),
         ([USER], "begins with the role 'user'"),
+        ([{"role": "assistant", "content": ""}], "begins with an empty message"),
     ],
 )
 def test_completion_that_does_not_answer_its_conversation_is_refused(write, completion, message):
@@ -302,6 +322,12 @@ def test_folder_without_the_split_lists_what_it_holds(write, tmp_path):
     write("train.jsonl", GOOD)
     with pytest.raises(DataError, match=r"no file of the split 'validation'; it holds 'train.jsonl'"):
         load_examples(tmp_path, split="validation")
+
+
+def test_folder_of_plain_text_is_not_offered_for_examples(write, tmp_path):
+    write("train.txt", "x\n")
+    with pytest.raises(DataError, match=r"it holds 'train.txt'\. Keep one of train.jsonl, .* and train.parquet there"):
+        load_examples(tmp_path)
 
 
 def test_folder_with_two_files_of_a_split_is_ambiguous(write, tmp_path):
@@ -406,6 +432,14 @@ class TestCorpus:
         path.write_bytes(gzip.compress(b"the mill\n"))
         assert load_corpus(path)["text"] == ["the mill"]
 
+    def test_folder_with_a_text_file_of_the_split(self, tmp_path: Path):
+        self.write(tmp_path, "train.txt", "the mill\n")
+        self.write(tmp_path, "test.jsonl", '{"text": "the pub"}\n')
+        assert load_corpus(tmp_path)["text"] == ["the mill"]
+        assert load_corpus(tmp_path, split="test")["text"] == ["the pub"]
+        with pytest.raises(DataError, match="no file of the split 'dev'"):
+            load_corpus(tmp_path, split="dev")
+
     def test_column_of_text_makes_plain_text_and_empty_ones_are_left_out(self, tmp_path: Path):
         rows = [{"body": "a"}, {"body": " "}, {"body": "b"}]
         path = self.write(tmp_path, "c.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -430,6 +464,7 @@ class TestCorpus:
                 "c.jsonl:1: field 'completion' is missing or null",
             ),
             ("c.txt", "\n\n", {}, "has no rows"),
+            ("c.txt", "a\n", {"dataset_config": "en"}, "chooses a configuration of a dataset on the hub"),
             ("none.txt", None, {}, "none.txt:1: cannot be read"),
             ("c.jsonl", '{"text": "a"}\n', {"streaming": True}, "cannot be streamed from the hub"),
         ],
@@ -438,3 +473,35 @@ class TestCorpus:
         path = tmp_path / name if text is None else self.write(tmp_path, name, text)
         with pytest.raises(DataError, match=message):
             load_corpus(path, **options)
+
+
+class TestSplitsForTraining:
+    @pytest.mark.parametrize("kind", ["file", "home", "saved"])
+    def test_evaluation_on_a_split_of_what_has_none_is_refused(self, tmp_path: Path, monkeypatch, kind: str):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "d.jsonl").write_text(GOOD)
+        Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
+        source = {"file": str(tmp_path / "d.jsonl"), "home": "~/d.jsonl", "saved": "~/saved"}[kind]
+        assert load_splits(DataArguments(source), "no", False)[0]["prompt"][:] == ["x"]
+        with pytest.raises(ValueError, match=f"{source} has no splits, .* Name other data with eval_dataset"):
+            load_splits(DataArguments(source, dataset_eval_split="validation"), "steps", False)
+
+    def test_splits_of_a_saved_dataset_are_told_apart(self, tmp_path: Path):
+        splits = {"train": Dataset.from_dict({"prompt": ["x"]}), "test": Dataset.from_dict({"prompt": ["y"]})}
+        DatasetDict(splits).save_to_disk(tmp_path / "saved")
+        data = DataArguments(str(tmp_path / "saved"), dataset_eval_split="test")
+        assert [each["prompt"][:] for each in load_splits(data, "steps", False)] == [["x"], ["y"]]
+
+    def test_configuration_is_that_of_the_training_data(self, write, monkeypatch):
+        asked = []
+
+        def load_dataset(name, configuration, split):
+            asked.append((name, configuration, split))
+            return Dataset.from_dict({"prompt": ["x"]})
+
+        monkeypatch.setattr("minillm_trl.data.load.load_dataset", load_dataset)
+        path = write("eval.jsonl", json_lines({"prompt": "y"}))
+        data = DataArguments("owner/name", dataset_config="en", eval_dataset=str(path))
+        assert load_splits(data, "steps", False)[1]["prompt"][:] == ["y"]
+        load_splits(DataArguments("owner/name", dataset_config="en", dataset_eval_split="test"), "steps", False)
+        assert asked[1:] == [("owner/name", "en", "train"), ("owner/name", "en", "test")]

@@ -1,10 +1,9 @@
 """Training and evaluation examples for the training subcommands."""
 
-from pathlib import Path
-
 from datasets import Dataset
 
 from ..data import load_examples
+from ..data.load import has_splits
 from .arguments import DataArguments
 
 
@@ -17,15 +16,16 @@ def load_splits(data: DataArguments, eval_strategy: str, require_completion: boo
         require_completion (`bool`): whether each row must have a completion.
 
     Raises:
-        ValueError: if evaluation is asked for without data for it, or on a split of a single file, which has none.
+        ValueError: if evaluation is asked for without data for it, or on a split of what has none: a single
+            file, or the folder of a single saved `Dataset`.
     """
     wants_evaluation = data.dataset_eval_split is not None or data.eval_dataset is not None
     if eval_strategy != "no" and not wants_evaluation:
         raise ValueError(f"eval_strategy={eval_strategy!r} needs dataset_eval_split or eval_dataset.")
-    if data.eval_dataset is None and data.dataset_eval_split is not None and Path(data.dataset).is_file():
+    if data.eval_dataset is None and data.dataset_eval_split is not None and not has_splits(data.dataset):
         raise ValueError(
-            f"dataset_eval_split={data.dataset_eval_split!r}: the file {data.dataset} has no splits, so this would "
-            "evaluate on the training data. Name another file with eval_dataset."
+            f"dataset_eval_split={data.dataset_eval_split!r}: {data.dataset} has no splits, so this would "
+            "evaluate on the training data. Name other data with eval_dataset."
         )
 
     def load(source: str, split: str, max_rows: int | None) -> Dataset:
@@ -37,7 +37,8 @@ def load_splits(data: DataArguments, eval_strategy: str, require_completion: boo
             references_column=data.references_column,
             require_completion=require_completion,
             max_rows=max_rows,
-            dataset_config=data.dataset_config,
+            # of `dataset`: other data to evaluate on may be a file
+            dataset_config=data.dataset_config if source == data.dataset else None,
         )
 
     train = load(data.dataset, data.dataset_train_split, data.max_train_rows)

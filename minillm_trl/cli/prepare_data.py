@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,30 +11,40 @@ from typing import Any, Literal, get_args
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..data import DataError, load_corpus, load_examples
-from ..data.errors import nearest
-from ..data.files import Table
-from ..data.instructions import Instruction, read_instructions, read_natural_instructions, read_vicuna
-from ..data.load import read_table
+from ..data import DataError
+from ..data.corpus import corpus_files
+from ..data.errors import listing, nearest
+from ..data.instructions import (
+    natural_instructions_files,
+    read_instructions,
+    read_natural_instructions,
+    read_vicuna,
+)
+from ..data.load import local_files
 from ..data.prepare import (
     Filters,
+    Length,
     Prepared,
     Row,
     filter_rows,
     format_statistics,
+    own_names,
     split_rows,
     statistics,
     token_counter,
     write_prepared,
 )
-from ..data.templates import make_completion, make_prompt
+from ..data.rows import instruction_rows, read_example_rows, read_text_rows
 from .arguments import Parser, make_parser, parse
 from .models import read_tokenizer
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
-_TRAINED_ON = ("dolly", "instructions", "examples", "text")  # the others are test sets
+_SPLIT = ("dolly", "instructions", "examples")  # the others are test sets, and text is all for training
 _HUB_NAMES = {"dolly": "databricks/databricks-dolly-15k"}
 _DOLLY_ROWS = {"validation_rows": 1000, "test_rows": 500}
+_LIMITS = ("max_prompt_length", "max_length", "min_reference_length")
+_EXAMPLE_COLUMNS = ("prompt_column", "completion_column", "references_column")
+_INSTANCES_PER_TASK = 100
 
 
 @dataclass
@@ -58,9 +68,20 @@ class PreparationArguments:
     max_rows: int | None = field(
         default=None, metadata={"help": "Keep this many rows, drawn by `seed`; all by default."}
     )
-    instances_per_task: int = field(default=100, metadata={"help": "sni, from its repository: rows of each task."})
-    template: Literal["alpaca", "chat"] = field(
-        default="alpaca", metadata={"help": "Wrapper of instructions: the paper's text, or a conversation."}
+    prompt_column: str | None = field(default=None, metadata={"help": "examples: column of prompts, if not `prompt`."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "examples: column of completions, if not `completion`."}
+    )
+    references_column: str | None = field(
+        default=None, metadata={"help": "examples: column of references, if not `references`."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "text: column of texts, if not `text`."})
+    instances_per_task: int | None = field(
+        default=None, metadata={"help": "sni, from its repository: rows of each task; 100 by default."}
+    )
+    template: Literal["alpaca", "chat"] | None = field(
+        default=None,
+        metadata={"help": "Wrapper of instructions: alpaca, the paper's text (default), or chat, a conversation."},
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer that lengths are counted with; without one, in characters."}
@@ -88,22 +109,56 @@ class PreparationArguments:
             raise ValueError(f"task={self.task!r} needs source: a file, a folder or a name on the hub.")
         if (self.answers is None) == (self.task == "vicuna"):
             raise ValueError("answers is the file with the answers to Vicuna's questions: give it with task=vicuna.")
-        if self.task == "text" and any((self.max_prompt_length, self.max_length, self.min_reference_length)):
-            raise ValueError("task=text has no prompts and completions to measure: leave the length limits out.")
-        limits = ("max_prompt_length", "max_length", "min_reference_length")
-        for name in (*limits, "max_rows", "instances_per_task"):
+        self._refuse_what_has_no_meaning()
+        for name in (*_LIMITS, "max_rows", "instances_per_task"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.tokenizer is None and any(getattr(self, name) is not None for name in limits):
-            raise ValueError(f"{' and '.join(limits)} count tokens: set tokenizer (a model's name or folder).")
-        for name in ("validation_rows", "test_rows"):
-            value = getattr(self, name)
-            if value is not None and self.task not in _TRAINED_ON:
-                raise ValueError(f"{name} has no meaning for {self.task}, all of which is a test set. Leave it out.")
-            if value is None:
+        if self.tokenizer is None and any(getattr(self, name) is not None for name in _LIMITS):
+            raise ValueError(f"{' and '.join(_LIMITS)} count tokens: set tokenizer (a model's name or folder).")
+        for name in _DOLLY_ROWS:
+            if getattr(self, name) is None:
                 setattr(self, name, _DOLLY_ROWS[name] if self.task == "dolly" else 0)
-            elif value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+            elif getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        # what stands in statistics.json, also for tasks that have none: folders are compared by it
+        self.instances_per_task = self.instances_per_task or _INSTANCES_PER_TASK
+        self.template = self.template or "alpaca"
+
+    def _refuse_what_has_no_meaning(self) -> None:
+        reasons = dict.fromkeys(_EXAMPLE_COLUMNS, "task=examples") if self.task != "examples" else {}
+        if self.task != "text":
+            reasons["text_column"] = "task=text"
+        else:
+            reasons |= dict.fromkeys(_LIMITS, "data with prompts and completions")
+        if self.task in ("examples", "text"):
+            reasons["template"] = "instructions"
+        if self.task not in _SPLIT:
+            kind = "for training" if self.task == "text" else "a test set"
+            reasons |= dict.fromkeys(_DOLLY_ROWS, f"data that are split, and this is all {kind}")
+        if self.task == "vicuna" or self.is_repository:
+            reasons["dataset_config"] = "a dataset on the hub"
+        if not self.is_repository:
+            reasons["instances_per_task"] = "task=sni from a clone of its repository"
+        for name, place in reasons.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} has no meaning for {self.task}: it is for {place}. Leave it out.")
+
+    @property
+    def is_repository(self) -> bool:
+        """Whether the source is a clone of Super-NaturalInstructions."""
+        return self.task == "sni" and (Path(self.source).expanduser() / "tasks").is_dir()
+
+    def files(self) -> dict[str, list[Path]]:
+        """The local files that are read, by the option that names them."""
+        found = {}
+        for name in filter(None, (self.source, self.answers)):
+            if self.is_repository:
+                found[name] = natural_instructions_files(Path(name).expanduser())
+            elif self.task == "text":
+                found[name] = corpus_files(name, self.dataset_split)
+            else:
+                found[name] = local_files(name, "train" if self.task == "vicuna" else self.dataset_split)
+        return {name: files for name, files in found.items() if files}
 
 
 def build_parser() -> Parser:
@@ -118,7 +173,7 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{next(iter(launch))}: prepare-data runs in one process. Leave it out.")
     folder = Path(arguments.output_dir)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output_dir", "overwrite")}
-    settings["sha256"] = {path: _sha256(path) for path in (arguments.source, arguments.answers) if _is_file(path)}
+    settings["sha256"] = {name: _sha256(files) for name, files in arguments.files().items()}
     if _is_done(folder, settings, arguments.overwrite):
         print(f"{folder} was prepared with these settings before.")
         return 0
@@ -134,7 +189,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _prepare(arguments: PreparationArguments, length: Callable[[Any], int]) -> Prepared:
+def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
     prepared = Prepared({})
     rows = _read(arguments)
     if arguments.max_rows is not None:
@@ -147,10 +202,9 @@ def _prepare(arguments: PreparationArguments, length: Callable[[Any], int]) -> P
         return prepared
     filters = Filters(arguments.max_prompt_length, arguments.max_length, arguments.min_reference_length)
     kept = filter_rows(tqdm(rows, desc="Measuring", unit=" rows"), filters, length, prepared)
-    prepared.read = len(rows)
     if not kept:
         raise DataError(f"No row is left after the filters, which dropped {dict(prepared.dropped)}. Loosen them.")
-    if arguments.task not in _TRAINED_ON:
+    if arguments.task not in _SPLIT:
         prepared.splits["test"] = kept
         return prepared
     # Dolly's published order is that of the authors' split
@@ -162,49 +216,19 @@ def _read(arguments: PreparationArguments) -> list[Row]:
     source = arguments.source or _HUB_NAMES[arguments.task]
     options = {"split": arguments.dataset_split, "dataset_config": arguments.dataset_config}
     if arguments.task == "text":
-        return load_corpus(source, **options).to_list()
+        return read_text_rows(source, arguments.text_column or "text", **options)
     if arguments.task == "examples":
-        return _read_examples(source, options)
+        named = {name.removesuffix("_column"): getattr(arguments, name) for name in _EXAMPLE_COLUMNS}
+        return read_example_rows(source, {role: name for role, name in named.items() if name is not None}, **options)
     if arguments.task == "vicuna":
         instructions = read_vicuna(source, arguments.answers)
-    elif arguments.task == "sni" and (Path(source) / "tasks").is_dir():
+    elif arguments.is_repository:
         with tqdm(desc="Reading", unit=" tasks") as bar:
-            instructions = read_natural_instructions(Path(source), arguments.instances_per_task, bar.update)
+            folder = Path(source).expanduser()
+            instructions = read_natural_instructions(folder, arguments.instances_per_task, bar.update)
     else:
         instructions = read_instructions(source, **options)
-    return [_row(each, arguments.template) for each in instructions]
-
-
-def _row(each: Instruction, template: Literal["alpaca", "chat"]) -> Row:
-    return {
-        "prompt": make_prompt(each.instruction, each.context, template),
-        "completion": make_completion(each.references[0], template),
-        "references": each.references,
-        "instruction": each.instruction,
-        "input": each.context,
-        "category": each.category,
-        "row": each.row,
-    }
-
-
-def _read_examples(source: str, options: dict[str, Any]) -> list[Row]:
-    table = read_table(source, options["split"], options["dataset_config"], None)
-    if "prompt" in table.columns or "messages" not in table.columns:
-        return load_examples(source, **options).to_list()
-    return [_turns(messages, table, index) for index, messages in enumerate(table.columns["messages"])]
-
-
-def _turns(messages: Any, table: Table, index: int) -> Row:
-    """The last message is the completion, all before it the prompt."""
-    roles = [each.get("role") if isinstance(each, dict) else None for each in messages or []]
-    texts = all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages or [])
-    if len(roles) < 2 or roles[-1] != "assistant" or not texts:
-        raise DataError(
-            f"{table.place(index)}: field 'messages' has the roles {roles}. Make it a list of messages with texts, of "
-            "which the last is the assistant's."
-        )
-    messages = [{"role": each["role"], "content": each["content"]} for each in messages]
-    return {"prompt": messages[:-1], "completion": messages[-1:], "references": [messages[-1]["content"]]}
+    return instruction_rows(instructions, arguments.template)
 
 
 def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -213,24 +237,47 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"output_dir={folder} holds other files. Name another folder.")
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    record = _read_record(path)
+    found = record["settings"]
     different = [name for name in settings if found.get(name) != settings[name]]
-    if not different:
+    missing = [f"{split}.jsonl" for split in record["splits"] if not (folder / f"{split}.jsonl").is_file()]
+    if not different and not missing:
         return True
-    if not overwrite:
+    if different and not overwrite:
         name = different[0]
         raise ValueError(
             f"output_dir={folder} was prepared with {name}={found.get(name)!r}, now it is {settings[name]!r}. Name "
             "another folder, or set overwrite=true."
         )
-    print(f"Replacing {folder}", file=sys.stderr)
+    if foreign := sorted({entry.name for entry in folder.iterdir()} - own_names()):
+        raise ValueError(
+            f"output_dir={folder} would be replaced, but prepare-data has not written {listing(foreign)} in it. Move "
+            "them, or name another folder."
+        )
+    reason = "its settings are others" if different else f"{listing(missing)} is missing"
+    print(f"Replacing {folder}: {reason}", file=sys.stderr)
     return False
 
 
-def _is_file(path: str | None) -> bool:
-    return path is not None and Path(path).is_file()
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error}). Name another output_dir, or remove this folder."
+        ) from error
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in ("settings", "splits")):
+        raise ValueError(f"{path}: prepare-data has not written this file. Name another output_dir.")
+    return record
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(files: Sequence[Path]) -> str:
+    """Of the file, or of the names and digests of several."""
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if len(files) == 1:
+        return digests[0]
+    named = [f"{path.name} {digest}\n" for path, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256("".join(named).encode()).hexdigest()

@@ -7,8 +7,8 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from .errors import DataError, listing, nearest, shortened
-from .files import TEXT_EXTENSIONS, read_text_file
-from .load import load_examples, read_table
+from .files import EXTENSIONS, TEXT_EXTENSIONS, read_text_file
+from .load import load_examples, local_files, read_table, refuse_configuration
 
 
 def load_corpus(
@@ -23,9 +23,9 @@ def load_corpus(
     """Load and check a corpus for `MiniLLMTrainer(lm_dataset=...)`.
 
     Args:
-        source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document a line, or any source of
-            [`load_examples`]. One with the column `text_column` is plain text; any other is read as prompts and
-            completions.
+        source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document a line, a folder with `<split>.txt`, or
+            any source of [`load_examples`]. One with the column `text_column` is plain text; any other is read as
+            prompts and completions.
         split, max_rows, dataset_config: see [`load_examples`].
         text_column (`str`, *optional*, defaults to `"text"`): the column with the text; another than the default must
             exist.
@@ -42,8 +42,10 @@ def load_corpus(
     if streaming:
         return _stream(str(source), split, text_column, max_rows, dataset_config)
     path = Path(source).expanduser()
-    if path.name.lower().endswith(TEXT_EXTENSIONS):
-        return read_text_file(path, max_rows).to_dataset()
+    files = corpus_files(str(source), split) if path.is_dir() else [path]
+    if len(files) == 1 and files[0].name.lower().endswith(TEXT_EXTENSIONS):
+        refuse_configuration(str(source), dataset_config)
+        return read_text_file(files[0], max_rows).to_dataset()
     table = read_table(str(source), split, dataset_config, max_rows)
     if text_column not in table.columns:
         if text_column != "text":
@@ -71,6 +73,15 @@ def load_corpus(
     if not texts:
         raise DataError(f"{table.source}: all texts of the field {text_column!r} are empty. Check the file.")
     return Dataset.from_dict({"text": texts})
+
+
+def corpus_files(source: str, split: str) -> list[Path]:
+    """The files that [`load_corpus`] reads of a local source; none of a dataset on the hub.
+
+    Raises:
+        DataError: if a folder does not hold one file of the split.
+    """
+    return local_files(source, split, (*EXTENSIONS, *TEXT_EXTENSIONS))
 
 
 def _stream(

@@ -70,6 +70,11 @@ def check_examples(table: Table, found: dict[str, str], require_completion: bool
                 f"{place}: field {found['prompt']!r} ends with an assistant message, {shortened(prompt[-1])}. Move it "
                 "to the completion: a prompt ends where the model's turn begins."
             )
+        if kind == "conversation" and all(message["role"] != "user" for message in prompt):
+            raise DataError(
+                f"{place}: field {found['prompt']!r} has no user message, {shortened(prompt)}. Add what the model "
+                "is to answer, or drop the row."
+            )
         first_kind = first_kind or kind
         if kind != first_kind:
             raise DataError(
@@ -116,6 +121,8 @@ def _check_message(message: Any, where: str) -> None:
     content = message.get("content")
     if not isinstance(content, str):
         raise DataError(f"{where} has the content {shortened(content)}. Make it text; only text is supported.")
+    if role == "user" and not content.strip():
+        raise DataError(f"{where} is the user's and empty ({content!r}). Fill it in or drop the row.")
 
 
 def _check_completion(value: Any, prompt_kind: Kind, place: str, field: str, required: bool) -> list[str]:
@@ -134,6 +141,11 @@ def _check_completion(value: Any, prompt_kind: Kind, place: str, field: str, req
         raise DataError(
             f"{place}: field {field!r} begins with the role {value[0]['role']!r}. The first message of a completion "
             "is the assistant's; move what comes before to the prompt."
+        )
+    if not value[0]["content"].strip():
+        raise DataError(
+            f"{place}: field {field!r} begins with an empty message, {shortened(value[0])}. Fill it in or drop the "
+            "row."
         )
     return [value[0]["content"]]
 

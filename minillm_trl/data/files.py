@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,10 @@ from .errors import DataError, listing, shortened
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 TEXT_EXTENSIONS = (".txt", ".txt.gz")
+
+# the csv module's own limit is 128 KiB a cell, which a long text exceeds; this one fits a C long everywhere
+_MAX_CELL = 2**31 - 1
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Table:
             raise DataError(f"{source}: has no rows. Check that it was written completely.")
         names = dict.fromkeys(name for record in records for name in record)
         return cls(source, {name: [record.get(name) for record in records] for name in names}, place)
+
+    def select(self, rows: Sequence[int]) -> "Table":
+        """Some of the rows, with the places that they have in the source."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        dataset = None if self.dataset is None else self.dataset.select(rows)
+        return Table(self.source, columns, lambda index: self.place(rows[index]), dataset)
 
     def to_dataset(self, without: str | None = None) -> Dataset:
         """The rows as a [`~datasets.Dataset`], leaving out the column `without`.
@@ -149,6 +160,28 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}:{number + 1}: cannot be read ({error}). Copy or write the file again.") from error
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether JSON that was decoded from UTF-8 has surrogates, which can only be escaped ones: two a character."""
+    return _SURROGATE.search(text) is not None
+
+
+def check_characters(record: dict[str, Any], place: str) -> None:
+    """Refuse half a surrogate pair, which JSON can escape but UTF-8 cannot write.
+
+    Raises:
+        DataError: naming the field.
+    """
+    for name, value in record.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: field {name!r} is {shortened(value)}, which has half a surrogate pair "
+                f"({error.object[error.start]!a}) and cannot be written as UTF-8. Write the whole character, or "
+                "drop the row."
+            ) from error
+
+
 def _read_json_lines(path: Path, max_rows: int | None) -> Table:
     records, numbers = [], []
     filled = ((number, line) for number, line in _lines(path) if line.strip())
@@ -165,6 +198,8 @@ def _read_json_lines(path: Path, max_rows: int | None) -> Table:
                 f"{path}:{number}: the line is {shortened(record)}, no JSON object. Write one object a line, like "
                 '{"prompt": "..."}; a file that is one JSON array is named .json.'
             )
+        if has_surrogates(line):
+            check_characters(record, f"{path}:{number}")
         records.append(record)
         numbers.append(number)
     return Table.from_records(str(path), records, lambda index: f"{path}:{numbers[index]}")
@@ -191,17 +226,21 @@ def _read_json_array(path: Path, max_rows: int | None) -> Table:
         return f"{path}, row {index} (counting from 0)"
 
     records = records[:max_rows]
+    to_check = has_surrogates(text)
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(
                 f'{place(index)}: is {shortened(record)}, no object. Write objects, like {{"prompt": "..."}}.'
             )
+        if to_check:
+            check_characters(record, place(index))
     return Table.from_records(str(path), records, place)
 
 
 def _read_csv(path: Path, max_rows: int | None) -> Table:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     records, numbers = [], []
+    limit = csv.field_size_limit(_MAX_CELL)
     try:
         header = next(reader, [])
         if len(set(header)) != len(header):
@@ -222,6 +261,8 @@ def _read_csv(path: Path, max_rows: int | None) -> Table:
             number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}). Check its quotes.") from error
+    finally:
+        csv.field_size_limit(limit)
     return Table.from_records(str(path), records, lambda index: f"{path}:{numbers[index]}")
 
 

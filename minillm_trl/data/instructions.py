@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, listing, nearest, shortened
-from .files import Table
+from .files import Table, check_characters, has_surrogates
 from .load import read_table
+from .templates import is_empty
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def read_instructions(
         category = next((_text(each, place, name, True) for name, each in _cells(table, index, _CATEGORIES)), "")
         for context, references in _answers(table, index):
             rows.append(Instruction(instruction, context, references, category, index, place))
+    if not rows:
+        raise DataError(f"{table.source}: the field 'instances' is an empty list in all rows. Fill it in.")
     return rows
 
 
@@ -106,11 +109,11 @@ def _text(value: Any, place: str, field: str, may_be_empty: bool = False) -> str
 
 
 def _texts(value: Any, place: str, field: str) -> list[str]:
-    """One or several answers; which of them are empty is for the filters to see."""
+    """One or several answers. Empty ones are left out, but for the first: the filters drop the row then."""
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(each, str) for each in values):
         raise DataError(f"{place}: field {field!r} is {shortened(value)}. Make it text or a list of texts.")
-    return values
+    return values[:1] + [each for each in values[1:] if each.strip()]
 
 
 def read_vicuna(questions: str, answers: str) -> list[Instruction]:
@@ -129,11 +132,7 @@ def read_vicuna(questions: str, answers: str) -> list[Instruction]:
         place = table.place(index)
         if str(number) in found:
             raise DataError(f"{place}: a second answer to question {number}; the first: {found[str(number)][1]}.")
-        cells = dict(_cells(table, index, ("text", "choices")))
-        text = cells.get("text")
-        if text is None and cells.get("choices"):
-            text = cells["choices"][0]["turns"][0]
-        found[str(number)] = _text(text, place, "text"), place
+        found[str(number)] = _vicuna_answer(table, index), place
     rows = []
     table = _require(read_table(questions, "train", None, None), "question_id", "turns")
     for index, (number, turns) in enumerate(zip(table.columns["question_id"], table.columns["turns"], strict=True)):
@@ -142,10 +141,34 @@ def read_vicuna(questions: str, answers: str) -> list[Instruction]:
             raise DataError(
                 f"{place}: no answer to question {number} in {answers}. Take the answers of these questions."
             )
-        instruction = _text(turns[0] if isinstance(turns, list) and turns else None, place, "turns")
+        if _first(turns) is None:
+            raise DataError(f"{place}: field 'turns' is {shortened(turns)}. Make it a list with the question.")
+        instruction = _text(turns[0], place, "turns")
         category = next((str(each or "") for _, each in _cells(table, index, _CATEGORIES)), "")
         rows.append(Instruction(instruction, "", [found[str(number)][0]], category, index, place))
     return rows
+
+
+def _vicuna_answer(table: Table, index: int) -> str:
+    """`text`, or the first turn of MT-bench's first choice."""
+    place = table.place(index)
+    cells = dict(_cells(table, index, ("text", "choices")))
+    if cells.get("text") is not None or cells.get("choices") is None:
+        # an empty one is for the filters to drop
+        return cells["text"] if is_empty(cells.get("text")) else _text(cells.get("text"), place, "text")
+    choice = _first(cells["choices"])
+    turn = _first(choice.get("turns")) if isinstance(choice, Mapping) else None
+    if not isinstance(turn, str):
+        raise DataError(
+            f"{place}: field 'choices' is {shortened(cells['choices'])}. Make it "
+            '[{"turns": ["the answer"]}], or give the answer as text.'
+        )
+    return turn
+
+
+def _first(value: Any) -> Any:
+    """The first entry of a list; None of what has none."""
+    return value[0] if isinstance(value, list) and value else None
 
 
 def _require(table: Table, *names: str) -> Table:
@@ -153,6 +176,24 @@ def _require(table: Table, *names: str) -> Table:
         if name not in table.columns:
             raise DataError(f"{table.source}: no column {name!r}; its columns are {listing(table.columns)}.")
     return table
+
+
+def natural_instructions_files(folder: Path) -> list[Path]:
+    """What [`read_natural_instructions`] reads: the list of the English test tasks, and the file of each.
+
+    Raises:
+        DataError: if a file is missing or the list is empty.
+    """
+    listed = folder / "splits" / "default" / "test_tasks.txt"
+    if not listed.is_file():
+        raise DataError(f"{folder}: no splits/default/test_tasks.txt. Name a clone of allenai/natural-instructions.")
+    paths = [folder / "tasks" / f"{name}.json" for name in listed.read_text(encoding="utf-8").split()]
+    if not paths:
+        raise DataError(f"{listed}: names no task. Complete the clone.")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, but {listed} names the task {path.stem}. Complete the clone.")
+    return [listed, *paths]
 
 
 def read_natural_instructions(folder: Path, instances_per_task: int, on_task: Callable[[], None]) -> list[Instruction]:
@@ -166,29 +207,42 @@ def read_natural_instructions(folder: Path, instances_per_task: int, on_task: Ca
     Raises:
         DataError: if a file is missing or not in that form.
     """
-    listed = folder / "splits" / "default" / "test_tasks.txt"
-    if not listed.is_file():
-        raise DataError(f"{folder}: no splits/default/test_tasks.txt. Name a clone of allenai/natural-instructions.")
     rows: list[Instruction] = []
-    for name in listed.read_text(encoding="utf-8").split():
-        path = folder / "tasks" / f"{name}.json"
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, but {listed} names the task {name}. Complete the clone.")
-        try:
-            task = json.loads(path.read_text(encoding="utf-8"))
-            definition = task["Definition"]
-            definition = definition[0] if isinstance(definition, list) else definition
-            for number, each in enumerate(task["Instances"][:instances_per_task]):
-                place = f"{path}: Instances, number {number} (counting from 0)"
-                context = _text(each["input"], place, "input", True)
-                rows.append(
-                    Instruction(definition, context, _texts(each["output"], place, "output"), name, len(rows), place)
+    for path in natural_instructions_files(folder)[1:]:
+        task = _read_task(path)
+        definition = _definition(task, path)
+        instances = task.get("Instances")
+        if not isinstance(instances, list) or not instances:
+            raise DataError(f"{path}: field 'Instances' is {shortened(instances)}. Copy the file again.")
+        for number, each in enumerate(instances[:instances_per_task]):
+            place = f"{path}: field 'Instances', number {number} (counting from 0)"
+            if not isinstance(each, dict) or not {"input", "output"} <= each.keys():
+                raise DataError(
+                    f"{place} is {shortened(each)}, no object with 'input' and 'output'. Copy the file again."
                 )
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
-        except (KeyError, TypeError, IndexError) as error:
-            raise DataError(
-                f"{path}: no {error} where Super-NaturalInstructions has it. Copy the file again."
-            ) from error
+            context = _text(each["input"], place, "input", True)
+            references = _texts(each["output"], place, "output")
+            rows.append(Instruction(definition, context, references, path.stem, len(rows), place))
         on_task()
     return rows
+
+
+def _definition(task: dict[str, Any], path: Path) -> str:
+    definition = task.get("Definition")
+    text = _first(definition) if isinstance(definition, list) else definition
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{path}: field 'Definition' is {shortened(definition)}, no text. Copy the file again.")
+    return text
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        task = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
+    if not isinstance(task, dict):
+        raise DataError(f"{path}: is {shortened(task)}, no JSON object. Copy the file again.")
+    if has_surrogates(text):
+        check_characters(task, str(path))
+    return task

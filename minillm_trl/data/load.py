@@ -1,6 +1,7 @@
 """Loads examples from anywhere, and the two views of them that training and evaluation ask for."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,9 +65,24 @@ def load_examples(
         raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
     table = read_table(str(source), split, dataset_config, max_rows)
     found = find_columns(table, prompt_column, completion_column, references_column, require_completion)
+    return make_examples(table, found, require_completion)
+
+
+def make_examples(table: Table, found: dict[str, str], require_completion: bool) -> Dataset:
+    """Check the rows of a table and give its columns their names: what [`load_examples`] returns.
+
+    Args:
+        table (`Table`): what was read.
+        found (`dict[str, str]`): the result of [`find_columns`].
+        require_completion (`bool`): whether a row may have no completion.
+
+    Raises:
+        DataError: at the first bad row.
+    """
     references = check_examples(table, found, require_completion)
-    dataset = table.to_dataset(without=found.pop("references", None))
-    dataset = dataset.rename_columns({name: role for role, name in found.items() if name != role})
+    dataset = table.to_dataset(without=found.get("references"))
+    renamed = {name: role for role, name in found.items() if name != role and role != "references"}
+    dataset = dataset.rename_columns(renamed)
     if references is not None:
         dataset = dataset.add_column("references", references, feature=_REFERENCES)
     first = [role for role in ("prompt", "completion", "references") if role in dataset.column_names]
@@ -147,12 +163,8 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         DataError: if it cannot be found or read.
     """
     path = Path(source).expanduser()
-    is_local = source == "e2e" or path.exists()
-    if is_local and dataset_config is not None:
-        raise DataError(
-            f"{source}: dataset_config={dataset_config!r} chooses a configuration of a dataset on the hub, but this "
-            "source is local. Leave dataset_config out."
-        )
+    if source == "e2e" or path.exists():
+        refuse_configuration(source, dataset_config)
     if source == "e2e":
         return Table.from_dataset(f"{source} ({split})", _choose_split(source, load_e2e(), split), max_rows)
     if path.is_file():
@@ -163,6 +175,70 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{source}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
     return _read_hub(source, split, dataset_config, max_rows)
+
+
+def refuse_configuration(source: str, dataset_config: str | None) -> None:
+    """Refuse a configuration for a local source.
+
+    Raises:
+        DataError: if there is one.
+    """
+    if dataset_config is not None:
+        raise DataError(
+            f"{source}: dataset_config={dataset_config!r} chooses a configuration of a dataset on the hub, but this "
+            "source is local. Leave dataset_config out."
+        )
+
+
+def has_splits(source: str) -> bool:
+    """Whether a split can be chosen from the source: not from a file, nor from a folder of one saved `Dataset`."""
+    path = Path(source).expanduser()
+    return source == "e2e" or not (path.is_file() or _is_single(path))
+
+
+def local_files(source: str, split: str, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
+    """The files that [`read_table`] reads of a local source; none of the package's own data and of the hub's.
+
+    Raises:
+        DataError: if a folder does not hold one file of the split.
+    """
+    path = Path(source).expanduser()
+    if source == "e2e" or not path.exists():
+        return []
+    if path.is_file():
+        return [path]
+    if _is_saved(path):
+        return sorted(each for each in path.rglob("*") if each.is_file())
+    return [split_file(path, split, extensions)]
+
+
+def split_file(folder: Path, split: str, extensions: Sequence[str]) -> Path:
+    """The one file of a split in a folder.
+
+    Raises:
+        DataError: if there is none, or more than one.
+    """
+    files = [folder / f"{split}{extension}" for extension in extensions]
+    files = [file for file in files if file.is_file()]
+    if len(files) != 1:
+        names = sorted(entry.name for entry in folder.iterdir())
+        problem = f"more than one file of the split {split!r}" if files else f"no file of the split {split!r}"
+        near = "" if files else nearest(f"{split}.jsonl", [n for n in names if n.lower().endswith(tuple(extensions))])
+        wanted = [f"{split}{extension}" for extension in extensions]
+        raise DataError(
+            f"{folder}: holds {problem}; it holds {listing(names)}.{near} Keep one of {', '.join(wanted[:-1])} and "
+            f"{wanted[-1]} there, or name a file."
+        )
+    return files[0]
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").exists() or _is_single(folder)
+
+
+def _is_single(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote the folder, which then has no splits."""
+    return (folder / "state.json").exists() and not (folder / "dataset_dict.json").exists()
 
 
 def _looks_like_path(source: str) -> bool:
@@ -177,7 +253,7 @@ def _choose_split(source: str, splits: DatasetDict, split: str) -> Dataset:
 
 
 def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if _is_saved(path):
         try:
             saved = load_from_disk(path)
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -185,15 +261,7 @@ def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
         if isinstance(saved, DatasetDict):
             return Table.from_dataset(f"{path} ({split})", _choose_split(str(path), saved, split), max_rows)
         return Table.from_dataset(str(path), saved, max_rows)
-    files = [path / f"{split}{extension}" for extension in EXTENSIONS if (path / f"{split}{extension}").is_file()]
-    if len(files) != 1:
-        names = sorted(entry.name for entry in path.iterdir())
-        problem = f"more than one file of the split {split!r}" if files else f"no file of the split {split!r}"
-        raise DataError(
-            f"{path}: holds {problem}; it holds {listing(names)}.{nearest(split + '.jsonl', names)} Keep one of "
-            f"{split}.jsonl, {split}.jsonl.gz, {split}.json, {split}.csv and {split}.parquet there, or name a file."
-        )
-    return read_file(files[0], max_rows)
+    return read_file(split_file(path, split, EXTENSIONS), max_rows)
 
 
 def _read_hub(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:

@@ -5,16 +5,16 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError
-from .templates import message_text
+from .errors import DataError, shortened
+from .templates import is_empty, message_text
 
 Row = dict[str, Any]
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -46,57 +46,67 @@ class Prepared:
     read: int = 0
 
 
-def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Any], int]:
-    """The function that measures lengths: in tokens, a conversation through the chat template; else in characters."""
+class Length(Protocol):
+    """Measures a text or a conversation."""
 
-    def length(value: Any) -> int:
+    def __call__(self, value: Any, is_answer: bool = False) -> int: ...
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Length:
+    """The function that measures lengths: in tokens, a conversation through the chat template; else in characters.
+
+    Answers (completions and references) are counted without the tokenizer's special tokens and without the template's:
+    they follow a prompt, which has them.
+    """
+
+    def length(value: Any, is_answer: bool = False) -> int:
         if tokenizer is None:
             return len(message_text(value))
+        if is_answer:
+            return len(tokenizer(message_text(value), add_special_tokens=False)["input_ids"])
         if isinstance(value, str):
             return len(tokenizer(value)["input_ids"])
-        if value and value[-1]["role"] == "assistant":  # a completion: the template's own tokens belong to the prompt
-            return len(tokenizer(message_text(value), add_special_tokens=False)["input_ids"])
         return len(tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=True)["input_ids"])
 
     return length
 
 
-def filter_rows(rows: Sequence[Row], filters: Filters, length: Callable[[Any], int], prepared: Prepared) -> list[Row]:
+def filter_rows(rows: Iterable[Row], filters: Filters, length: Length, prepared: Prepared) -> list[Row]:
     """Drop empty completions, rows that are too long or whose reference is too short, and repeated rows.
 
     Args:
-        rows (`Sequence[dict]`): with `prompt` and, where they have one, `completion` and `references`.
+        rows (`Iterable[dict]`): with `prompt` and, where they have one, `completion` and `references`.
         filters ([`Filters`]): limits.
-        length (`Callable`): from [`token_counter`].
+        length ([`Length`]): from [`token_counter`].
         prepared ([`Prepared`]): counts are added to it.
     """
     kept, seen = [], set()
     for row in rows:
         reason = _reason_to_drop(row, filters, length)
-        key = json.dumps([row["prompt"], row.get("completion")], sort_keys=True)
-        if reason is None and key in seen:
-            reason = "repeats an earlier row"
         if reason is None:
+            key = json.dumps([row["prompt"], row.get("completion")], sort_keys=True)
+            reason = "repeats an earlier row" if key in seen else None
             seen.add(key)
+        if reason is None:
             kept.append(row)
         else:
             prepared.dropped[reason] += 1
-    prepared.read += len(rows)
+        prepared.read += 1
     return kept
 
 
-def _reason_to_drop(row: Row, filters: Filters, length: Callable[[Any], int]) -> str | None:
+def _reason_to_drop(row: Row, filters: Filters, length: Length) -> str | None:
     completion, references = row.get("completion"), row.get("references")
-    if completion is not None and not message_text(completion).strip():
+    if is_empty(completion):
         return "completion is empty"
     prompt_length = length(row["prompt"])
     if filters.max_prompt_length is not None and prompt_length > filters.max_prompt_length:
         return f"prompt has more than {filters.max_prompt_length} tokens"
-    whole = prompt_length + (0 if completion is None else length(completion) + 1)  # the end-of-sequence token
+    whole = prompt_length + (0 if completion is None else length(completion, True) + 1)  # the end-of-sequence token
     if filters.max_length is not None and whole > filters.max_length:
         return f"prompt and completion have more than {filters.max_length} tokens"
     shortest = filters.min_reference_length
-    if shortest is not None and references and length(references[0]) < shortest:
+    if shortest is not None and references and length(references[0], True) < shortest:
         return f"reference has fewer than {shortest} tokens"
     return None
 
@@ -115,7 +125,7 @@ def split_rows(
             validation, train) are dropped.
 
     Raises:
-        DataError: if no row is left to train on.
+        DataError: if no row is left to train on, or for a part that was asked for.
     """
     if seed is not None:
         rows = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{_prompt_key(row)}".encode()).digest())
@@ -135,6 +145,12 @@ def split_rows(
                 prepared.splits[split].append(row)
             else:
                 prepared.dropped[f"{split}: its prompt is in {other}"] += 1
+        if stop > start and not prepared.splits[split]:
+            raise DataError(
+                f"The split {split!r} is left empty: the prompts of its {stop - start} rows are all in the splits "
+                f"before it. {len(rows)} rows are left after the filters, with {len(set(map(_prompt_key, rows)))} "
+                "different prompts. Change test_rows and validation_rows, or add rows with other prompts."
+            )
     return prepared
 
 
@@ -142,7 +158,7 @@ def _prompt_key(row: Row) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def statistics(prepared: Prepared, length: Callable[[Any], int]) -> dict[str, Any]:
+def statistics(prepared: Prepared, length: Length) -> dict[str, Any]:
     """Rows read, dropped by reason and kept, and quantiles of the lengths of each split."""
 
     def quantiles(values: list[int]) -> dict[str, float]:
@@ -154,7 +170,7 @@ def statistics(prepared: Prepared, length: Callable[[Any], int]) -> dict[str, An
             continue
         splits[split] = {"rows": len(rows)}
         for name in ("prompt", "completion", "text"):
-            values = [length(row[name]) for row in rows if row.get(name) is not None]
+            values = [length(row[name], name == "completion") for row in rows if row.get(name) is not None]
             if values:
                 splits[split][f"{name}_length"] = quantiles(values)
         if "prompt" in rows[0]:
@@ -176,6 +192,11 @@ def format_statistics(stats: dict[str, Any], unit: str) -> str:
     return "\n".join(lines)
 
 
+def own_names() -> set[str]:
+    """The names that prepared folders have in them; a recipe's marker is written to them too."""
+    return {f"{split}.jsonl" for split in SPLITS} | {"statistics.json", "stage.json"}
+
+
 def write_prepared(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write `<split>.jsonl` and `statistics.json`; the folder is there whole or not at all.
 
@@ -191,8 +212,20 @@ def write_prepared(folder: Path, prepared: Prepared, record: dict[str, Any]) -> 
     for split, rows in prepared.splits.items():
         if rows:
             with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(_json_line(row) for row in rows)
     (partial / "statistics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
+
+
+def _json_line(row: Row) -> str:
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise DataError(
+                f"Field {name!r} is {shortened(value)}, which JSON cannot hold ({error}). Drop the column from the "
+                "source, or make it text."
+            ) from error
+    return json.dumps(row, ensure_ascii=False) + "\n"

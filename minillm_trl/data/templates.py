@@ -32,6 +32,13 @@ def make_completion(text: str, template: Template) -> str | list[dict[str, str]]
     return text if template == "alpaca" else [{"role": "assistant", "content": text}]
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a completion has no text. What is no completion at all is not empty: the checks name it."""
+    if isinstance(value, list):
+        return all(isinstance(each, dict) and is_empty(each.get("content")) for each in value)
+    return isinstance(value, str) and not value.strip()
+
+
 def message_text(value: Any) -> str:
     """The text of a prompt or completion, whichever form it has."""
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
