@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,20 +98,78 @@ class TestEvaluate:
         assert main(["evaluate", "--config", str(path), "--output_dir", str(tmp_path)]) == 2
         assert "model: expected one value, got ['a', 'b']" in capsys.readouterr().err
 
+    def arguments(self, tmp_path: Path, model: str, *more: str) -> list[str]:
+        output = ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+        return ["evaluate", "--model", model, *output, "--seeds", "1", "--max_new_tokens", "4", *more]
+
+    def test_other_columns_and_other_data_are_not_done_before(self, tmp_path, model_dir, capsys):
+        path = tmp_path / "rows.jsonl"
+        row = {"prompt": "the mill", "completion": "a pub", "gold": "the river"}
+        path.write_text(json.dumps(row) + "\n")
+        run = self.arguments(tmp_path, model_dir("llama"))
+        assert main(run) == 0
+        for options, change in (
+            (["--references_column", "gold"], "references_column='references', now 'gold'"),
+            (["--max_rows", "1"], "max_rows=None, now 1"),
+        ):
+            assert main([*run, *options]) == 2
+            assert f"{tmp_path / 'out'} holds results of {change}" in capsys.readouterr().err
+        before = path.stat()
+        path.write_text(json.dumps({**row, "completion": "a river"}) + "\n")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert main(run) == 2
+        assert "holds results of data_sha256=" in capsys.readouterr().err
+
+    def test_prompt_without_room_in_either_context_is_refused_before_a_model_is_loaded(
+        self, tmp_path, model_dir, capsys, monkeypatch
+    ):
+        monkeypatch.setattr("minillm_trl.cli.evaluate.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+        path = write_rows(tmp_path / "rows.jsonl", ["the mill", "the mill " * 20])
+        assert main(self.arguments(tmp_path, model_dir("gpt2"), "--max_new_tokens", "100")) == 2
+        assert f"{path}: 1 of 2 prompts have more than 28 tokens; the first is row 1" in capsys.readouterr().err
+        assert main(self.arguments(tmp_path, model_dir("gpt2"), "--max_new_tokens", "128")) == 2
+        assert "max_new_tokens=128 leaves no room for a prompt in a context of 128 tokens" in capsys.readouterr().err
+        student = tmp_path / "student"
+        shutil.copytree(model_dir("gpt2"), student)
+        wide = json.loads((student / "config.json").read_text())
+        wide.pop("n_positions", None)
+        (student / "config.json").write_text(json.dumps({**wide, "max_position_embeddings": 512}))
+        teacher = ["--teacher", model_dir("gpt2", 1, 48)]
+        assert main(self.arguments(tmp_path, str(student), "--max_new_tokens", "100", *teacher)) == 2
+        assert "prompts have more than 28 tokens" in capsys.readouterr().err
+
+    def test_row_without_a_reference_is_named_before_anything_is_sampled(self, tmp_path, capsys):
+        path = tmp_path / "rows.jsonl"
+        completions = ["a pub", "a mill", None]
+        rows = [{"prompt": prompt, "completion": each} for prompt, each in zip("aab", completions, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(self.arguments(tmp_path, "none")) == 2
+        assert f"{path}: row 2 (counting from 0) has neither references nor a completion" in capsys.readouterr().err
+
     def test_task_named_twice_is_refused(self, tmp_path, capsys):
         tasks = ["--tasks", "a=e2e", "a=e2e"]
         assert main(["evaluate", "--model", "none", "--output_dir", str(tmp_path), *tasks]) == 2
         assert "names 'a' twice" in capsys.readouterr().err
 
 
-def write_results(folder: Path, rouge: list[float], model: str = "m", prompts: str = "x", **settings) -> Path:
+def write_results(
+    folder: Path,
+    rouge: list[float],
+    model: str = "m",
+    prompts: str = "x",
+    reference: str = "r",
+    reverse_kl: bool = False,
+    **settings,
+) -> Path:
     folder.mkdir(parents=True)
     kept = {"seeds": SEEDS, "temperature": 1.0, "max_new_tokens": 8, "prompts": len(rouge), "dataset": "data/dolly"}
     kept |= {"split": "test", "model": model, "adapter": None, "teacher": "t", **settings}
     summary = {"rouge_l": {"mean": sum(rouge) / len(rouge), "low": 0.0, "high": 9.0, "n": len(rouge)}}
-    results = {"settings": kept, "summary": summary, "per_prompt": [{"rouge_l": value} for value in rouge]}
+    if reverse_kl:
+        summary["reverse_kl"] = summary["rouge_l"]
+    results = {"settings": kept, "summary": summary, "per_prompt": [dict.fromkeys(summary, value) for value in rouge]}
     (folder / "results.json").write_text(json.dumps(results))
-    samples = [{"prompt": f"{prompts}{i}", "references": ["r"], "outputs": ["o"]} for i in range(len(rouge))]
+    samples = [{"prompt": f"{prompts}{i}", "references": [reference], "outputs": ["o"]} for i in range(len(rouge))]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     return folder
 
@@ -145,6 +204,29 @@ class TestCompare:
         write_results(tmp_path / "b", [1.0, 2.0], **change)
         with pytest.raises(ValueError, match=message):
             compare_models([read_evaluation(name, tmp_path / name) for name in "ab"])
+
+    def test_other_references_are_refused(self, tmp_path):
+        write_results(tmp_path / "a", [1.0, 2.0])
+        write_results(tmp_path / "b", [1.0, 2.0], reference="s")
+        with pytest.raises(ValueError, match="a and b were evaluated with different references"):
+            compare_models([read_evaluation(name, tmp_path / name) for name in "ab"])
+
+    def test_reverse_kl_to_another_teacher_is_refused(self, tmp_path):
+        write_results(tmp_path / "a", [1.0], model="t")  # the teacher itself, without reverse KL
+        write_results(tmp_path / "b", [1.0], reverse_kl=True)
+        write_results(tmp_path / "c", [1.0], reverse_kl=True, teacher="u")
+        models = [read_evaluation(name, tmp_path / name) for name in "abc"]
+        with pytest.raises(ValueError, match="b and c: the reverse KL on dolly is to different teachers, 't' and 'u'"):
+            compare_models(models)
+        compare_models(models[::2])  # one of two has it
+
+    def test_characters_that_some_take_for_line_breaks_are_read_as_they_were_written(self, tmp_path):
+        folder = write_results(tmp_path / "a", [1.0, 2.0])
+        text = "one\u2028two\u2029three\u0085four\x0bfive"
+        samples = [{"prompt": f"x{i}", "references": ["r"], "outputs": [text]} for i in range(2)]
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+        assert read_evaluation("a", folder).tasks["dolly"].samples == samples
 
     def test_folder_without_results_and_unknown_baseline_are_named(self, tmp_path, capsys):
         assert main(["compare", str(tmp_path)]) == 2

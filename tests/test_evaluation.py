@@ -7,6 +7,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
+from minillm_trl.cli import main
 from minillm_trl.evaluation.divergence import completion_reverse_kl
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.evaluation.generation import encode_prompts, end_token_ids, generate_completions
@@ -98,3 +99,15 @@ class TestGeneration:
         model = build_model("gpt2", len(TOKENIZER))
         model.generation_config.eos_token_id = [7, 9]
         assert end_token_ids(model, TOKENIZER) == [0, 7, 9]
+
+
+@pytest.mark.parametrize("metric", ["eval_rouge_l", "rouge_l"])
+def test_rouge_l_cannot_choose_a_checkpoint_on_prompts_alone(tmp_path, model_dir, capsys, metric: str):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "the mill"}\n')
+    models = ("--model_name_or_path", model_dir("llama"), "--teacher_model_name_or_path", str(tmp_path / "none"))
+    arguments = ("--dataset", str(data), "--eval_dataset", str(data), "--eval_strategy", "steps", "--use_cpu", "true")
+    options = ("--metric_for_best_model", metric, "--bf16", "false", "--output_dir", str(tmp_path / "out"))
+    assert main(["minillm", *models, *arguments, *options]) == 2
+    message = capsys.readouterr().err
+    assert f"metric_for_best_model={metric} needs references or completions, and {data} has prompts alone" in message

@@ -322,7 +322,11 @@ class TestMistakes:
             if request.param == "merge":
                 return refused(capsys, "merge", "--adapter", adapter, *(["--model", model] if model else []), *where)
             names = ["--model", adapter] if model is None else ["--model", model, "--adapter", adapter]
-            where = ["--prompt", "a"] if request.param == "generate" else ["--dataset", "e2e", *where]
+            where = (
+                ["--prompt", "a"]
+                if request.param == "generate"
+                else ["--dataset", "e2e", "--max_new_tokens", "4", *where]
+            )
             return refused(capsys, request.param, *names, *where)
 
         return refuse

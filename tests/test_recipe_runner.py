@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ENVIRONMENT
+from test_compare import write_results
 
 from minillm_trl.checkpoints import last_complete_checkpoint
 from minillm_trl.cli import main
@@ -69,7 +70,7 @@ def recipe(tmp_path: Path, monkeypatch, model_dir) -> Path:
 
 
 def change(path: Path, **values) -> None:
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}, sort_keys=False))
 
 
 @pytest.fixture
@@ -230,6 +231,22 @@ class TestStates:
                 "stages: {sft: sft}\nevaluate: {config: eval.yaml, models: [kd], output_dir: runs/e}\n",
                 "evaluate: models: there is no stage 'kd'",
             ),
+            (
+                "stages: {sft: sft}\nevaluate:\n  config: eval.yaml\n  models:\n  output_dir: e\n",
+                "recipe.yaml:4: evaluate: models: expected a list of stages, got None",
+            ),
+            (
+                "stages: {sft: sft}\nevaluate:\n  config: eval.yaml\n  models: [sft]\n  output_dir:\n",
+                "recipe.yaml:5: evaluate: output_dir: expected a path, got None",
+            ),
+            (
+                "stages: {sft: sft}\nevaluate:\n  config: eval.yaml\n  models: [sft, sft]\n  output_dir: e\n",
+                "recipe.yaml:4: evaluate: models: 'sft' stands there twice",
+            ),
+            ("stages:\n  sft: sft\n  sft: kd\nevaluate: {}\n", "recipe.yaml:3: 'sft' stands in line 2 already"),
+            ("stages: {sft: sft, sft: kd}\n", "recipe.yaml:1: 'sft' stands in line 1 already"),
+            ("stages:\n  sft: [sft\nevaluate: {}\n", "recipe.yaml:3: broken YAML"),
+            ("stages:\n  evaluate: sft\nevaluate: {}\n", "recipe.yaml:2: stages: evaluate: not a name for a stage"),
         ],
     )
     def test_broken_recipe_is_refused(self, recipe, capsys, content: str, message: str):
@@ -238,6 +255,110 @@ class TestStates:
         assert message in capsys.readouterr().err
         assert main(["recipe", "."]) == 2
         assert "no recipe.yaml in this folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("stage", "output", "message"),
+        [
+            ("minillm", "./runs/sft", "sft and minillm would write to one place: runs/sft and runs/sft."),
+            ("minillm", "runs/sft/second", "sft and minillm would write to one place"),
+            ("minillm", "runs", "sft and minillm would write to one place"),
+            ("minillm", "runs/evaluation/sft/mill", "minillm and evaluate:sft would write to one place"),
+            ("sft", "runs/evaluation", "sft and evaluate:sft would write to one place"),
+            ("minillm", "runs/seqkd_teacher_data", "seqkd's teacher_data_dir and minillm would write to one place"),
+        ],
+    )
+    def test_two_stages_with_one_folder_are_refused(self, recipe, capsys, stage: str, output: str, message: str):
+        self.add_seqkd(recipe)
+        change(recipe / f"{stage}.yaml", output_dir=output)
+        assert main(["recipe", "toy", "--list"]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_report_in_the_folder_of_a_training_is_refused(self, recipe, capsys):
+        content = yaml.safe_load((recipe / "recipe.yaml").read_text())
+        change(recipe / "recipe.yaml", evaluate={**content["evaluate"], "models": ["sft"], "output_dir": "runs/sft"})
+        assert main(["recipe", "toy", "--list"]) == 2
+        assert "would write to one place: runs/sft" in capsys.readouterr().err
+
+    def add_seqkd(self, recipe: Path) -> None:
+        values = yaml.safe_load((recipe / "minillm.yaml").read_text())
+        values |= {"teacher_model_name_or_path": "runs/sft", "model_name_or_path": "gpt2", "output_dir": "runs/seqkd"}
+        (recipe / "seqkd.yaml").write_text(yaml.safe_dump(values))
+        content = yaml.safe_load((recipe / "recipe.yaml").read_text())
+        change(recipe / "recipe.yaml", stages={**content["stages"], "seqkd": "seqkd"})
+
+    def test_answers_of_the_teacher_are_kept_until_it_is_made_again(self, recipe):
+        self.add_seqkd(recipe)
+        found = read_recipe(recipe)
+        sft, seqkd = found.named(["sft", "seqkd"])
+        run, answers = Path("runs/seqkd"), Path("runs/seqkd_teacher_data")
+        assert found.outdated(found.with_dependents([seqkd])) == [run]
+        folders = found.outdated(found.with_dependents([sft]))
+        assert {run, answers} < set(folders)
+        change(recipe / "minillm.yaml", dataset=str(answers))
+        found = read_recipe(recipe)
+        assert "seqkd" not in [stage.name for stage in found.inputs(found.named(["minillm"])[0])]  # it comes later
+
+    def test_changed_stage_is_listed_and_does_not_block_what_does_not_build_on_it(self, recipe, capsys):
+        write_results(Path("runs/evaluation/sft/mill"), [1.0])
+        write_results(Path("runs/evaluation/minillm/mill"), [2.0])
+        self.finish("sft", "minillm", "evaluate")
+        change(recipe / "minillm.yaml", max_steps=3)
+        changed = "changed: runs/minillm was made with max_steps=2 (now 3)"
+        assert self.states(capsys) == ["done", changed, "done", "done"]
+        for stage in ("minillm", "evaluate:minillm"):
+            assert main(["recipe", "toy", "--stages", stage]) == 2
+            assert "stage minillm: runs/minillm was made with max_steps=2 (now 3)" in capsys.readouterr().err
+        assert main(["recipe", "toy", "--stages", "sft", "evaluate:sft"]) == 0
+        output = capsys.readouterr().out
+        assert "Not in the table, since what they build on has changed: evaluate:minillm" in output
+        assert [line.split()[0] for line in output.splitlines() if line.startswith(("sft ", "minillm "))] == ["sft"]
+
+    def test_rerun_of_a_stage_that_is_not_chosen_is_refused(self, recipe, capsys):
+        self.finish("sft", "minillm")
+        assert main(["recipe", "toy", "--rerun", "sft", "--stages", "minillm"]) == 2
+        assert "--rerun sft: --stages leaves it out" in capsys.readouterr().err
+        assert Path("runs/sft").is_dir()
+
+    def test_accept_runs_nothing(self, recipe, capsys, monkeypatch):
+        monkeypatch.setattr("minillm_trl.cli.recipe._run_child", lambda command: pytest.fail(f"ran {command}"))
+        Path("runs/sft").mkdir(parents=True)
+        assert main(["recipe", "toy", "--accept", "sft"]) == 0
+        states = [" ".join(line.split()[2:]) for line in capsys.readouterr().out.splitlines()]
+        assert states == ["done", "pending", "pending", "pending"]
+        for option in ("--rerun", "--stages"):
+            assert main(["recipe", "toy", "--accept", "sft", option, "sft"]) == 2
+            assert "--accept runs nothing. Leave --rerun and --stages out" in capsys.readouterr().err
+
+    def test_data_stage_is_asked_whether_its_source_has_changed(self, recipe, capsys):
+        raw = Path("raw.jsonl")
+        raw.write_text(Path("data/train.jsonl").read_text())
+        values = {"task": "examples", "source": "raw.jsonl", "output_dir": "made"}
+        (recipe / "rows.yaml").write_text(yaml.safe_dump(values))
+        content = yaml.safe_load((recipe / "recipe.yaml").read_text())
+        change(recipe / "recipe.yaml", stages={"rows": "prepare-data", **content["stages"]})
+        change(recipe / "sft.yaml", dataset="made")
+        run = ["recipe", "toy", "--stages", "rows"]
+        assert main(run) == 0
+        self.finish("sft")
+        marker = Path("made/stage.json").read_bytes()
+        assert main(run) == 0
+        assert Path("made/stage.json").read_bytes() == marker  # or what builds on it would count as outdated
+        raw.write_text(raw.read_text().replace("pub", "mill"))
+        capsys.readouterr()
+        assert self.states(capsys)[0] == "done"  # so far as the marker says
+        assert main(run) == 2
+        message = capsys.readouterr().err
+        assert "stage rows: output_dir=made" in message
+        assert "`--rerun rows` moves the folder aside" in message
+
+        assert main(["recipe", "toy", "--accept", "rows", "sft"]) == 0
+        assert main(run) == 0
+        change(recipe / "rows.yaml", overwrite=True)
+        read_recipe(recipe).named(["rows"])[0].mark([], finished=True)
+        self.finish("sft")
+        capsys.readouterr()
+        assert main([*run, "sft"]) == 2
+        assert "stage sft: runs/sft builds on made, which has been made again since" in capsys.readouterr().err
 
     def test_launch_flags_go_to_training_stages_only(self, recipe, monkeypatch):
         commands = []

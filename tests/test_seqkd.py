@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from conftest import ENVIRONMENT, build_model, build_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm_trl.baselines.seqkd import SeqKDConfig, TeacherData, generate, sample_with_transformers, sample_with_vllm
+from minillm_trl.baselines.seqkd import (
+    SeqKDConfig,
+    TeacherData,
+    generate,
+    model_fingerprint,
+    sample_with_transformers,
+    sample_with_vllm,
+)
 from minillm_trl.cli import main
 from minillm_trl.sampling import sample_prompts
 
@@ -224,19 +232,89 @@ def arguments(tmp_path: Path, model_dir, output: Path, *more: str) -> list[str]:
     ]
 
 
+class TestFingerprint:
+    def test_it_is_of_the_contents_also_far_into_a_large_file(self, tmp_path):
+        size = 64 * 2**20
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(bytes(size))
+        before = model_fingerprint(tmp_path)
+        os.utime(weights, ns=(0, 0))
+        assert model_fingerprint(tmp_path) == before
+        with open(weights, "r+b") as file:
+            file.seek(size // 2)
+            file.write(b"1" * (size // 1024))  # less than a matrix
+        assert model_fingerprint(tmp_path) != before
+
+    def test_an_adapter_has_that_of_its_base_and_a_name_on_the_hub_none(self, tmp_path):
+        base, adapter = tmp_path / "base", tmp_path / "adapter"
+        for folder in (base, adapter):
+            folder.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        (base / "model.safetensors").write_bytes(b"1")
+        before = model_fingerprint(adapter)
+        (base / "model.safetensors").write_bytes(b"2")
+        assert model_fingerprint(adapter) != before
+        assert model_fingerprint(Path("openai-community/gpt2")) is None
+
+
 class TestCommandLine:
     def test_the_student_learns_from_the_teachers_words(self, tmp_path, model_dir, capsys):
-        output = tmp_path / "out"
+        output, answers = tmp_path / "out", tmp_path / "out_teacher_data"
         assert main(["seqkd", *arguments(tmp_path, model_dir, output, "--generate_only", "true")]) == 0
-        assert not (output / "config.json").exists()
-        train = (output / "teacher_data" / "train.jsonl").read_bytes()
+        assert not output.exists() or not list(output.glob("*.json*"))
+        train = (answers / "train.jsonl").read_bytes()
         assert main(["seqkd", *arguments(tmp_path, model_dir, output)]) == 0
         assert "were there before" in capsys.readouterr().out
-        assert (output / "teacher_data" / "train.jsonl").read_bytes() == train
+        assert (answers / "train.jsonl").read_bytes() == train
         student = AutoModelForCausalLM.from_pretrained(output)
         start = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
         assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True))
         assert AutoTokenizer.from_pretrained(output).get_vocab() == build_tokenizer().get_vocab()
+
+    def test_other_weights_in_the_teachers_folder_are_refused_and_a_copy_is_not(self, tmp_path, model_dir, capsys):
+        teacher = tmp_path / "teacher"
+        shutil.copytree(model_dir("gpt2", 1, 48), teacher)
+        more = ("--generate_only", "true", "--teacher_model_name_or_path", str(teacher))
+        run = ["seqkd", *arguments(tmp_path, model_dir, tmp_path / "out", *more)]
+        assert main(run) == 0
+        shutil.rmtree(teacher)
+        shutil.copytree(model_dir("gpt2", 1, 48), teacher, copy_function=shutil.copyfile)
+        (teacher / "trainer_state.json").write_text("{}")
+        capsys.readouterr()
+        assert main(run) == 0
+        assert "were there before" in capsys.readouterr().out
+        shutil.copy(Path(model_dir("gpt2", 2, 48)) / "model.safetensors", teacher)
+        assert main(run) == 2
+        assert "completions that were made with teacher_files=" in capsys.readouterr().err
+
+    def test_keep_unfinished_chooses_anew_among_the_same_answers(self, tmp_path, model_dir, monkeypatch, capsys):
+        run = ["seqkd", *arguments(tmp_path, model_dir, tmp_path / "out", "--generate_only", "true")]
+        assert main(run) == 0
+        monkeypatch.setattr("minillm_trl.cli.seqkd.load_teacher", lambda *_: pytest.fail("loaded the teacher"))
+        answers = tmp_path / "out_teacher_data"
+        found = [json.loads(line) for line in (answers / "completions-0.jsonl").open()]
+        found[0] |= {"finished": True, "completion": "a pub"}
+        (answers / "completions-0.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+        for keep in (False, True):
+            assert main([*run, "--keep_unfinished", str(keep).lower()]) == 0
+            statistics = json.loads((answers / "statistics.json").read_text())
+            assert statistics["keep_unfinished"] is keep
+            assert len((answers / "train.jsonl").open().readlines()) == statistics["kept"]
+            assert ("cut at the length limit" in statistics["dropped"]) is not keep
+
+    def test_validation_data_without_completions_is_refused_before_the_teacher_answers(
+        self, tmp_path, model_dir, capsys
+    ):
+        rows = [{"prompt": "the mill", "completion": "a pub"}, {"prompt": "the pub", "completion": None}]
+        evaluation = tmp_path / "validation.jsonl"
+        run = ["seqkd", *arguments(tmp_path, model_dir, tmp_path / "out", "--eval_dataset", str(evaluation))]
+        evaluation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(run) == 2
+        assert f"{evaluation}: row 1 (counting from 0) has no completion" in capsys.readouterr().err
+        evaluation.write_text(json.dumps({"prompt": "the mill", "references": ["a pub"]}) + "\n")
+        assert main(run) == 2
+        assert f"{evaluation}: row 0 (counting from 0) has no completion" in capsys.readouterr().err
+        assert not (tmp_path / "out_teacher_data").exists()
 
     def test_vllm_on_several_processes_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(SeqKDConfig, "world_size", 2)
@@ -253,18 +331,18 @@ class TestCommandLine:
         process = subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        share = two / "teacher_data" / "completions-1.jsonl"
+        share = tmp_path / "two_teacher_data" / "completions-1.jsonl"
         deadline = time.time() + 120
         while not (share.is_file() and share.stat().st_size > 500) and time.time() < deadline:
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (two / "teacher_data" / "train.jsonl").exists()
+        assert not (tmp_path / "two_teacher_data" / "train.jsonl").exists()
         for _ in range(2):  # a gloo process aborts at its exit once in some dozens of runs
             result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
             if result.returncode == 0:
                 break
         assert result.returncode == 0, result.stderr[-2000:]
-        assert (two / "teacher_data" / "train.jsonl").read_bytes() == (
-            one / "teacher_data" / "train.jsonl"
+        assert (tmp_path / "two_teacher_data" / "train.jsonl").read_bytes() == (
+            tmp_path / "one_teacher_data" / "train.jsonl"
         ).read_bytes()

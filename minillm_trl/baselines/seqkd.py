@@ -23,6 +23,12 @@ Job = tuple[int, int]  # number of the prompt, and of its sample
 # The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
 Answer = tuple[int, list[int], bool]
 Sampler = Callable[[list[Job], list[list[int]]], Iterator[list[Answer]]]
+# What a model's answers come from; a folder of a run holds other files too
+_MODEL_FILES = (
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "generation_config.json"),
+    *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
+)
+_BLOCK, _BLOCKS = 4096, 1024
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -51,7 +57,7 @@ class SeqKDConfig(FineTuningConfig):
         teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained`, or of `vllm.LLM`, for the teacher.
         teacher_data_dir (`str`, *optional*):
-            Folder of the teacher's completions, by default `<output_dir>/teacher_data`.
+            Folder of the teacher's completions, by default `<output_dir>_teacher_data`.
         generate_only (`bool`, *optional*, defaults to `False`):
             Whether to stop when the teacher's data is there.
     """
@@ -69,7 +75,7 @@ class SeqKDConfig(FineTuningConfig):
         default=None, metadata={"help": "Keyword arguments of from_pretrained, or of vllm.LLM, for the teacher."}
     )
     teacher_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the teacher's completions; <output_dir>/teacher_data by default."}
+        default=None, metadata={"help": "Folder of the teacher's completions; <output_dir>_teacher_data by default."}
     )
     generate_only: bool = field(default=False, metadata={"help": "Stop when the teacher's data is there."})
 
@@ -91,7 +97,12 @@ class SeqKDConfig(FineTuningConfig):
             )
         if not self.use_vllm and self.vllm_tensor_parallel_size > 1:
             raise ValueError("vllm_tensor_parallel_size has no effect without use_vllm=True.")
-        self.teacher_data_dir = self.teacher_data_dir or str(Path(self.output_dir) / "teacher_data")
+        self.teacher_data_dir = self.teacher_data_dir or default_teacher_data_dir(self.output_dir)
+
+
+def default_teacher_data_dir(output_dir: str) -> str:
+    """Beside the run and not in it, so that another run of the student need not ask the teacher again."""
+    return f"{Path(output_dir)}_teacher_data"
 
 
 class TeacherCompletion(NamedTuple):
@@ -131,9 +142,10 @@ class TeacherData:
             )
 
     @property
-    def is_complete(self) -> bool:
-        """Whether there is nothing left to generate."""
-        return (self.folder / "statistics.json").is_file()
+    def finished_with(self) -> bool | None:
+        """The `keep_unfinished` that `train.jsonl` was made with; None before there is one."""
+        path = self.folder / "statistics.json"
+        return json.loads(path.read_text(encoding="utf-8"))["keep_unfinished"] if path.is_file() else None
 
     def read(self) -> dict[Job, TeacherCompletion]:
         """All completions that are there, by number of prompt and sample."""
@@ -167,7 +179,7 @@ class TeacherData:
         """Write `train.jsonl` (fields `prompt`, `completion`) and `statistics.json`, and return the statistics.
 
         Empty completions and those that say what another one said to the same prompt are left out, and unless
-        `keep_unfinished` those that were cut at the length limit.
+        `keep_unfinished` those that were cut at the length limit. May be called again with another value of it.
         """
         completions = [each for _, each in sorted(self.read().items())]
         rows, dropped, seen = [], Counter(), set()
@@ -189,6 +201,7 @@ class TeacherData:
         lengths = np.quantile([each.tokens for each in completions], QUANTILES).tolist()
         statistics = {
             "completions": len(completions),
+            "keep_unfinished": keep_unfinished,
             "kept": len(rows),
             "dropped": dict(dropped),
             "tokens": {f"{quantile:.0%}": length for quantile, length in zip(QUANTILES, lengths, strict=True)},
@@ -201,19 +214,46 @@ class TeacherData:
             ]
             if scores:
                 statistics["rouge_l"] = float(np.mean(scores))
+        (self.folder / "statistics.json").unlink(missing_ok=True)  # until it tells of the new train.jsonl
         _write(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         _write(self.folder / "statistics.json", json.dumps(statistics, indent=1))
         return statistics
 
 
 def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:
-    """What the teacher's data depends on."""
-    digest = hashlib.sha256()
-    for prompt in prompts["prompt"]:
-        digest.update(json.dumps(prompt, sort_keys=True).encode())
+    """What the teacher's completions depend on; of a local teacher also what its files hold."""
+    digest = hashlib.sha256("".join(json.dumps(prompt, sort_keys=True) for prompt in prompts["prompt"]).encode())
     names = ("num_generations", "generation_temperature", "generation_seed", "max_completion_length")
-    names += ("keep_unfinished", "use_vllm", "teacher_model_init_kwargs")
-    return {"teacher": teacher, **{name: getattr(args, name) for name in names}, "prompts": digest.hexdigest()}
+    names += ("use_vllm", "teacher_model_init_kwargs")
+    return {
+        "teacher": teacher,
+        **{name: getattr(args, name) for name in names},
+        "prompts": digest.hexdigest(),
+        "teacher_files": model_fingerprint(Path(teacher)),
+    }
+
+
+def model_fingerprint(folder: Path) -> str | None:
+    """Digest of a local model, the same for a copy of it; None for a name on the hub, which has its revision.
+
+    It covers names, sizes and contents of weights, configurations and tokenizer, and for an adapter those of its base.
+    Of a file of more than 4 MiB it reads 1024 blocks of 4 KiB at equal distances: a model of any size in a moment, and
+    another training changes some number in every matrix.
+    """
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    if (adapter := folder / "adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        digest.update(str(base and model_fingerprint(Path(base))).encode())
+    return digest.hexdigest()
 
 
 def generate(

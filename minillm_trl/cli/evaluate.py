@@ -1,8 +1,10 @@
 """`minillm-trl evaluate`: measure a model on prompts with references."""
 
 import argparse
+import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..data import load_examples, unique_prompts
+from ..data import DataError, check_prompt_lengths, load_examples, unique_prompts
 from ..evaluation.evaluate import Evaluation, evaluate_model
 from ..evaluation.report import format_cell
 from ..teacher import check_same_tokenizer
 from .arguments import parse_with_config
-from .models import load_model, load_tokenizer
+from .models import load_config, load_model, load_tokenizer
 
 _DIGITS = {"rouge_l": 2, "length": 1, "reverse_kl": 2}
 
@@ -80,9 +82,14 @@ def run(argv: list[str]) -> int:
         return 0
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
-    teacher = None
-    if arguments.teacher not in (None, arguments.model):
+    has_teacher = arguments.teacher not in (None, arguments.model)
+    if has_teacher:
         _check_teacher(arguments, tokenizer, [prompts[folder] for folder in todo])
+    names = [arguments.model, arguments.teacher] if has_teacher else [arguments.model]
+    tasks = [(sources[folder], prompts[folder]) for folder in todo]
+    check_room(names, tasks, tokenizer, "max_new_tokens", arguments.max_new_tokens, trust)
+    teacher = None
+    if has_teacher:
         teacher = load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=trust)
     model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust)
     for folder in todo:
@@ -101,6 +108,40 @@ def run(argv: list[str]) -> int:
             print(f"{name:<18} {format_cell(interval, _DIGITS.get(name, 3))}")
         print(f"{len(prompts[folder])} prompts, {len(arguments.seeds)} seeds; written to {folder}")
     return 0
+
+
+def check_room(
+    names: Sequence[str],
+    tasks: Iterable[tuple[str, Dataset]],
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    length: int,
+    trust_remote_code: bool,
+) -> None:
+    """Check that prompts and completions fit in the models' contexts, before a model is loaded.
+
+    Args:
+        names (`Sequence[str]`): of the models.
+        tasks (`Iterable`): what the user called each dataset, and the dataset, with a column `prompt`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the prompts.
+        option (`str`): name of the length limit.
+        length (`int`): the limit, in tokens.
+        trust_remote_code (`bool`): whether a configuration's code may run.
+
+    Raises:
+        ValueError: if there is no room for a prompt, or ([`DataError`]) none for one of them.
+    """
+    configs = [load_config(name, trust_remote_code).get_text_config() for name in names]
+    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+    if not limits:
+        return
+    room = min(limits) - length
+    if room <= 0:
+        raise ValueError(
+            f"{option}={length} leaves no room for a prompt in a context of {min(limits)} tokens. Lower it."
+        )
+    for source, dataset in tasks:
+        check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
 
 
 def _task(text: str) -> tuple[str, str]:
@@ -132,7 +173,20 @@ def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
         references_column=arguments.references_column,
     )
     prompts = unique_prompts(examples)
-    return prompts if arguments.max_rows is None else prompts.select(range(min(arguments.max_rows, len(prompts))))
+    if arguments.max_rows is not None:
+        prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
+    _check_references(prompts, examples, dataset)
+    return prompts
+
+
+def _check_references(prompts: Dataset, examples: Dataset, source: str) -> None:
+    if "references" not in prompts.column_names or all(prompts["references"]):
+        return
+    prompt = prompts["prompt"][[bool(each) for each in prompts["references"]].index(False)]
+    raise DataError(
+        f"{source}: row {examples['prompt'][:].index(prompt)} (counting from 0) has neither references nor a "
+        "completion, so it has no Rouge-L. Fill one in, drop the row, or drop these columns to do without Rouge-L."
+    )
 
 
 def _check_teacher(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tasks: list[Dataset]) -> None:
@@ -147,13 +201,26 @@ def _settings(arguments: argparse.Namespace, dataset: str, prompts: Dataset) -> 
         "temperature": arguments.temperature,
         "max_new_tokens": arguments.max_new_tokens,
         "prompts": len(prompts),
+        "max_rows": arguments.max_rows,
+        "prompt_column": arguments.prompt_column,
+        "completion_column": arguments.completion_column,
+        "references_column": arguments.references_column,
         "model": arguments.model,
         "adapter": arguments.adapter,
         "teacher": arguments.teacher,
         "dtype": arguments.dtype,
         "dataset": dataset,
         "split": arguments.split,
+        "data_sha256": _digest(prompts),
     }
+
+
+def _digest(prompts: Dataset) -> str:
+    """Of all prompts and references."""
+    digest = hashlib.sha256()
+    for row in prompts.select_columns([name for name in ("prompt", "references") if name in prompts.column_names]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _files(arguments: argparse.Namespace, dataset: str) -> list[Path]:

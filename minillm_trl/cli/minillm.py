@@ -3,19 +3,20 @@
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from ..config import MiniLLMConfig
-from ..data import check_prompt_lengths, load_corpus, unique_prompts
+from ..data import load_corpus, unique_prompts
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
+from .evaluate import check_room
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
     check_teacher_tokenizer,
     checkpoint_to_resume,
-    load_config,
     load_tokenizer,
+    quantization_config,
     set_model_init_kwargs,
     train_and_save,
 )
@@ -69,13 +70,16 @@ def run(argv: list[str]) -> int:
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
+    _check_metric(args.metric_for_best_model, evaluation, data.eval_dataset or data.dataset)
     lm_dataset = corpus.load()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
-    _check_lengths(
-        data, args, (model.model_name_or_path, teacher.teacher_model_name_or_path), tokenizer, train, evaluation
-    )
+    names = [model.model_name_or_path, teacher.teacher_model_name_or_path]
+    tasks = [(data.dataset, train)]
+    if evaluation is not None:
+        tasks.append((data.eval_dataset or data.dataset, evaluation))
+    check_room(names, tasks, tokenizer, "max_completion_length", args.max_completion_length, args.trust_remote_code)
     set_model_init_kwargs(args, model)
     trainer = MiniLLMTrainer(
         model=model.model_name_or_path,
@@ -87,24 +91,17 @@ def run(argv: list[str]) -> int:
         callbacks=callbacks,
         peft_config=get_peft_config(model),
         lm_dataset=lm_dataset,
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization_config(model, args),
     )
     train_and_save(trainer, checkpoint)
     return 0
 
 
-def _check_lengths(data, args, names, tokenizer, train: Dataset, evaluation: Dataset | None) -> None:
-    configs = [load_config(name, args.trust_remote_code).get_text_config() for name in names]
-    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
-    if not limits:
+def _check_metric(metric: str | None, evaluation: Dataset | None, source: str) -> None:
+    if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":
         return
-    room = min(limits) - args.max_completion_length
-    if room <= 0:
+    if "references" not in evaluation.column_names or not any(evaluation["references"]):
         raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt in the models' context "
-            f"of {min(limits)} tokens. Lower it."
+            f"metric_for_best_model={metric} needs references or completions, and {source} has prompts alone. Add "
+            "them, or take another metric."
         )
-    check_prompt_lengths(train, tokenizer, max_prompt_tokens=room, source=data.dataset)
-    if evaluation is not None:
-        source = data.eval_dataset or data.dataset
-        check_prompt_lengths(evaluation, tokenizer, max_prompt_tokens=room, source=source)

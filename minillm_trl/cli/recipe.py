@@ -12,7 +12,7 @@ from ..evaluation.comparison import compare_models, read_evaluation
 from .arguments import parse_plain
 from .compare import show
 from .launch import accelerate_config_path
-from .stages import TRAINING, Recipe, Stage, read_recipe
+from .stages import TRAINING, Recipe, Stage, how_to_mend, move_aside, read_recipe
 
 # After Ctrl-C, seconds until a stage is told that has not got it from the terminal
 _PATIENCE = 10
@@ -37,7 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="run these, and what builds on them, again; their folders are moved aside",
     )
     parser.add_argument(
-        "--accept", nargs="+", default=[], metavar="STAGE", help="take what lies in their folders as their results"
+        "--accept",
+        nargs="+",
+        default=[],
+        metavar="STAGE",
+        help="take what lies in their folders as their results, show the stages, and run nothing",
     )
     parser.add_argument("--accelerate_config", help="launch configuration of the training stages: a file or a name")
     parser.add_argument("--num_processes", type=int, help="number of their processes, one for each GPU")
@@ -48,20 +52,25 @@ def run(argv: list[str]) -> int:
     """Parse the arguments, check the YAMLs of all stages, run what is left, and print the table."""
     arguments = parse_plain(build_parser(), argv)
     launch = _launch_words(arguments)
+    if arguments.accept and (arguments.rerun or arguments.stages):
+        raise ValueError("--accept runs nothing. Leave --rerun and --stages out, and run what is left afterwards.")
     recipe = read_recipe(arguments.folder)
-    again = recipe.with_dependents(recipe.named(arguments.rerun))
     chosen = recipe.stages if arguments.stages is None else recipe.named(arguments.stages)
+    again = recipe.with_dependents(_to_rerun(recipe, arguments.rerun, chosen))
     _accept(recipe, recipe.named(arguments.accept))
-    done = [stage for stage in recipe.stages if stage not in again and recipe.is_done(stage)]
-    _print_plan(recipe, chosen, done, again)
-    if arguments.list:
+    _print_plan(recipe, chosen, again)
+    if arguments.list or arguments.accept:
         return 0
-    _check_inputs(recipe, chosen, done)
-    for stage in again:
-        if (moved := stage.move_aside()) is not None:
-            print(f"{stage.output} was moved to {moved}")
+    _check_chosen(recipe, chosen, again)
+    for folder in recipe.outdated(again):
+        if (moved := move_aside(folder)) is not None:
+            print(f"{folder} was moved to {moved}")
     for number, stage in enumerate(recipe.stages, start=1):
-        if stage not in chosen or stage in done:
+        if stage not in chosen:
+            continue
+        recipe.check(stage)  # once more: an earlier stage may have made new data
+        # prepare-data is asked each time, since it knows whether its source has changed
+        if recipe.is_done(stage) and (stage.subcommand != "prepare-data" or stage.is_accepted):
             continue
         print(f"\n{number}/{len(recipe.stages)}  {stage.name}", flush=True)
         status = _run_stage(recipe, stage, launch)
@@ -87,24 +96,46 @@ def _launch_words(arguments: argparse.Namespace) -> list[str]:
     return words
 
 
+def _to_rerun(recipe: Recipe, names: list[str], chosen: list[Stage]) -> list[Stage]:
+    stages = recipe.named(names)
+    for stage in stages:
+        if stage not in chosen:
+            raise ValueError(
+                f"--rerun {stage.name}: --stages leaves it out, so that its folder would be moved aside and nothing "
+                "run. Name it in both."
+            )
+    return stages
+
+
 def _accept(recipe: Recipe, stages: list[Stage]) -> None:
     for stage in stages:
         if not stage.output.is_dir():
             raise ValueError(f"--accept {stage.name}: there is no folder {stage.output}.")
-        stage.mark(recipe.inputs(stage), finished=True)
+        stage.mark(recipe.inputs(stage), finished=True, accepted=True)
 
 
-def _print_plan(recipe: Recipe, chosen: list[Stage], done: list[Stage], again: list[Stage]) -> None:
+def _print_plan(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> None:
     width = max(len(stage.name) for stage in recipe.stages)
     for number, stage in enumerate(recipe.stages, start=1):
-        state = "done" if stage in done else "again" if stage in again else "pending"
-        if state == "pending" and stage.marker is not None:
-            state = "stopped"
-        skipped = "" if stage in chosen or stage in done else ", not chosen"
+        state = "again" if stage in again else _state(recipe, stage)
+        skipped = "" if stage in chosen or state == "done" else ", not chosen"
         print(f"{number:>3}  {stage.name:<{width}}  {state}{skipped}")
 
 
-def _check_inputs(recipe: Recipe, chosen: list[Stage], done: list[Stage]) -> None:
+def _state(recipe: Recipe, stage: Stage) -> str:
+    if (problem := recipe.problem(stage)) is not None:
+        return f"changed: {problem}"
+    if stage.marker is None:
+        return "pending"
+    return "done" if stage.is_finished else "stopped"
+
+
+def _check_chosen(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> None:
+    """Check the chosen stages and what they build on; what is wrong with others does not matter."""
+    for stage in recipe.with_inputs(chosen):
+        if stage not in again:
+            recipe.check(stage)
+    done = [stage for stage in recipe.stages if stage not in again and recipe.is_done(stage)]
     for stage in chosen:
         missing = [each.name for each in recipe.inputs(stage) if each not in chosen and each not in done]
         if stage not in done and missing:
@@ -121,10 +152,21 @@ def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
         # a process of its own, which leaves no GPU memory behind
         status = _run_child([sys.executable, "-m", "minillm_trl", stage.subcommand, *words])
     else:
-        status = import_module(f".{stage.subcommand.replace('-', '_')}", __package__).run(stage.words)
-    if status == 0:
+        status = _run_here(stage)
+    # prepare-data leaves a folder that is done, and its marker, as they are
+    if status == 0 and not stage.is_finished:
         stage.mark(inputs, finished=True)
     return status
+
+
+def _run_here(stage: Stage) -> int:
+    was_finished = stage.is_finished
+    try:
+        return import_module(f".{stage.subcommand.replace('-', '_')}", __package__).run(stage.words)
+    except ValueError as error:
+        if not was_finished:
+            raise
+        raise ValueError(f"stage {stage.name}: {error} {how_to_mend(stage)}") from error
 
 
 def _run_child(command: list[str]) -> int:
@@ -149,7 +191,12 @@ def _compare(recipe: Recipe) -> None:
     evaluations = [stage for stage in recipe.stages if stage.subcommand == "evaluate" and stage.is_finished]
     if not evaluations:
         return
-    names = [stage.name.split(":")[1] for stage in evaluations]
-    models = [read_evaluation(name, stage.output) for name, stage in zip(names, evaluations, strict=True)]
+    fit = [stage for stage in evaluations if all(map(recipe.is_done, recipe.with_inputs([stage])))]
+    if left_out := [stage.name for stage in evaluations if stage not in fit]:
+        print(f"\nNot in the table, since what they build on has changed: {', '.join(left_out)}")
+    if not fit:
+        return
+    names = [stage.name.split(":")[1] for stage in fit]
+    models = [read_evaluation(name, stage.output) for name, stage in zip(names, fit, strict=True)]
     baseline, teacher = (name if name in names else None for name in (recipe.baseline, recipe.teacher))
     show(compare_models(models, baseline, teacher), recipe.report)

@@ -1,16 +1,17 @@
 """`minillm-trl seqkd`: sequence-level knowledge distillation, fine-tuning on what the teacher answers."""
 
 import gc
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..baselines import FineTuningTrainer
 from ..baselines.seqkd import (
+    Job,
     SeqKDConfig,
     TeacherData,
     generate,
@@ -18,12 +19,13 @@ from ..baselines.seqkd import (
     sample_with_transformers,
     sample_with_vllm,
 )
-from ..data import check_prompt_lengths, load_examples, unique_prompts
+from ..data import DataError, load_examples, unique_prompts
 from ..teacher import load_teacher, place_teacher, whole_weights
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
+from .evaluate import check_room
 from .examples import load_splits
 from .launch import hand_over
-from .models import checkpoint_to_resume, load_config, load_tokenizer, set_model_init_kwargs, train_and_save
+from .models import checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
 from .sft import trainer_arguments
 
 
@@ -40,6 +42,8 @@ def run(argv: list[str]) -> int:
         return hand_over("seqkd", argv, launch)
     callbacks = stopping.callbacks(args)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
+    if evaluation is not None:
+        _check_completions(evaluation, data.eval_dataset or data.dataset)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, unique_prompts(train), data.dataset)
@@ -49,7 +53,7 @@ def run(argv: list[str]) -> int:
     trainer = FineTuningTrainer(
         args=args,
         callbacks=callbacks,
-        **trainer_arguments(model, tokenizer, load_examples(folder / "train.jsonl"), evaluation),
+        **trainer_arguments(model, args, tokenizer, load_examples(folder / "train.jsonl"), evaluation),
     )
     train_and_save(trainer, checkpoint)
     return 0
@@ -66,14 +70,33 @@ def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, sou
     """
     state = PartialState()
     data = TeacherData(Path(args.teacher_data_dir), generation_settings(teacher, args, prompts))
-    is_complete, found = data.is_complete, data.read()
+    found, finished_with = data.read(), data.finished_with
     state.wait_for_everyone()  # all have seen the same before one of them writes
-    if is_complete:
+    if len(found) == len(prompts) * args.num_generations:
         state.print(f"{data.folder}: the teacher's completions were there before.")
-        return data.folder
+    else:
+        _generate_missing(data, found, teacher, args, prompts, source)
+        state.wait_for_everyone()
+    if finished_with != args.keep_unfinished and state.is_main_process:
+        statistics = data.finish(prompts, args.keep_unfinished)
+        print(f"{statistics['kept']} of {statistics['completions']} completions to learn from, in {data.folder}")
+    state.wait_for_everyone()
+    return data.folder
+
+
+def _generate_missing(
+    data: TeacherData,
+    found: Collection[Job],
+    teacher: str,
+    args: SeqKDConfig,
+    prompts: Dataset,
+    source: str,
+) -> None:
+    state = PartialState()
     revision = (args.teacher_model_init_kwargs or {}).get("revision")
     tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
-    _check_room(teacher, args, prompts, tokenizer, source)
+    length = args.max_completion_length
+    check_room([teacher], [(source, prompts)], tokenizer, "max_completion_length", length, args.trust_remote_code)
     if args.use_vllm:
         sample = sample_with_vllm(teacher, tokenizer, args)
     else:
@@ -97,19 +120,13 @@ def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, sou
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        statistics = data.finish(prompts, args.keep_unfinished)
-        print(f"{statistics['kept']} of {statistics['completions']} completions to learn from, in {data.folder}")
-    state.wait_for_everyone()
-    return data.folder
 
 
-def _check_room(
-    teacher: str, args: SeqKDConfig, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, source: str
-) -> None:
-    config = load_config(teacher, args.trust_remote_code).get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None:
-        room = context - args.max_completion_length
-        check_prompt_lengths(prompts, tokenizer, max_prompt_tokens=room, source=source)
+def _check_completions(evaluation: Dataset, source: str) -> None:
+    """The teacher answers the prompts to train on alone."""
+    completions = evaluation["completion"][:] if "completion" in evaluation.column_names else [None]
+    if None in completions:
+        raise DataError(
+            f"{source}: row {completions.index(None)} (counting from 0) has no completion, which validation needs. "
+            "Fill it in or drop the row, or leave the evaluation out."
+        )

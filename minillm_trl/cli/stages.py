@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..baselines.seqkd import default_teacher_data_dir
 from .arguments import Parser, check_config, check_plain_yaml
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
@@ -46,6 +47,19 @@ class Stage:
         return ["--config", str(self.config), "--model", self.values["model"], "--output_dir", str(self.output)]
 
     @property
+    def answers(self) -> Path | None:
+        """Where SeqKD keeps the teacher's answers."""
+        if self.subcommand != "seqkd":
+            return None
+        folder = self.values.get("teacher_data_dir") or default_teacher_data_dir(str(self.output))
+        return Path(os.path.normpath(folder))
+
+    @property
+    def folders(self) -> list[Path]:
+        """All that it writes to."""
+        return [self.output] if self.answers is None else [self.output, self.answers]
+
+    @property
     def marker(self) -> dict[str, Any] | None:
         """What the stage's folder says of the run in it: configuration, inputs, and when it was finished."""
         path = self.output / _MARKER
@@ -55,7 +69,11 @@ class Stage:
     def is_finished(self) -> bool:
         return self.marker is not None and self.marker["finished"] is not None
 
-    def mark(self, inputs: list["Stage"], finished: bool) -> None:
+    @property
+    def is_accepted(self) -> bool:
+        return self.is_finished and self.marker.get("accepted", False)
+
+    def mark(self, inputs: list["Stage"], finished: bool, accepted: bool = False) -> None:
         """Write the marker."""
         self.output.mkdir(parents=True, exist_ok=True)
         marker = {
@@ -63,6 +81,7 @@ class Stage:
             "config": self.values,
             "inputs": {str(each.output): each.digest() for each in inputs},
             "finished": datetime.now(UTC).isoformat() if finished else None,
+            "accepted": accepted,
         }
         temporary = self.output / f".{_MARKER}.partial"
         temporary.write_text(json.dumps(marker, indent=1), encoding="utf-8")
@@ -71,15 +90,6 @@ class Stage:
     def digest(self) -> str | None:
         """Of the marker, so another one for each run; None before the stage is finished."""
         return hashlib.sha256(json.dumps(self.marker).encode()).hexdigest() if self.is_finished else None
-
-    def move_aside(self) -> Path | None:
-        """Rename the stage's folder, if there is one, to `FOLDER.replaced-N`."""
-        if not self.output.exists():
-            return None
-        free = (self.output.with_name(f"{self.output.name}.replaced-{number}") for number in count(1))
-        target = next(path for path in free if not path.exists())
-        os.replace(self.output, target)
-        return target
 
 
 @dataclass(frozen=True)
@@ -94,9 +104,23 @@ class Recipe:
 
     def inputs(self, stage: Stage) -> list[Stage]:
         """The earlier stages whose folders the stage's configuration names."""
-        paths = [Path(os.path.normpath(text)) for text in _texts(stage.values)]
-        earlier = self.stages[: self.stages.index(stage)]
-        return [each for each in earlier if any(each.output == path or each.output in path.parents for path in paths)]
+        return self._earlier(stage, stage.values)
+
+    def _earlier(self, stage: Stage, values: Any) -> list[Stage]:
+        paths = [Path(os.path.normpath(text)) for text in _texts(values)]
+        return [
+            each
+            for each in self.stages[: self.stages.index(stage)]
+            if any(folder == path or folder in path.parents for folder in each.folders for path in paths)
+        ]
+
+    def with_inputs(self, stages: list[Stage]) -> list[Stage]:
+        """The stages, and all that they build on, in order."""
+        found = list(stages)
+        for stage in reversed(self.stages):
+            if stage in found:
+                found += [each for each in self.inputs(stage) if each not in found]
+        return [stage for stage in self.stages if stage in found]
 
     def with_dependents(self, stages: list[Stage]) -> list[Stage]:
         """The stages, and those that build on them, in order."""
@@ -120,77 +144,166 @@ class Recipe:
                 )
         return [stage for stage in self.stages if stage.name in names or stage.name.split(":")[0] in names]
 
-    def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's folder holds its result.
+    def outdated(self, again: list[Stage]) -> list[Path]:
+        """The folders that hold nothing of worth once the stages `again` are run again.
 
-        Raises:
-            ValueError: if it holds something else: the result of another configuration or of other inputs, with the
-                first difference, or files of unknown origin.
+        SeqKD's answers stay: they are checked against the configuration, and may have taken long. But with another
+        teacher or other prompts they are of no use.
+        """
+        folders = []
+        for stage in again:
+            folders.append(stage.output)
+            sources = [stage.values.get(name) for name in ("teacher_model_name_or_path", "dataset")]
+            if stage.answers is not None and any(each in again for each in self._earlier(stage, sources)):
+                folders.append(stage.answers)
+        return folders
+
+    def problem(self, stage: Stage) -> str | None:
+        """Why the stage's folder can be neither its result nor gone on with.
+
+        It may hold the result of another configuration (the differences are named) or of other inputs, or files of
+        unknown origin.
         """
         marker = stage.marker
         if marker is None:
             # what is not a training looks at its folder by itself
             if stage.subcommand not in TRAINING or not stage.output.is_dir() or not any(stage.output.iterdir()):
-                return False
-            problem = f"{stage.output} is not empty, and no recipe has written it"
-        elif changed := _difference(marker["config"], stage.values):
-            problem = f"{stage.output} was made with {changed}"
-        elif stale := [
-            str(each.output) for each in self.inputs(stage) if marker["inputs"].get(str(each.output)) != each.digest()
-        ]:
-            problem = f"{stage.output} builds on {stale[0]}, which has been made again since"
-        else:
-            return marker["finished"] is not None
-        raise ValueError(
-            f"stage {stage.name}: {problem}. `--rerun {stage.name}` moves the folder aside and runs the stage, and "
-            f"what builds on it, again; `--accept {stage.name}` takes what is there as the result."
-        )
+                return None
+            return f"{stage.output} is not empty, and no recipe has written it"
+        if changed := _difference(marker["config"], stage.values):
+            return f"{stage.output} was made with {changed}"
+        for each in self.inputs(stage):
+            if marker["inputs"].get(str(each.output)) != each.digest():
+                return f"{stage.output} builds on {each.output}, which has been made again since"
+        return None
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage's folder holds its result."""
+        return stage.is_finished and self.problem(stage) is None
+
+    def check(self, stage: Stage) -> None:
+        """Check that the stage can be taken as it is, gone on with, or begun.
+
+        Raises:
+            ValueError: if there is a [`problem`].
+        """
+        if (problem := self.problem(stage)) is not None:
+            raise ValueError(f"stage {stage.name}: {problem}. {how_to_mend(stage)}")
+
+
+def how_to_mend(stage: Stage) -> str:
+    """The two ways out where a stage's folder does not fit."""
+    return (
+        f"`--rerun {stage.name}` moves the folder aside and runs the stage, and what builds on it, again; "
+        f"`--accept {stage.name}` takes what is there as the result."
+    )
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename the folder, if there is one, to `FOLDER.replaced-N`."""
+    if not folder.exists():
+        return None
+    free = (folder.with_name(f"{folder.name}.replaced-{number}") for number in count(1))
+    target = next(path for path in free if not path.exists())
+    os.replace(folder, target)
+    return target
 
 
 def read_recipe(folder: Path) -> Recipe:
     """Read `recipe.yaml` of a folder and the YAMLs of its stages, and check all of them.
 
     Raises:
-        ValueError: with file and, for an unknown option or a wrong value, line.
+        ValueError: with file and line; or if two stages would write to one folder, or one inside that of another.
     """
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: no recipe.yaml in this folder. Name one such as recipes/gpt2-120m-from-1.5b.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content, node = _load_yaml(path)
     if not isinstance(content, dict) or content.keys() != {"stages", "evaluate"}:
         raise ValueError(f"{path}: expected `stages` and `evaluate`.")
     if not isinstance(content["stages"], dict):
-        raise ValueError(f"{path}: stages: expected lines of `NAME: SUBCOMMAND`, or `NAME: SUBCOMMAND FILE.yaml`.")
-    stages = [_stage(path, name, command) for name, command in content["stages"].items()]
+        place = f"{path}:{_line(node, 'stages')}"
+        raise ValueError(f"{place}: stages: expected lines of `NAME: SUBCOMMAND`, or `NAME: SUBCOMMAND FILE.yaml`.")
+    stages = [
+        _stage(folder, name, command, f"{path}:{_line(node, 'stages', str(name))}: stages: {name}")
+        for name, command in content["stages"].items()
+    ]
     evaluation = content["evaluate"]
-    needed, allowed = {"config", "models", "output_dir"}, {"baseline", "teacher"}
-    if not isinstance(evaluation, dict) or not needed <= evaluation.keys() <= needed | allowed:
-        raise ValueError(
-            f"{path}: evaluate: expected `config`, `models` and `output_dir`, at most `baseline` and `teacher` more."
-        )
-    report = Path(evaluation["output_dir"])
-    config = folder / evaluation["config"]
+    _check_evaluation(evaluation, stages, path, node)
+    config, report = folder / evaluation["config"], Path(os.path.normpath(evaluation["output_dir"]))
     values = _read(config, "evaluate")
     by_name = {stage.name: stage for stage in stages}
-    if unknown := {evaluation.get("baseline"), evaluation.get("teacher")} - {None, *evaluation["models"]}:
-        raise ValueError(f"{path}: evaluate: {unknown.pop()!r} is none of the models.")
     for name in evaluation["models"]:
-        if name not in by_name:
-            raise ValueError(f"{path}: evaluate: models: there is no stage {name!r}.")
         more = {"model": str(by_name[name].output)}
         stages.append(Stage(f"evaluate:{name}", "evaluate", config, values | more, report / name))
-    return Recipe(folder, stages, evaluation.get("baseline"), evaluation.get("teacher"), report)
+    recipe = Recipe(folder, stages, evaluation.get("baseline"), evaluation.get("teacher"), report)
+    _check_folders(path, recipe)
+    return recipe
 
 
-def _stage(recipe: Path, name: str, command: str) -> Stage:
+def _stage(folder: Path, name: Any, command: Any, place: str) -> Stage:
+    if not isinstance(name, str) or name == "evaluate" or {":", "/"} & set(name):
+        raise ValueError(f"{place}: not a name for a stage. Take a word (not `evaluate`) without : and /.")
     subcommand, _, file = str(command).partition(" ")
     if subcommand not in _SUBCOMMANDS:
-        raise ValueError(f"{recipe}: stages: {name}: {subcommand!r} is none of {', '.join(_SUBCOMMANDS)}.")
-    config = Path(os.path.normpath(recipe.parent / (file or f"{name}.yaml")))
+        raise ValueError(f"{place}: {subcommand!r} is none of {', '.join(_SUBCOMMANDS)}.")
+    config = Path(os.path.normpath(folder / (file or f"{name}.yaml")))
     values = _read(config, subcommand)
     if not values.get("output_dir"):
         raise ValueError(f"{config}: output_dir is missing, which a recipe needs.")
-    return Stage(name, subcommand, config, values, Path(os.path.normpath(values["output_dir"])))
+    return Stage(name, subcommand, config, values, Path(os.path.normpath(str(values["output_dir"]))))
+
+
+def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: yaml.Node) -> None:
+    needed, allowed = {"config", "models", "output_dir"}, {"baseline", "teacher"}
+    if not isinstance(evaluation, dict) or not needed <= evaluation.keys() <= needed | allowed:
+        raise ValueError(
+            f"{path}:{_line(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, at most "
+            "`baseline` and `teacher` more."
+        )
+
+    def place(name: str) -> str:
+        return f"{path}:{_line(node, 'evaluate', name)}: evaluate"
+
+    for name in ("config", "output_dir"):
+        if not isinstance(evaluation[name], str) or not evaluation[name]:
+            raise ValueError(f"{place(name)}: {name}: expected a path, got {evaluation[name]!r}.")
+    models = evaluation["models"]
+    if not isinstance(models, list) or not models:
+        raise ValueError(f"{place('models')}: models: expected a list of stages, got {models!r}.")
+    trained = [stage.name for stage in stages if stage.subcommand in TRAINING]
+    for name in models:
+        if name not in trained:
+            raise ValueError(
+                f"{place('models')}: models: there is no stage {name!r} that trains; there are {', '.join(trained)}."
+            )
+        if models.count(name) > 1:
+            raise ValueError(f"{place('models')}: models: {name!r} stands there twice.")
+    for name in allowed & evaluation.keys():
+        if evaluation[name] not in (None, *models):
+            raise ValueError(f"{place(name)}: {evaluation[name]!r} is none of the models.")
+
+
+def _check_folders(path: Path, recipe: Recipe) -> None:
+    """Check that no stage writes to the folder of another: it would go on from the other's checkpoint."""
+    outputs = [(stage.name, stage.output) for stage in recipe.stages]
+    pairs = list(combinations(outputs, 2))
+    for stage in recipe.stages:
+        if stage.answers is not None:  # two may share them, and they may lie in the stage's own folder
+            theirs = (f"{stage.name}'s teacher_data_dir", stage.answers)
+            pairs += [(theirs, (name, output)) for name, output in outputs if name != stage.name]
+        if stage.subcommand != "evaluate" and _contains(stage.output, recipe.report):
+            pairs.append((("evaluate's output_dir", recipe.report), (stage.name, stage.output)))
+    for (one, first), (other, second) in pairs:
+        if _contains(first, second) or _contains(second, first):
+            raise ValueError(
+                f"{path}: {one} and {other} would write to one place: {first} and {second}. Give each a folder of its "
+                "own, none inside another."
+            )
+
+
+def _contains(folder: Path, other: Path) -> bool:
+    return other.resolve().is_relative_to(folder.resolve())
 
 
 def _read(config: Path, subcommand: str) -> dict[str, Any]:
@@ -199,7 +312,49 @@ def _read(config: Path, subcommand: str) -> dict[str, Any]:
         check_config(parser, config)
     else:
         check_plain_yaml(parser, config)
-    return yaml.safe_load(config.read_text(encoding="utf-8"))
+    return _load_yaml(config)[0]
+
+
+def _load_yaml(path: Path) -> tuple[Any, yaml.Node]:
+    """The content of a file, and its nodes, which know their lines.
+
+    Raises:
+        ValueError: if it is broken, or a key stands there twice, of which YAML would drop one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}:{line}: broken YAML: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: broken YAML: {error}.") from error
+    _check_keys(path, node)
+    return content, node
+
+
+def _check_keys(path: Path, node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _check_keys(path, each)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise ValueError(f"{path}:{line}: {key.value!r} stands in line {lines[key.value]} already.")
+                lines[key.value] = line
+            _check_keys(path, value)
+
+
+def _line(node: yaml.Node, *names: str) -> int:
+    """Line of the key that the names lead to, or of the nearest above it (YAML may read a key as no text)."""
+    line = node.start_mark.line + 1
+    for name in names:
+        found = ((key.start_mark.line + 1, value) for key, value in node.value if key.value == name)
+        line, node = next(found, (line, node))
+    return line
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -152,7 +152,7 @@ def check_prompt_lengths(
             f"{source}: {len(too_long)} of {len(prompts)} prompts have more than {max_prompt_tokens} tokens; the "
             f"first is row {too_long[0]} (counting from 0) with {lengths[too_long[0]]} tokens, "
             f"{shortened(prompts[too_long[0]])}. Raise the limit if the models' context allows, lower "
-            "max_completion_length to leave more room, or filter these prompts out."
+            "max_completion_length (in evaluate, max_new_tokens) to leave more room, or filter these prompts out."
         )
 
 

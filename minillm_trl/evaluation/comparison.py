@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
     for path in paths:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
-            lines = path.with_name("samples.jsonl").read_text(encoding="utf-8").splitlines()
+            text = path.with_name("samples.jsonl").read_text(encoding="utf-8")
+            lines = text.removesuffix("\n").split("\n")  # splitlines would split at characters inside of texts too
             settings = results["settings"]
             task = Path(settings["dataset"]).name if path.parent == folder else path.parent.name
             summary = {key: MeanInterval(**each) for key, each in results["summary"].items()}
@@ -78,7 +80,8 @@ def compare_models(models: list[EvaluatedModel], baseline: str | None = None, te
 
     Raises:
         ValueError: if there are no models, two have one name, none is called `baseline` or `teacher`, or two were
-            evaluated with different settings or prompts; with the names of both.
+            evaluated with different settings, prompts or references, or their reverse KL is to different teachers;
+            with the names of both.
     """
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
@@ -121,6 +124,22 @@ def _check_comparable(task: str, models: list[EvaluatedModel]) -> None:
                 )
         if [sample["prompt"] for sample in one.samples] != [sample["prompt"] for sample in two.samples]:
             raise ValueError(f"{first.name} and {other.name} were evaluated on different prompts of {task}.")
+        if [sample["references"] for sample in one.samples] != [sample["references"] for sample in two.samples]:
+            raise ValueError(
+                f"{first.name} and {other.name} were evaluated with different references for the same prompts of "
+                f"{task}. Evaluate both alike."
+            )
+    _check_teachers(task, [model for model in models if "reverse_kl" in model.tasks[task].summary])
+
+
+def _check_teachers(task: str, models: list[EvaluatedModel]) -> None:
+    for one, other in pairwise(models):
+        teachers = [model.tasks[task].settings["teacher"] for model in (one, other)]
+        if teachers[0] != teachers[1]:
+            raise ValueError(
+                f"{one.name} and {other.name}: the reverse KL on {task} is to different teachers, {teachers[0]!r} and "
+                f"{teachers[1]!r}. Evaluate both with one of them."
+            )
 
 
 def _teachers(models: list[EvaluatedModel]) -> set[str]:
