@@ -114,6 +114,12 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
             "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "
             "router_aux_loss_coef to 0 in the model's config to train without it."
         )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {trainer.args.n_gpu} GPUs, over which transformers would spread each batch with "
+            "nn.DataParallel; scores are not computed in its copies. Start a process for each GPU "
+            "(--accelerate_config ddp_bf16 or v100_ddp_fp16), or let it see one: CUDA_VISIBLE_DEVICES=0."
+        )
     trained = [(name, each) for name, each in trainer.model.named_parameters() if each.requires_grad]
     half = [name for name, each in trained if each.dtype.itemsize == 2]
     # DeepSpeed keeps float32 weights of its own

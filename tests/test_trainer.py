@@ -343,6 +343,7 @@ class TestRefusals:
         [
             ({"processing_class": ProcessorMixin()}, "Vision-language students are not supported"),
             ({"model": build_model("gpt2").half(), "precision": "fp16"}, r"trained weights in half precision \(tr"),
+            ({"n_gpu": 2}, "One process sees 2 GPUs, .* CUDA_VISIBLE_DEVICES=0"),
             ({"use_reentrant": True, "num_processes": 2}, "use_reentrant=False in gradient_checkpointing_kwargs"),
             ({"is_fsdp_enabled": True, "fsdp_version": 1}, "Set fsdp_version: 2"),
             ({"is_fsdp_enabled": True, "cpu_ram_efficient_loading": True}, "Set it to false"),
@@ -358,6 +359,7 @@ class TestRefusals:
             precision="no",
             num_processes=1,
             use_reentrant=False,
+            n_gpu=0,
             **facts,
         ):
             state = SimpleNamespace(
@@ -369,6 +371,7 @@ class TestRefusals:
             return SimpleNamespace(
                 accelerator=SimpleNamespace(state=state, mixed_precision=precision, num_processes=num_processes),
                 args=SimpleNamespace(
+                    n_gpu=n_gpu,
                     gradient_checkpointing=True,
                     gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
                     teacher_shares_base=facts.pop("teacher_shares_base", False),

@@ -204,6 +204,8 @@ def rates_to_try(scores: dict[float, float]) -> list[float]:
 def best_learning_rates(folder: Path, task: str, methods: list[str]) -> dict[str, float]:
     """Of each method, the rate with the highest Rouge-L on the validation prompts at the first training seed."""
     scores = {method: validation_scores(folder, task, method) for method in methods}
+    if missing := [method for method, found in scores.items() if not found]:
+        raise SystemExit(f"{folder} has no runs of {missing[0]}: run.py makes them, or leave it out of --methods.")
     return {method: max(found, key=found.__getitem__) for method, found in scores.items()}
 
 

@@ -1,6 +1,6 @@
 """Makes `results/quality_<task>.json`, the table in this folder's README and the pictures from the runs of `run.py`.
 
-    python benchmarks/quality/summarize.py [--task e2e]
+    python benchmarks/quality/summarize.py [--task e2e] [--methods sft kd seqkd minillm ...]
 
 Of each measure: the mean over test prompts, sampling seeds and training seeds. Intervals are 95 % percentiles of a
 bootstrap that draws training seeds and prompts anew, both with replacement; those of differences to MiniLLM are paired
@@ -61,9 +61,9 @@ def values_of(results: list[dict[str, Any]], measure: str) -> np.ndarray | None:
     return np.array([[row[measure] for row in result["per_prompt"]] for result in results])
 
 
-def summarize(folder: Path, task: str) -> dict[str, Any]:
+def summarize(folder: Path, task: str, methods: list[str]) -> dict[str, Any]:
     """All numbers of the comparison."""
-    rates = best_learning_rates(folder, task, list(METHODS))
+    rates = best_learning_rates(folder, task, methods)
     results, training = {}, {}
     for name in ("teacher", "sft_student"):
         folders = ["teacher"] if name == "teacher" else [f"sft-{seed}" for seed in SEEDS]
@@ -149,7 +149,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.set_yticklabels([labels.get(name) or rows[name]["label"] for name in names] if axes is first else [])
         axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.25)
-    shown = {"minillm": "#1F83CC", "sft": "#777", "kd": "#009E73", "seqkd": "#CC79A7", "distillation": "#D55E00"}
+    shown = {"minillm": "#1F83CC", "sft": "#777", "kd": "#009E73", "seqkd": "#CC79A7"}
+    shown |= {"distillation_time": "#D55E00", "no_mixing": "#56B4E9"}
     for name, color in shown.items():
         scores = rows[name]["validation_rouge_l"]
         third.plot(
@@ -187,17 +188,19 @@ def insert_table(readme: Path, name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="e2e")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="rows (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     arguments = parser.parse_args()
-    task = arguments.task
-    summary = summarize(arguments.runs / task, task)
+    task, methods = arguments.task, [name for name in METHODS if name in arguments.methods]
+    summary = summarize(arguments.runs / task, task, methods)
     settings = {
         "training_seeds": SEEDS,
         "validation_seeds": VALIDATION_SEEDS,
         "test_seeds": TEST_SEEDS,
         "learning_rates": LEARNING_RATES,
     }
-    command = " && ".join(f"python benchmarks/quality/{each}.py --task {task}" for each in ("run", "summarize"))
+    words = f"--task {task}" if len(methods) == len(METHODS) else f"--task {task} --methods {' '.join(methods)}"
+    command = " && ".join(f"python benchmarks/quality/{each}.py {words}" for each in ("run", "summarize"))
     path = RESULTS / f"quality_{task}.json"
     path.write_text(json.dumps(record(command, settings, summary), indent=1) + "\n")
     plot(summary, path.with_suffix(".png"))
