@@ -250,7 +250,7 @@ class TestCommandLine:
     def test_kd_stops_early_and_keeps_the_best_checkpoint(self, tmp_path, model_dir, monkeypatch):
         scores = iter([30.0, 40.0, 35.0, 20.0, 10.0, 5.0])
         monkeypatch.setattr(
-            "minillm_trl.baselines.fine_tuning.rouge_l_to_references", lambda texts, rows: next(scores)
+            "minillm_trl.baselines.fine_tuning.rouge_l_to_references", lambda texts, rows: [next(scores)] * len(texts)
         )
         output = tmp_path / "kd"
         arguments = self.arguments(tmp_path, model_dir, output)
