@@ -322,11 +322,12 @@ class TestMistakes:
             if request.param == "merge":
                 return refused(capsys, "merge", "--adapter", adapter, *(["--model", model] if model else []), *where)
             names = ["--model", adapter] if model is None else ["--model", model, "--adapter", adapter]
-            where = (
-                ["--prompt", "a"]
-                if request.param == "generate"
-                else ["--dataset", "e2e", "--max_new_tokens", "4", *where]
-            )
+            if request.param == "generate":
+                where = ["--prompt", "a"]
+            else:
+                data = tmp_path / "test.jsonl"
+                data.write_text('{"prompt": "a", "references": ["b"]}\n')
+                where += ["--dataset", data, "--max_new_tokens", "4"]
             return refused(capsys, request.param, *names, *where)
 
         return refuse
