@@ -9,6 +9,7 @@ row, ...). So a sample does not depend on the rows beside it, on the number of p
 numbers, and an interrupted run resumes with the samples it would have drawn.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,16 @@ from .masking import completion_mask
 def keyed_uniforms(length: int, *key: int) -> np.ndarray:
     """`length` uniform numbers in [0, 1), float64, a pure function of the non-negative integers in `key`."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(length)
+
+
+# Second element of the keys of the noise, after the seed: what it is for
+TRAIN_TOKENS, EVAL_TOKENS, COINS, ROLLOUT_ORDER = range(4)
+
+
+def evaluation_key(seed: int, prompt_ids: Sequence[int], sample: int = 0, turn: int = 0) -> tuple[int, ...]:
+    """Key of the noise of a completion in evaluation: the same at every evaluation and for every trainer, so that
+    their curves differ by the student alone."""
+    return seed, EVAL_TOKENS, zlib.crc32(repr(list(prompt_ids)).encode()), sample, turn
 
 
 def toss_coins(length: int, alpha: float, *key: int) -> np.ndarray:

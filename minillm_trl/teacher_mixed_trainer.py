@@ -1,7 +1,6 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
 import math
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
 from .objectives import batch_advantages
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
-from .sampling import Completions, sample_prompts
+from .sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, sample_prompts
 from .teacher import (
     TeacherOffload,
     adapter_on_base,
@@ -33,9 +32,6 @@ from .teacher import (
     teacher_hidden_states,
 )
 from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
-
-# Second element of the keys of stateless randomness, after the seed
-_TRAIN_TOKENS, _EVAL_TOKENS, _COINS = range(3)
 
 
 class TeacherMixedTrainer(GRPOTrainer):
@@ -123,10 +119,10 @@ class TeacherMixedTrainer(GRPOTrainer):
         seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
         if training:
             first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
-            keys = [(seed, _TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
-        else:  # the same numbers at every evaluation, so that curves differ by the student alone
+            keys = [(seed, TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
+        else:
             keys = [
-                (seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), row % self.num_generations_eval, self._turn)
+                evaluation_key(seed, ids, row % self.num_generations_eval, self._turn)
                 for row, ids in enumerate(prompt_ids)
             ]
         max_new_tokens = self.max_completion_length
@@ -135,7 +131,7 @@ class TeacherMixedTrainer(GRPOTrainer):
         self._turn += 1
         shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
         lockstep = is_sharded(self.teacher_model)
-        coin_key = (seed, _COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, _COINS)
+        coin_key = (seed, COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, COINS)
         self._sampled = []
         with (
             unwrap_model_for_generation(

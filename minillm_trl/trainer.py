@@ -27,11 +27,9 @@ from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
 from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
 from .rollouts import Batch, by_length, deal_rows, sequences, trim, window_token_counts
+from .sampling import ROLLOUT_ORDER
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import corpus_totals, loss_totals
-
-# Second element of the key of the buffer's order, after the seed; see teacher_mixed_trainer for the others
-_ORDER = 3
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
@@ -298,7 +296,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 self.args.steps_per_generation // accumulation,
                 self.accelerator.process_index * len(generation_batch),
                 self.args.seed,
-                _ORDER,
+                ROLLOUT_ORDER,
                 self.state.global_step,
             )
             lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()

@@ -18,7 +18,7 @@ import minillm_trl.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.checks import check_machine, check_model
 from minillm_trl.hardware import GPU, Machine
-from minillm_trl.sampling import sample_prompts
+from minillm_trl.sampling import EVAL_TOKENS, TRAIN_TOKENS, sample_prompts
 
 PROMPTS = [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(32)]
 DATASET = Dataset.from_dict({"prompt": PROMPTS, "references": [["cheap food", "italian food"]] * len(PROMPTS)})
@@ -128,11 +128,7 @@ class TestTraining:
         monkeypatch.setattr(minillm_trl.teacher_mixed_trainer, "sample_prompts", recorded)
         trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
         trainer.train()
-        train_tokens, eval_tokens = (
-            minillm_trl.teacher_mixed_trainer._TRAIN_TOKENS,
-            minillm_trl.teacher_mixed_trainer._EVAL_TOKENS,
-        )
-        assert set(calls) == {(train_tokens, 0.2), (eval_tokens, 0.0)}
+        assert set(calls) == {(TRAIN_TOKENS, 0.2), (EVAL_TOKENS, 0.0)}
 
     def test_kernels_of_trl_are_never_called(self, tmp_path, model_dir, monkeypatch: pytest.MonkeyPatch):
         """They run Triton on every CUDA device, V100s included."""

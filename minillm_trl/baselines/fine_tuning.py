@@ -1,6 +1,5 @@
 """Supervised fine-tuning on TRL's `SFTTrainer`, measured during training by the student's own samples."""
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +15,10 @@ from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..rollout_copy import RolloutCopy, shards_student, student_of
-from ..sampling import sample_prompts
+from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
 from ..training_metrics import degeneration, rouge_l_to_references
 
-# Second element of the keys of the noise, after the seed: that of evaluation in `teacher_mixed_trainer`
-_EVAL_TOKENS = 1
 _SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
 
 
@@ -162,7 +159,7 @@ class FineTuningTrainer(SFTTrainer):
             completions = sample_prompts(
                 student,
                 prompt_ids,
-                keys=[(self.args.seed, _EVAL_TOKENS, zlib.crc32(repr(ids).encode()), 0, 0) for ids in prompt_ids],
+                keys=[evaluation_key(self.args.seed, ids) for ids in prompt_ids],
                 max_new_tokens=self.args.max_completion_length,
                 eos_token_ids=ends,
                 pad_token_id=tokenizer.pad_token_id,
