@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
-from conftest import build_model, build_tokenizer, run_module
+from conftest import WORDS, build_model, build_tokenizer, run_module
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from test_distributed import needs_deepspeed
 from transformers import AutoModelForCausalLM
 
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, KDTrainer
 from minillm_trl.cli import main
 from minillm_trl.cli.launch import accelerate_config_path
@@ -227,6 +228,31 @@ class TestSamplesDuringTraining:
     def test_prompts_that_leave_no_room_are_refused_before_training(self, tmp_path):
         with pytest.raises(ValueError, match="more than the student's context of 128"):
             make_trainer(tmp_path, eval_strategy="steps", predict_with_generate=True, max_completion_length=125)
+
+
+def test_fine_tuning_and_minillm_evaluate_a_student_alike(tmp_path):
+    """The same samples, so that a baseline's curve and MiniLLM's differ by the student alone."""
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "seed": 3, "max_completion_length": 40}
+    tokenizer = build_tokenizer()
+    data = TEXTS.select(range(7)).add_column("references", [[WORDS]] * 7)
+    student, teacher = build_model("llama", len(tokenizer)), build_model("llama", len(tokenizer), 1)
+    baseline = FineTuningTrainer(
+        model=copy.deepcopy(student),
+        args=FineTuningConfig(
+            str(tmp_path), **options, eval_strategy="steps", predict_with_generate=True, per_device_eval_batch_size=3
+        ),
+        train_dataset=TEXTS,
+        eval_dataset=data,
+        processing_class=tokenizer,
+    )
+    args = MiniLLMConfig(str(tmp_path), **options, per_device_eval_batch_size=4)
+    minillm = MiniLLMTrainer(
+        student, teacher, args=args, train_dataset=TEXTS, eval_dataset=data, processing_class=tokenizer
+    )
+    found, expected = baseline.evaluate(), minillm.evaluate()
+    for name in ("eval_rouge_l", "eval_rollout/eos_rate", "eval_rollout/repeated_4grams"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert found["eval_rouge_l"] > 0
 
 
 class TestCommandLine:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from fixed_rollouts import PROMPTS, rollout
@@ -13,9 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from trl import ModelConfig
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
 from minillm_trl.cli.models import quantization_config
 from minillm_trl.fused_head import ScoreRequest, add_scoring
-from minillm_trl.mixed_precision import OverflowCounter, choose_precision, fsdp_policy
+from minillm_trl.mixed_precision import OverflowCounter, choose_precision, configure_wrappers, fsdp_policy
 
 
 def make_config(tmp_path, **options) -> MiniLLMConfig:
@@ -37,6 +39,50 @@ def test_four_bit_students_compute_in_the_precision_of_the_run(settings: dict, d
     config = quantization_config(model, SimpleNamespace(**{"fp16": False, "bf16": False, **settings}))
     assert config.bnb_4bit_compute_dtype == expected
     assert quantization_config(ModelConfig("student"), SimpleNamespace(fp16=True, bf16=False)) is None
+
+
+class TestConfigureWrappers:
+    @staticmethod
+    def accelerator(precision: str, **wrappers):
+        state = SimpleNamespace(fsdp_plugin=wrappers.get("fsdp_plugin"))
+        return SimpleNamespace(state=state, mixed_precision=precision, ddp_handler=wrappers.get("ddp_handler"))
+
+    @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+    def test_fsdp_keeps_sums_and_outputs_in_float32(self, precision: str, dtype: torch.dtype):
+        plugin = SimpleNamespace(mixed_precision_policy="accelerate's")
+        configure_wrappers(self.accelerator(precision, fsdp_plugin=plugin))
+        policy = plugin.mixed_precision_policy
+        assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (dtype, torch.float32, torch.float32)
+
+    def test_fsdp_in_float32_is_left_alone(self):
+        plugin = SimpleNamespace(mixed_precision_policy="accelerate's")
+        configure_wrappers(self.accelerator("no", fsdp_plugin=plugin))
+        assert plugin.mixed_precision_policy == "accelerate's"
+
+    def test_ddp_has_no_second_copy_of_the_gradients(self):
+        handler = DistributedDataParallelKwargs()
+        configure_wrappers(self.accelerator("no", ddp_handler=handler))
+        assert handler.to_kwargs()["gradient_as_bucket_view"] is True
+
+    @pytest.mark.parametrize("kind", ["sft", "minillm"])
+    def test_both_trainers_do_it(self, tmp_path, monkeypatch, kind: str):
+        place = {"sft": "baselines.fine_tuning", "minillm": "teacher_mixed_trainer"}[kind]
+        seen = []
+        monkeypatch.setattr(f"minillm_trl.{place}.configure_wrappers", seen.append)
+        tokenizer = build_tokenizer()
+        student, teacher = (build_model("gpt2", len(tokenizer), seed) for seed in (0, 1))
+        rows = {"prompt": ["a"] * 8, "completion": ["b"] * 8}
+        if kind == "sft":
+            args = FineTuningConfig(str(tmp_path), use_cpu=True, report_to="none")
+            trainer = FineTuningTrainer(
+                model=student, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
+            )
+        else:
+            args = make_config(tmp_path)
+            trainer = MiniLLMTrainer(
+                student, teacher, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
+            )
+        assert seen == [trainer.accelerator]
 
 
 class TestChoosePrecision:
