@@ -7,7 +7,7 @@ import pytest
 import torch
 import trl.trainer.grpo_trainer
 import trl.trainer.utils
-from conftest import build_model, build_tokenizer
+from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
@@ -106,13 +106,13 @@ class TestTraining:
         assert first["objective/long_term"] + first["objective/single_step"] == pytest.approx(first["loss"], abs=1e-4)
 
     def test_evaluation_is_a_mean_over_prompts_whatever_the_batch(self, tmp_path):
-        found = []
+        found, data = [], Dataset.from_dict({"prompt": PROMPTS[:5], "references": [[WORDS]] * 5})
         for batch_size in (5, 3, 2):  # the last batch has fewer prompts
-            trainer = make_trainer(
-                tmp_path, eval_dataset=DATASET.select(range(5)), per_device_eval_batch_size=batch_size
-            )
+            options = {"eval_dataset": data, "per_device_eval_batch_size": batch_size, "max_completion_length": 40}
+            trainer = make_trainer(tmp_path, **options)
             found.append(trainer.evaluate())
         names = [f"eval_{name}" for name in METRICS[1:]] + ["eval_rouge_l"]  # the length is logged by GRPOTrainer
+        assert found[0]["eval_rouge_l"] > 0
         for other in found[1:]:
             assert {name: other[name] for name in names} == pytest.approx(
                 {name: found[0][name] for name in names}, rel=1e-5
