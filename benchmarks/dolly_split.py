@@ -53,10 +53,8 @@ def main() -> None:
         shared = sum((ours & theirs).values())
         results[split] = {"ours": ours.total(), "authors": theirs.total(), "shared": shared}
         print(f"{split:<12} ours {ours.total():>6}   authors' {theirs.total():>6}   shared {shared:>6}")
-    path = write_record("dolly_split", ("torch", "datasets", "transformers"), {}, results)
-    record = json.loads(path.read_text())  # the folders' names are the user's own
-    record["command"] = "python benchmarks/dolly_split.py --ours data/dolly --authors FOLDER"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    command = "python benchmarks/dolly_split.py --ours data/dolly --authors FOLDER"
+    write_record("dolly_split", ("torch", "datasets", "transformers"), {}, results, command)
 
 
 if __name__ == "__main__":

@@ -84,12 +84,22 @@ def speedup_over(
     return {"student": student, "teacher": teacher, "parameter_ratio": ratio, "speedup": speedup}
 
 
-def write_record(name: str, packages: Sequence[str], settings: dict[str, Any], results: Any) -> Path:
-    """Write `results/<name>.json`: the results with the command, commit, machine and versions that they come from."""
+def commit() -> str:
+    """The revision that runs."""
     revision = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    return subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write_record(
+    name: str, packages: Sequence[str], settings: dict[str, Any], results: Any, command: str | None = None
+) -> Path:
+    """Write `results/<name>.json`: the results with the command, commit, machine and versions that they come from.
+
+    `command` is what was typed, unless it is given: where its folders are the user's own, or several commands ran.
+    """
     record = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip(),
+        "command": command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit(),
         "machine": {
             "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
             "system": platform.system(),

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Method:
 
     Attributes:
         label: in tables and pictures.
-        kind: which trainer runs it.
+        kind: which trainer runs it, see `_make_trainer`.
         updates: optimizer steps of 32 completions.
         options: fields of the trainer's configuration besides the common ones.
         corpus: whether L_PT is part of the loss, on the training pairs (the only text that the student has seen).
@@ -149,79 +150,47 @@ def train(
         "seed": seed,
         **method.options,
     }
-    make = {"sft": _sft, "kd": _kd, "seqkd": _seqkd, "minillm": _minillm, "distillation": _distillation, "gkd": _gkd}
-    trainer = make[method.kind](
-        method, task, task.load_data(folder.parent), folder, student, teacher, tokenizer, arguments, [timer]
+    trainer = _make_trainer(method, task, folder, teacher, arguments)(
+        model=student, processing_class=tokenizer, callbacks=[timer]
     )
     trainer.train()
     return timer.seconds
 
 
-def _sft(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    return FineTuningTrainer(
-        model=student,
-        args=FineTuningConfig(**arguments),
-        train_dataset=pairs(data["train"]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+def _make_trainer(
+    method: Method,
+    task: Task,
+    folder: Path,
+    teacher: PreTrainedModel,
+    arguments: dict[str, Any],
+) -> Callable[..., Trainer]:
+    """The method's trainer, but for the student and what all of them are given."""
+    data = task.load_data(folder.parent)["train"]
+    prompts = unique_prompts(data).select_columns(["prompt"])
+    sampled = {"max_completion_length": task.max_completion_length, **arguments}
+    match method.kind:
+        case "sft":
+            return partial(FineTuningTrainer, args=FineTuningConfig(**arguments), train_dataset=pairs(data))
+        case "seqkd":
+            answers = Dataset.from_json(str(folder.parent / "seqkd.jsonl"))
+            return partial(FineTuningTrainer, args=FineTuningConfig(**arguments), train_dataset=answers)
+        case "kd":
+            args = KDConfig(**arguments)
+            return partial(KDTrainer, teacher_model=teacher, args=args, train_dataset=pairs(data))
+        case "minillm":
+            args, corpus = MiniLLMConfig(**sampled), pairs(data) if method.corpus else None
+            return partial(MiniLLMTrainer, teacher_model=teacher, args=args, train_dataset=prompts, lm_dataset=corpus)
+        case "distillation":
+            args = DistillationConfig(**sampled)
+            return partial(DistillationTrainer, teacher_model=teacher, args=args, train_dataset=prompts)
+        case "gkd":
+            args = GKDConfig(max_new_tokens=task.max_completion_length, **arguments)
+            return partial(_make_gkd, teacher_model=teacher, args=args, train_dataset=pairs(data))
+    raise ValueError(f"no trainer for {method.kind!r}")
 
 
-def _kd(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    return KDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=KDConfig(**arguments),
-        train_dataset=pairs(data["train"]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _seqkd(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    return FineTuningTrainer(
-        model=student,
-        args=FineTuningConfig(**arguments),
-        train_dataset=Dataset.from_json(str(folder.parent / "seqkd.jsonl")),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _minillm(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    train = data["train"]
-    return MiniLLMTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=MiniLLMConfig(max_completion_length=task.max_completion_length, **arguments),
-        train_dataset=unique_prompts(train).select_columns(["prompt"]),
-        lm_dataset=pairs(train) if method.corpus else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _distillation(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    return DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=DistillationConfig(max_completion_length=task.max_completion_length, **arguments),
-        train_dataset=unique_prompts(data["train"]).select_columns(["prompt"]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _gkd(method, task, data, folder, student, teacher, tokenizer, arguments, callbacks) -> Trainer:
-    return GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=GKDConfig(max_new_tokens=task.max_completion_length, **arguments),
-        data_collator=_gkd_collator(tokenizer),
-        train_dataset=pairs(data["train"]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+def _make_gkd(processing_class: PreTrainedTokenizerBase, **options: Any) -> GKDTrainer:
+    return GKDTrainer(processing_class=processing_class, data_collator=_gkd_collator(processing_class), **options)
 
 
 def _gkd_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]]], dict[str, torch.Tensor]]:

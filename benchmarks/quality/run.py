@@ -20,13 +20,15 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
+import sys
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
 
 SEEDS = (3, 4, 5)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -98,6 +100,7 @@ def prepare(task_name: str, folder: Path, name: str) -> str:
 
 def train_run(folder: Path, run: Run) -> str:
     """Train, measure on the validation prompts, and keep the model."""
+    from measurement import commit
     from methods import METHODS, train
     from tasks import TASKS, load_model, make_tokenizer, write_json
 
@@ -207,11 +210,6 @@ def best_learning_rates(folder: Path, task: str, methods: list[str]) -> dict[str
     if missing := [method for method, found in scores.items() if not found]:
         raise SystemExit(f"{folder} has no runs of {missing[0]}: run.py makes them, or leave it out of --methods.")
     return {method: max(found, key=found.__getitem__) for method, found in scores.items()}
-
-
-def commit() -> str:
-    revision = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run_all(pool: ProcessPoolExecutor, title: str, function: Any, jobs: list[tuple]) -> None:

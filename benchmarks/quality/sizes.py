@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from methods import METHODS
 from run import LEARNING_RATES, SEEDS, TEST_SEEDS, Run, best_learning_rates, finished
-from summarize import README, RESULTS, format_interval, insert_table, interval, record, values_of
+from summarize import PACKAGES, README, format_interval, insert_table, interval, values_of
 from tasks import SIZES
 
 COMPARED = ("sft", "minillm")
@@ -92,9 +92,10 @@ def main() -> None:
         "measures": {key: interval(values_of([tested], key)) for key in MEASURES if key in tested["summary"]},
     }
     settings = {"training_seeds": SEEDS, "test_seeds": TEST_SEEDS, "learning_rates": LEARNING_RATES}
-    path = RESULTS / "quality_sizes.json"
     command = "python benchmarks/quality/sizes.py"
-    path.write_text(json.dumps(record(command, settings, {"teacher": teacher, "sizes": sizes}), indent=1) + "\n")
+    from measurement import write_record  # in the folder above, which run.py puts on the path
+
+    path = write_record("quality_sizes", PACKAGES, settings, {"teacher": teacher, "sizes": sizes}, command)
     plot(sizes, teacher, path.with_suffix(".png"))
     insert_table(README, "sizes", table(sizes, teacher))
     print(table(sizes, teacher))

@@ -9,9 +9,6 @@ by training seed and prompt.
 
 import argparse
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +22,12 @@ from run import (
     VALIDATION_SEEDS,
     Run,
     best_learning_rates,
-    commit,
     finished,
     validation_scores,
 )
 from tasks import TASKS
 
-RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
 README = Path(__file__).with_name("README.md")
 COLUMNS = {
     "rouge_l": ("Rouge-L", 1),
@@ -166,18 +162,6 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
 
 
-def record(command: str, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Results with what they come from."""
-    return {
-        "command": command,
-        "commit": commit(),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
-        "settings": settings,
-        "results": results,
-    }
-
-
 def insert_table(readme: Path, name: str, text: str) -> None:
     """Put a table between its marks."""
     start, end = f"<!-- {name}: made by a script -->\n", f"<!-- end of {name} -->"
@@ -201,8 +185,9 @@ def main() -> None:
     }
     words = f"--task {task}" if len(methods) == len(METHODS) else f"--task {task} --methods {' '.join(methods)}"
     command = " && ".join(f"python benchmarks/quality/{each}.py {words}" for each in ("run", "summarize"))
-    path = RESULTS / f"quality_{task}.json"
-    path.write_text(json.dumps(record(command, settings, summary), indent=1) + "\n")
+    from measurement import write_record  # in the folder above, which run.py puts on the path
+
+    path = write_record(f"quality_{task}", PACKAGES, settings, summary, command)
     plot(summary, path.with_suffix(".png"))
     insert_table(README, task, table(summary))
     print(table(summary))
