@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..data import DataError, check_prompt_lengths, load_examples, unique_prompts
+from ..data import DataError, load_examples, unique_prompts
 from ..evaluation.evaluate import Evaluation, evaluate_model
 from ..evaluation.report import format_cell
 from ..teacher import check_same_tokenizer
 from .arguments import parse_with_config
-from .models import load_config, load_model, load_tokenizer
+from .models import check_room, load_model, load_tokenizer
 
 _DIGITS = {"rouge_l": 2, "length": 1, "reverse_kl": 2}
 
@@ -108,40 +107,6 @@ def run(argv: list[str]) -> int:
             print(f"{name:<18} {format_cell(interval, _DIGITS.get(name, 3))}")
         print(f"{len(prompts[folder])} prompts, {len(arguments.seeds)} seeds; written to {folder}")
     return 0
-
-
-def check_room(
-    names: Sequence[str],
-    tasks: Iterable[tuple[str, Dataset]],
-    tokenizer: PreTrainedTokenizerBase,
-    option: str,
-    length: int,
-    trust_remote_code: bool,
-) -> None:
-    """Check that prompts and completions fit in the models' contexts, before a model is loaded.
-
-    Args:
-        names (`Sequence[str]`): of the models.
-        tasks (`Iterable`): what the user called each dataset, and the dataset, with a column `prompt`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the prompts.
-        option (`str`): name of the length limit.
-        length (`int`): the limit, in tokens.
-        trust_remote_code (`bool`): whether a configuration's code may run.
-
-    Raises:
-        ValueError: if there is no room for a prompt, or ([`DataError`]) none for one of them.
-    """
-    configs = [load_config(name, trust_remote_code).get_text_config() for name in names]
-    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
-    if not limits:
-        return
-    room = min(limits) - length
-    if room <= 0:
-        raise ValueError(
-            f"{option}={length} leaves no room for a prompt in a context of {min(limits)} tokens. Lower it."
-        )
-    for source, dataset in tasks:
-        check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
 
 
 def _task(text: str) -> tuple[str, str]:

@@ -9,10 +9,10 @@ from ..config import MiniLLMConfig
 from ..data import load_corpus, unique_prompts
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
-from .evaluate import check_room
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
+    check_room,
     check_teacher_tokenizer,
     checkpoint_to_resume,
     load_tokenizer,

@@ -1,5 +1,6 @@
 """Loading models and tokenizers for the subcommands."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import last_complete_checkpoint
+from ..data import check_prompt_lengths
 from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
 
@@ -104,6 +106,40 @@ def check_teacher_tokenizer(
     revision = (args.teacher_model_init_kwargs or {}).get("revision")
     teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
+
+
+def check_room(
+    names: Sequence[str],
+    tasks: Iterable[tuple[str, Dataset]],
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    length: int,
+    trust_remote_code: bool,
+) -> None:
+    """Check that prompts and completions fit in the models' contexts, before a model is loaded.
+
+    Args:
+        names (`Sequence[str]`): of the models.
+        tasks (`Iterable`): what the user called each dataset, and the dataset, with a column `prompt`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the prompts.
+        option (`str`): name of the length limit.
+        length (`int`): the limit, in tokens.
+        trust_remote_code (`bool`): whether a configuration's code may run.
+
+    Raises:
+        ValueError: if there is no room for a prompt, or ([`DataError`]) none for one of them.
+    """
+    configs = [load_config(name, trust_remote_code).get_text_config() for name in names]
+    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+    if not limits:
+        return
+    room = min(limits) - length
+    if room <= 0:
+        raise ValueError(
+            f"{option}={length} leaves no room for a prompt in a context of {min(limits)} tokens. Lower it."
+        )
+    for source, dataset in tasks:
+        check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
 
 
 def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:

@@ -22,10 +22,9 @@ from ..baselines.seqkd import (
 from ..data import DataError, load_examples, unique_prompts
 from ..teacher import load_teacher, place_teacher, whole_weights
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
-from .evaluate import check_room
 from .examples import load_splits
 from .launch import hand_over
-from .models import checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
+from .models import check_room, checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
 from .sft import trainer_arguments
 
 
