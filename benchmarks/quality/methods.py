@@ -106,7 +106,7 @@ METHODS = {
         "TRL DistillationTrainer, as many updates", "distillation", 160, {**SAMPLED, "beta": 1.0, "top_k": 0}
     ),
     "distillation_time": Method(
-        "TRL DistillationTrainer, as much time", "distillation", 40, {**SAMPLED, "beta": 1.0, "top_k": 0}
+        "TRL DistillationTrainer, as much time", "distillation", 46, {**SAMPLED, "beta": 1.0, "top_k": 0}
     ),
     "gkd": Method("TRL GKD, as many updates", "gkd", 160, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
 }

@@ -84,6 +84,13 @@ def start_worker() -> None:
     warnings.filterwarnings("ignore")
 
 
+def prepare_tokenizer(task_name: str, folder: Path) -> None:
+    """Before the models, which are trained side by side and all need it."""
+    from tasks import TASKS, make_tokenizer
+
+    make_tokenizer(TASKS[task_name], folder)
+
+
 def prepare(task_name: str, folder: Path, name: str) -> str:
     """Fine-tune the teacher or a student; with the teacher come its completions for SeqKD."""
     from methods import generate_seqkd_data
@@ -247,8 +254,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context, initializer=start_worker) as pool:
         names = ["teacher", *(f"sft-{seed}" for seed in SEEDS)]
-        pool.submit(prepare, task, folder, names[0]).result()  # makes the tokenizer too
-        run_all(pool, "students", prepare, [(task, folder, name) for name in names[1:]])
+        pool.submit(prepare_tokenizer, task, folder).result()
+        run_all(pool, "teacher and students", prepare, [(task, folder, name) for name in names])
         while grid := [
             Run(task, method, rate, SEEDS[0])
             for method in methods
