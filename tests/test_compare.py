@@ -164,7 +164,8 @@ def write_results(
     folder.mkdir(parents=True)
     kept = {"seeds": SEEDS, "temperature": 1.0, "max_new_tokens": 8, "prompts": len(rouge), "dataset": "data/dolly"}
     kept |= {"split": "test", "model": model, "adapter": None, "teacher": "t", **settings}
-    summary = {"rouge_l": {"mean": sum(rouge) / len(rouge), "low": 0.0, "high": 9.0, "n": len(rouge)}}
+    mean = sum(rouge) / len(rouge)
+    summary = {"rouge_l": {"mean": mean, "low": 0.0, "high": 9.0, "n": len(rouge), "standard_error": 1.0}}
     if reverse_kl:
         summary["reverse_kl"] = summary["rouge_l"]
     results = {"settings": kept, "summary": summary, "per_prompt": [dict.fromkeys(summary, value) for value in rouge]}

@@ -85,13 +85,13 @@ def test_distinct_outputs_without_outputs_is_refused():
 
 def test_bootstrap_interval_of_constant_values_has_no_width():
     interval = bootstrap_interval([53.5] * 30)
-    assert interval == MeanInterval(53.5, 53.5, 53.5, 30)
+    assert interval == MeanInterval(53.5, 53.5, 53.5, 30, 0.0)
 
 
 @pytest.mark.parametrize(("confidence", "low", "high"), [(0.95, 0.0, 1.0), (0.4, 0.5, 0.5)])
 def test_bootstrap_interval_of_two_values_has_the_exact_quantiles(confidence, low, high):
     # the mean of two draws from {0, 1} is 0, 1/2, 1 with probability 1/4, 1/2, 1/4
-    assert bootstrap_interval([0.0, 1.0], confidence=confidence) == MeanInterval(0.5, low, high, 2)
+    assert bootstrap_interval([0.0, 1.0], confidence=confidence) == MeanInterval(0.5, low, high, 2, pytest.approx(0.5))
 
 
 def test_bootstrap_interval_of_many_values_is_the_normal_one():
@@ -106,7 +106,7 @@ def test_bootstrap_interval_of_many_values_is_the_normal_one():
 def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_claims():
     generator = np.random.default_rng(0)
     intervals = [bootstrap_interval(generator.normal(0, 1, 40), resamples=400, seed=i) for i in range(400)]
-    coverage = np.mean([low <= 0 <= high for _, low, high, _ in intervals])
+    coverage = np.mean([low <= 0 <= high for _, low, high, *_ in intervals])
     assert 0.90 <= coverage <= 0.97
 
 
@@ -114,6 +114,12 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
     values = np.random.default_rng(1).normal(size=50)
     assert bootstrap_interval(values, seed=4) == bootstrap_interval(values.tolist(), seed=4)
     assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+
+
+def test_standard_error_is_that_of_the_mean():
+    values = [1.0, 2.0, 3.0, 6.0]  # squared deviations 4, 1, 0, 9: variance 14 / 3
+    assert bootstrap_interval(values).standard_error == pytest.approx((14 / 3 / 4) ** 0.5)
+    assert bootstrap_interval([1.0]).standard_error is None
 
 
 def test_bootstrap_interval_without_values_is_refused():
@@ -124,12 +130,14 @@ def test_bootstrap_interval_without_values_is_refused():
 def test_paired_bootstrap_removes_what_prompts_share():
     baseline = np.random.default_rng(2).normal(50, 20, 200)
     interval = paired_bootstrap(baseline + 1.0, baseline)
-    assert interval == pytest.approx((1.0, 1.0, 1.0, 200), abs=1e-9)
+    assert interval == pytest.approx((1.0, 1.0, 1.0, 200, 0.0), abs=1e-9)
     assert bootstrap_interval(baseline).high - bootstrap_interval(baseline).low > 4
 
 
 def test_paired_bootstrap_subtracts_the_baseline():
-    assert paired_bootstrap([1.0, 2.0], [3.0, 2.0], confidence=0.95) == MeanInterval(-1.0, -2.0, 0.0, 2)
+    assert paired_bootstrap([1.0, 2.0], [3.0, 2.0], confidence=0.95) == MeanInterval(
+        -1.0, -2.0, 0.0, 2, pytest.approx(1.0)
+    )
 
 
 def test_paired_bootstrap_of_different_prompts_is_refused():

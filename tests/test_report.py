@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 
 def interval(mean: float, low: float, high: float) -> MeanInterval:
-    return MeanInterval(mean, low, high, 100)
+    return MeanInterval(mean, low, high, 100, None)
 
 
 @pytest.fixture

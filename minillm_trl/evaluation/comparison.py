@@ -182,7 +182,7 @@ def _gains(result: TaskResult, baseline: TaskResult) -> dict[str, str]:
     for key in ("rouge_l", "reverse_kl"):
         if key in result.summary and key in baseline.summary:
             pair = [[row[key] for row in each.per_prompt] for each in (result, baseline)]
-            mean, low, high, _ = paired_bootstrap(*pair)
+            mean, low, high, *_ = paired_bootstrap(*pair)
             gains[f"{key}_gain"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     return gains
 

@@ -1,5 +1,6 @@
 """Measures of completions and intervals over prompts, as pure functions."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -83,12 +84,13 @@ def distinct_outputs(outputs: Sequence[str]) -> float:
 
 
 class MeanInterval(NamedTuple):
-    """A mean over `n` prompts with the bounds of its confidence interval."""
+    """A mean over `n` prompts with the bounds of its confidence interval, and its standard error over the prompts."""
 
     mean: float
     low: float
     high: float
     n: int
+    standard_error: float | None  # None of a single prompt
 
 
 def bootstrap_interval(
@@ -119,7 +121,8 @@ def bootstrap_interval(
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return MeanInterval(float(array.mean()), float(low), float(high), int(array.size))
+    error = float(array.std(ddof=1)) / math.sqrt(array.size) if array.size > 1 else None
+    return MeanInterval(float(array.mean()), float(low), float(high), int(array.size), error)
 
 
 def paired_bootstrap(
