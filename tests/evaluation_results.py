@@ -41,6 +41,7 @@ def write_results(
     bucket_of: Sequence[int] = (),
     excess_error: list[float | None] | None = None,
     calibration: dict[str, Any] | None = None,
+    corpus: dict[str, float] | None = None,
     **settings: Any,
 ) -> Path:
     """Write `results.json` and `samples.jsonl`.
@@ -50,7 +51,7 @@ def write_results(
         per_prompt: values by measure.
         prompts, outputs, reference: texts; of a prompt, the output of each seed.
         bucket_of: number of the bucket of references that each prompt is in; none without.
-        excess_error, calibration: as in the file.
+        excess_error, calibration, corpus: as in the file.
         settings: that differ from `SETTINGS`.
     """
     folder.mkdir(parents=True)
@@ -68,7 +69,7 @@ def write_results(
         "versions": {},
         "summary": summary,
         "by_seed": {name: [each["mean"] - 0.5, each["mean"] + 0.5] for name, each in summary.items()},
-        "corpus": {"distinct_4grams": 0.75} if outputs and outputs[0] else {},
+        "corpus": corpus or {},
         "buckets": buckets,
         "exposure_bias": None if excess_error is None else error,
         "calibration": calibration,

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 from .metrics import MeanInterval
@@ -156,7 +157,8 @@ def format_table(table: Table) -> str:
         rows.append([row.name, *(text + mark.ljust(place) for text, mark, place in cells)])
     widest = [max(map(len, texts)) for texts in zip(*rows, strict=True)]
     labels = ["", *(column.heading for column in table.columns)]
-    folded = [textwrap.wrap(label, max(12, width)) for label, width in zip(labels, widest, strict=True)]
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    folded = [wrap(label, max(12, width)) for label, width in zip(labels, widest, strict=True)]
     height = max(map(len, folded))
     headings = [[""] * (height - len(lines)) + lines for lines in folded]
     widths = [max(width, *map(len, lines)) for lines, width in zip(headings, widest, strict=True)]
