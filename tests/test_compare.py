@@ -80,8 +80,10 @@ class TestEvaluate:
 
         runs = [f"{name}={tmp_path / name}" for name in models]
         assert main(["compare", *runs, "--output_dir", str(tmp_path / "report")]) == 0
-        tables = capsys.readouterr().out.split("\n\n")
-        assert [table.split("\n")[0] for table in tables[:3]] == ["\nAll tasks", "dolly: Quality", *tables[2:3]]
+        *tables, _ = capsys.readouterr().out.strip().split("\n\n")
+        of_a_task = ("Quality", "Closeness to the teacher", "Length, repetition and diversity")
+        headings = ["All tasks", *(f"{task}: {heading}" for task in ("dolly", "vicuna") for heading in of_a_task)]
+        assert [table.split("\n")[0] for table in tables] == headings
         assert [line.split()[0] for line in tables[0].splitlines()[-2:]] == ["student", "teacher"]
         assert "## vicuna" in (tmp_path / "report" / "report.md").read_text()
 
@@ -385,7 +387,7 @@ class TestFigures:
     def test_buckets_without_prompts_are_left_out(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0, 3.0, 8.0]}, bucket_of=[0, 0, 2])
         (plot,) = section(compare(tmp_path, "a"), "dolly").figures
-        assert plot.categories == ["all", "0–5 words\n(2 prompts)", "11 or more words\n(1 prompts)"]
+        assert plot.categories == ["all", "0–5 words\n(n = 2)", "11 or more words\n(n = 1)"]
         assert [each.mean for each in plot.series["a"]] == [4.0, 2.0, 8.0]
 
     def test_excess_error_is_a_curve_over_positions_from_1(self, tmp_path):
