@@ -6,9 +6,9 @@ Runs all that `methods.py` lists, and keeps it under `runs/quality/<task>`: what
 run that was stopped goes on. In order:
 
 1. a teacher, and one student for each training seed, fine-tuned from nothing; the teacher's completions for SeqKD;
-2. for the first training seed every method at three learning rates, and at the next lower or higher one of a ladder as
-   long as the best is the lowest or highest tried, by Rouge-L on the validation prompts at the end of the run (three
-   sampling seeds; no intermediate checkpoint is chosen);
+2. for the first training seed every method at the five lower learning rates of a ladder, and at the next higher one
+   as long as the best is the highest tried, by Rouge-L on the validation prompts at the end of the run (three sampling
+   seeds; no intermediate checkpoint is chosen);
 3. each method at its best learning rate for the other training seeds;
 4. Rouge-L, reverse and forward KL, length, repetition and diversity on the test prompts, five sampling seeds each.
 
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
 
 SEEDS = (3, 4, 5)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST_RATES = slice(2, 5)
+FIRST_RATES = slice(0, 5)
 VALIDATION_SEEDS = (1, 2, 3)
 TEST_SEEDS = (10, 20, 30, 40, 50)
 DIVERSITY_NGRAM = 4
@@ -204,11 +204,11 @@ def validation_scores(folder: Path, task: str, method: str) -> dict[float, float
 
 
 def rates_to_try(scores: dict[float, float]) -> list[float]:
-    """The first rates, then the neighbours of the best one; none once they have been tried."""
+    """The first rates, then the next higher one of the best; none once they have been tried."""
     if missing := [rate for rate in LEARNING_RATES[FIRST_RATES] if rate not in scores]:
         return missing
     best = LEARNING_RATES.index(max(scores, key=scores.__getitem__))
-    return [rate for rate in LEARNING_RATES[max(0, best - 1) : best + 2] if rate not in scores]
+    return [rate for rate in LEARNING_RATES[best : best + 2] if rate not in scores]
 
 
 def best_learning_rates(folder: Path, task: str, methods: list[str]) -> dict[str, float]:
