@@ -80,7 +80,7 @@ def test_learning_rates_are_chosen_by_validation_rouge_l_of_the_first_seed(tmp_p
             score = 50.0 + (rate == best)
             path.write_text(json.dumps({"identity": identity(run), "validation": {"rouge_l": score}}))
     assert best_learning_rates(tmp_path, "e2e", ["sft", "minillm"]) == {"sft": 1e-2, "minillm": 1e-3}
-    assert validation_scores(tmp_path, "e2e", "sft") == {1e-3: 50.0, 3e-3: 50.0, 1e-2: 51.0}
+    assert validation_scores(tmp_path, "e2e", "sft") == {1e-4: 50.0, 3e-4: 50.0, 1e-3: 50.0, 3e-3: 50.0, 1e-2: 51.0}
 
 
 @pytest.mark.parametrize(
