@@ -164,7 +164,7 @@ def test_start(folder: Path, task_name: str, name: str) -> str:
 def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Means with intervals over prompts, and the values of each prompt."""
     from minillm_trl.data import unique_prompts
-    from minillm_trl.evaluation.divergence import completion_reverse_kl
+    from minillm_trl.evaluation.divergence import token_divergences
     from minillm_trl.evaluation.evaluate import evaluate_model
     from minillm_trl.evaluation.generation import encode_prompts, generate_completions
     from minillm_trl.evaluation.metrics import bootstrap_interval, distinct_ngrams
@@ -178,12 +178,12 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
     per_prompt = evaluation.per_prompt
     for values, sample in zip(per_prompt, evaluation.samples, strict=True):
         values["distinct_ngrams"] = distinct_ngrams(sample["outputs"], DIVERSITY_NGRAM)
-    if teacher is not None:  # forward KL is the reverse KL of the teacher to the student, on the teacher's completions
+    if teacher is not None:  # forward KL, on the teacher's completions
         texts = prompts["prompt"][:]
         completions = generate_completions(
             teacher, tokenizer, texts, max_new_tokens=limit, seed=seeds[0], batch_size=128
         )
-        divergences = completion_reverse_kl(
+        divergences = token_divergences(
             teacher,
             model,
             encode_prompts(tokenizer, texts),
@@ -192,7 +192,7 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
             batch_size=128,
         )
         for values, divergence in zip(per_prompt, divergences, strict=True):
-            values["forward_kl"] = divergence
+            values["forward_kl"] = sum(divergence)
     summary = {name: bootstrap_interval([row[name] for row in per_prompt])._asdict() for name in per_prompt[0]}
     return {"summary": summary, "per_prompt": per_prompt}
 
