@@ -180,7 +180,8 @@ def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         known = {action.dest for action in parser._actions}
-        raise ValueError(f"unknown option {unknown[0]!r}.{_nearest(unknown[0].removeprefix('--'), known)}")
+        name = unknown[0].partition("=")[0]  # a value may be a secret
+        raise ValueError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
     return values
 
 
