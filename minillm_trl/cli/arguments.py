@@ -185,7 +185,8 @@ def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
 
 def _unknown(parser: argparse.ArgumentParser, word: str) -> ValueError:
     known = {action.dest for action in parser._actions}
-    return ValueError(f"unknown option {word!r}.{_nearest(word.removeprefix('--'), known)}")
+    name = word.partition("=")[0]  # a value may be a secret
+    return ValueError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
 
 
 def parse_with_config(

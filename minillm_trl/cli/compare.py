@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Parse the arguments, read the results, print the table, and write the report if a folder is given."""
     arguments = parse_plain(build_parser(), argv)
-    models = [read_evaluation(*_named(word)) for word in arguments.runs]
+    models = [read_evaluation(*named_folder(word)) for word in arguments.runs]
     show(compare_models(models, arguments.baseline, arguments.teacher), arguments.output_dir)
     return 0
 
@@ -42,7 +42,8 @@ def show(report: Report, output_dir: Path | None) -> None:
         print(f"Report: {output_dir / 'report.html'}")
 
 
-def _named(word: str) -> tuple[str, Path]:
+def named_folder(word: str) -> tuple[str, Path]:
+    """Name and folder of `NAME=FOLDER`, or of a folder alone, whose name it is."""
     name, equals, folder = word.partition("=")
     if not equals or Path(word).is_dir():
         return Path(word).resolve().name, Path(word)

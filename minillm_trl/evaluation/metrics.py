@@ -202,5 +202,43 @@ def paired_bootstrap(
     return bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
 
 
+def bootstrap_ratio(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> MeanInterval:
+    """100 * sum(values) / sum(baseline) over the same prompts with its percentile bootstrap interval.
+
+    Both sums are of the same resampled prompts. The standard error is that of the linearised ratio (delta method).
+
+    Args:
+        values, baseline (`Sequence[float]`): one number a prompt, in the same order; those of `baseline` positive.
+        confidence, resamples, seed: see [`bootstrap_interval`].
+
+    Returns:
+        [`MeanInterval`], whose `mean` is the ratio in percent.
+
+    Raises:
+        ValueError: if there are no values, the two have different lengths, or `baseline` has one that is not positive.
+    """
+    if len(values) != len(baseline) or not len(values):
+        raise ValueError(f"bootstrap_ratio needs the same prompts: got {len(values)} values and {len(baseline)}.")
+    pairs = np.asarray([values, baseline], dtype=np.float64).T
+    if pairs[:, 1].min() <= 0:
+        raise ValueError(f"bootstrap_ratio needs a positive baseline, got {pairs[:, 1].min()}.")
+    means = bootstrap_means(pairs, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(100 * means[:, 0] / means[:, 1], [tail, 1 - tail])
+    mean, baseline_mean = pairs.mean(axis=0)
+    ratio, error = mean / baseline_mean, None
+    if len(pairs) > 1:
+        residuals = pairs[:, 0] - ratio * pairs[:, 1]
+        error = float(100 * residuals.std(ddof=1) / math.sqrt(len(pairs)) / baseline_mean)
+    return MeanInterval(float(100 * ratio), float(low), float(high), len(pairs), error)
+
+
 def _blocks(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
