@@ -9,7 +9,8 @@ import torch
 from conftest import build_model, build_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from minillm_trl.evaluation.calibration import CalibrationBin, calibration, label_probabilities
+from minillm_trl.evaluation.calibration import CalibrationBin, calibration
+from minillm_trl.evaluation.label_words import label_probabilities
 
 TOKENIZER = build_tokenizer()
 PROMPTS = ["the mill is", "food near the river:", "a", "the punter serves italian food and"]

@@ -219,7 +219,7 @@ class TestClassification:
         results, samples = read(tmp_path / "out")
         right = [sample["outputs"] == sample["references"] for sample in samples]
         confidence = [max(sample["probabilities"].values()) for sample in samples]
-        assert results["summary"]["accuracy"]["mean"] == pytest.approx(sum(right) / 6)
+        assert results["summary"]["accuracy"]["mean"] == pytest.approx(100 * sum(right) / 6)
         assert [row["confidence"] for row in results["per_prompt"]] == confidence
         bins = [each for each in results["calibration"]["bins"] if each["count"]]
         gaps = [each["count"] / 6 * abs(each["accuracy"] - each["confidence"]) for each in bins]

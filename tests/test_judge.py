@@ -18,6 +18,7 @@ import conftest
 import numpy as np
 import pytest
 from conftest import run_module
+from evaluation_results import SETTINGS
 
 from minillm_trl.cli import main
 from minillm_trl.data.templates import format_instruction, split_instruction
@@ -110,7 +111,9 @@ def write_run(
 ) -> Path:
     """A run of `evaluate`: the answers to each instruction, one a sampling seed."""
     folder.mkdir(parents=True)
-    results = {"settings": {"dataset": f"data/{task}"}, "summary": {}, "per_prompt": [{} for _ in samples]}
+    settings = {**SETTINGS, "dataset": f"data/{task}", "prompts": len(samples)}
+    results = {"settings": settings, "summary": {}, "per_prompt": [{} for _ in samples]}
+    results |= {"by_seed": {}, "corpus": {}, "buckets": [], "exposure_bias": None, "calibration": None}
     (folder / "results.json").write_text(json.dumps(results))
     references = [] if reference is None else [reference, "another 1"]
     rows = [

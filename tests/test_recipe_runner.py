@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ENVIRONMENT
-from test_compare import write_results
+from evaluation_results import write_results
 
 from minillm_trl.checkpoints import last_complete_checkpoint
 from minillm_trl.cli import main
@@ -299,8 +299,8 @@ class TestStates:
         assert "seqkd" not in [stage.name for stage in found.inputs(found.named(["minillm"])[0])]  # it comes later
 
     def test_changed_stage_is_listed_and_does_not_block_what_does_not_build_on_it(self, recipe, capsys):
-        write_results(Path("runs/evaluation/sft/mill"), [1.0])
-        write_results(Path("runs/evaluation/minillm/mill"), [2.0])
+        write_results(Path("runs/evaluation/sft/mill"), {"rouge_l": [1.0]})
+        write_results(Path("runs/evaluation/minillm/mill"), {"rouge_l": [2.0]})
         self.finish("sft", "minillm", "evaluate")
         change(recipe / "minillm.yaml", max_steps=3)
         changed = "changed: runs/minillm was made with max_steps=2 (now 3)"

@@ -1,34 +1,51 @@
 """The report's files: complete, self-contained, escaped; its table to the character."""
 
+import csv
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from minillm_trl.evaluation.metrics import MeanInterval
-from minillm_trl.evaluation.plots import COLOURS
+from minillm_trl.evaluation.plots import COLOURS, Curve
 from minillm_trl.evaluation.report import (
     Column,
-    Curve,
+    Record,
     Report,
     Row,
     Sample,
+    Section,
     Table,
     best_students,
     format_cell,
+    format_sections,
     format_table,
-    write_report,
 )
+from minillm_trl.evaluation.report_files import write_report
 
 ATTACK = "<script>alert(1)</script>"
+TEXTS = (
+    *("Title", "Summary", "E2E", "Results", "Quality", "Note"),
+    *("Chosen", "prompt", "reference", "sft", "score", "Second"),
+)
 VOID = {"meta", "br", "link", "img"}
 
 
 class Page(HTMLParser):
     """Checks nesting while parsing and collects tags, attributes and the text outside of style sheets."""
+
+    @property
+    def ids(self) -> list[str]:
+        return [value for name, value in self.attributes if name == "id"]
+
+    @property
+    def links(self) -> list[str]:
+        """What the page refers to."""
+        return [value for name, value in self.attributes if name in ("src", "href", "xlink:href", "clip-path")]
 
     def __init__(self, source: str):
         super().__init__()
@@ -59,7 +76,7 @@ def interval(mean: float, low: float, high: float) -> MeanInterval:
     return MeanInterval(mean, low, high, 100, None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def table() -> Table:
     columns = [
         Column("rouge_l", "Rouge-L", "higher"),
@@ -74,15 +91,33 @@ def table() -> Table:
     return Table(columns, rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def report(table) -> Report:
     curves = [
         Curve(title, "update", "nats", {"MiniLLM": ([0, 10, 20], [12.7, 9, 7])}, {"Teacher": 1.0})
         for title in ("Reverse KL", f"Second {ATTACK}")
     ]
-    samples = [Sample(f"prompt {ATTACK}", [f"reference {ATTACK}"], {"SFT": f"sft {ATTACK}", "MiniLLM": "a | b\nc"})]
-    facts = [("Data", f"E2E {ATTACK}")]
-    return Report(f"Title {ATTACK}", f"Summary {ATTACK}", facts, table, curves, samples, [f"Note {ATTACK}"])
+    outputs = {"SFT": f"sft {ATTACK}", "MiniLLM": "a | b\nc"}
+    sample = Sample(f"prompt {ATTACK}", [f"reference {ATTACK}"], outputs, {"SFT": f"score {ATTACK}"})
+    sections = [
+        Section(f"Results {ATTACK}", {f"Quality {ATTACK}": table}, notes=[f"Note {ATTACK}"]),
+        Section("Training", figures=curves),
+        Section("Answers", samples={f"Chosen {ATTACK}": [sample]}),
+    ]
+    return Report(f"Title {ATTACK}", f"Summary {ATTACK}", [("Data", f"E2E {ATTACK}")], sections)
+
+
+@pytest.fixture(scope="module")
+def written(report, tmp_path_factory) -> Path:
+    """The folder with the report's files."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder, report)
+    return folder
+
+
+def with_sections(report: Report, **changes) -> Report:
+    """The report with one section of these parts."""
+    return replace(report, sections=[Section("Results", **changes)])
 
 
 @pytest.mark.parametrize(
@@ -128,39 +163,34 @@ def test_write_report_twice_writes_the_same_bytes(report, tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
 
-def test_report_html_is_well_formed_and_complete(report, tmp_path):
-    write_report(tmp_path, report)
-    page = Page((tmp_path / "report.html").read_text())
+def test_report_html_is_well_formed_and_complete(written):
+    page = Page((written / "report.html").read_text())
     assert page.tags.count("svg") == 2
     assert page.tags.count("table") == 1
     for text in ("53.5 ± 0.4", "12.7 [12.1, 14.0]", "Reverse KL", "update", "nats", "MiniLLM", "Teacher"):
         assert text in page.text
 
 
-def test_report_html_escapes_every_text(report, tmp_path):
-    write_report(tmp_path, report)
-    source = (tmp_path / "report.html").read_text()
+def test_report_html_escapes_every_text(written):
+    source = (written / "report.html").read_text()
     page = Page(source)
     assert "script" not in page.tags
-    for text in ("Title", "Summary", "E2E", "Note", "prompt", "reference", "sft", "Second"):
+    for text in TEXTS:
         assert f"{text} {ATTACK}" in page.text, text
 
 
-def test_report_html_loads_nothing(report, tmp_path):
-    write_report(tmp_path, report)
-    source = (tmp_path / "report.html").read_text()
+def test_report_html_loads_nothing(written):
+    source = (written / "report.html").read_text()
     page = Page(source)
     assert not {"link", "img", "iframe", "script", "object"} & set(page.tags)
-    loads = [value for name, value in page.attributes if name in ("src", "href", "xlink:href") and value]
-    assert all(value.startswith("#") for value in loads)
+    assert all(link.startswith(("#", "url(#")) for link in page.links)
     assert "http://" not in source
     assert "https://" not in source
     assert "@import" not in source
 
 
-def test_report_html_follows_the_colour_scheme(report, tmp_path):
-    write_report(tmp_path, report)
-    source = (tmp_path / "report.html").read_text()
+def test_report_html_follows_the_colour_scheme(written):
+    source = (written / "report.html").read_text()
     assert "@media (prefers-color-scheme: dark)" in source
     assert "currentColor" in source
     assert "#010203" not in source
@@ -169,25 +199,23 @@ def test_report_html_follows_the_colour_scheme(report, tmp_path):
     assert "width=device-width" in source
 
 
-def test_report_md_links_resolve_to_images(report, tmp_path):
-    write_report(tmp_path, report)
-    links = re.findall(r"!\[.*?\]\(([^)]+)\)", (tmp_path / "report.md").read_text())
+def test_report_md_links_resolve_to_images(written):
+    links = re.findall(r"!\[.*?\]\(([^)]+)\)", (written / "report.md").read_text())
     assert len(links) == 2
     for link in links:
-        assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+        assert (written / link).read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_md_shows_the_best_student_in_bold(report, tmp_path):
-    write_report(tmp_path, report)
-    source = (tmp_path / "report.md").read_text()
+def test_report_md_shows_the_best_student_in_bold(written):
+    source = (written / "report.md").read_text()
     assert "| MiniLLM | **53.5 ± 0.4** | **7.0** | 26.8 |" in source
     assert "| Teacher | 54.8 ± 0.4 | – | 26.9 |" in source
 
 
 def test_report_without_curves_and_samples_has_no_empty_sections(table, tmp_path):
-    write_report(tmp_path, Report("Title", "Summary", [], table, [], [], []))
+    write_report(tmp_path, Report("Title", "Summary", [], [Section("Results", {"": table})]))
     page = Page((tmp_path / "report.html").read_text())
-    assert not {"svg", "figure", "article"} & set(page.tags)
+    assert not {"svg", "figure", "article", "nav", "h3"} & set(page.tags)
     assert "53.5 ± 0.4" in page.text
 
 
@@ -213,71 +241,128 @@ def test_table_with_a_cell_that_no_column_shows_is_refused():
         Table([Column("rouge_l", "Rouge-L", "higher")], [Row("SFT", {"rouge": 50.0})])
 
 
-def test_curve_with_more_series_than_colours_is_refused():
-    with pytest.raises(ValueError, match="7 series"):
-        Curve("Many", "x", "y", {str(i): ([0.0], [0.0]) for i in range(7)})
-
-
-def test_curve_with_unequal_x_and_y_is_refused():
-    with pytest.raises(ValueError, match=r"'a' of curve 'T' has 2 x and 1 y"):
-        Curve("T", "x", "y", {"a": ([0.0, 1.0], [0.0])})
-
-
 def test_report_with_dollar_signs_in_names_shows_them(report, tmp_path):
     curve = Curve("Cost", "x", r"$\nosuchcommand$", {"$5 student": ([0.0], [0.0])})
-    write_report(tmp_path, replace(report, curves=[curve]))
+    write_report(tmp_path, with_sections(report, figures=[curve]))
     text = Page((tmp_path / "report.html").read_text()).text
     assert r"$\nosuchcommand$" in text
     assert "$5 student" in text
 
 
-def test_report_html_ids_are_unique_and_resolve(report, tmp_path):
-    write_report(tmp_path, report)
-    page = Page((tmp_path / "report.html").read_text())
-    ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    links = [value for name, value in page.attributes if name in ("href", "clip-path")]
-    assert links
-    assert {re.search(r"#([^)]+)", link).group(1) for link in links} <= set(ids)
+def test_report_html_ids_are_unique_and_resolve(written):
+    page = Page((written / "report.html").read_text())
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links
+    assert {re.search(r"#([^)]+)", link).group(1) for link in page.links} <= set(page.ids)
 
 
-def test_report_html_line_colours_are_defined_for_both_schemes(report, tmp_path):
-    write_report(tmp_path, report)
+def test_report_html_has_a_table_of_contents_of_its_parts(report, tmp_path):
+    headings = ["dolly", "dolly", "Dolly!", "日本"]  # that would have one name
+    write_report(tmp_path, replace(report, sections=[Section(heading) for heading in headings]))
     source = (tmp_path / "report.html").read_text()
+    links = re.findall(r'<li><a href="#([^"]+)">([^<]+)</a></li>', source)
+    assert [text for _, text in links] == headings
+    for anchor, text in links:
+        assert source.count(f'id="{anchor}"') == 1
+        assert f'<section id="{anchor}"><h2>{text}</h2>' in source
+
+
+def test_report_html_line_colours_are_defined_for_both_schemes(written):
+    source = (written / "report.html").read_text()
     assert "var(--series-0)" in source
     for number in range(len(COLOURS)):
         assert source.count(f"--series-{number}: #") == 2
         assert f"--series-{number}: {COLOURS[number]}" in source
 
 
-def test_report_html_forbids_loads_to_the_browser(report, tmp_path):
-    write_report(tmp_path, report)
-    assert "default-src 'none'" in (tmp_path / "report.html").read_text()
+def test_report_html_forbids_loads_to_the_browser(written):
+    assert "default-src 'none'" in (written / "report.html").read_text()
 
 
 def test_report_shows_an_empty_output_as_such(report, tmp_path):
-    write_report(tmp_path, replace(report, samples=[Sample("prompt", [], {"SFT": " \n"})]))
+    write_report(tmp_path, with_sections(report, samples={"": [Sample("prompt", [], {"SFT": " \n"})]}))
     assert "(empty)" in Page((tmp_path / "report.html").read_text()).text
     assert "| SFT | (empty) |" in (tmp_path / "report.md").read_text()
 
 
-def test_report_md_escapes_every_text(report, tmp_path):
-    write_report(tmp_path, report)
-    source = (tmp_path / "report.md").read_text()
+def test_report_md_escapes_every_text(written):
+    source = (written / "report.md").read_text()
     assert "<script" not in source
-    for text in ("Title", "Summary", "E2E", "Note", "prompt", "reference", "sft", "Second"):
+    for text in TEXTS:
         assert f"{text} &lt;script&gt;" in source, text
     assert r"| MiniLLM | a \| b<br>c |" in source
+    assert "| SFT<br>*score &lt;script&gt;" in source
 
 
 def test_report_md_shows_markup_of_outputs_as_text(report, tmp_path):
-    write_report(tmp_path, replace(report, samples=[Sample("p", [], {"SFT": "*x* `y` [z](http://a) $k$ \\"})]))
+    sample = Sample("p", [], {"SFT": "*x* `y` [z](http://a) $k$ \\"})
+    write_report(tmp_path, with_sections(report, samples={"": [sample]}))
     assert r"| SFT | \*x\* \`y\` \[z\](http://a) \$k\$ \\ |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.fixture
+def marked() -> Table:
+    columns = [Column("rouge_l", "Rouge-L", "higher"), Column("p", "p (Holm)", None)]
+    rows = [
+        Row("SFT", {"rouge_l": interval(50.1, 49.7, 50.5)}),
+        Row("MiniLLM", {"rouge_l": interval(53.5, 53.1, 53.9), "p": "< 0.001"}, marks={"rouge_l": "*"}),
+    ]
+    return Table(columns, rows, note="* differs from SFT")
+
+
+def test_marks_stand_behind_the_numbers_and_are_explained(report, marked, tmp_path):
+    lines = format_table(marked).split("\n")
+    assert lines[-1] == "* differs from SFT"
+    assert lines[3].startswith("MiniLLM  53.5 ± 0.4*")
+    assert lines[2].index("0.4") == lines[3].index("0.4")  # numbers stay below each other
+    write_report(tmp_path, with_sections(report, tables={"": marked}))
+    assert "| MiniLLM | **53.5 ± 0.4**\\* | < 0.001 |".replace("<", "&lt;") in (tmp_path / "report.md").read_text()
+    source = (tmp_path / "report.html").read_text()
+    assert '<td class="best">53.5 ± 0.4<span class="mark">*</span></td>' in source
+    assert '<p class="note">* differs from SFT</p>' in source
+
+
+def test_columns_have_an_arrow_to_what_is_better(table):
+    headings = [column.heading for column in (*table.columns, Column("p", "p", None))]
+    assert headings == ["Rouge-L\u00a0↑", "Reverse KL\u00a0↓", "Length\u00a0≈", "p"]
+
+
+def test_long_headings_are_folded_in_a_terminal():
+    column = Column("kl", "Reverse KL of whole completions (nats)", None)
+    assert format_table(Table([column], [Row("SFT", {"kl": 12.0})])).split("\n") == [
+        "      Reverse KL",
+        "        of whole",
+        "     completions",
+        "          (nats)",
+        "───  ───────────",
+        "SFT         12.0",
+    ]
+
+
+def test_format_sections_puts_each_table_below_its_heading(table):
+    sections = [Section("All", {"": table}), Section("dolly", {"Quality": table}), Section("Training")]
+    text = format_sections(sections)
+    assert text == f"All\n{format_table(table)}\n\ndolly: Quality\n{format_table(table)}"
+
+
+def test_records_are_written_as_they_are(report, tmp_path):
+    records = [
+        Record("a, b", "dolly", "rouge_l", 0.1 + 0.2, 0.0, 1.0, 0.25, 3, -1.0, -2.0, 0.5, 0.03, 0.06),
+        Record("c", "dolly", "ece", 0.5),
+    ]
+    write_report(tmp_path, replace(report, records=records))
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        header, first, second = csv.reader(file)
+    assert header == list(Record._fields)
+    assert header[:9] == ["model", "task", "measure", "mean", "low", "high", "standard_error", "n", "difference"]
+    assert first[:3] == ["a, b", "dolly", "rouge_l"]
+    assert [float(value) for value in first[3:]] == list(records[0][3:])  # to the last digit
+    assert second == ["c", "dolly", "ece", "0.5", *[""] * 9]
 
 
 def test_import_leaves_the_backend_of_matplotlib_alone():
     program = (
-        "import matplotlib; matplotlib.use('svg'); import minillm_trl.evaluation.report; "
+        "import matplotlib; matplotlib.use('svg'); import minillm_trl.evaluation.report_files; "
         "print(matplotlib.get_backend())"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -10,9 +10,9 @@ from typing import Any
 from .. import __version__
 from ..data.errors import shortened
 from ..evaluation.chat_client import ChatClient, check_base_url
-from ..evaluation.comparison import read_evaluation
 from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores, make_pairs, parse_scores, score_pairs
 from ..evaluation.report import Column, Row, Table, format_table
+from ..evaluation.results import read_evaluation
 from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
 from .arguments import parse_plain
 from .compare import named_folder

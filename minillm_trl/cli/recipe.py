@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 from ..checkpoints import last_complete_checkpoint
-from ..evaluation.comparison import compare_models, read_evaluation
+from ..evaluation.comparison import compare_models
+from ..evaluation.results import read_evaluation
 from .arguments import parse_plain
-from .compare import show
+from .compare import read_histories, show
 from .launch import accelerate_config_path
 from .stages import TRAINING, Recipe, Stage, how_to_mend, move_aside, read_recipe
 
@@ -199,4 +200,4 @@ def _compare(recipe: Recipe) -> None:
     names = [stage.name.split(":")[1] for stage in fit]
     models = [read_evaluation(name, stage.output) for name, stage in zip(names, fit, strict=True)]
     baseline, teacher = (name if name in names else None for name in (recipe.baseline, recipe.teacher))
-    show(compare_models(models, baseline, teacher), recipe.report)
+    show(compare_models(models, baseline, teacher, read_histories(models, {})), recipe.report)

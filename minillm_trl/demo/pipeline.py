@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..data import load_e2e, unique_prompts
 from ..evaluation.evaluate import evaluate_model
-from ..evaluation.report import format_table, write_report
+from ..evaluation.report import format_sections
+from ..evaluation.report_files import write_report
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings
@@ -104,7 +105,7 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     report = build_report(records, evaluations, settings, load_sizes(folder))
     _write_json(folder / "run.json", {"environment": _environment(), "stages": records})
     write_report(folder, report)
-    print(f"\n{format_table(report.table)}\n\n{report.summary}\n\nReport: {folder / 'report.html'}")
+    print(f"\n{format_sections(report.sections)}\n\n{report.summary}\n\nReport: {folder / 'report.html'}")
     return folder / "report.html"
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from ..evaluation.comparison import COLUMNS
+from ..evaluation.comparison_tables import COLUMNS
 from ..evaluation.metrics import MeanInterval, paired_bootstrap
-from ..evaluation.plots import Curve
-from ..evaluation.report import Report, Row, Sample, Table
+from ..evaluation.plots import Curve, Plot
+from ..evaluation.report import Report, Row, Sample, Section, Table
 from .settings import DemoSettings
 
 NAMES = {
@@ -14,13 +14,14 @@ NAMES = {
     "control": "SFT continued (control)",
     "minillm": "MiniLLM student",
 }
+_MEASURES = ("rouge_l", "reverse_kl", "length", "eos_rate", "repeated_4grams", "distinct_outputs")
 
 
 def build_report(
     records: dict[str, dict], evaluations: dict[str, dict], settings: DemoSettings, sizes: dict[str, int]
 ) -> Report:
     """Put the stages' records and the evaluations of the four models into a [`Report`]."""
-    table = Table(COLUMNS, [_row(name, evaluations[name]) for name in NAMES])
+    table = Table([COLUMNS[key] for key in _MEASURES], [_row(name, evaluations[name]) for name in NAMES])
     prompts = evaluations["minillm"]["settings"]["prompts"]
     gains = {name: _gains(evaluations, name) for name in ("sft", "control")}
     return Report(
@@ -34,10 +35,11 @@ def build_report(
             ("Data", f"E2E NLG (CC BY-SA 4.0), {prompts} test prompts that no model has seen"),
             ("Seed", str(settings.seed)),
         ],
-        table=table,
-        curves=_curves(records["minillm"]["history"], evaluations),
-        samples=_samples(evaluations),
-        notes=_notes(gains, settings, prompts),
+        sections=[
+            Section("Results", {"": table}, notes=_notes(gains, settings, prompts)),
+            Section("Training", figures=_curves(records["minillm"]["history"], evaluations)),
+            Section("Answers side by side", samples={"": _samples(evaluations)}),
+        ],
     )
 
 
@@ -49,9 +51,8 @@ def _is_full(settings: DemoSettings) -> bool:
 
 
 def _row(name: str, evaluation: dict) -> Row:
-    cells = {key: MeanInterval(*values) for key, values in evaluation["summary"].items()}
-    if name == "teacher":
-        cells["reverse_kl"] = "–"
+    summary = evaluation["summary"]
+    cells = {key: MeanInterval(*summary[key]) for key in _MEASURES if key in summary}  # the teacher has no reverse KL
     return Row(NAMES[name], cells, is_teacher=name == "teacher")
 
 
@@ -83,7 +84,8 @@ def _notes(gains: dict[str, dict[str, MeanInterval]], settings: DemoSettings, pr
     rouge, kl = gains["sft"]["rouge_l"], gains["sft"]["reverse_kl"]
     return [
         f"Means over {prompts} test prompts and {len(settings.sampling_seeds)} sampling seeds (temperature 1, nothing "
-        "else shapes the distribution), with 95 % bootstrap intervals over prompts. The best student is in bold.",
+        "else shapes the distribution), with 95 % bootstrap intervals over prompts. ↑ higher is better, ↓ lower, "
+        "≈ closer to the teacher's. The best student is in bold.",
         f"Against the SFT student, paired by prompt: Rouge-L {rouge.mean:+.1f} [{rouge.low:+.1f}, {rouge.high:+.1f}], "
         f"reverse KL {kl.mean:+.1f} [{kl.low:+.1f}, {kl.high:+.1f}].",
         "Rouge-L is against all human references of a prompt (maximum). Reverse KL is KL(student || teacher) over "
@@ -93,7 +95,7 @@ def _notes(gains: dict[str, dict[str, MeanInterval]], settings: DemoSettings, pr
     ]
 
 
-def _curves(history: list[dict], evaluations: dict[str, dict]) -> list[Curve]:
+def _curves(history: list[dict], evaluations: dict[str, dict]) -> list[Plot]:
     steps = [entry["step"] for entry in history]
     teacher = evaluations["teacher"]["summary"]
     plotted = [

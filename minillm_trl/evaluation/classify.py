@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration import calibration, label_probabilities
+from .calibration import calibration
 from .evaluate import Evaluation, gather_rows, own_rows, summarize_prompts
+from .label_words import label_probabilities
 
 
 def find_labels(dataset: Dataset, label_words: Sequence[str]) -> list[int]:
@@ -49,8 +50,8 @@ def classify_model(
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
 
     Returns:
-        [`Evaluation`] with the measures `accuracy` and `confidence` (probability of the word that was taken), both in
-        [0, 1], and `calibration` with the expected calibration error.
+        [`Evaluation`] with the measures `accuracy` (in [0, 100]) and `confidence` (probability of the word that was
+        taken, in [0, 1]), and `calibration` with the expected calibration error.
 
     Raises:
         ValueError: see [`find_labels`] and [`label_probabilities`].
@@ -67,7 +68,7 @@ def classify_model(
     correct = [index == label for index, label in zip(taken, labels, strict=True)]
     result = calibration(confidences, correct)
     per_prompt = [
-        {"accuracy": float(right), "confidence": confidence}
+        {"accuracy": 100.0 * right, "confidence": confidence}
         for right, confidence in zip(correct, confidences, strict=True)
     ]
     words = [word.strip() for word in label_words]

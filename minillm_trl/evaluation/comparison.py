@@ -1,87 +1,40 @@
-"""Compares models that were evaluated alike: a table of models and tasks, and differences paired by prompt."""
+"""Compares models that were evaluated alike: tables and figures of models and tasks, differences paired by prompt."""
 
-import json
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metrics import MeanInterval, paired_bootstrap
-from .report import Column, Report, Row, Sample, Table, best_students
+from tqdm.auto import tqdm
 
-COLUMNS = [
-    Column("rouge_l", "Rouge-L", "higher"),
-    Column("reverse_kl", "Reverse KL (nats)", "lower"),
-    Column("length", "Length (tokens)", "teacher"),
-    Column("eos_rate", "Ends by itself", "teacher", 2),
-    Column("repeated_4grams", "Repeated 4-grams", "teacher", 3),
-    Column("distinct_outputs", "Distinct outputs", "teacher", 2),
-]
-_SAME = ("seeds", "temperature", "max_new_tokens", "split", "prompts")
-_SAMPLES = 10
+from .answers import side_by_side
+from .comparison_tables import Differences, common_position, measured, overview, task_tables
+from .figures import task_figures, task_overview, training_curves
+from .metrics import MeanInterval
+from .report import Record, Report, Section, Table, best_students
+from .results import EvaluatedModel, TaskResult, check_comparable, results_of, task_names, teacher_names
+from .significance import paired_differences
+
+_SAMPLES, _SAMPLES_OF_SEVERAL_TASKS = 5, 3
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """What `minillm-trl evaluate` wrote of a model on one task; `settings`, `summary` and the lists are its files'."""
-
-    settings: dict[str, Any]
-    summary: dict[str, MeanInterval]
-    per_prompt: list[dict[str, float]]
-    samples: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model's name in the tables, and its results by task."""
-
-    name: str
-    tasks: dict[str, TaskResult]
-
-
-def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
-    """Read the folder of a model's evaluation.
-
-    Args:
-        name (`str`): of the model in the tables.
-        folder (`Path`): with `results.json` and `samples.jsonl` of a dataset, or with a folder of both for each task.
-
-    Raises:
-        ValueError: if there are no results, or they cannot be read.
-    """
-    paths = [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
-    if not paths:
-        raise ValueError(
-            f"{folder}: no results of `minillm-trl evaluate`, neither results.json nor TASK/results.json."
-        )
-    tasks = {}
-    for path in paths:
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            text = path.with_name("samples.jsonl").read_text(encoding="utf-8")
-            lines = text.removesuffix("\n").split("\n")  # splitlines would split at characters inside of texts too
-            settings = results["settings"]
-            task = Path(settings["dataset"]).name if path.parent == folder else path.parent.name
-            summary = {key: MeanInterval(**each) for key, each in results["summary"].items()}
-            tasks[task] = TaskResult(settings, summary, results["per_prompt"], [json.loads(line) for line in lines])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not what `minillm-trl evaluate` writes ({error!r}). Evaluate again.") from error
-    return EvaluatedModel(name, tasks)
-
-
-def compare_models(models: list[EvaluatedModel], baseline: str | None = None, teacher: str | None = None) -> Report:
+def compare_models(
+    models: Sequence[EvaluatedModel],
+    baseline: str | None = None,
+    teacher: str | None = None,
+    histories: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
+) -> Report:
     """Put the results of several models side by side.
 
     Args:
-        models (`list[EvaluatedModel]`): in the order of the rows.
+        models (`Sequence[EvaluatedModel]`): in the order of the rows.
         baseline (`str`, *optional*): name of the model to which the others' differences are shown.
         teacher (`str`, *optional*): name of the model that is no student, beside those that were a teacher in
             another's evaluation.
+        histories (`Mapping`, *optional*): what [`~evaluation.training_history.read_history`] returns, by model.
 
     Raises:
         ValueError: if there are no models, two have one name, none is called `baseline` or `teacher`, or two were
-            evaluated with different settings, prompts or references, or their reverse KL is to different teachers;
-            with the names of both.
+            evaluated with different settings, prompts or references, or compared with different teachers; with the
+            names of both.
     """
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
@@ -89,139 +42,150 @@ def compare_models(models: list[EvaluatedModel], baseline: str | None = None, te
     for option, name in (("baseline", baseline), ("teacher", teacher)):
         if name is not None and name not in names:
             raise ValueError(f"--{option} {name}: there are only {', '.join(names)}.")
-    tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
+    tasks = task_names(models)
     for task in tasks:
-        _check_comparable(task, [model for model in models if task in model.tasks])
-    teachers = _teachers(models) | {teacher}
-    details = {task: _task_table(models, task, teachers, baseline) for task in tasks}
-    table = details.pop(tasks[0]) if len(tasks) == 1 else _overview(models, tasks, teachers)
-    settings = models[0].tasks[next(iter(models[0].tasks))].settings
+        check_comparable(task, results_of(models, task))
+    differences = _differences(models, tasks, baseline)
+    teachers = teacher_names(models) | ({teacher} - {None})
+    table = overview(models, tasks, teachers, differences, baseline)
+    sections = [
+        Section(
+            task,
+            task_tables(results_of(models, task), teachers, differences[task], baseline),
+            task_figures(task, results_of(models, task), names),
+        )
+        for task in tasks
+    ]
+    if len(tasks) > 1 and table.columns:
+        sections.insert(0, Section("All tasks", {"": table}, task_overview(models, tasks)))
+    sections.insert(1, Section("How to read the numbers", notes=_notes(baseline)))
+    if curves := training_curves(histories or {}, names):
+        sections.append(Section("Training", figures=curves))
     return Report(
         title="Comparison of models",
-        summary=_summary(table),
-        facts=[
-            *((task, f"{_first(models, task).settings['prompts']} prompts") for task in tasks),
-            ("Sampling seeds", ", ".join(map(str, settings["seeds"]))),
-            ("Temperature", str(settings["temperature"])),
-            ("Length limit", f"{settings['max_new_tokens']} tokens"),
-        ],
-        table=table,
-        details=details,
-        samples=_samples(models, tasks[0]),
-        notes=_notes(baseline),
+        summary=_summary(table, differences, models, baseline),
+        facts=_facts(models, tasks),
+        sections=sections + _answers(models, tasks, teachers),
+        records=_records(models, tasks, differences),
     )
 
 
-def _check_comparable(task: str, models: list[EvaluatedModel]) -> None:
-    first, *others = models
-    for other in others:
-        one, two = first.tasks[task], other.tasks[task]
-        for key in _SAME:
-            if one.settings[key] != two.settings[key]:
-                raise ValueError(
-                    f"{first.name} and {other.name} were evaluated differently on {task}: {key} is "
-                    f"{one.settings[key]!r} and {two.settings[key]!r}. Evaluate both alike."
-                )
-        if [sample["prompt"] for sample in one.samples] != [sample["prompt"] for sample in two.samples]:
-            raise ValueError(f"{first.name} and {other.name} were evaluated on different prompts of {task}.")
-        if [sample["references"] for sample in one.samples] != [sample["references"] for sample in two.samples]:
-            raise ValueError(
-                f"{first.name} and {other.name} were evaluated with different references for the same prompts of "
-                f"{task}. Evaluate both alike."
-            )
-    _check_teachers(task, [model for model in models if "reverse_kl" in model.tasks[task].summary])
+def _differences(
+    models: Sequence[EvaluatedModel], tasks: Sequence[str], baseline: str | None
+) -> dict[str, Differences]:
+    """By task; empty where the baseline was not evaluated."""
+    differences: dict[str, Differences] = {}
+    for task in tqdm(tasks, desc="Comparing", unit=" tasks", delay=5, leave=False):
+        results = results_of(models, task)
+        differences[task] = paired_differences(results, baseline) if baseline in results else {}
+    return differences
 
 
-def _check_teachers(task: str, models: list[EvaluatedModel]) -> None:
-    for one, other in pairwise(models):
-        teachers = [model.tasks[task].settings["teacher"] for model in (one, other)]
-        if teachers[0] != teachers[1]:
-            raise ValueError(
-                f"{one.name} and {other.name}: the reverse KL on {task} is to different teachers, {teachers[0]!r} and "
-                f"{teachers[1]!r}. Evaluate both with one of them."
-            )
+def _facts(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[tuple[str, str]]:
+    settings = {task: next(iter(results_of(models, task).values())).settings for task in tasks}
+    facts = [(task, f"{settings[task]['prompts']} prompts") for task in tasks]
+    described = {task: _described(each) for task, each in settings.items()}
+    for name in dict.fromkeys(name for each in described.values() for name in each):
+        by_task = {task: each[name] for task, each in described.items() if name in each}
+        if len(set(by_task.values())) == 1:
+            facts.append((name, next(iter(by_task.values()))))
+        else:
+            facts += [(f"{name} of {task}", text) for task, text in by_task.items()]
+    return facts
 
 
-def _teachers(models: list[EvaluatedModel]) -> set[str]:
-    results = [(model.name, result.settings) for model in models for result in model.tasks.values()]
-    teachers = {settings["teacher"] for _, settings in results} - {None}
-    return {name for name, settings in results if settings["model"] in teachers and settings["adapter"] is None}
+def _described(settings: Mapping[str, Any]) -> dict[str, str]:
+    """How a task was evaluated: by what was sampled, or by the label words."""
+    if settings["label_words"] is not None:
+        return {"Label words": ", ".join(settings["label_words"])}
+    block = settings["no_repeat_ngram_size"]
+    how = (
+        "greedy (the most likely token)" if settings["greedy"] else f"sampled at temperature {settings['temperature']}"
+    )
+    blocked = f"no {block}-gram twice" if block else "no n-gram blocked"
+    described = {"Decoding": f"{how}; {blocked} (no_repeat_ngram_size {block or 0})"}
+    if not settings["greedy"]:
+        described["Sampling seeds"] = ", ".join(map(str, settings["seeds"]))
+    return {**described, "Length limit": f"{settings['max_new_tokens']} tokens"}
 
 
-def _first(models: list[EvaluatedModel], task: str) -> TaskResult:
-    return next(model.tasks[task] for model in models if task in model.tasks)
-
-
-def _overview(models: list[EvaluatedModel], tasks: list[str], teachers: set[str | None]) -> Table:
-    rows = []
-    for model in models:
-        cells = {
-            task: result.summary["rouge_l"] for task, result in model.tasks.items() if "rouge_l" in result.summary
-        }
-        rows.append(Row(model.name, cells, model.name in teachers))
-    return Table([Column(task, f"{task}: Rouge-L", "higher") for task in tasks], rows)
-
-
-def _task_table(models: list[EvaluatedModel], task: str, teachers: set[str | None], baseline: str | None) -> Table:
-    rows, columns = [], list(COLUMNS)
-    if baseline is not None:
-        columns[2:2] = [
-            Column(f"{each.key}_gain", f"{each.label} minus {baseline}'s", each.better) for each in COLUMNS[:2]
-        ]
-    by_name = {model.name: model.tasks[task] for model in models if task in model.tasks}
-    for name, result in by_name.items():
-        cells = {column.key: result.summary[column.key] for column in COLUMNS if column.key in result.summary}
-        if baseline in by_name and name != baseline:
-            cells |= _gains(result, by_name[baseline])
-        rows.append(Row(name, cells, name in teachers))
-    return Table([column for column in columns if any(column.key in row.cells for row in rows)], rows)
-
-
-def _gains(result: TaskResult, baseline: TaskResult) -> dict[str, str]:
-    gains = {}
-    for key in ("rouge_l", "reverse_kl"):
-        if key in result.summary and key in baseline.summary:
-            pair = [[row[key] for row in each.per_prompt] for each in (result, baseline)]
-            mean, low, high, *_ = paired_bootstrap(*pair)
-            gains[f"{key}_gain"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return gains
-
-
-def _summary(table: Table) -> str:
+def _summary(
+    table: Table, differences: Mapping[str, Differences], models: Sequence[EvaluatedModel], baseline: str | None
+) -> str:
+    """Who is ahead, from the overview of all tasks."""
+    if not table.columns:
+        return "Neither references nor labels, so neither Rouge-L nor accuracy."
     best = best_students(table)
-    leaders = []
-    for column in table.columns:
-        names = [row.name for row in table.rows if (row.name, column.key) in best]
-        if names and column.label.endswith("Rouge-L"):
-            leaders.append(f"{column.label} {' and '.join(names)}")
-    return f"Highest among the students: {'; '.join(leaders)}." if leaders else "No references, so no Rouge-L."
+    students = [row.name for row in table.rows if not row.is_teacher]
+    tasks = [column.key for column in table.columns]
+    measures = " or ".join(dict.fromkeys(column.label.removeprefix(f"{column.key}: ") for column in table.columns))
+    highest = {name: [task for task in tasks if (name, task) in best] for name in students}
+    sentences = [f"Highest {measures} among the students: {_listed(highest)}."]
+    if baseline is not None:
+        better = {task: _significantly_better(results_of(models, task), differences[task]) for task in tasks}
+        above = {name: [task for task in tasks if name in better[task]] for name in students}
+        sentences.append(f"Above {baseline} by more than chance: {_listed(above)}.")
+    return " ".join(sentences)
+
+
+def _listed(tasks: Mapping[str, Sequence[str]]) -> str:
+    """Models, each with its tasks."""
+    return "; ".join(f"{name} on {', '.join(found)}" for name, found in tasks.items() if found) or "no student"
+
+
+def _significantly_better(results: Mapping[str, TaskResult], differences: Differences) -> list[str]:
+    """The models that are above the baseline in what the task is judged by."""
+    found = {name: differences.get(result.main_measure, {}).get(name) for name, result in results.items()}
+    return [name for name, each in found.items() if each and each.is_significant and each.interval.mean > 0]
 
 
 def _notes(baseline: str | None) -> list[str]:
     notes = [
         "Means over prompts with 95 % bootstrap intervals over prompts; each prompt counts with its mean over the "
-        "sampling seeds. The best student is in bold, whether or not the difference is larger than chance.",
-        "Reverse KL is KL(student || teacher) over whole completions. Length, ends, repetition and distinct outputs "
-        "should be like the teacher's: reverse KL alone also falls when texts degenerate.",
+        "sampling seeds. ↑ higher is better, ↓ lower, ≈ closer to the teacher's. The best student is in bold, whether "
+        "or not the difference is larger than chance.",
+        "Reverse KL is KL(student || teacher) on the student's samples, forward KL is KL(teacher || student) on the "
+        "teacher's, both over whole completions and by token. ExAccErr is how much more error the student accumulates "
+        "on its own texts than on the teacher's, at the last position that the samples of all models reach.",
+        "Length, ends, repetition and diversity should be like the teacher's: reverse KL alone also falls when texts "
+        "degenerate. Self-BLEU is high where the samples of a prompt are alike.",
     ]
     if baseline is not None:
-        notes.append(f"Differences to {baseline} are paired by prompt, with 95 % bootstrap intervals.")
+        notes.append(
+            f"Differences to {baseline} are paired by prompt, with 95 % bootstrap intervals; p is of a two-sided "
+            "sign-flip test, corrected (Holm) for the number of models that are compared on a task."
+        )
     return notes
 
 
-def _samples(models: list[EvaluatedModel], task: str) -> list[Sample]:
-    by_name = {model.name: model.tasks[task].samples for model in models if task in model.tasks}
-    samples = next(iter(by_name.values()))
-    rows = range(0, len(samples), max(1, len(samples) // _SAMPLES))[:_SAMPLES]
-    return [
-        Sample(
-            _text(samples[row]["prompt"]),
-            samples[row]["references"],
-            {name: each[row]["outputs"][0] for name, each in by_name.items()},
-        )
-        for row in rows
-    ]
+def _answers(models: Sequence[EvaluatedModel], tasks: Sequence[str], teachers: set[str]) -> list[Section]:
+    students = [model.name for model in models if model.name not in teachers]
+    count = _SAMPLES if len(tasks) == 1 else _SAMPLES_OF_SEVERAL_TASKS
+    chosen = {task: side_by_side(results_of(models, task), students, count) for task in tasks}
+    return [Section(f"Answers: {task}", samples=samples) for task, samples in chosen.items() if samples]
 
 
-def _text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{each['role']}: {each['content']}" for each in prompt)
+def _records(
+    models: Sequence[EvaluatedModel], tasks: Sequence[str], differences: Mapping[str, Differences]
+) -> list[Record]:
+    records = []
+    for task in tasks:
+        results = results_of(models, task)
+        position = common_position(results)
+        for name, result in results.items():
+            for measure, cell in measured(result, position).items():
+                if not isinstance(cell, MeanInterval):
+                    records.append(Record(name, task, measure, cell))
+                    continue
+                mean, low, high, n, error = cell
+                record = Record(name, task, measure, mean, low, high, error, n)
+                if (found := differences[task].get(measure, {}).get(name)) is not None:
+                    record = record._replace(
+                        difference=found.interval.mean,
+                        difference_low=found.interval.low,
+                        difference_high=found.interval.high,
+                        p=found.p,
+                        p_holm=found.p_holm,
+                    )
+                records.append(record)
+    return records

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..data.templates import message_text, split_instruction
-from .comparison import EvaluatedModel
 from .metrics import MeanInterval, bootstrap_interval, bootstrap_ratio
+from .results import EvaluatedModel
 from .verdicts import Verdict
 
 REFERENCE = "reference"

@@ -240,5 +240,61 @@ def bootstrap_ratio(
     return MeanInterval(float(100 * ratio), float(low), float(high), len(pairs), error)
 
 
+def sign_flip_test(
+    values: Sequence[float], baseline: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> float:
+    r"""Two-sided p-value that the mean of `values - baseline` over the same prompts is 0.
+
+    If the two models do not differ on a prompt, its difference is as likely to have the other sign. The p-value is the
+    share of all $2^n$ ways to choose the signs whose mean is at least as far from 0 as the one observed (Fisher's
+    permutation test for pairs). If there are more ways than `resamples`, it is estimated from as many random ones
+    and the one observed, $(1 + \#\{|m_b| \ge |m|\}) / (1 + B)$, which is never below $1 / (1 + B)$ and keeps the
+    level of the test.
+
+    Args:
+        values, baseline (`Sequence[float]`): one number a prompt, in the same order.
+        resamples (`int`, *optional*, defaults to `10_000`): number of random choices of the signs, B.
+        seed (`int`, *optional*, defaults to `0`): seed of the choices.
+
+    Raises:
+        ValueError: if the two have different lengths, or none.
+    """
+    if len(values) != len(baseline) or len(values) == 0:
+        raise ValueError(f"sign_flip_test needs the same prompts: got {len(values)} values and {len(baseline)}.")
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    n, total = differences.size, differences.sum()
+    # sums that are equal on paper, as those of counts often are, differ by rounding
+    threshold = abs(total) - 1e-9 * np.abs(differences).sum()
+    if 2**n <= resamples:
+        flipped = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+        return float(np.mean(np.abs(total - 2 * flipped @ differences) >= threshold))
+    generator, extreme = np.random.default_rng(seed), 0
+    for block in _blocks(resamples, max(1, 2**18 // n)):
+        random_bytes = np.frombuffer(generator.bytes(block * (-(-n // 8))), dtype=np.uint8).reshape(block, -1)
+        flipped = np.unpackbits(random_bytes, axis=1, count=n).astype(np.float64)
+        extreme += int(np.count_nonzero(np.abs(total - 2 * flipped @ differences) >= threshold))
+    return (1 + extreme) / (1 + resamples)
+
+
+def holm_correction(p_values: Sequence[float]) -> list[float]:
+    r"""P-values of several tests, corrected for their number (Holm 1979).
+
+    With $p_{(1)} \le \dots \le p_{(m)}$, the i-th becomes $\max_{j \le i} \min(1, (m - j + 1) p_{(j)})$. Where those
+    of at most 0.05 are taken for real, one of the true null hypotheses or more is rejected with a probability of at
+    most 5 %, however the tests depend on each other.
+
+    Args:
+        p_values (`Sequence[float]`): in any order.
+
+    Returns:
+        `list[float]` in the same order.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 def _blocks(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]

@@ -1,18 +1,29 @@
-"""Line plots for the report: SVG that follows the page's colours, PNG for Markdown."""
+"""Plots for the report, each from its data: SVG that follows the page's colours, PNG for Markdown."""
 
 import io
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from .calibration import CalibrationBin
+from .metrics import MeanInterval
 
 # After Okabe and Ito, told apart by the colour-blind and dark enough for white; `style.py` has the same ones for the
 # light scheme and lighter ones for the dark
 COLOURS = ("#0072b2", "#b85c00", "#007a5a", "#b0478a", "#7a6500", "#5b4fc4")
+# A number of its own that shares no divisor with that of the colours: so many pairs that differ
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"
 _PAGE_COLOURS = {_INK: "currentColor"} | {colour: f"var(--series-{i})" for i, colour in enumerate(COLOURS)}
+_LONGEST_LABEL = 30
 
 
 @dataclass(frozen=True)
@@ -21,13 +32,15 @@ class Curve:
 
     Attributes:
         title, x_label, y_label (`str`): texts.
-        series (`dict[str, tuple[list[float], list[float]]]`): x and y values by name.
+        series (`dict[str, tuple[list[float], list[float]]]`): x and y values by name; NaN leaves a gap.
         reference_lines (`dict[str, float]`): horizontal lines by name (the teacher's value, say).
         y_min (`float`, *optional*): where the y axis begins; from the data if not given. Shares begin at 0, so that
             one completion more or less does not look like a change.
+        order (`Sequence[str]`): names that the series' are among, of which each has its colour in all plots of a
+            report; the series' own by default.
 
     Raises:
-        ValueError: if a series has unequal numbers of x and y values, or there are more series than colours.
+        ValueError: if a series has unequal numbers of x and y values, or there are more names than can be told apart.
     """
 
     title: str
@@ -36,27 +49,146 @@ class Curve:
     series: dict[str, tuple[list[float], list[float]]]
     reference_lines: dict[str, float] = field(default_factory=dict)
     y_min: float | None = None
+    order: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if len(self.series) > len(COLOURS):
-            raise ValueError(
-                f"Curve {self.title!r} has {len(self.series)} series; at most {len(COLOURS)} can be told apart."
-            )
+        _check_names(self.title, self.order or self.series)
         for name, (x, y) in self.series.items():
             if len(x) != len(y):
                 raise ValueError(f"Series {name!r} of curve {self.title!r} has {len(x)} x and {len(y)} y values.")
 
+    def draw(self, ink: str) -> Figure:
+        """The plot, with axes and texts in the colour `ink`."""
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot()
+        for name, (x, y) in self.series.items():
+            style = _line_style(self.order or list(self.series), name)
+            if len(x) >= 25:
+                style["marker"] = None
+            axes.plot(x, y, linewidth=1.8, label=_short(name), **style)
+        for number, (name, value) in enumerate(self.reference_lines.items()):
+            style = {"linestyle": ("--", ":", "-.")[number % 3], "linewidth": 1.1, "alpha": 0.75}
+            axes.axhline(value, color=ink, label=_short(name), **style)
+        axes.set_ylim(bottom=self.y_min)
+        axes.set_xlabel(self.x_label)
+        axes.set_ylabel(self.y_label)
+        _finish(figure, ink, height=2.6)
+        return figure
 
-def curve_svg(curve: Curve, name: str) -> str:
+
+@dataclass(frozen=True)
+class Intervals:
+    """Means with their intervals in groups: a dot and a line for each name in each category.
+
+    Attributes:
+        title, x_label (`str`): texts.
+        categories (`list[str]`): labels of the groups, from above.
+        series (`dict[str, list[MeanInterval | None]]`): a mean for each category by name; None where there is none.
+        order (`Sequence[str]`): see [`Curve`].
+
+    Raises:
+        ValueError: if a series has not a value for each category, or there are more names than can be told apart.
+    """
+
+    title: str
+    x_label: str
+    categories: list[str]
+    series: dict[str, list[MeanInterval | None]]
+    order: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check_names(self.title, self.order or self.series)
+        for name, means in self.series.items():
+            if len(means) != len(self.categories):
+                raise ValueError(
+                    f"Series {name!r} of {self.title!r} has {len(means)} values for {len(self.categories)} categories."
+                )
+
+    def draw(self, ink: str) -> Figure:
+        """The plot, with axes and texts in the colour `ink`."""
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot()
+        pitch = len(self.series) + 1  # rows of a group, and one between it and the next
+        for number, (name, means) in enumerate(self.series.items()):
+            found = [(row * pitch + number, mean) for row, mean in enumerate(means) if mean is not None]
+            x = [mean.mean for _, mean in found]
+            errors = [[mean.mean - mean.low for _, mean in found], [mean.high - mean.mean for _, mean in found]]
+            style = {**_line_style(self.order or list(self.series), name), "linestyle": "none"}
+            rows = [row for row, _ in found]
+            axes.errorbar(x, rows, xerr=errors, elinewidth=1.6, label=_short(name), **style)
+        middle = (len(self.series) - 1) / 2
+        axes.set_yticks([row * pitch + middle for row in range(len(self.categories))], self.categories)
+        axes.set_ylim(len(self.categories) * pitch - 1, -1)
+        for row in range(1, len(self.categories)):
+            axes.axhline(row * pitch - 1, color=ink, alpha=0.25, linewidth=0.7)
+        axes.set_xlabel(self.x_label)
+        _finish(figure, ink, height=0.8 + 0.17 * pitch * len(self.categories), grid="x")
+        return figure
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: accuracy against confidence in bins, and below how many predictions each bin has.
+
+    Attributes:
+        title (`str`): text.
+        bins (`list[CalibrationBin]`): from low to high confidence.
+        name (`str`): whose predictions they are.
+        order (`Sequence[str]`): see [`Curve`].
+
+    Raises:
+        ValueError: if there are more names than can be told apart.
+    """
+
+    title: str
+    bins: list[CalibrationBin]
+    name: str
+    order: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check_names(self.title, self.order)
+
+    def draw(self, ink: str) -> Figure:
+        """The plot, with axes and texts in the colour `ink`."""
+        figure = Figure(layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        style = _line_style(self.order or [self.name], self.name)
+        above.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.1, alpha=0.75, label="calibrated")
+        filled = [each for each in self.bins if each.confidence is not None and each.accuracy is not None]
+        for each in filled:  # how far the bin is from the diagonal
+            above.plot([each.confidence] * 2, [each.confidence, each.accuracy], color=style["color"], alpha=0.45)
+        confidences, accuracies = [each.confidence for each in filled], [each.accuracy for each in filled]
+        above.plot(confidences, accuracies, linewidth=1.8, label=_short(self.name), **style)
+        above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+        widths = [each.high - each.low for each in self.bins]
+        counts = [each.count for each in self.bins]
+        below.bar(
+            [each.low for each in self.bins],
+            counts,
+            widths,
+            align="edge",
+            color=style["color"],
+            alpha=0.55,
+            linewidth=0,
+        )
+        below.set(xlabel="confidence", ylabel="prompts")
+        _finish(figure, ink, height=3.1)
+        return figure
+
+
+Plot = Curve | Intervals | Reliability
+
+
+def plot_svg(plot: Plot, name: str) -> str:
     """The plot as an inline SVG element with a transparent ground, in the colours of the page's style sheet.
 
     Args:
-        curve ([`Curve`]): what to draw.
+        plot (`Plot`): what to draw.
         name (`str`): prefix of the element's ids, which must be unique within a page.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        _draw(curve, _INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plot.draw(_INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -67,7 +199,7 @@ def curve_svg(curve: Curve, name: str) -> str:
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         _adapt_attributes(element, name)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": curve.title}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plot.title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -85,31 +217,58 @@ def _adapt_attributes(element: ElementTree.Element, name: str) -> None:
         element.attrib[key] = value
 
 
-def curve_png(curve: Curve) -> bytes:
+def plot_png(plot: Plot) -> bytes:
     """The plot as a PNG with a white ground."""
     buffer = io.BytesIO()
-    _draw(curve, "#1c2026").savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    plot.draw("#1c2026").savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw(curve: Curve, ink: str) -> Figure:
-    figure = Figure(figsize=(4.4, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for (name, (x, y)), colour in zip(curve.series.items(), COLOURS, strict=False):
-        axes.plot(x, y, color=colour, linewidth=1.8, label=name, marker="o" if len(x) < 25 else None, markersize=3)
-    for number, (name, value) in enumerate(curve.reference_lines.items()):
-        axes.axhline(value, color=ink, linewidth=1.1, linestyle=("--", ":", "-.")[number % 3], alpha=0.75, label=name)
-    axes.set_ylim(bottom=curve.y_min)
-    axes.set_xlabel(curve.x_label, color=ink, fontsize=10)
-    axes.set_ylabel(curve.y_label, color=ink, fontsize=10)
+def _check_names(title: str, names: Iterable[str]) -> None:
+    number, most = len(list(names)), math.lcm(len(COLOURS), len(_MARKERS))
+    if number > most:
+        raise ValueError(f"Plot {title!r} has {number} names; at most {most} can be told apart.")
+
+
+def _line_style(names: Sequence[str], name: str) -> dict[str, Any]:
+    number = list(names).index(name)
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number // len(COLOURS) % len(_DASHES)],
+        "markersize": 4.5,
+    }
+
+
+def _short(name: str) -> str:
+    """A label that leaves room for the plot; names that differ often do so at their ends."""
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[:half]}…{name[-half:]}"
+
+
+def _finish(figure: Figure, ink: str, height: float, grid: str = "both") -> None:
+    """Ink, grid, spines and, below all axes and so never over the lines, the legend."""
+    for axes in figure.axes:
+        _finish_axes(axes, ink, grid)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    longest = max(map(len, labels), default=0)
+    columns = 3 if longest <= 8 else 2 if longest <= 16 else 1
+    # small, so that the texts are not when a page scales the plot to its columns
+    figure.set_size_inches(3.7, height + 0.2 * math.ceil(len(labels) / columns))
+    if labels:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9
+        )
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name with dollar signs is a name, not a formula
+
+
+def _finish_axes(axes: Axes, ink: str, grid: str) -> None:
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=ink, fontsize=10)
     axes.tick_params(colors=ink, labelsize=9)
-    axes.grid(color=ink, alpha=0.13, linewidth=0.7)
+    axes.grid(axis=grid, color=ink, alpha=0.13, linewidth=0.7)
+    axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(ink)
-    if curve.series or curve.reference_lines:
-        # below the axes: never over the lines
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=ink, fontsize=9)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name with dollar signs is a name, not a formula
-    return figure

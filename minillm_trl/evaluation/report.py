@@ -1,42 +1,50 @@
-"""Report of a comparison: `report.html` (one self-contained file), `report.md` with figures, and a terminal table."""
+"""What a report consists of, and how its tables read; `report_files.py` writes it."""
 
-import html
 import math
-import os
-import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 from .metrics import MeanInterval
-from .plots import Curve, curve_png, curve_svg
-from .style import STYLE
+from .plots import Plot
 
 Cell = MeanInterval | float | str
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measure: its key in the rows, its heading, which direction is better, and the number of decimals."""
+    """A measure: its key in the rows, its heading, which direction is better (if any), and the number of decimals."""
 
     key: str
     label: str
-    better: Literal["higher", "lower", "teacher"]
+    better: Literal["higher", "lower", "teacher"] | None
     digits: int = 1
+
+    @property
+    def heading(self) -> str:
+        """The label with an arrow to what is better; ≈ is closer to the teacher's."""
+        arrow = {"higher": "↑", "lower": "↓", "teacher": "≈", None: ""}[self.better]
+        return f"{self.label}\N{NO-BREAK SPACE}{arrow}" if arrow else self.label
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model: its name and a cell for each column's key; `is_teacher` marks the one that students learn from."""
+    """A model: its name and a cell for each column's key; `is_teacher` marks the one that students learn from.
+
+    `marks` are put behind cells, by key; the table's note says what they mean.
+    """
 
     name: str
     cells: dict[str, Cell]
     is_teacher: bool = False
+    marks: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Models by measures.
+    """Models by measures, with a note on what its marks say.
 
     Raises:
         ValueError: if a row has a cell that no column shows.
@@ -44,6 +52,7 @@ class Table:
 
     columns: list[Column]
     rows: list[Row]
+    note: str = ""
 
     def __post_init__(self) -> None:
         keys = [column.key for column in self.columns]
@@ -54,35 +63,67 @@ class Table:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its references and each model's answer."""
+    """One prompt with its references, each model's answer, and what to say of the answers' scores."""
 
     prompt: str
     references: list[str]
     outputs: dict[str, str]
+    scores: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        heading (`str`): text.
+        tables (`dict[str, Table]`): by their headings; an empty one shows none.
+        figures (`list[Plot]`): plots.
+        samples (`dict[str, list[Sample]]`): answers side by side, by how their prompts were chosen.
+        notes (`list[str]`): texts.
+    """
+
+    heading: str
+    tables: dict[str, Table] = field(default_factory=dict)
+    figures: list[Plot] = field(default_factory=list)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Record(NamedTuple):
+    """One measure of one model on one task, for further use; None where there is nothing of the kind."""
+
+    model: str
+    task: str
+    measure: str
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    standard_error: float | None = None
+    n: int | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What [`write_report`] writes.
+    """What [`~evaluation.report_files.write_report`] writes.
 
     Attributes:
         title, summary (`str`): heading and the result in one or two sentences.
-        facts (`list[tuple[str, str]]`): what was trained, on what, for how long.
-        table ([`Table`]): the comparison.
-        curves (`list[Curve]`): small multiples over training.
-        samples (`list[Sample]`): answers side by side.
-        notes (`list[str]`): how to read the numbers.
-        details (`dict[str, Table]`): further tables by their headings.
+        facts (`list[tuple[str, str]]`): what was trained or evaluated, on what, how.
+        sections (`list[Section]`): the parts in order.
+        records (`list[Record]`): all numbers, for a table that programs read.
     """
 
     title: str
     summary: str
     facts: list[tuple[str, str]]
-    table: Table
-    curves: list[Curve] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    details: dict[str, Table] = field(default_factory=dict)
+    sections: list[Section]
+    records: list[Record] = field(default_factory=list)
 
 
 def format_cell(cell: Cell, digits: int) -> str:
@@ -101,19 +142,44 @@ def format_cell(cell: Cell, digits: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def format_cells(row: Row, table: Table) -> list[str]:
+    """The row's cells as texts, one for each column; a dash where there is none."""
+    return [format_cell(row.cells.get(column.key, "–"), column.digits) for column in table.columns]
+
+
 def format_table(table: Table) -> str:
-    """The table as aligned plain text for a terminal."""
-    lines = [["", *(column.label for column in table.columns)]]
-    lines += [[row.name, *_cells(row, table)] for row in table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    """The table as aligned plain text for a terminal; headings that are wider than their columns are folded."""
+    rows = []
+    for row in table.rows:
+        marks = [row.marks.get(column.key, "") for column in table.columns]
+        places = [max(len(each.marks.get(column.key, "")) for each in table.rows) for column in table.columns]
+        cells = zip(format_cells(row, table), marks, places, strict=True)
+        rows.append([row.name, *(text + mark.ljust(place) for text, mark, place in cells)])
+    widest = [max(map(len, texts)) for texts in zip(*rows, strict=True)]
+    labels = ["", *(column.heading for column in table.columns)]
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    folded = [wrap(label, max(12, width)) for label, width in zip(labels, widest, strict=True)]
+    height = max(map(len, folded))
+    headings = [[""] * (height - len(lines)) + lines for lines in folded]
+    widths = [max(width, *map(len, lines)) for lines, width in zip(headings, widest, strict=True)]
 
-    def align(line: list[str]) -> str:
-        return "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+    def align(line: Sequence[str]) -> str:
+        numbers = [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *numbers]).rstrip()
 
-    return "\n".join([align(lines[0]), "  ".join("─" * width for width in widths), *map(align, lines[1:])])
+    rule = "  ".join("─" * width for width in widths)
+    note = [table.note] if table.note else []
+    return "\n".join([*map(align, zip(*headings, strict=True)), rule, *map(align, rows), *note])
+
+
+def format_sections(sections: list[Section]) -> str:
+    """All tables of a report as plain text, each below its heading."""
+    texts = []
+    for section in sections:
+        for heading, table in section.tables.items():
+            texts.append(f"{section.heading}: {heading}" if heading else section.heading)
+            texts[-1] += f"\n{format_table(table)}"
+    return "\n\n".join(texts)
 
 
 def best_students(table: Table) -> set[tuple[str, str]]:
@@ -125,135 +191,18 @@ def best_students(table: Table) -> set[tuple[str, str]]:
             for row in table.rows
             if not row.is_teacher and math.isfinite(value := _value(row.cells.get(column.key)))
         }
-        if values and column.better != "teacher":
+        if values and column.better in ("higher", "lower"):
             target = (max if column.better == "higher" else min)(values.values())
             best |= {(name, column.key) for name, value in values.items() if value == target}
     return best
 
 
-def write_report(folder: Path, report: Report) -> None:
-    """Write `report.html`, `report.md` and `figures/` into `folder`; each file appears complete or not at all."""
-    figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for number, curve in enumerate(report.curves):
-        _write(figures / f"curve_{number}.png", curve_png(curve))
-    _write(folder / "report.md", _markdown(report).encode())
-    _write(folder / "report.html", _html(report).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def shown_outputs(sample: Sample) -> list[tuple[str, str]]:
+    """The answers by model, with a word for an empty one."""
+    return [(name, text if text.strip() else "(empty)") for name, text in sample.outputs.items()]
 
 
 def _value(cell: Cell | None) -> float:
     if cell is None or isinstance(cell, str):
         return math.nan
     return cell.mean if isinstance(cell, MeanInterval) else float(cell)
-
-
-def _cells(row: Row, table: Table) -> list[str]:
-    return [format_cell(row.cells.get(column.key, "–"), column.digits) for column in table.columns]
-
-
-def _markdown(report: Report) -> str:
-    lines = [f"# {_md(report.title)}", "", _md(report.summary), "", "| | |", "|---|---|"]
-    lines += [f"| {_md(name)} | {_md(value)} |" for name, value in report.facts]
-    lines += ["", "## Results", "", *_table_markdown(report.table)]
-    for heading, table in report.details.items():
-        lines += ["", f"### {_md(heading)}", "", *_table_markdown(table)]
-    lines += ["", *(f"- {_md(note)}" for note in report.notes)]
-    if report.curves:
-        lines += ["", "## Training", ""]
-        lines += [f"![{_md(curve.title)}](figures/curve_{number}.png)" for number, curve in enumerate(report.curves)]
-    if report.samples:
-        lines += ["", "## Answers side by side", ""]
-    for sample in report.samples:
-        lines += [f"### {_md(sample.prompt.strip())}", "", "| | |", "|---|---|"]
-        lines += [f"| {_md(name)} | {_md(text)} |" for name, text in _outputs(sample)]
-        lines += [f"| *a reference* | *{_md(text)}* |" for text in sample.references[:1]] + [""]
-    return "\n".join(lines) + "\n"
-
-
-def _table_markdown(table: Table) -> list[str]:
-    best = best_students(table)
-    lines = ["| model | " + " | ".join(_md(column.label) for column in table.columns) + " |"]
-    lines += ["|---|" + "---:|" * len(table.columns)]
-    for row in table.rows:
-        texts = [
-            f"**{_md(text)}**" if (row.name, column.key) in best else _md(text)
-            for text, column in zip(_cells(row, table), table.columns, strict=True)
-        ]
-        lines.append(f"| {_md(row.name)} | " + " | ".join(texts) + " |")
-    return lines
-
-
-def _md(text: str) -> str:
-    escaped = re.sub(r"([\\`*_~$|\[\]])", r"\\\1", html.escape(text.strip(), quote=False))
-    return "<br>".join(escaped.splitlines())
-
-
-def _outputs(sample: Sample) -> list[tuple[str, str]]:
-    return [(name, text if text.strip() else "(empty)") for name, text in sample.outputs.items()]
-
-
-def _html(report: Report) -> str:
-    facts = "".join(f"<div><dt>{_h(name)}</dt><dd>{_h(value)}</dd></div>" for name, value in report.facts)
-    details = "".join(
-        f'<h3 class="task">{_h(heading)}</h3>{_table_html(table)}' for heading, table in report.details.items()
-    )
-    notes = "".join(f"<li>{_h(note)}</li>" for note in report.notes)
-    figures = "".join(
-        f"<figure><figcaption>{_h(curve.title)}</figcaption>{curve_svg(curve, f'curve-{number}')}</figure>"
-        for number, curve in enumerate(report.curves)
-    )
-    sections = [f'<h2>Training</h2><div class="figures">{figures}</div>'] if report.curves else []
-    if report.samples:
-        sections.append("<h2>Answers side by side</h2>" + "".join(map(_sample_html, report.samples)))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # the browser itself then refuses any load, so the file stays self-contained whatever a model wrote into it
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{_h(report.title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{_h(report.title)}</h1><p class="summary">{_h(report.summary)}</p><dl>{facts}</dl>'
-        f"<h2>Results</h2>{_table_html(report.table)}{details}"
-        f'<ul class="notes">{notes}</ul>{"".join(sections)}</main></body></html>\n'
-    )
-
-
-def _table_html(table: Table) -> str:
-    best = best_students(table)
-    head = "".join(f"<th>{_h(column.label)}{_arrow(column)}</th>" for column in table.columns)
-    body = ""
-    for row in table.rows:
-        cells = "".join(
-            f'<td class="best">{_h(text)}</td>' if (row.name, column.key) in best else f"<td>{_h(text)}</td>"
-            for text, column in zip(_cells(row, table), table.columns, strict=True)
-        )
-        kind = ' class="teacher"' if row.is_teacher else ""
-        body += f"<tr{kind}><th>{_h(row.name)}</th>{cells}</tr>"
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _sample_html(sample: Sample) -> str:
-    answers = "".join(f"<div><h4>{_h(name)}</h4><p>{_h(text)}</p></div>" for name, text in _outputs(sample))
-    reference = "".join(f'<p class="reference">A reference: {_h(text)}</p>' for text in sample.references[:1])
-    return f'<article><h3>{_h(sample.prompt.strip())}</h3><div class="answers">{answers}</div>{reference}</article>'
-
-
-def _arrow(column: Column) -> str:
-    arrow, title = {
-        "higher": ("↑", "higher is better"),
-        "lower": ("↓", "lower is better"),
-        "teacher": ("≈", "closer to the teacher is better"),
-    }[column.better]
-    return f'&nbsp;<span title="{title}">{arrow}</span>'
-
-
-def _h(text: str) -> str:
-    return html.escape(text.strip())

@@ -1,0 +1,177 @@
+"""The tables of a comparison, made from the results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from .report import Cell, Column, Row, Table
+from .results import EvaluatedModel, TaskResult, results_of
+from .significance import LEVEL, Difference
+
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("rouge_l", "Rouge-L", "higher"),
+        Column("rouge_l_by_seed", "Rouge-L of the seeds", None),
+        Column("exact_match", "Exact match (%)", "higher"),
+        Column("accuracy", "Accuracy (%)", "higher"),
+        Column("confidence", "Confidence", None, 3),
+        Column("ece", "ECE", "lower", 3),
+        Column("loss", "Reference loss (nats/token)", "lower", 3),
+        Column("reverse_kl", "Reverse KL (nats)", "lower"),
+        Column("reverse_kl_per_token", "Reverse KL (nats/token)", "lower", 3),
+        Column("forward_kl", "Forward KL (nats)", "lower"),
+        Column("forward_kl_per_token", "Forward KL (nats/token)", "lower", 3),
+        Column("excess_error", "ExAccErr at token {position} (%)", "lower"),
+        Column("length", "Length (tokens)", "teacher"),
+        Column("eos_rate", "Ends by itself", "teacher", 2),
+        Column("repeated_4grams", "Repeated 4-grams", "teacher", 3),
+        Column("distinct_outputs", "Distinct outputs", "teacher", 2),
+        Column("distinct_4grams", "Distinct 4-grams of a prompt", "teacher", 3),
+        Column("corpus_distinct_4grams", "Distinct 4-grams of all", "teacher", 3),
+        Column("self_bleu", "Self-BLEU", "teacher"),
+    )
+}
+GROUPS = {
+    "Quality": ("rouge_l", "rouge_l_by_seed", "exact_match", "accuracy", "confidence", "ece", "loss"),
+    "Closeness to the teacher": (
+        "reverse_kl",
+        "reverse_kl_per_token",
+        "forward_kl",
+        "forward_kl_per_token",
+        "excess_error",
+    ),
+    "Length, repetition and diversity": (
+        "length",
+        "eos_rate",
+        "repeated_4grams",
+        "distinct_outputs",
+        "distinct_4grams",
+        "corpus_distinct_4grams",
+        "self_bleu",
+    ),
+}
+_COMPARED = ("rouge_l", "exact_match", "accuracy", "reverse_kl", "loss")
+_MARK = "*"
+
+Differences = Mapping[str, Mapping[str, Difference]]
+
+
+def overview(
+    models: Sequence[EvaluatedModel],
+    tasks: Sequence[str],
+    teachers: set[str],
+    differences: Mapping[str, Differences],
+    baseline: str | None,
+) -> Table:
+    """What each task is judged by, models by tasks; marked where a model differs from the baseline.
+
+    Args:
+        models, tasks: rows and columns.
+        teachers (`set[str]`): the models that are no students.
+        differences (`Mapping[str, Differences]`): of each task, by measure and model.
+        baseline (`str`, *optional*): name of the model that the differences are to.
+    """
+    columns = []
+    for task in tasks:
+        measures = [result.main_measure for result in results_of(models, task).values()]
+        if key := next(filter(None, measures), None):
+            columns.append((task, key))
+    rows = []
+    for model in models:
+        cells: dict[str, Cell] = {}
+        marks = {}
+        for task, key in columns:
+            if task in model.tasks and key in model.tasks[task].summary:
+                cells[task] = model.tasks[task].summary[key]
+                marks[task] = _mark(differences.get(task, {}).get(key, {}).get(model.name))
+        rows.append(Row(model.name, cells, model.name in teachers, marks))
+    shown = [Column(task, f"{task}: {COLUMNS[key].label}", "higher") for task, key in columns]
+    return Table(shown, rows, _note(baseline))
+
+
+def task_tables(
+    results: Mapping[str, TaskResult], teachers: set[str], differences: Differences, baseline: str | None
+) -> dict[str, Table]:
+    """The tables of one task by their headings: quality, differences to the baseline, closeness, texts.
+
+    Args:
+        results (`Mapping[str, TaskResult]`): of the task by model.
+        teachers (`set[str]`): the models that are no students.
+        differences (`Differences`): by measure and model; empty without a baseline.
+        baseline (`str`, *optional*): name of the model that the differences are to.
+    """
+    position = common_position(results)
+    tables = {heading: _group_table(results, keys, position, teachers) for heading, keys in GROUPS.items()}
+    if differences:
+        difference = _difference_table(results, teachers, differences, baseline)
+        tables = {"Quality": tables.pop("Quality"), f"Difference to {baseline}": difference, **tables}
+    return {heading: table for heading, table in tables.items() if table.columns}
+
+
+def _group_table(
+    results: Mapping[str, TaskResult], keys: Sequence[str], position: int | None, teachers: set[str]
+) -> Table:
+    rows = []
+    for name, result in results.items():
+        cells = measured(result, position)
+        by_seed = result.by_seed.get("rouge_l", [])
+        if len(by_seed) > 1:
+            cells["rouge_l_by_seed"] = f"{min(by_seed):.1f}–{max(by_seed):.1f}"
+        rows.append(Row(name, {key: cells[key] for key in keys if key in cells}, name in teachers))
+    columns = [
+        replace(COLUMNS[key], label=COLUMNS[key].label.format(position=position))
+        for key in keys
+        if any(key in row.cells for row in rows)
+    ]
+    return Table(columns, rows)
+
+
+def measured(result: TaskResult, position: int | None) -> dict[str, Cell]:
+    """All measures of a task, those of single prompts and those of all samples together.
+
+    Args:
+        result ([`TaskResult`]): of one model.
+        position (`int`, *optional*): where ExAccErr is taken, see [`common_position`].
+    """
+    cells: dict[str, Cell] = {**result.summary, **{f"corpus_{key}": value for key, value in result.corpus.items()}}
+    if result.calibration is not None:
+        cells["ece"] = result.calibration.ece
+    if result.excess_error is not None and position is not None:
+        error = result.excess_error[position - 1]
+        if error is not None:
+            cells["excess_error"] = error
+    return cells
+
+
+def common_position(results: Mapping[str, TaskResult]) -> int | None:
+    """The last position at which the accumulated errors of all models are known, counted from 1."""
+    return min((len(each.excess_error) for each in results.values() if each.excess_error is not None), default=None)
+
+
+def _difference_table(
+    results: Mapping[str, TaskResult], teachers: set[str], differences: Differences, baseline: str | None
+) -> Table:
+    columns, compared = [], [key for key in _COMPARED if differences.get(key)]
+    for key in compared:
+        columns += [Column(key, COLUMNS[key].label, COLUMNS[key].better), Column(f"{key}_p", "p (Holm)", None)]
+    rows = []
+    for name in results:
+        cells: dict[str, Cell] = {}
+        marks = {}
+        for key in compared:
+            if (difference := differences[key].get(name)) is not None:
+                digits = COLUMNS[key].digits
+                mean, low, high = (f"{value:+z.{digits}f}" for value in difference.interval[:3])
+                cells[key], marks[key] = f"{mean} [{low}, {high}]", _mark(difference)
+                cells[f"{key}_p"] = "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
+        if cells:
+            rows.append(Row(name, cells, name in teachers, marks))
+    return Table(columns, rows, _note(baseline))
+
+
+def _mark(difference: Difference | None) -> str:
+    return _MARK if difference is not None and difference.is_significant else ""
+
+
+def _note(baseline: str | None) -> str:
+    return f"{_MARK} differs from {baseline} by more than chance: corrected p of at most {LEVEL:g}" if baseline else ""

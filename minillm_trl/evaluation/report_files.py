@@ -1,0 +1,46 @@
+"""Writes a report: `report.html` (one self-contained file), `report.md` with figures, and `comparison.csv`."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from .plots import plot_png
+from .report import Record, Report
+from .report_html import html_page
+from .report_markdown import markdown_page
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write the files into `folder`; each appears complete or not at all.
+
+    Args:
+        folder (`Path`): gets `report.html`, `report.md`, `figures/` and, if the report has records, `comparison.csv`.
+        report ([`~evaluation.report.Report`]): what to write.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for number, section in enumerate(report.sections):
+        for figure, plot in enumerate(section.figures):
+            _write(folder / _figure_path(number, figure), plot_png(plot))
+    if report.records:
+        _write(folder / "comparison.csv", _csv(report.records).encode())
+    _write(folder / "report.md", markdown_page(report, _figure_path).encode())
+    _write(folder / "report.html", html_page(report).encode())
+
+
+def _figure_path(section: int, figure: int) -> str:
+    return f"figures/figure_{section}_{figure}.png"
+
+
+def _csv(records: list[Record]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(Record._fields)
+    writer.writerows(records)
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

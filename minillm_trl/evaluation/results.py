@@ -1,0 +1,209 @@
+"""What `minillm-trl evaluate` wrote, read back, and checked for whether it can be compared."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .calibration import CalibrationBin
+from .metrics import MeanInterval
+
+# What must be the same for two models on a task; the texts themselves are compared one by one
+_SAME = (
+    "seeds",
+    "greedy",
+    "temperature",
+    "no_repeat_ngram_size",
+    "max_new_tokens",
+    "split",
+    "prompts",
+    "label_words",
+)
+_OTHER = ("dataset", "data_sha256", "model", "adapter", "teacher", "exposure_bias_samples")
+
+
+class Bucket(NamedTuple):
+    """Prompts whose first reference has `low` to `high` tokens (None: no upper end), and the measures over them."""
+
+    low: int
+    high: int | None
+    prompts: int
+    summary: dict[str, MeanInterval]
+
+
+class LabelCalibration(NamedTuple):
+    """Expected calibration error, in [0, 1], and the bins behind it."""
+
+    ece: float
+    bins: list[CalibrationBin]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What `minillm-trl evaluate` wrote of a model on one task.
+
+    Attributes:
+        settings (`dict`): what was evaluated, and how.
+        summary (`dict[str, MeanInterval]`): mean over prompts with its interval, by measure.
+        by_seed (`dict[str, list[float]]`): the mean of each sampling seed.
+        corpus (`dict[str, float]`): measures of all samples together.
+        buckets (`list[Bucket]`): the measures by length of the reference; empty without references.
+        excess_error (`list[float | None]`, *optional*): ExAccErr at each position in per cent, if it was measured;
+            None at positions where it is not defined.
+        calibration ([`LabelCalibration`], *optional*): of a classification task.
+        per_prompt (`list[dict[str, float]]`): each measure for each prompt, mean over the sampling seeds.
+        samples (`list[dict]`): `prompt`, `references`, `outputs` and `scores` of each prompt.
+    """
+
+    settings: dict[str, Any]
+    summary: dict[str, MeanInterval]
+    by_seed: dict[str, list[float]]
+    corpus: dict[str, float]
+    buckets: list[Bucket]
+    excess_error: list[float | None] | None
+    calibration: LabelCalibration | None
+    per_prompt: list[dict[str, float]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def main_measure(self) -> str | None:
+        """What the task is judged by: `accuracy` of a classification, else `rouge_l`; None without references."""
+        return next((key for key in ("accuracy", "rouge_l") if key in self.summary), None)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model's name in the tables, and its results by task."""
+
+    name: str
+    tasks: dict[str, TaskResult]
+
+
+def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
+    """Read the folder of a model's evaluation.
+
+    Args:
+        name (`str`): of the model in the tables.
+        folder (`Path`): with `results.json` and `samples.jsonl` of a dataset, or with a folder of both for each task.
+
+    Raises:
+        ValueError: if there are no results, or they cannot be read.
+    """
+    paths = [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
+    if not paths:
+        raise ValueError(
+            f"{folder}: no results of `minillm-trl evaluate`, neither results.json nor TASK/results.json."
+        )
+    tasks = {}
+    for path in paths:
+        try:
+            result = _read_task(path)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not what `minillm-trl evaluate` writes ({error!r}). Evaluate again.") from error
+        task = Path(result.settings["dataset"]).name if path.parent == folder else path.parent.name
+        tasks[task] = result
+    return EvaluatedModel(name, tasks)
+
+
+def _read_task(path: Path) -> TaskResult:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    settings, exposure_bias, calibration = (results[key] for key in ("settings", "exposure_bias", "calibration"))
+    if missing := [key for key in (*_SAME, *_OTHER) if key not in settings]:
+        raise KeyError(*missing)
+    if calibration is not None:
+        bins = [CalibrationBin(*(each[key] for key in CalibrationBin._fields)) for each in calibration["bins"]]
+        calibration = LabelCalibration(calibration["ece"], bins)
+    # splitlines would split at characters inside of texts too
+    lines = path.with_name("samples.jsonl").read_text(encoding="utf-8").split("\n")
+    samples = [json.loads(line) for line in lines if line]
+    if len(samples) != len(results["per_prompt"]):
+        raise ValueError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
+    if any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
+        raise ValueError("a prompt lacks a measure of the summary")
+    return TaskResult(
+        settings=settings,
+        summary=_intervals(results["summary"]),
+        by_seed=results["by_seed"],
+        corpus=results["corpus"],
+        buckets=[
+            Bucket(each["low"], each["high"], each["prompts"], _intervals(each["summary"]))
+            for each in results["buckets"]
+        ],
+        excess_error=None if exposure_bias is None else exposure_bias["excess_error"],
+        calibration=calibration,
+        per_prompt=results["per_prompt"],
+        samples=samples,
+    )
+
+
+def _intervals(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, MeanInterval]:
+    return {key: MeanInterval(**each) for key, each in summary.items()}
+
+
+def task_names(models: Iterable[EvaluatedModel]) -> list[str]:
+    """The tasks that any of the models was evaluated on, in order."""
+    return list(dict.fromkeys(task for model in models for task in model.tasks))
+
+
+def results_of(models: Iterable[EvaluatedModel], task: str) -> dict[str, TaskResult]:
+    """The results on a task by model, of the models that have any."""
+    return {model.name: model.tasks[task] for model in models if task in model.tasks}
+
+
+def teacher_names(models: Sequence[EvaluatedModel]) -> set[str]:
+    """The models that were a teacher in another's evaluation."""
+    results = [(model.name, result.settings) for model in models for result in model.tasks.values()]
+    teachers = {settings["teacher"] for _, settings in results} - {None}
+    return {name for name, settings in results if settings["model"] in teachers and settings["adapter"] is None}
+
+
+def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
+    """Check that models were evaluated alike on a task.
+
+    Args:
+        task (`str`): its name.
+        results (`Mapping[str, TaskResult]`): by model.
+
+    Raises:
+        ValueError: if two were evaluated with different settings, prompts or references, or how far they are from the
+            teacher is to different ones; with the names of both.
+    """
+    (first, one), *others = results.items()
+    for other, two in others:
+        for key in _SAME:
+            _check_same(task, {first: one, other: two}, key)
+        for key, said in (("prompt", "on different prompts"), ("references", "with different references")):
+            if [sample[key] for sample in one.samples] != [sample[key] for sample in two.samples]:
+                raise ValueError(f"{first} and {other} were evaluated {said} of {task}. Evaluate both alike.")
+        if one.settings["data_sha256"] != two.settings["data_sha256"]:
+            raise ValueError(f"{first} and {other} were evaluated on different data of {task}. Evaluate both alike.")
+    for (name, result), (other, another) in pairwise(_with_distance(results).items()):
+        teachers = [each.settings["teacher"] for each in (result, another)]
+        if teachers[0] != teachers[1]:
+            raise ValueError(
+                f"{name} and {other}: the distance on {task} is to different teachers, {teachers[0]!r} and "
+                f"{teachers[1]!r}. Evaluate both with one of them."
+            )
+    exposed = {name: result for name, result in results.items() if result.excess_error is not None}
+    for pair in pairwise(exposed.items()):
+        _check_same(task, dict(pair), "exposure_bias_samples")
+
+
+def _check_same(task: str, pair: Mapping[str, TaskResult], key: str) -> None:
+    (first, one), (other, two) = pair.items()
+    if one.settings[key] != two.settings[key]:
+        raise ValueError(
+            f"{first} and {other} were evaluated differently on {task}: {key} is {one.settings[key]!r} and "
+            f"{two.settings[key]!r}. Evaluate both alike."
+        )
+
+
+def _with_distance(results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
+    """Those that were compared with a teacher."""
+    return {
+        name: result
+        for name, result in results.items()
+        if result.excess_error is not None or {"reverse_kl", "forward_kl"} & result.summary.keys()
+    }

@@ -1,0 +1,49 @@
+"""What a training logged of its evaluations, read from its newest checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import last_complete_checkpoint
+
+# Logged by evaluations during training, see `docs/metrics.md`
+EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")
+
+
+def training_folder(settings: dict[str, Any]) -> Path | None:
+    """The folder of the training whose model was evaluated, if it is here and has a checkpoint left.
+
+    Args:
+        settings (`dict`): of the evaluation; its model or adapter may be a folder, or a checkpoint inside of one.
+    """
+    folder = Path(settings["model"] if settings["adapter"] is None else settings["adapter"])
+    if folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    return folder if last_complete_checkpoint(folder) is not None else None
+
+
+def read_history(folder: Path) -> dict[str, dict[int, float]]:
+    """Read what the evaluations of a training logged.
+
+    Args:
+        folder (`Path`): `output_dir` of the training.
+
+    Returns:
+        `dict[str, dict[int, float]]`: value by step, of the metrics in [`EVALUATED`] that were logged.
+
+    Raises:
+        ValueError: if there is no checkpoint, or its state cannot be read.
+    """
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder}: no checkpoint-N/trainer_state.json. Name the output_dir of a training.")
+    path = Path(checkpoint) / "trainer_state.json"
+    try:
+        history: dict[str, dict[int, float]] = {}
+        for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
+            for key in EVALUATED:
+                if key in entry:
+                    history.setdefault(key, {})[entry["step"]] = float(entry[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a trainer's state ({error!r}). Delete this checkpoint.") from error
+    return history
