@@ -399,6 +399,12 @@ class TestFigures:
         assert plot.series["b"][1] == pytest.approx([math.nan, 5.0, 7.0], nan_ok=True)
         assert list(plot.order) == ["a", "b"]
 
+    def test_positions_that_few_samples_reach_are_left_out(self, tmp_path):
+        curve = {"excess_error": [None, 5.0, 7.0, 99.0], "counts": [20, 11, 2, 1]}
+        write_results(tmp_path / "a", {"rouge_l": [1.0]}, **curve)
+        (plot,) = section(compare(tmp_path, "a"), "dolly").figures
+        assert plot.series["a"][1] == pytest.approx([math.nan, 5.0, 7.0], nan_ok=True)
+
     def test_each_classification_has_a_reliability_diagram(self, tmp_path):
         bins = [
             {"low": 0.0, "high": 0.5, "count": 0, "confidence": None, "accuracy": None},

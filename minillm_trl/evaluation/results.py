@@ -50,8 +50,8 @@ class TaskResult:
         by_seed (`dict[str, list[float]]`): the mean of each sampling seed.
         corpus (`dict[str, float]`): measures of all samples together.
         buckets (`list[Bucket]`): the measures by length of the reference; empty without references.
-        excess_error (`list[float | None]`, *optional*): ExAccErr at each position in per cent, if it was measured;
-            None at positions where it is not defined.
+        excess_error (`list[float | None]`, *optional*): ExAccErr in per cent, if it was measured, at each position
+            that a tenth of the samples of student and teacher reach; None where it is not defined.
         calibration ([`LabelCalibration`], *optional*): of a classification task.
         per_prompt (`list[dict[str, float]]`): each measure for each prompt, mean over the sampling seeds.
         samples (`list[dict]`): `prompt`, `references`, `outputs` and `scores` of each prompt.
@@ -131,11 +131,18 @@ def _read_task(path: Path) -> TaskResult:
             Bucket(each["low"], each["high"], each["prompts"], _intervals(each["summary"]))
             for each in results["buckets"]
         ],
-        excess_error=None if exposure_bias is None else exposure_bias["excess_error"],
+        excess_error=None if exposure_bias is None else _well_supported(exposure_bias),
         calibration=calibration,
         per_prompt=results["per_prompt"],
         samples=samples,
     )
+
+
+def _well_supported(exposure_bias: Mapping[str, Any]) -> list[float | None]:
+    """The curve up to the last position that a tenth of the samples of both models reach: noise beyond."""
+    counts = [exposure_bias[f"counts_{model}"] for model in ("student", "teacher")]
+    kept = min(sum(10 * count >= each[0] for count in each) for each in counts)
+    return exposure_bias["excess_error"][:kept]
 
 
 def _intervals(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, MeanInterval]:
