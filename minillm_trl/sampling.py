@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from .decoding import CompiledDecoding, LazyDecoder
 from .masking import completion_mask
+from .ngram_block import NgramBlock
 
 
 def keyed_uniforms(length: int, *key: int) -> np.ndarray:
@@ -94,12 +95,13 @@ def sample_completions(
     keep_states: bool = False,
     on_every_process: Callable[[bool], bool] | None = None,
     compiled: CompiledDecoding | None = None,
+    no_repeat_ngram_size: int = 0,
 ) -> Completions:
     """Sample one completion a row, each token from the student or, where its coin says so, from the teacher.
 
     With coins tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. Rows that share
     their coins are dependent, but need one model a step; with a coin for each row most steps need both. Nothing else
-    reshapes the distributions: generation configs are not read.
+    reshapes the distributions, unless n-grams are blocked: generation configs are not read.
 
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
@@ -123,6 +125,8 @@ def sample_completions(
             given where a model is sharded over processes, whose calls are then the same on all: a process goes on
             until all rows of all processes have finished. Shared coins must be the same on all.
         compiled ([`CompiledDecoding`], *optional*): of the student, whose steps then run compiled.
+        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no row may repeat an n-gram of its own
+            or of its prompt, see [`NgramBlock`]; 0 for none.
 
     Returns:
         [`Completions`].
@@ -138,6 +142,10 @@ def sample_completions(
     coins = np.array([[False]]) if teacher_coins is None else teacher_coins
     coins = np.broadcast_to(coins, (len(coins), max_new_tokens))
     ids, mask = prompt_ids, prompt_mask.bool()
+    block = None
+    if no_repeat_ngram_size:
+        prompts = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+        block = NgramBlock(no_repeat_ngram_size, prompts)
     finished = np.zeros(batch_size, dtype=bool)
     last = np.full(batch_size, prompt_length + max_new_tokens - 1)  # index of each row's last token
 
@@ -149,6 +157,8 @@ def sample_completions(
                 continue
             decoder.drop(finished, last)
             logits = decoder.next_logits(ids, mask)
+            if block is not None:
+                logits = block.exclude(logits, decoder.rows)
             rows = torch.from_numpy(decoder.rows).to(device)
             drawn = draw_tokens(logits, None if uniforms is None else uniforms[rows, step], temperature)
             chosen = torch.from_numpy(np.broadcast_to(chosen, batch_size)[decoder.rows]).to(device)
@@ -156,6 +166,8 @@ def sample_completions(
         tokens = tokens.masked_fill(torch.from_numpy(finished).to(device), pad_token_id)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if block is not None:
+            block.append(tokens.tolist())
         ends = torch.isin(tokens, eos).cpu().numpy() & ~finished
         last[ends] = prompt_length + step
         finished |= ends
@@ -191,6 +203,7 @@ def sample_prompts(
     on_every_process: Callable[[bool], bool] | None = None,
     keep_states: bool = False,
     compiled: CompiledDecoding | None = None,
+    no_repeat_ngram_size: int = 0,
     on_batch: Callable[[list[int], Completions], None] | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
@@ -210,7 +223,7 @@ def sample_prompts(
         on_batch (`Callable[[list[int], Completions], None]`, *optional*): called after each batch with the numbers of
             its prompts and their [`Completions`].
         max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states,
-            compiled: see [`sample_completions`].
+            compiled, no_repeat_ngram_size: see [`sample_completions`].
 
     Returns:
         `list[list[int]]`: token ids of each completion in the order of the prompts, the end-of-sequence token
@@ -246,6 +259,7 @@ def sample_prompts(
             keep_states=keep_states,
             on_every_process=on_every_process,
             compiled=compiled,
+            no_repeat_ngram_size=no_repeat_ngram_size,
         )
         for row, length, tokens in zip(rows, sampled.mask.sum(dim=1).tolist(), sampled.ids.tolist(), strict=True):
             completions[row] = tokens[:length]

@@ -40,6 +40,7 @@ def write_results(
     outputs: Sequence[Sequence[str]] | None = None,
     bucket_of: Sequence[int] = (),
     excess_error: list[float | None] | None = None,
+    counts: list[int] | None = None,
     calibration: dict[str, Any] | None = None,
     corpus: dict[str, float] | None = None,
     **settings: Any,
@@ -52,6 +53,7 @@ def write_results(
         prompts, outputs, reference: texts; of a prompt, the output of each seed.
         bucket_of: number of the bucket of references that each prompt is in; none without.
         excess_error, calibration, corpus: as in the file.
+        counts: samples of the student at each position of `excess_error`; 10 by default.
         settings: that differ from `SETTINGS`.
     """
     folder.mkdir(parents=True)
@@ -62,7 +64,9 @@ def write_results(
     for number, (low, high) in enumerate([(0, 5), (6, 10), (11, None)] if bucket_of else []):
         chosen = [row for row, bucket in zip(rows, bucket_of, strict=True) if bucket == number]
         buckets.append({"low": low, "high": high, "prompts": len(chosen), "summary": summarize(chosen)})
+    counts = [10] * len(excess_error or ()) if counts is None else counts
     error = {"samples": 1, "prompts": len(rows), "student": [], "teacher": [], "excess_error": excess_error}
+    error |= {"counts_student": counts, "counts_teacher": [10] * len(counts)}
     summary = summarize(rows)
     results = {
         "settings": {**SETTINGS, "prompts": len(rows), **settings},

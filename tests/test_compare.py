@@ -13,10 +13,11 @@ from evaluation_results import SEEDS, write_results
 from test_report import Page
 
 from minillm_trl.cli import main
+from minillm_trl.evaluation.calibration import CalibrationBin
 from minillm_trl.evaluation.comparison import compare_models
 from minillm_trl.evaluation.comparison_tables import COLUMNS
 from minillm_trl.evaluation.metrics import MeanInterval
-from minillm_trl.evaluation.plots import CalibrationBin, Curve, Intervals, Reliability
+from minillm_trl.evaluation.plots import Curve, Intervals, Reliability
 from minillm_trl.evaluation.report import Report, Section, Table, format_cell
 from minillm_trl.evaluation.results import read_evaluation
 from minillm_trl.evaluation.training_history import training_folder
@@ -387,7 +388,7 @@ class TestFigures:
     def test_buckets_without_prompts_are_left_out(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0, 3.0, 8.0]}, bucket_of=[0, 0, 2])
         (plot,) = section(compare(tmp_path, "a"), "dolly").figures
-        assert plot.categories == ["all", "0–5 words\n(n = 2)", "11 or more words\n(n = 1)"]
+        assert plot.categories == ["all", "0–5 tokens\n(n = 2)", "11 or more tokens\n(n = 1)"]
         assert [each.mean for each in plot.series["a"]] == [4.0, 2.0, 8.0]
 
     def test_excess_error_is_a_curve_over_positions_from_1(self, tmp_path):
@@ -399,6 +400,12 @@ class TestFigures:
         assert plot.series["b"][0] == [1.0, 2.0, 3.0]
         assert plot.series["b"][1] == pytest.approx([math.nan, 5.0, 7.0], nan_ok=True)
         assert list(plot.order) == ["a", "b"]
+
+    def test_positions_that_few_samples_reach_are_left_out(self, tmp_path):
+        curve = {"excess_error": [None, 5.0, 7.0, 99.0], "counts": [20, 11, 2, 1]}
+        write_results(tmp_path / "a", {"rouge_l": [1.0]}, **curve)
+        (plot,) = section(compare(tmp_path, "a"), "dolly").figures
+        assert plot.series["a"][1] == pytest.approx([math.nan, 5.0, 7.0], nan_ok=True)
 
     def test_each_classification_has_a_reliability_diagram(self, tmp_path):
         bins = [

@@ -1,5 +1,6 @@
-"""Rouge-L, repetition, diversity and bootstrap intervals against numbers worked out by hand."""
+"""Rouge-L, exact match, repetition, diversity and bootstrap intervals against numbers worked out by hand."""
 
+import math
 import operator
 from itertools import product
 
@@ -12,10 +13,12 @@ from minillm_trl.evaluation.metrics import (
     bootstrap_interval,
     distinct_ngrams,
     distinct_outputs,
+    exact_match,
     holm_correction,
     paired_bootstrap,
     repeated_ngrams,
     rouge_l,
+    self_bleu,
     sign_flip_test,
 )
 
@@ -50,9 +53,57 @@ def test_rouge_l_equals_the_reference_package():
         assert rouge_l(prediction, references) == pytest.approx(100 * max(scores), abs=1e-12)
 
 
-def test_rouge_l_without_references_is_refused():
-    with pytest.raises(ValueError, match="at least one reference"):
-        rouge_l("the cat", [])
+@pytest.mark.parametrize("measure", [rouge_l, exact_match])
+def test_no_references_are_refused(measure):
+    with pytest.raises(ValueError, match=f"{measure.__name__} needs at least one reference"):
+        measure("the cat", [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("positive", ["positive"], 100.0),
+        (" positive\n", ["negative", "positive "], 100.0),
+        ("Positive", ["positive"], 0.0),
+        ("positive.", ["positive"], 0.0),
+        ("pos  itive", ["pos itive"], 0.0),  # white space inside counts
+        ("positive", ["negative", "neutral"], 0.0),
+        ("", ["positive"], 0.0),
+        (" ", [""], 100.0),
+    ],
+)
+def test_exact_match_strips_and_normalises_nothing_else(prediction, references, expected):
+    assert exact_match(prediction, references) == expected
+
+
+# 100 * brevity penalty * (p_1 p_2 p_3 p_4)^(1/4) of each output against the others, averaged
+SELF_BLEU_CASES = [
+    (["a b c d e"] * 3, 100.0),
+    (["a b c d e", "a b c d f"], 100 * 0.2**0.25),  # 4/5 3/4 2/3 1/2 both ways
+    (["a b c d", "a b c d e f g h"], 50 * (math.exp(-1) + (1 / 2 * 3 / 7 * 1 / 3 * 1 / 5) ** 0.25)),  # 4 of 8 words
+    (["a b c d", "d c b a"], 100 * (0.1 / 3 * 0.1 / 2 * 0.1 / 1) ** 0.25),  # no match above unigrams: 0.1 of 3, 2, 1
+    (["a b", "a b"], 100.0),  # orders 1 and 2
+    (["a b", "a c"], 100 * (1 / 2 * 0.1 / 1) ** 0.5),
+    (["yes", "yes", "no"], 200 / 3),
+    (["a b c d", "e f g h"], 0.0),
+    (["A b c d", "a b c d"], 100 * (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25),  # case counts
+    (["a b\nc d ", "a b c d"], 100.0),  # white space does not
+    (["", " "], 100.0),
+    (["", "a"], 0.0),
+    (["", "a", ""], 200 / 3),
+]
+
+
+@pytest.mark.parametrize(("outputs", "expected"), SELF_BLEU_CASES)
+def test_self_bleu_of_hand_computed_cases_is_exact(outputs, expected):
+    assert self_bleu(outputs) == pytest.approx(expected, abs=1e-9)
+    assert self_bleu(outputs[::-1]) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [[], ["a b c d"]])
+def test_self_bleu_without_another_output_is_refused(outputs):
+    with pytest.raises(ValueError, match=f"at least two outputs, got {len(outputs)}"):
+        self_bleu(outputs)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +201,10 @@ def test_paired_bootstrap_of_different_prompts_is_refused():
         paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
-def test_rouge_l_of_one_text_for_references_is_refused():
-    with pytest.raises(ValueError, match=r"list of references, got the text 'the cat'"):
-        rouge_l("the cat", "the cat")
+@pytest.mark.parametrize("measure", [rouge_l, exact_match])
+def test_one_text_for_references_is_refused(measure):
+    with pytest.raises(ValueError, match=f"{measure.__name__} needs a list of references, got the text 'the cat'"):
+        measure("the cat", "the cat")
 
 
 def test_repeated_ngrams_of_length_zero_is_refused():

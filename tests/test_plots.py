@@ -7,10 +7,10 @@ import matplotlib.colors
 import pytest
 from matplotlib.axes import Axes
 
+from minillm_trl.evaluation.calibration import CalibrationBin
 from minillm_trl.evaluation.metrics import MeanInterval
 from minillm_trl.evaluation.plots import (
     COLOURS,
-    CalibrationBin,
     Curve,
     Intervals,
     Reliability,

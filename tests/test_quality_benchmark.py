@@ -80,22 +80,21 @@ def test_learning_rates_are_chosen_by_validation_rouge_l_of_the_first_seed(tmp_p
             score = 50.0 + (rate == best)
             path.write_text(json.dumps({"identity": identity(run), "validation": {"rouge_l": score}}))
     assert best_learning_rates(tmp_path, "e2e", ["sft", "minillm"]) == {"sft": 1e-2, "minillm": 1e-3}
-    assert validation_scores(tmp_path, "e2e", "sft") == {1e-3: 50.0, 3e-3: 50.0, 1e-2: 51.0}
+    assert validation_scores(tmp_path, "e2e", "sft") == {1e-4: 50.0, 3e-4: 50.0, 1e-3: 50.0, 3e-3: 50.0, 1e-2: 51.0}
 
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        ({}, [1e-3, 3e-3, 1e-2]),
-        ({1e-3: 50.0, 1e-2: 49.0}, [3e-3]),
-        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 50.0}, []),
-        ({1e-3: 52.0, 3e-3: 51.0, 1e-2: 50.0}, [3e-4]),
-        ({3e-4: 51.0, 1e-3: 52.0, 3e-3: 51.0, 1e-2: 50.0}, []),
-        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 52.0}, [3e-2]),
-        ({1e-3: 50.0, 3e-3: 51.0, 1e-2: 52.0, 3e-2: 53.0, 1e-1: 54.0}, []),  # the ladder ends
+        ({}, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]),
+        ({1e-4: 50.0, 3e-4: 50.0, 1e-3: 50.0, 1e-2: 49.0}, [3e-3]),
+        (dict(zip(LEARNING_RATES, [50.0, 50.0, 52.0, 51.0, 50.0], strict=False)), []),
+        (dict(zip(LEARNING_RATES, [53.0, 50.0, 52.0, 51.0, 50.0], strict=False)), []),
+        (dict(zip(LEARNING_RATES, [50.0, 50.0, 50.0, 51.0, 52.0], strict=False)), [3e-2]),
+        (dict(zip(LEARNING_RATES, [50.0, 50.0, 50.0, 51.0, 52.0, 53.0, 54.0], strict=True)), []),  # the ladder ends
     ],
 )
-def test_rates_are_tried_until_the_best_lies_between_others(scores, expected):
+def test_five_rates_are_tried_and_higher_ones_while_the_best_is_the_highest(scores, expected):
     assert rates_to_try(scores) == expected
 
 

@@ -46,7 +46,7 @@ def parse_line(name: str, words: list[str]):
     parser = import_module(f"minillm_trl.cli.{name.replace('-', '_')}").build_parser()
     if isinstance(parser, Parser):
         return parse(parser, words)
-    return parse_with_config(parser, words) if name == "evaluate" else parse_plain(parser, words)
+    return parse_with_config(parser, words)[0] if name == "evaluate" else parse_plain(parser, words)
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -339,6 +339,27 @@ def test_greedy_decoding_equals_generate():
     assert actual[0] == expected
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_blocked_ngrams_are_those_of_generate(size: int):
+    """Greedy decoding of a model that repeats itself, with prompts of different lengths and finished rows."""
+    model = build_model("llama", vocab_size=40, seed=5).eval()
+    model.generation_config = GenerationConfig(pad_token_id=1)
+    prompts = [[5, 6, 7, 5, 6], [9], [8, 8, 8], [3, 4, 3, 4, 3, 4, 3]]
+    options = {"max_new_tokens": 24, "eos_token_ids": [11], "pad_token_id": 1}
+    plain = sample_prompts(model, prompts, keys=None, **options)
+    blocked = sample_prompts(model, prompts, keys=None, no_repeat_ngram_size=size, **options)
+    assert plain != blocked
+    for prompt, completion in zip(prompts, blocked, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=11,
+            no_repeat_ngram_size=size,
+        )
+        assert completion == expected[0, len(prompt) :].tolist()
+
+
 class TestDrawTokens:
     def test_inverse_cdf_picks_the_token_whose_interval_holds_the_number(self):
         logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(5, -1)

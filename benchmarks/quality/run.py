@@ -6,9 +6,9 @@ Runs all that `methods.py` lists, and keeps it under `runs/quality/<task>`: what
 run that was stopped goes on. In order:
 
 1. a teacher, and one student for each training seed, fine-tuned from nothing; the teacher's completions for SeqKD;
-2. for the first training seed every method at three learning rates, and at the next lower or higher one of a ladder as
-   long as the best is the lowest or highest tried, by Rouge-L on the validation prompts at the end of the run (three
-   sampling seeds; no intermediate checkpoint is chosen);
+2. for the first training seed every method at the five lower learning rates of a ladder, and at the next higher one
+   as long as the best is the highest tried, by Rouge-L on the validation prompts at the end of the run (three sampling
+   seeds; no intermediate checkpoint is chosen);
 3. each method at its best learning rate for the other training seeds;
 4. Rouge-L, reverse and forward KL, length, repetition and diversity on the test prompts, five sampling seeds each.
 
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
 
 SEEDS = (3, 4, 5)
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST_RATES = slice(2, 5)
+FIRST_RATES = slice(0, 5)
 VALIDATION_SEEDS = (1, 2, 3)
 TEST_SEEDS = (10, 20, 30, 40, 50)
 DIVERSITY_NGRAM = 4
@@ -164,7 +164,7 @@ def test_start(folder: Path, task_name: str, name: str) -> str:
 def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Means with intervals over prompts, and the values of each prompt."""
     from minillm_trl.data import unique_prompts
-    from minillm_trl.evaluation.divergence import completion_reverse_kl
+    from minillm_trl.evaluation.divergence import token_divergences
     from minillm_trl.evaluation.evaluate import evaluate_model
     from minillm_trl.evaluation.generation import encode_prompts, generate_completions
     from minillm_trl.evaluation.metrics import bootstrap_interval, distinct_ngrams
@@ -178,12 +178,12 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
     per_prompt = evaluation.per_prompt
     for values, sample in zip(per_prompt, evaluation.samples, strict=True):
         values["distinct_ngrams"] = distinct_ngrams(sample["outputs"], DIVERSITY_NGRAM)
-    if teacher is not None:  # forward KL is the reverse KL of the teacher to the student, on the teacher's completions
+    if teacher is not None:  # forward KL, on the teacher's completions
         texts = prompts["prompt"][:]
         completions = generate_completions(
             teacher, tokenizer, texts, max_new_tokens=limit, seed=seeds[0], batch_size=128
         )
-        divergences = completion_reverse_kl(
+        divergences = token_divergences(
             teacher,
             model,
             encode_prompts(tokenizer, texts),
@@ -192,7 +192,7 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
             batch_size=128,
         )
         for values, divergence in zip(per_prompt, divergences, strict=True):
-            values["forward_kl"] = divergence
+            values["forward_kl"] = sum(divergence)
     summary = {name: bootstrap_interval([row[name] for row in per_prompt])._asdict() for name in per_prompt[0]}
     return {"summary": summary, "per_prompt": per_prompt}
 
@@ -204,11 +204,11 @@ def validation_scores(folder: Path, task: str, method: str) -> dict[float, float
 
 
 def rates_to_try(scores: dict[float, float]) -> list[float]:
-    """The first rates, then the neighbours of the best one; none once they have been tried."""
+    """The first rates, then the next higher one of the best; none once they have been tried."""
     if missing := [rate for rate in LEARNING_RATES[FIRST_RATES] if rate not in scores]:
         return missing
     best = LEARNING_RATES.index(max(scores, key=scores.__getitem__))
-    return [rate for rate in LEARNING_RATES[max(0, best - 1) : best + 2] if rate not in scores]
+    return [rate for rate in LEARNING_RATES[best : best + 2] if rate not in scores]
 
 
 def best_learning_rates(folder: Path, task: str, methods: list[str]) -> dict[str, float]:

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "evaluate": "measure a model on prompts with references",
     "recipe": "run all stages of a recipe, from the data to the table",
     "compare": "one table of models that were evaluated",
+    "judge": "let an LLM score answers beside the references or another model's",
     "doctor": "what this machine can run, with which precision and launch line",
 }
 

@@ -179,18 +179,28 @@ def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     """
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = {action.dest for action in parser._actions}
-        raise ValueError(f"unknown option {unknown[0]!r}.{_nearest(unknown[0].removeprefix('--'), known)}")
+        raise _unknown(parser, unknown[0])
     return values
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def _unknown(parser: argparse.ArgumentParser, word: str) -> ValueError:
+    known = {action.dest for action in parser._actions}
+    name = word.partition("=")[0]  # a value may be a secret
+    return ValueError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
+
+
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, str | None]]:
     """Parse the arguments of a subcommand that starts no training and has an option `--config` for a YAML file.
 
     Args:
         parser (`argparse.ArgumentParser`): in the YAML, an option with several values takes a list, and one whose
             values are `NAME=VALUE` a mapping as well.
         argv (`list[str]`): arguments; they override the file's.
+
+    Returns:
+        The values, and the flags meant for `accelerate launch`, see [`parse`].
 
     Raises:
         ValueError: for an unknown option, and for a value of the file that its option does not take, with the line.
@@ -201,7 +211,12 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: list[str]) -> argpa
     if path is not None:
         check_plain_yaml(parser, path)
         rest = [*_words(parser, yaml.safe_load(path.read_text(encoding="utf-8"))), *argv]
-    return parse_plain(parser, rest)
+    values, unknown = parser.parse_known_args(rest)
+    words = [part for word in unknown for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if words and words[0] not in launch_options():
+        raise _unknown(parser, words[0])
+    flags = read_flags([], words)
+    return values, {} if is_launched() else flags
 
 
 def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Parse the arguments, read the results, print the table, and write the report if a folder is given."""
     arguments = parse_plain(build_parser(), argv)
-    models = [read_evaluation(*_named(word)) for word in arguments.runs]
+    models = [read_evaluation(*named_folder(word)) for word in arguments.runs]
     histories = read_histories(models, _trainings(arguments.training, [model.name for model in models]))
     show(compare_models(models, arguments.baseline, arguments.teacher, histories), arguments.output_dir)
     return 0
@@ -92,7 +92,8 @@ def _trainings(words: list[str], names: list[str]) -> dict[str, Path]:
     return folders
 
 
-def _named(word: str) -> tuple[str, Path]:
+def named_folder(word: str) -> tuple[str, Path]:
+    """Name and folder of `NAME=FOLDER`, or of a folder alone, whose name it is."""
     name, equals, folder = word.partition("=")
     if not equals or Path(word).is_dir():
         return Path(word).resolve().name, Path(word)

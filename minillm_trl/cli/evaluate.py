@@ -4,53 +4,91 @@ import argparse
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..data import DataError, load_examples, unique_prompts
+from ..evaluation.classify import classify_model, find_labels
 from ..evaluation.evaluate import Evaluation, evaluate_model
+from ..evaluation.parts import Parts
 from ..evaluation.report import format_cell
+from ..evaluation.tasks import NAMED_TASKS, find_tasks
 from ..teacher import check_same_tokenizer
 from .arguments import parse_with_config
+from .launch import hand_over
 from .models import check_room, load_model, load_tokenizer
 
-_DIGITS = {"rouge_l": 2, "length": 1, "reverse_kl": 2}
+PAPER_SEEDS = (10, 20, 30, 40, 50)
+# What says how completions are sampled
+_SAMPLING = (
+    *("seeds", "greedy", "temperature", "no_repeat_ngram_size", "max_new_tokens"),
+    *("forward_kl", "exposure_bias_samples"),
+)
+_DIGITS = {"rouge_l": 2, "exact_match": 2, "length": 1, "reverse_kl": 2, "forward_kl": 2}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="minillm-trl evaluate",
-        description="Sample completions (temperature 1, nothing else shapes the distribution) and measure Rouge-L, "
-        "length, end-of-sequence rate, repetition, distinct outputs and, with a teacher, reverse KL; means over "
-        "prompts with 95 %% bootstrap intervals. What is in output_dir already is not computed again.",
+        description="Sample completions as the paper does (temperature 1, five seeds, no repeated 6-grams as in its "
+        "code) and measure Rouge-L, exact match, loss, length, repetition, diversity and, with a teacher, divergence: "
+        "means over prompts with 95 %% intervals. What is in output_dir already is not computed again.",
+        epilog="`--num_processes N` and the other options of `accelerate launch` hand the command over to it.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values for any of these options")
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
     parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
-    parser.add_argument("--teacher", help="name or folder of a teacher, for reverse KL (not measured of itself)")
+    parser.add_argument("--teacher", help="name or folder of a teacher, for divergences (not measured of itself)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", help="prompts with references, see `minillm-trl sft --help`")
     source.add_argument(
-        "--tasks",
-        type=_task,
+        *("--tasks", "--task"),
         nargs="+",
-        metavar="NAME=DATASET",
-        help="several datasets, each with a folder of its name in output_dir; in YAML a mapping",
+        metavar="TASK",
+        help=f"each a name ({', '.join(NAMED_TASKS)}), a dataset, or NAME=DATASET, with a folder of its name in "
+        "output_dir; in YAML a list or a mapping",
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="folder with what prepare-data wrote (default: data)"
     )
     parser.add_argument("--split", default="test", help="split of the datasets (default: test)")
     parser.add_argument("--prompt_column", default="prompt")
     parser.add_argument("--completion_column", default="completion")
     parser.add_argument("--references_column", default="references")
     parser.add_argument("--max_rows", type=int, help="use the first prompts only")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20, 30, 40, 50], help="(default: 10 20 30 40 50)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="sampling seeds (default: 10 20 30 40 50)")
+    parser.add_argument("--greedy", action="store_true", help="decode greedily, once, instead of sampling")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit (default: 256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
+    parser.add_argument(
+        "--no_repeat_ngram_size",
+        type=int,
+        default=6,
+        help="no completion repeats an n-gram of its own or of its prompt; 0 for none (default: 6, as in the paper's "
+        "code)",
+    )
+    parser.add_argument("--forward_kl", action="store_true", help="sample from the teacher too, for forward KL")
+    parser.add_argument(
+        "--exposure_bias_samples",
+        type=int,
+        default=0,
+        help="samples of model and teacher for each prompt to measure exposure bias with (the paper: 10)",
+    )
+    parser.add_argument(
+        "--label_words",
+        nargs="+",
+        metavar="WORD",
+        help="classify instead of sampling: accuracy and calibration of these words, which the completions are; with "
+        "the space before them (' positive') where prompts end without one",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and samples.jsonl")
     parser.add_argument(
@@ -65,20 +103,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, sample from the model alone, and write `results.json` and `samples.jsonl` of each task."""
-    arguments = parse_with_config(build_parser(), argv)
+    arguments, launch = parse_with_config(build_parser(), argv)
+    if launch:
+        return hand_over("evaluate", argv, launch)
     _check(arguments)
     # folder and dataset of each task; all are read before a model is loaded
     sources = {arguments.output_dir: arguments.dataset}
     if arguments.tasks is not None:
-        sources = {arguments.output_dir / name: dataset for name, dataset in arguments.tasks}
+        found = find_tasks(arguments.tasks, arguments.data_dir)
+        sources = {arguments.output_dir / name: dataset for name, dataset in found.items()}
     prompts = {folder: _load(arguments, dataset) for folder, dataset in sources.items()}
+    settings = {folder: _settings(arguments, sources[folder], prompts[folder]) for folder in sources}
     todo = [
         folder
         for folder, dataset in sources.items()
-        if not _is_done(folder, _settings(arguments, dataset, prompts[folder]), _files(arguments, dataset))
+        if not _is_done(folder, settings[folder], _files(arguments, dataset))
     ]
     if not todo:
         return 0
+    parts = {folder: Parts(folder / "unfinished", settings[folder]) for folder in todo}
+    state = PartialState()
+    state.wait_for_everyone()  # all have seen the same before one of them writes
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
     has_teacher = arguments.teacher not in (None, arguments.model)
@@ -86,47 +131,107 @@ def run(argv: list[str]) -> int:
         _check_teacher(arguments, tokenizer, [prompts[folder] for folder in todo])
     names = [arguments.model, arguments.teacher] if has_teacher else [arguments.model]
     tasks = [(sources[folder], prompts[folder]) for folder in todo]
-    check_room(names, tasks, tokenizer, "max_new_tokens", arguments.max_new_tokens, trust)
+    option, length = "max_new_tokens", arguments.max_new_tokens
+    if arguments.label_words is not None:
+        option, length = "label_words", max(len(tokenizer(word)["input_ids"]) for word in arguments.label_words)
+    check_room(names, tasks, tokenizer, option, length, trust)
     teacher = None
     if has_teacher:
         teacher = load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=trust)
     model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust)
     for folder in todo:
-        evaluation = evaluate_model(
-            model,
-            tokenizer,
-            prompts[folder],
-            seeds=arguments.seeds,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            batch_size=arguments.batch_size,
-            teacher=teacher,
-        )
-        _save(folder, _settings(arguments, sources[folder], prompts[folder]), evaluation)
-        for name, interval in evaluation.summary.items():
-            print(f"{name:<18} {format_cell(interval, _DIGITS.get(name, 3))}")
-        print(f"{len(prompts[folder])} prompts, {len(arguments.seeds)} seeds; written to {folder}")
+        evaluation = _evaluate(arguments, model, tokenizer, prompts[folder], teacher, parts[folder])
+        if state.is_main_process:
+            _save(folder, settings[folder], evaluation)
+            parts[folder].delete()
+            _print(folder, evaluation)
     return 0
 
 
-def _task(text: str) -> tuple[str, str]:
-    name, equals, dataset = text.partition("=")
-    if not (name and equals and dataset) or Path(name).name != name:
-        raise argparse.ArgumentTypeError(f"expected NAME=DATASET with a name for a folder, got {text!r}")
-    return name, dataset
+def _evaluate(
+    arguments: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    teacher: PreTrainedModel | None,
+    parts: Parts,
+) -> Evaluation:
+    if arguments.label_words is not None:
+        words, size = arguments.label_words, arguments.batch_size
+        return classify_model(model, tokenizer, prompts, label_words=words, batch_size=size)
+    return evaluate_model(
+        model,
+        tokenizer,
+        prompts,
+        seeds=None if arguments.greedy else arguments.seeds,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        batch_size=arguments.batch_size,
+        teacher=teacher,
+        forward_kl=arguments.forward_kl and teacher is not None,
+        exposure_bias_samples=arguments.exposure_bias_samples if teacher is not None else 0,
+        parts=parts,
+        progress=PartialState().is_main_process,
+    )
+
+
+def _print(folder: Path, evaluation: Evaluation) -> None:
+    for name, interval in evaluation.summary.items():
+        print(f"{name:<22} {format_cell(interval, _DIGITS.get(name, 3))}")
+    if (calibration := evaluation.calibration) is not None:
+        print(f"{'ece':<22} {calibration.ece:.3f} [{calibration.low:.3f}, {calibration.high:.3f}]")
+        print(f"{len(evaluation.per_prompt)} prompts; written to {folder}")
+        return
+    settings = evaluation.settings
+    decoding = "greedy" if settings["greedy"] else f"seeds {', '.join(map(str, settings['seeds']))}"
+    block = f"no repeated {size}-grams" if (size := settings["no_repeat_ngram_size"]) else "n-grams may repeat"
+    print(f"{settings['prompts']} prompts; {decoding}; {block}; written to {folder}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "temperature", "batch_size"):
         if not getattr(arguments, name) > 0:
             raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
-    if min(arguments.seeds) < 0:
-        raise ValueError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
+    if arguments.no_repeat_ngram_size < 0:
+        raise ValueError(f"--no_repeat_ngram_size must not be negative, got {arguments.no_repeat_ngram_size}.")
     if arguments.max_rows is not None and arguments.max_rows < 1:
         raise ValueError(f"--max_rows must be positive, got {arguments.max_rows}.")
-    names = [name for name, _ in arguments.tasks or ()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--tasks names {twice[0]!r} twice. Each needs a name of its own.")
+    if arguments.forward_kl and arguments.teacher is None:
+        raise ValueError("--forward_kl needs --teacher.")
+    if arguments.exposure_bias_samples < 0:
+        raise ValueError(f"--exposure_bias_samples must not be negative, got {arguments.exposure_bias_samples}.")
+    if arguments.exposure_bias_samples and arguments.teacher is None:
+        raise ValueError("--exposure_bias_samples needs --teacher.")
+    if arguments.label_words is not None:
+        _check_classification(arguments)
+        return
+    if arguments.greedy:
+        if arguments.teacher is not None:
+            raise ValueError("--teacher: divergences are measured on samples. Drop it, or drop --greedy.")
+        if arguments.seeds is not None or arguments.temperature != 1:
+            raise ValueError(
+                "--greedy takes the most likely tokens: --seeds and --temperature have no effect with it."
+            )
+        arguments.seeds = []
+        return
+    if arguments.seeds is None:
+        arguments.seeds = list(PAPER_SEEDS)
+    if min(arguments.seeds) < 0:
+        raise ValueError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"--seeds has one twice: {arguments.seeds}. The same seed gives the same samples.")
+
+
+def _check_classification(arguments: argparse.Namespace) -> None:
+    """Nothing is sampled, so what says how has no effect."""
+    if len({word.strip() for word in arguments.label_words} - {""}) < max(2, len(arguments.label_words)):
+        raise ValueError(f"--label_words needs at least two different words, got {arguments.label_words}.")
+    parser = build_parser()
+    for name in (*_SAMPLING, "teacher"):
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")
+    arguments.seeds = []
 
 
 def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
@@ -141,6 +246,11 @@ def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
     if arguments.max_rows is not None:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
     _check_references(prompts, examples, dataset)
+    if arguments.label_words is not None:
+        try:
+            find_labels(prompts, arguments.label_words)
+        except ValueError as error:
+            raise DataError(f"{dataset}: {error}") from error
     return prompts
 
 
@@ -162,9 +272,8 @@ def _check_teacher(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizer
 
 def _settings(arguments: argparse.Namespace, dataset: str, prompts: Dataset) -> dict[str, Any]:
     return {
-        "seeds": arguments.seeds,
-        "temperature": arguments.temperature,
-        "max_new_tokens": arguments.max_new_tokens,
+        **{name: getattr(arguments, name) for name in _SAMPLING},
+        "label_words": arguments.label_words,
         "prompts": len(prompts),
         "max_rows": arguments.max_rows,
         "prompt_column": arguments.prompt_column,
@@ -216,15 +325,30 @@ def _is_done(folder: Path, settings: dict[str, Any], files: list[Path]) -> bool:
     ]
     if problems:
         raise ValueError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
-    print(f"{folder}: done before")
+    PartialState().print(f"{folder}: done before")
     return True
 
 
 def _save(folder: Path, settings: dict[str, Any], evaluation: Evaluation) -> None:
+    exposure, calibration = evaluation.exposure_bias, evaluation.calibration
     results = {
         "settings": settings,
         "versions": {"minillm-trl": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "summary": {name: interval._asdict() for name, interval in evaluation.summary.items()},
+        "by_seed": evaluation.by_seed,
+        "corpus": evaluation.corpus,
+        "buckets": evaluation.buckets,
+        "exposure_bias": exposure
+        and {
+            "samples": settings["exposure_bias_samples"],
+            "prompts": settings["prompts"],
+            **asdict(exposure),
+        },
+        "calibration": calibration
+        and {
+            **{name: getattr(calibration, name) for name in ("ece", "low", "high")},
+            "bins": [each._asdict() for each in calibration.bins],
+        },
         "per_prompt": evaluation.per_prompt,
     }
     samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from ..data import load_examples, unique_prompts
 from ..evaluation.generation import generate_completions
 from .arguments import parse_plain
@@ -60,6 +62,7 @@ def run(argv: list[str]) -> int:
     )
     model = load_model(arguments.model, arguments.adapter, trust_remote_code=arguments.trust_remote_code)
     lines = []
+    bar = tqdm(total=len(prompts) * arguments.num_samples, desc="Generating", unit=" completions")
     for sample in range(arguments.num_samples):
         completions = generate_completions(
             model,
@@ -70,7 +73,7 @@ def run(argv: list[str]) -> int:
             seed=arguments.seed + sample,
             batch_size=arguments.batch_size,
             greedy=arguments.greedy,
-            progress=True,
+            on_batch=bar.update,
         )
         lines += [
             json.dumps(
@@ -79,6 +82,7 @@ def run(argv: list[str]) -> int:
             )
             for prompt, each in zip(prompts, completions, strict=True)
         ]
+    bar.close()
     _write(arguments.output, "\n".join(lines) + "\n")
     return 0
 

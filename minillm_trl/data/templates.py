@@ -20,6 +20,18 @@ def format_instruction(instruction: str, context: str = "") -> str:
     return f"{task}. {request}\n\n### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 
 
+def split_instruction(prompt: str) -> tuple[str, str] | None:
+    """Instruction and input (empty without one) of a prompt in the wrapper; None if it is not in it."""
+    before, between, after = format_instruction("\0", "\0").split("\0")
+    if prompt.startswith(before) and prompt.endswith(after) and between in prompt:
+        instruction, _, context = prompt[len(before) : -len(after)].partition(between)
+        return instruction, context
+    before, after = format_instruction("\0").split("\0")
+    if prompt.startswith(before) and prompt.endswith(after):
+        return prompt[len(before) : -len(after)], ""
+    return None
+
+
 def make_prompt(instruction: str, context: str, template: Template) -> str | list[dict[str, str]]:
     """The prompt of an instruction: the wrapper's text, or a conversation of one message for chat models."""
     if template == "alpaca":

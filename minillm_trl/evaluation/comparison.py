@@ -146,7 +146,7 @@ def _notes(baseline: str | None) -> list[str]:
         "or not the difference is larger than chance.",
         "Reverse KL is KL(student || teacher) on the student's samples, forward KL is KL(teacher || student) on the "
         "teacher's, both over whole completions and by token. ExAccErr is how much more error the student accumulates "
-        "on its own texts than on the teacher's, at the last position that the samples of all models reach.",
+        "on its own texts than on the teacher's, at the last position that a tenth of all models' samples reach.",
         "Length, ends, repetition and diversity should be like the teacher's: reverse KL alone also falls when texts "
         "degenerate. Self-BLEU is high where the samples of a prompt are alike.",
     ]

@@ -1,6 +1,6 @@
-"""How far a student is from its teacher on given completions."""
+"""What models say of given completions, token by token: how far two of them are apart, and the loss of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -10,38 +10,100 @@ from ..lm_head import LMHead, completion_hidden_states
 
 
 @torch.no_grad()
-def completion_reverse_kl(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
+def token_divergences(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     *,
     vocab_size: int,
     temperature: float = 1.0,
     batch_size: int = 64,
-) -> list[float]:
-    r"""Reverse KL summed along each completion, exact at each token.
+) -> list[list[float]]:
+    r"""KL of the next-token distributions of two models at each token of completions, exact over the vocabulary.
 
-    $$ \sum_{t=1}^{T} \mathrm{KL}\big(q(\cdot|y_{<t}, x) \,\|\, p(\cdot|y_{<t}, x)\big) $$
+    $$ \mathrm{KL}\big(f(\cdot|y_{<t}, x) \,\|\, s(\cdot|y_{<t}, x)\big), \qquad t = 1, \dots, T $$
 
-    On completions sampled from the student its mean is an unbiased estimate of KL(q || p) over whole completions (of
-    at most the length limit), with less variance than that of the log-ratio of the sampled tokens.
+    With the student as `first` and the teacher as `second` this is the reverse KL, the other way round the forward KL.
+    On completions sampled from `first`, the mean of the sums along them is an unbiased estimate of KL(first || second)
+    over whole completions (of at most the length limit), with less variance than that of the log-ratio of the sampled
+    tokens.
 
     Args:
-        student, teacher ([`~transformers.PreTrainedModel`]): the two models, with one tokenizer.
-        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding.
+        first, second ([`~transformers.PreTrainedModel`]): the two models in eval mode, with one tokenizer.
+        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
         completion_ids (`Sequence[Sequence[int]]`): completions, the end-of-sequence token included.
         vocab_size (`int`): number of leading vocabulary rows that both models share.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions.
-        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass.
+        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
 
     Returns:
-        `list[float]`: nats, one number a completion; 0 for an empty one.
+        `list[list[float]]`: nats, a list for each completion with one number a token; an empty one for an empty
+        completion.
+
+    Raises:
+        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
     """
-    device = student.get_output_embeddings().weight.device
+    head, second_head = LMHead.of(first), LMHead.of(second)
+
+    def divergences(request: ScoreRequest) -> torch.Tensor:
+        states, second_states = (_states(model, request) for model in (first, second))
+        request = request._replace(temperature=temperature, teacher_hidden_states=second_states)
+        return score_hidden_states(states, head, request, vocab_size, second_head).divergence
+
+    return _token_values(divergences, prompt_ids, completion_ids, batch_size, head.weight.device)
+
+
+@torch.no_grad()
+def completion_losses(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    r"""Language-modelling loss of each token of completions: $-\log q(y_t|y_{<t}, x)$, at temperature 1.
+
+    The model's whole vocabulary counts, padded rows included, as in the loss that `transformers` computes.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model in eval mode.
+        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
+        completion_ids (`Sequence[Sequence[int]]`): completions; an end-of-sequence token counts if it is there.
+        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
+
+    Returns:
+        `list[list[float]]`: nats, a list for each completion with one number a token.
+
+    Raises:
+        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
+    """
+    head = LMHead.of(model)
+
+    def losses(request: ScoreRequest) -> torch.Tensor:
+        return -score_hidden_states(_states(model, request), head, request, head.weight.shape[0]).logps
+
+    return _token_values(losses, prompt_ids, completion_ids, batch_size, head.weight.device)
+
+
+def score_requests(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[list[int], ScoreRequest]]:
+    """Batches of prompts with their completions, the longest first, so that neighbours need little padding.
+
+    Yields:
+        `tuple[list[int], ScoreRequest]`: numbers of the rows, and the rows with a mask on the completions' tokens.
+
+    Raises:
+        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
+    """
+    if len(prompt_ids) != len(completion_ids):
+        raise ValueError(f"Each prompt needs one completion: got {len(prompt_ids)} and {len(completion_ids)}.")
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    result = [0.0] * len(order)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         prompt_width = max(len(prompt_ids[row]) for row in rows)
@@ -49,14 +111,34 @@ def completion_reverse_kl(
         ids = torch.zeros(len(rows), prompt_width + width, dtype=torch.long)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
+            if len(prompt_ids[row]) == 0:
+                raise ValueError(
+                    f"Prompt {row} has no tokens, so nothing predicts the first token of its completion. Drop it, or "
+                    "give it a beginning-of-sequence token."
+                )
             tokens = [*prompt_ids[row], *completion_ids[row]]
             first = prompt_width - len(prompt_ids[row])
             ids[i, first : first + len(tokens)] = torch.tensor(tokens)
             mask[i, first : first + len(tokens)] = True
         ids, mask = ids.to(device), mask.to(device)
-        states, teacher_states = (completion_hidden_states(model, ids, mask, width) for model in (student, teacher))
-        request = ScoreRequest(ids, mask, mask[:, -width:], temperature, teacher_states)
-        scores = score_hidden_states(states, LMHead.of(student), request, vocab_size, LMHead.of(teacher))
-        for row, total in zip(rows, scores.divergence.sum(dim=1).tolist(), strict=True):
-            result[row] = total
-    return result
+        yield rows, ScoreRequest(ids, mask, mask[:, -width:])
+
+
+def _states(model: PreTrainedModel, request: ScoreRequest) -> torch.Tensor:
+    length = request.completion_mask.shape[1]
+    return completion_hidden_states(model, request.input_ids, request.attention_mask, length)
+
+
+def _token_values(
+    score: Callable[[ScoreRequest], torch.Tensor],
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    batch_size: int,
+    device: torch.device,
+) -> list[list[float]]:
+    """What `score` gives the tokens `(B, T)` of each batch, by completion."""
+    values: list[list[float]] = [[] for _ in completion_ids]
+    for rows, request in score_requests(prompt_ids, completion_ids, batch_size, device):
+        for row, scores in zip(rows, score(request).tolist(), strict=True):
+            values[row] = scores[: len(completion_ids[row])]
+    return values

@@ -1,10 +1,9 @@
 """Completions of a model on its own: the same for any batch size, given the seed and the prompt's index."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..sampling import sample_prompts
@@ -65,9 +64,11 @@ def generate_completions(
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
+    indices: Sequence[int] | None = None,
     batch_size: int = 64,
     greedy: bool = False,
-    progress: bool = False,
+    no_repeat_ngram_size: int = 0,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Sample one completion for each prompt from `model` alone.
 
@@ -79,27 +80,32 @@ def generate_completions(
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature.
         seed (`int`, *optional*, defaults to `0`): together with a prompt's index it determines the completion,
             whatever the batch size.
+        indices (`Sequence[int]`, *optional*): the prompts' indices, where they are a share of all; their positions by
+            default.
         batch_size (`int`, *optional*, defaults to `64`): prompts decoded together.
         greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
+        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no completion may repeat an n-gram, see
+            [`NgramBlock`]; 0 for none.
+        on_batch (`Callable`, *optional*): called after each batch with the number of its prompts.
 
     Returns:
         `list[Completion]` in the order of the prompts.
     """
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = end_token_ids(model, tokenizer)
-    with tqdm(total=len(prompts), desc="Generating", unit=" prompts", disable=not progress) as bar:
-        sampled = sample_prompts(
-            model.eval(),
-            encode_prompts(tokenizer, prompts),
-            keys=None if greedy else [(seed, index) for index in range(len(prompts))],
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=pad_token_id,
-            temperature=temperature,
-            batch_size=batch_size,
-            vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
-            on_batch=lambda rows, _: bar.update(len(rows)),
-        )
+    indices = range(len(prompts)) if indices is None else indices
+    sampled = sample_prompts(
+        model.eval(),
+        encode_prompts(tokenizer, prompts),
+        keys=None if greedy else [(seed, index) for index in indices],
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=ends,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        batch_size=batch_size,
+        vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        on_batch=None if on_batch is None else lambda rows, _: on_batch(len(rows)),
+    )
     texts: list[Any] = tokenizer.batch_decode(sampled, skip_special_tokens=True)
     return [Completion(text, ids, ids[-1] in ends) for text, ids in zip(texts, sampled, strict=True)]

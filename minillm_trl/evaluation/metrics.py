@@ -6,6 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 
 
@@ -27,12 +28,32 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: if there is no reference, or `references` is one text instead of a list.
     """
-    if not references:
-        raise ValueError("rouge_l needs at least one reference.")
-    if isinstance(references, str):
-        raise ValueError(f"rouge_l needs a list of references, got the text {references!r}: write [reference].")
+    _check_references("rouge_l", references)
     prediction = prediction.strip()
     return 100 * max(_scorer().score(reference.strip(), prediction)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """100 if a prediction is one of the references to the character, else 0.
+
+    White space at the ends does not count; nothing else is normalised, neither case nor punctuation.
+
+    Args:
+        prediction (`str`): generated text.
+        references (`Sequence[str]`): at least one reference text.
+
+    Raises:
+        ValueError: if there is no reference, or `references` is one text instead of a list.
+    """
+    _check_references("exact_match", references)
+    return 100.0 if prediction.strip() in {reference.strip() for reference in references} else 0.0
+
+
+def _check_references(measure: str, references: Sequence[str]) -> None:
+    if not references:
+        raise ValueError(f"{measure} needs at least one reference.")
+    if isinstance(references, str):
+        raise ValueError(f"{measure} needs a list of references, got the text {references!r}: write [reference].")
 
 
 def repeated_ngrams(token_ids: Sequence[int], n: int = 4) -> float:
@@ -83,6 +104,35 @@ def distinct_outputs(outputs: Sequence[str]) -> float:
     return len({output.strip() for output in outputs}) / len(outputs)
 
 
+def self_bleu(outputs: Sequence[str]) -> float:
+    """Self-BLEU of several samples for one prompt: mean BLEU-4 of each against all others, in [0, 100].
+
+    100 if all are the same, 0 if no two have a word in common. Sentence BLEU of package `nltk` on words split at white
+    space, case and punctuation as they are. As in Texygen, which introduced the measure, an order of n-grams without a
+    match counts 0.1 matches (`SmoothingFunction().method1`). Of an output with fewer than 4 words the orders up to its
+    length count, so that equal short outputs reach 100. An output without words scores 100 if another has none either,
+    and 0 if not.
+
+    Args:
+        outputs (`Sequence[str]`): at least two samples.
+
+    Raises:
+        ValueError: if there are fewer than two outputs: one alone has nothing to be like.
+    """
+    if len(outputs) < 2:
+        raise ValueError(f"self_bleu needs at least two outputs, got {len(outputs)}. Sample with more seeds.")
+    words = [output.split() for output in outputs]
+    smoothing = SmoothingFunction().method1
+    total = 0.0
+    for i, hypothesis in enumerate(words):
+        others = words[:i] + words[i + 1 :]
+        if hypothesis:
+            total += sentence_bleu(others, hypothesis, smoothing_function=smoothing, auto_reweigh=True)
+        else:
+            total += float([] in others)
+    return 100 * total / len(words)
+
+
 class MeanInterval(NamedTuple):
     """A mean over `n` prompts with the bounds of its confidence interval, and its standard error over the prompts."""
 
@@ -111,18 +161,22 @@ def bootstrap_interval(
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         raise ValueError("bootstrap_interval needs at least one value.")
-    generator = np.random.default_rng(seed)
-    # in blocks that fit in the cache, so that memory does not grow with the number of prompts
-    means = np.concatenate(
-        [
-            array[generator.integers(array.size, size=(block, array.size))].mean(axis=1)
-            for block in _blocks(resamples, max(1, 2**18 // array.size))
-        ]
-    )
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(bootstrap_means(array, resamples, seed), [tail, 1 - tail])
     error = float(array.std(ddof=1)) / math.sqrt(array.size) if array.size > 1 else None
     return MeanInterval(float(array.mean()), float(low), float(high), int(array.size), error)
+
+
+def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means of resampled rows: `(N, ...) -> (resamples, ...)`, each of N rows drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    # in blocks that fit in the cache, so that memory does not grow with the number of prompts
+    return np.concatenate(
+        [
+            values[generator.integers(len(values), size=(block, len(values)))].mean(axis=1)
+            for block in _blocks(resamples, max(1, 2**18 // values.size))
+        ]
+    )
 
 
 def paired_bootstrap(
@@ -146,6 +200,44 @@ def paired_bootstrap(
         raise ValueError(f"paired_bootstrap needs the same prompts: got {len(values)} values and {len(baseline)}.")
     differences = (np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)).tolist()
     return bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def bootstrap_ratio(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> MeanInterval:
+    """100 * sum(values) / sum(baseline) over the same prompts with its percentile bootstrap interval.
+
+    Both sums are of the same resampled prompts. The standard error is that of the linearised ratio (delta method).
+
+    Args:
+        values, baseline (`Sequence[float]`): one number a prompt, in the same order; those of `baseline` positive.
+        confidence, resamples, seed: see [`bootstrap_interval`].
+
+    Returns:
+        [`MeanInterval`], whose `mean` is the ratio in percent.
+
+    Raises:
+        ValueError: if there are no values, the two have different lengths, or `baseline` has one that is not positive.
+    """
+    if len(values) != len(baseline) or not len(values):
+        raise ValueError(f"bootstrap_ratio needs the same prompts: got {len(values)} values and {len(baseline)}.")
+    pairs = np.asarray([values, baseline], dtype=np.float64).T
+    if pairs[:, 1].min() <= 0:
+        raise ValueError(f"bootstrap_ratio needs a positive baseline, got {pairs[:, 1].min()}.")
+    means = bootstrap_means(pairs, resamples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(100 * means[:, 0] / means[:, 1], [tail, 1 - tail])
+    mean, baseline_mean = pairs.mean(axis=0)
+    ratio, error = mean / baseline_mean, None
+    if len(pairs) > 1:
+        residuals = pairs[:, 0] - ratio * pairs[:, 1]
+        error = float(100 * residuals.std(ddof=1) / math.sqrt(len(pairs)) / baseline_mean)
+    return MeanInterval(float(100 * ratio), float(low), float(high), len(pairs), error)
 
 
 def sign_flip_test(

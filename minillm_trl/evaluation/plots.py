@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from .calibration import CalibrationBin
 from .metrics import MeanInterval
 
 # After Okabe and Ito, told apart by the colour-blind and dark enough for white; `style.py` has the same ones for the
@@ -123,16 +124,6 @@ class Intervals:
         axes.set_xlabel(self.x_label)
         _finish(figure, ink, height=0.8 + 0.17 * pitch * len(self.categories), grid="x")
         return figure
-
-
-class CalibrationBin(NamedTuple):
-    """Predictions with a confidence in (low, high]: how many, their mean confidence and accuracy; None of none."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float | None
-    accuracy: float | None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .calibration import CalibrationBin
 from .metrics import MeanInterval
-from .plots import CalibrationBin
 
 # What must be the same for two models on a task; the texts themselves are compared one by one
 _SAME = (
@@ -25,7 +25,7 @@ _OTHER = ("dataset", "data_sha256", "model", "adapter", "teacher", "exposure_bia
 
 
 class Bucket(NamedTuple):
-    """The prompts whose reference has `low` to `high` words (None for no upper end), and the measures over them."""
+    """Prompts whose first reference has `low` to `high` tokens (None: no upper end), and the measures over them."""
 
     low: int
     high: int | None
@@ -33,7 +33,7 @@ class Bucket(NamedTuple):
     summary: dict[str, MeanInterval]
 
 
-class Calibration(NamedTuple):
+class LabelCalibration(NamedTuple):
     """Expected calibration error, in [0, 1], and the bins behind it."""
 
     ece: float
@@ -50,9 +50,9 @@ class TaskResult:
         by_seed (`dict[str, list[float]]`): the mean of each sampling seed.
         corpus (`dict[str, float]`): measures of all samples together.
         buckets (`list[Bucket]`): the measures by length of the reference; empty without references.
-        excess_error (`list[float | None]`, *optional*): ExAccErr at each position in per cent, if it was measured;
-            None at positions where it is not defined.
-        calibration ([`Calibration`], *optional*): of a classification task.
+        excess_error (`list[float | None]`, *optional*): ExAccErr in per cent, if it was measured, at each position
+            that a tenth of the samples of student and teacher reach; None where it is not defined.
+        calibration ([`LabelCalibration`], *optional*): of a classification task.
         per_prompt (`list[dict[str, float]]`): each measure for each prompt, mean over the sampling seeds.
         samples (`list[dict]`): `prompt`, `references`, `outputs` and `scores` of each prompt.
     """
@@ -63,7 +63,7 @@ class TaskResult:
     corpus: dict[str, float]
     buckets: list[Bucket]
     excess_error: list[float | None] | None
-    calibration: Calibration | None
+    calibration: LabelCalibration | None
     per_prompt: list[dict[str, float]]
     samples: list[dict[str, Any]]
 
@@ -114,7 +114,7 @@ def _read_task(path: Path) -> TaskResult:
         raise KeyError(*missing)
     if calibration is not None:
         bins = [CalibrationBin(*(each[key] for key in CalibrationBin._fields)) for each in calibration["bins"]]
-        calibration = Calibration(calibration["ece"], bins)
+        calibration = LabelCalibration(calibration["ece"], bins)
     # splitlines would split at characters inside of texts too
     lines = path.with_name("samples.jsonl").read_text(encoding="utf-8").split("\n")
     samples = [json.loads(line) for line in lines if line]
@@ -131,11 +131,18 @@ def _read_task(path: Path) -> TaskResult:
             Bucket(each["low"], each["high"], each["prompts"], _intervals(each["summary"]))
             for each in results["buckets"]
         ],
-        excess_error=None if exposure_bias is None else exposure_bias["excess_error"],
+        excess_error=None if exposure_bias is None else _well_supported(exposure_bias),
         calibration=calibration,
         per_prompt=results["per_prompt"],
         samples=samples,
     )
+
+
+def _well_supported(exposure_bias: Mapping[str, Any]) -> list[float | None]:
+    """The curve up to the last position that a tenth of the samples of both models reach: noise beyond."""
+    counts = [exposure_bias[f"counts_{model}"] for model in ("student", "teacher")]
+    kept = min(sum(10 * count >= each[0] for count in each) for each in counts)
+    return exposure_bias["excess_error"][:kept]
 
 
 def _intervals(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, MeanInterval]:

@@ -1,0 +1,264 @@
+"""`minillm-trl judge`: an LLM scores answers beside the references, or beside another model's."""
+
+import argparse
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..data.errors import shortened
+from ..evaluation.chat_client import ChatClient, check_base_url
+from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores, make_pairs, parse_scores, score_pairs
+from ..evaluation.report import Column, Row, Table, format_table
+from ..evaluation.results import read_evaluation
+from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
+from .arguments import parse_plain
+from .compare import named_folder
+from .models import load_tokenizer
+
+Place = tuple[str, str]  # task and model
+
+_KEY = "OPENAI_API_KEY"
+_CHARACTERS_PER_TOKEN = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="minillm-trl judge",
+        description="Let an LLM score the answers that `minillm-trl evaluate` wrote from 1 to 10, each beside the "
+        "reference, as the paper's GPT-4 feedback does: 100 * sum of the model's scores / sum of the references'. "
+        "Verdicts are kept in output_dir and asked for once.",
+        allow_abbrev=False,  # an --api_key with the key itself must not pass for --api_key_env
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder that `evaluate` wrote, or NAME=FOLDER to name its row"
+    )
+    parser.add_argument(
+        "--against", default=REFERENCE, metavar="RUN", help="run to judge against (default: reference, the references)"
+    )
+    parser.add_argument("--base_url", required=True, help="OpenAI-compatible endpoint, as http://localhost:8000/v1")
+    parser.add_argument("--judge_model", required=True, metavar="NAME", help="model of the endpoint that judges")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for verdicts.jsonl and judge.json")
+    parser.add_argument("--api_key_env", metavar="NAME", help=f"environment variable of the API key (default: {_KEY})")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="judge these tasks only")
+    parser.add_argument("--max_rows", type=int, help="judge the first prompts of each task only")
+    parser.add_argument(
+        "--samples_per_prompt", type=int, default=1, help="answers judged, of the first sampling seeds (default: 1)"
+    )
+    parser.add_argument(
+        "--no_swap", action="store_true", help="judge each pair in one order, for half the cost, and not in both"
+    )
+    parser.add_argument("--max_tokens", type=int, default=512, help="length limit of a reply (default: 512)")
+    parser.add_argument(
+        "--extra_body",
+        type=_extra_body,
+        default={},
+        metavar="JSON",
+        help="further fields of the requests; null leaves one out, as in "
+        '\'{"max_tokens": null, "max_completion_tokens": 2000}\'',
+    )
+    parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at a time (default: 8)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer (default: 120)")
+    parser.add_argument("--max_retries", type=int, default=6, help="tries after a failed one (default: 6)")
+    parser.add_argument("--tokenizer", help="name or folder of a tokenizer, for the estimate of tokens")
+    parser.add_argument(
+        "--price_per_million", type=float, nargs=2, metavar=("INPUT", "OUTPUT"), help="prices of a million tokens"
+    )
+    parser.add_argument("--max_requests", type=int, help="refuse to begin if more requests are needed")
+    parser.add_argument("--dry_run", action="store_true", help="print the estimate and end")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse the arguments, estimate the cost, ask for what is missing, and write and print the scores."""
+    arguments = parse_plain(build_parser(), argv)
+    _check(arguments)
+    pairs = _pairs(arguments)
+    protocol = Protocol(arguments.judge_model, arguments.max_tokens, arguments.extra_body, not arguments.no_swap)
+    requests = {
+        request.key: request.body for each in pairs.values() for pair in each for request in protocol.requests(pair)
+    }
+    path = arguments.output_dir / "verdicts.jsonl"
+    found = read_verdicts(path)
+    missing = [body for key, body in requests.items() if key not in found]
+    print(f"{len(missing)} requests to {arguments.judge_model}; {len(requests) - len(missing)} were answered before.")
+    if missing:
+        print(_estimate(missing, arguments.tokenizer, arguments.price_per_million))
+    if arguments.max_requests is not None and len(missing) > arguments.max_requests:
+        raise ValueError(f"--max_requests {arguments.max_requests}: {len(missing)} are needed. Nothing was asked.")
+    if arguments.dry_run:
+        return 0
+    with ChatClient(
+        arguments.base_url,
+        _api_key(arguments.api_key_env),
+        key_name=arguments.api_key_env or _KEY,
+        timeout=arguments.timeout,
+        max_retries=arguments.max_retries,
+    ) as client:
+        verdicts, refused = collect_verdicts(requests, path, client, parse_scores, concurrency=arguments.concurrency)
+    scores = {place: score_pairs(each, protocol, verdicts) for place, each in pairs.items()}
+    _check_judged(scores, verdicts, refused)
+    _save(arguments, scores, verdicts)
+    _show(arguments, scores, refused)
+    return 0
+
+
+def _extra_body(text: str) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(body, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    if taken := sorted(body.keys() & {"model", "messages", "stream", "n"}):
+        raise argparse.ArgumentTypeError(f"must not hold {taken[0]!r}")
+    return body
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_base_url(arguments.base_url)
+    for name in ("samples_per_prompt", "max_tokens", "concurrency", "timeout", "max_rows"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be positive, got {value}.")
+    for name in ("max_retries", "max_requests"):
+        value = getattr(arguments, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name} must not be negative, got {value}.")
+    if min(arguments.price_per_million or [0]) < 0:
+        raise ValueError(f"--price_per_million must not be negative, got {min(arguments.price_per_million)}.")
+
+
+def _api_key(name: str | None) -> str | None:
+    """The key, or None if there is none under the default name: local servers need none.
+
+    What was given as a name is not shown, as it may be the key itself.
+    """
+    key = os.environ.get(name or _KEY, "").strip()
+    if name is not None and not key:
+        raise ValueError(
+            "--api_key_env: no environment variable of this name is set. It takes the name of a variable that holds "
+            "the key, and not the key."
+        )
+    return key or None
+
+
+def _pairs(arguments: argparse.Namespace) -> dict[Place, list[Pair]]:
+    """The pairs of each task and model."""
+    models = [read_evaluation(*named_folder(word)) for word in arguments.runs]
+    opponent = None if arguments.against == REFERENCE else read_evaluation(*named_folder(arguments.against))
+    names = [model.name for model in (*models, opponent) if model is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Cannot judge {names}: each run needs a name of its own, as in NAME=FOLDER.")
+    known = list(dict.fromkeys(task for model in models for task in model.tasks))
+    if unknown := sorted(set(arguments.tasks or ()) - set(known)):
+        raise ValueError(f"--tasks {unknown[0]}: there are only {', '.join(known)}.")
+    pairs = {}
+    for task in arguments.tasks or known:
+        for model in (model for model in models if task in model.tasks):
+            if not any(sample.get("outputs") for sample in model.tasks[task].samples):
+                print(f"{model.name}, {task}: no answers in words, so left out.")
+                continue
+            pairs[task, model.name] = make_pairs(
+                model, opponent, task, samples_per_prompt=arguments.samples_per_prompt, max_rows=arguments.max_rows
+            )
+        _check_same_questions(task, {model: each for (name, model), each in pairs.items() if name == task})
+    if not pairs:
+        raise ValueError("There is nothing to judge.")
+    return pairs
+
+
+def _check_same_questions(task: str, pairs: dict[str, list[Pair]]) -> None:
+    for (one, its), (other, others) in pairwise(pairs.items()):
+        if [(pair.question, pair.other) for pair in its] != [(pair.question, pair.other) for pair in others]:
+            raise ValueError(f"{one} and {other} were evaluated on different prompts or references of {task}.")
+
+
+def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: list[float] | None) -> str:
+    texts = [message["content"] for body in bodies for message in body["messages"]]
+    if tokenizer_name is None:
+        prompt_tokens, how = sum(map(len, texts)) // _CHARACTERS_PER_TOKEN, f"characters / {_CHARACTERS_PER_TOKEN}"
+    else:
+        tokenizer = load_tokenizer(tokenizer_name)
+        prompt_tokens, how = sum(map(len, tokenizer(texts)["input_ids"])), f"tokenizer of {tokenizer_name}"
+    limits = [body.get("max_completion_tokens", body.get("max_tokens")) for body in bodies]
+    if None in limits:
+        raise ValueError("--extra_body leaves out max_tokens. Set max_completion_tokens in its place.")
+    text = f"Estimate: {prompt_tokens:,} input tokens ({how}) and at most {sum(limits):,} output tokens"
+    if prices is not None:
+        text += f", at most {(prompt_tokens * prices[0] + sum(limits) * prices[1]) / 1e6:,.2f} at the given prices"
+    return f"{text}; replies that must be asked for again come on top."
+
+
+def _check_judged(scores: dict[Place, Scores], verdicts: dict[str, Verdict], refused: dict[str, str]) -> None:
+    if any(each.summary for each in scores.values()):
+        return
+    if refused:
+        raise ValueError(f"No pair was judged. {next(iter(refused.values()))}")
+    reply = shortened(next(iter(verdicts.values())).reply)
+    raise ValueError(
+        f"No reply has two scores from 1 to 10 in its first line; one is {reply}. Take a judge that follows the "
+        "prompt, or raise --max_tokens if it thinks first."
+    )
+
+
+def _save(arguments: argparse.Namespace, scores: dict[Place, Scores], verdicts: dict[str, Verdict]) -> None:
+    tasks: dict[str, dict[str, Any]] = {}
+    for (task, model), each in scores.items():
+        summary = {name: interval._asdict() for name, interval in each.summary.items()}
+        tasks.setdefault(task, {})[model] = {**each.counts, "summary": summary, "per_prompt": each.per_prompt}
+    used = verdicts.values()
+    results = {
+        "settings": {
+            "judge_model": arguments.judge_model,
+            "answered_as": sorted({verdict.model for verdict in used} - {None}),
+            "base_url": arguments.base_url,
+            "prompt_sha256": PROMPT_SHA256,
+            "runs": arguments.runs,
+            "against": arguments.against,
+            "both_orders": not arguments.no_swap,
+            "samples_per_prompt": arguments.samples_per_prompt,
+            "max_rows": arguments.max_rows,
+            "temperature": arguments.extra_body.get("temperature", 0),
+            "max_tokens": arguments.max_tokens,
+            "extra_body": arguments.extra_body,
+        },
+        "versions": {"minillm-trl": __version__},
+        "verdicts": len(used),
+        "unparsed": sum(verdict.scores is None for verdict in used),
+        "asked_again": sum(verdict.asked - 1 for verdict in used),
+        "retries": sum(verdict.retries for verdict in used),
+        "prompt_tokens": sum(verdict.prompt_tokens for verdict in used),
+        "completion_tokens": sum(verdict.completion_tokens for verdict in used),
+        "tasks": tasks,
+    }
+    temporary = arguments.output_dir / ".judge.json.partial"
+    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    os.replace(temporary, arguments.output_dir / "judge.json")
+
+
+def _show(arguments: argparse.Namespace, scores: dict[Place, Scores], refused: dict[str, str]) -> None:
+    other = REFERENCE if arguments.against == REFERENCE else named_folder(arguments.against)[0]
+    columns = [
+        Column("ratio", f"Score in % of {other}", "higher"),
+        Column("model", "Score", "higher", 2),
+        Column("other", f"Score of {other}", "lower", 2),
+        Column("win", "Wins (%)", "higher"),
+        Column("tie", "Ties (%)", "higher"),
+        Column("loss", "Losses (%)", "lower"),
+        Column("position", "First minus second", "lower", 2),
+    ]
+    for task in dict.fromkeys(task for task, _ in scores):
+        rows = [Row(model, dict(each.summary)) for (name, model), each in scores.items() if name == task]
+        print(f"\n{task}, judged by {arguments.judge_model}\n{format_table(Table(columns, rows))}")
+    counts = {name: sum(each.counts[name] for each in scores.values()) for name in next(iter(scores.values())).counts}
+    print(f"\n{counts['judged']} of {counts['pairs']} pairs judged", end="")
+    print(", each in one order." if arguments.no_swap else f", {counts['one_order']} of them in one order only.")
+    if counts["unparsed"]:
+        print(f"{counts['unparsed']} verdicts are left out, as no reply to them could be parsed.")
+    if refused:
+        print(f"{counts['missing']} verdicts are missing. {next(iter(refused.values()))}")
+    print(f"Written to {arguments.output_dir / 'judge.json'}")

@@ -1,0 +1,142 @@
+"""Exposure bias: how much a student's errors grow because it continues its own text and not the teacher's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..sampling import evaluation_key, sample_prompts
+from ..teacher import shared_vocab_size
+from .divergence import token_divergences
+from .generation import encode_prompts, end_token_ids
+
+
+@dataclass(frozen=True)
+class ExposureBias:
+    """Accumulated errors by position l = 1, 2, ..., up to the last one that samples of both models reach.
+
+    Attributes:
+        student (`list[float]`): L(l), nats: accumulated error on contexts that the student sampled.
+        teacher (`list[float]`): E(l) = l eps(l), nats: the same on contexts that the teacher sampled.
+        excess_error (`list[float | None]`): ExAccErr(l), per cent; None where E(l) is not positive.
+        counts_student, counts_teacher (`list[int]`): samples whose l-th token exists, so from which position l has its
+            mean. Where they are few, the curves are noise.
+    """
+
+    student: list[float]
+    teacher: list[float]
+    excess_error: list[float | None]
+    counts_student: list[int]
+    counts_teacher: list[int]
+
+
+def excess_accumulated_error(
+    on_student: Sequence[Sequence[float]], on_teacher: Sequence[Sequence[float]]
+) -> ExposureBias:
+    r"""Excess accumulated error of a student (App. B.5 of the paper, after Arora et al. 2022).
+
+    With the error of a step $\epsilon_t = \mathrm{KL}(p(\cdot|y_{<t}, x) \,\|\, q(\cdot|y_{<t}, x))$ of student q from
+    teacher p,
+
+    $$ L(l) = \sum_{t=1}^{l} \mathbb{E}_{y \sim q}[\epsilon_t], \qquad
+       E(l) = l\,\epsilon(l) = \sum_{t=1}^{l} \mathbb{E}_{y \sim p}[\epsilon_t], \qquad
+       \mathrm{ExAccErr}(l) = 100\, \frac{L(l) - E(l)}{E(l)} $$
+
+    The mean at position t is over the samples of all prompts that have a token there: an estimate of the error of a
+    step given that the text has come that far. Samples that have ended do not count as free of error, since a student
+    would then be the better the earlier it stops.
+
+    Args:
+        on_student, on_teacher (`Sequence[Sequence[float]]`): $\epsilon_t$ at each token of each sample of the student
+            and of the teacher, nats (see [`~evaluation.divergence.token_divergences`]); as many samples of each prompt
+            as of any other, the first token of the completion first.
+
+    Returns:
+        [`ExposureBias`]. `excess_error` is None where the student has made no error on the teacher's contexts, so that
+        there is nothing to be in excess of: at every position for a student that equals its teacher.
+
+    Raises:
+        ValueError: if no sample of one of the models has a token.
+    """
+    positions = min(max(map(len, divergences), default=0) for divergences in (on_student, on_teacher))
+    if positions == 0:
+        raise ValueError("Exposure bias needs samples of student and teacher, with at least one token each.")
+    student, counts_student = _accumulated(on_student, positions)
+    teacher, counts_teacher = _accumulated(on_teacher, positions)
+    excess = [
+        100 * (mine - theirs) / theirs if theirs > 0 else None for mine, theirs in zip(student, teacher, strict=True)
+    ]
+    return ExposureBias(student, teacher, excess, counts_student, counts_teacher)
+
+
+def _accumulated(divergences: Sequence[Sequence[float]], positions: int) -> tuple[list[float], list[int]]:
+    running = [[each[t] for each in divergences if len(each) > t] for t in range(positions)]
+    # fsum, so that the order of the prompts does not matter
+    means = (math.fsum(values) / len(values) for values in running)
+    return list(accumulate(means)), [len(values) for values in running]
+
+
+def sample_divergences(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Sample from student and teacher, and measure the student's errors on both.
+
+    A sample is a function of the seed, its prompt's tokens and its number, so that neither batches nor the order of
+    the prompts matter. Student and teacher draw with the same random numbers, which takes noise out of the difference.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedModel`]): the two models; put in eval mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that of both.
+        prompts (`Sequence`): texts or conversations, all different.
+        samples (`int`): samples of each model for each prompt; the paper has 10.
+        max_new_tokens (`int`): length limit, the end-of-sequence token included.
+        temperature (`float`, *optional*, defaults to `1.0`): of sampling and of the distributions that are compared.
+        seed (`int`, *optional*, defaults to `0`): seed of the samples.
+        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
+
+    Returns:
+        The errors at each token of each sample of the student, and of the teacher, for [`excess_accumulated_error`];
+        samples of one prompt stand side by side.
+
+    Raises:
+        ValueError: if `samples` is less than 1, or tokenizer and models do not fit.
+    """
+    if samples < 1:
+        raise ValueError(f"Exposure bias needs at least one sample of each prompt, got samples={samples}.")
+    vocab_size = shared_vocab_size(student, teacher, tokenizer)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    prompt_ids = [ids for ids in encode_prompts(tokenizer, prompts) for _ in range(samples)]
+    keys = [evaluation_key(seed, ids, number % samples) for number, ids in enumerate(prompt_ids)]
+    divergences = []
+    with tqdm(total=2 * len(keys), desc="Exposure bias", unit=" samples", disable=not progress) as bar:
+        for model in (student.eval(), teacher.eval()):
+            completions = sample_prompts(
+                model,
+                prompt_ids,
+                keys=keys,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=end_token_ids(model, tokenizer),
+                pad_token_id=pad_token_id,
+                temperature=temperature,
+                batch_size=batch_size,
+                vocab_size=vocab_size,  # what is scored, so that a step's error is that of what was drawn from
+                on_batch=lambda rows, _: bar.update(len(rows)),
+            )
+            options = {"vocab_size": vocab_size, "temperature": temperature, "batch_size": batch_size}
+            divergences.append(token_divergences(teacher, student, prompt_ids, completions, **options))
+    on_student, on_teacher = divergences
+    return on_student, on_teacher

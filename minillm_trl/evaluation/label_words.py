@@ -1,0 +1,114 @@
+"""Zero-shot classification: probabilities of label words behind a prompt."""
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..lm_head import LMHead, completion_hidden_states
+from .divergence import completion_losses, score_requests
+from .generation import encode_prompts
+
+
+@torch.no_grad()
+def label_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, str]]],
+    label_words: Sequence[str],
+    *,
+    batch_size: int = 64,
+) -> np.ndarray:
+    r"""Probability of each label word as what follows a prompt, among the label words.
+
+    $$ P(w|x) = q(w|x) \Big/ \sum_{w'} q(w'|x), \qquad q(w|x) = \prod_t q(w_t|w_{<t}, x) $$
+
+    with the tokens w_t of the word at temperature 1, not normalised by their number. The answer may go on behind the
+    word.
+
+    Prompt and word are joined as they stand, so one of them has to hold the space between them. It is the word
+    (`"Sentiment:"` with `" positive"`), since tokenizers join a space to the word behind it: a prompt that ends with
+    one ends within a token. Behind a line break or a chat template's opening of the answer, words need no space.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model; put in eval mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        prompts (`Sequence`): N texts or conversations.
+        label_words (`Sequence[str]`): L words, at least two.
+        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
+
+    Returns:
+        `np.ndarray` of shape `(N, L)`, float64; rows sum to 1. Where all words are single tokens, each prompt runs
+        through the model once, otherwise once for each word.
+
+    Raises:
+        ValueError: if there are no prompts or fewer than two label words, a word has no tokens of its own behind a
+            prompt, or the tokens of one are, or begin, those of another.
+    """
+    if not prompts:
+        raise ValueError("There are no prompts to classify.")
+    if isinstance(label_words, str) or len(label_words) < 2:
+        raise ValueError(f"Classification needs a list of at least two label words, got {label_words!r}.")
+    model.eval()
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    label_ids = [
+        _label_ids(tokenizer, index, prompt, ids, label_words)
+        for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+    ]
+    if all(len(ids) == 1 for row in label_ids for ids in row):
+        log_probs = _next_token_log_probs(
+            model, prompt_ids, [[ids[0] for ids in row] for row in label_ids], batch_size
+        )
+    else:
+        repeated = [ids for ids in prompt_ids for _ in label_words]
+        losses = completion_losses(model, repeated, [ids for row in label_ids for ids in row], batch_size=batch_size)
+        log_probs = -np.array([sum(each) for each in losses]).reshape(len(prompt_ids), len(label_words))
+    return np.exp(log_probs - np.logaddexp.reduce(log_probs, axis=1, keepdims=True))
+
+
+def _label_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    prompt: str | list[dict[str, str]],
+    prompt_ids: list[int],
+    label_words: Sequence[str],
+) -> list[list[int]]:
+    """Tokens of each label word behind the prompt's."""
+    is_text = isinstance(prompt, str)
+    # a template's text has its special tokens already
+    text = prompt if is_text else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    joined = tokenizer([text + word for word in label_words], add_special_tokens=is_text)["input_ids"]
+    labels = []
+    for word, ids in zip(label_words, joined, strict=True):
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                f"Prompt {index} ends within a token that reaches into the label word {word!r}. End the prompts "
+                "before the space, and begin the label words with it."
+            )
+        labels.append(ids[len(prompt_ids) :])
+        if not labels[-1]:
+            raise ValueError(f"The label word {word!r} has no tokens behind prompt {index}. Choose another.")
+    for (word, ids), (other, other_ids) in permutations(zip(label_words, labels, strict=True), 2):
+        if other_ids[: len(ids)] == ids:
+            raise ValueError(
+                f"The tokens {ids} of the label word {word!r} are, or begin, those of {other!r} ({other_ids}), "
+                "so that it is never the less probable one. Choose words of which none begins another."
+            )
+    return labels
+
+
+def _next_token_log_probs(
+    model: PreTrainedModel, prompt_ids: list[list[int]], label_ids: list[list[int]], batch_size: int
+) -> np.ndarray:
+    """Log-probs `(N, L)`, nats, of single tokens behind each prompt."""
+    head = LMHead.of(model)
+    log_probs = np.empty((len(prompt_ids), len(label_ids[0])))
+    # any token may stand behind a prompt: the states that are taken are those that predict it
+    for rows, request in score_requests(prompt_ids, [row[:1] for row in label_ids], batch_size, head.weight.device):
+        states = completion_hidden_states(model, request.input_ids, request.attention_mask, 1).squeeze(1)
+        found = torch.log_softmax(head.logits(states, head.weight.shape[0]), dim=-1)
+        labels = torch.tensor([label_ids[row] for row in rows], device=found.device)
+        log_probs[rows] = found.gather(1, labels).cpu().numpy()
+    return log_probs

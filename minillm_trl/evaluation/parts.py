@@ -1,0 +1,48 @@
+"""Results of an evaluation that is not finished yet, kept on disk part by part."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+class Parts:
+    """Parts of an evaluation, each a JSON file in a folder, so that a run that was stopped computes none again.
+
+    Args:
+        folder (`Path`): holds the parts; made with the first one.
+        settings (`dict`): what the parts depend on, JSON values.
+
+    Raises:
+        ValueError: if the folder has parts that were made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+        found = self.get("settings")
+        if found is not None and found != self.settings:
+            name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
+            raise ValueError(
+                f"{folder} holds an unfinished evaluation with {name}={found.get(name)!r}, now "
+                f"{self.settings.get(name)!r}. Delete this folder, or name another with --output_dir."
+            )
+
+    def get(self, name: str) -> Any:
+        """The part of that name, or None."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a part; it is there whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if name != "settings" and not (self.folder / "settings.json").is_file():
+            self.put("settings", self.settings)
+        temporary = self.folder / f".{name}.partial"
+        temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, self.folder / f"{name}.json")
+
+    def delete(self) -> None:
+        """Drop all parts, once the evaluation is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
