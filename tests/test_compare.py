@@ -81,8 +81,10 @@ class TestEvaluate:
 
         runs = [f"{name}={tmp_path / name}" for name in models]
         assert main(["compare", *runs, "--output_dir", str(tmp_path / "report")]) == 0
-        tables = capsys.readouterr().out.split("\n\n")
-        assert [table.split("\n")[0] for table in tables[:3]] == ["\nAll tasks", "dolly: Quality", *tables[2:3]]
+        *tables, _ = capsys.readouterr().out.strip().split("\n\n")
+        of_a_task = ("Quality", "Closeness to the teacher", "Length, repetition and diversity")
+        headings = ["All tasks", *(f"{task}: {heading}" for task in ("dolly", "vicuna") for heading in of_a_task)]
+        assert [table.split("\n")[0] for table in tables] == headings
         assert [line.split()[0] for line in tables[0].splitlines()[-2:]] == ["student", "teacher"]
         assert "## vicuna" in (tmp_path / "report" / "report.md").read_text()
 
@@ -252,6 +254,27 @@ class TestTables:
         assert ("Label words", "yes, no") in report.facts
         assert [part.heading for part in report.sections if part.samples] == ["Answers: dolly"]
 
+    def test_general_benchmark_is_judged_by_its_main_measure_under_the_names_of_lm_eval(self, tmp_path):
+        better = {"acc": True, "word_perplexity": False}
+        settings = {"kind": "lm_eval", "main_measure": "acc", "higher_is_better": better, "num_fewshot": 5}
+        for name, values in (("a", [1.0] * 8), ("b", [0.0] * 7 + [1.0])):
+            folder = write_results(tmp_path / name / "sciq", {"acc": values}, seeds=[], **settings)
+            results = json.loads((folder / "results.json").read_text())
+            results["summary"]["word_perplexity"] = results["summary"]["acc"]  # no mean over documents
+            (folder / "results.json").write_text(json.dumps(results))
+            write_results(tmp_path / name / "dolly", {"rouge_l": [1.0, 2.0]})
+        report = compare(tmp_path, "a", "b", baseline="b")
+        labels = [(each.label, each.better) for each in section(report, "All tasks").tables[""].columns]
+        assert labels == [("dolly: Rouge-L", "higher"), ("sciq: acc", "higher")]
+        tables = section(report, "sciq").tables
+        assert [(each.label, each.better) for each in tables["Quality"].columns] == [
+            ("acc", "higher"),
+            ("word_perplexity", "lower"),
+        ]
+        assert cells(tables["Difference to b"])["a"]["acc"].startswith("+0.875 [")
+        assert ("lm-eval", "5 examples") in report.facts
+        assert "Above b by more than chance: a on sciq." in report.summary
+
     def test_task_that_only_some_were_evaluated_on(self, tmp_path):
         write_results(tmp_path / "a" / "dolly", {"rouge_l": [1.0, 2.0]})
         write_results(tmp_path / "a" / "vicuna", {"rouge_l": [3.0, 4.0]})
@@ -386,7 +409,7 @@ class TestFigures:
     def test_buckets_without_prompts_are_left_out(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0, 3.0, 8.0]}, bucket_of=[0, 0, 2])
         (plot,) = section(compare(tmp_path, "a"), "dolly").figures
-        assert plot.categories == ["all", "0–5 tokens\n(2 prompts)", "11 or more tokens\n(1 prompts)"]
+        assert plot.categories == ["all", "0–5 tokens\n(n = 2)", "11 or more tokens\n(n = 1)"]
         assert [each.mean for each in plot.series["a"]] == [4.0, 2.0, 8.0]
 
     def test_excess_error_is_a_curve_over_positions_from_1(self, tmp_path):

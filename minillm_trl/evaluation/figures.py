@@ -73,7 +73,7 @@ def task_figures(task: str, results: Mapping[str, TaskResult], names: Sequence[s
 
 def _bucket_label(bucket: Bucket) -> str:
     tokens = f"{bucket.low} or more" if bucket.high is None else f"{bucket.low}–{bucket.high}"
-    return f"{tokens} tokens\n({bucket.prompts} prompts)"
+    return f"{tokens} tokens\n(n = {bucket.prompts})"
 
 
 def training_curves(histories: Mapping[str, Mapping[str, Mapping[int, float]]], names: Sequence[str]) -> list[Plot]:

@@ -218,9 +218,11 @@ def _adapt_attributes(element: ElementTree.Element, name: str) -> None:
 
 
 def plot_png(plot: Plot) -> bytes:
-    """The plot as a PNG with a white ground."""
-    buffer = io.BytesIO()
-    plot.draw("#1c2026").savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    """The plot with its title as a PNG with a white ground."""
+    buffer, ink = io.BytesIO(), "#1c2026"
+    figure = plot.draw(ink)
+    figure.suptitle(plot.title, fontsize=10, color=ink, wrap=True, parse_math=False)
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -29,7 +29,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
 dt { color: var(--muted); font-size: .8rem; }
 dd { margin: 0; }
 /* a shadow on the right, which the first ground covers once there is nothing left to scroll to */
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem;
+.scroll { position: relative; overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem;
   background: linear-gradient(90deg, transparent, var(--ground) 60%) right / 3rem 100% no-repeat local,
     linear-gradient(270deg, var(--line), transparent) right / 1.2rem 100% no-repeat scroll; }
 /* not collapsed: borders and ground of a sticky column stay with it */
@@ -39,8 +39,8 @@ th, td { padding: .5rem .75rem; text-align: right; white-space: nowrap; border-b
 thead > tr > * { white-space: normal; vertical-align: bottom; min-width: 4.5rem;
   color: var(--muted); font-weight: 600; font-size: .85rem; background: var(--card); }
 tbody th { font-weight: 500; background: var(--ground); white-space: normal; overflow-wrap: anywhere;
-  text-align: left; min-width: 7rem; max-width: 14rem; }
-tr > :first-child { position: sticky; left: 0; border-right: 1px solid var(--line); }
+  text-align: left; min-width: min(8.5rem, 26vw); max-width: 14rem; }
+tr > :first-child { position: sticky; left: 0; z-index: 1; border-right: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 tr.teacher { color: var(--muted); }
 .best { font-weight: 700; color: var(--accent); }
