@@ -254,6 +254,27 @@ class TestTables:
         assert ("Label words", "yes, no") in report.facts
         assert [part.heading for part in report.sections if part.samples] == ["Answers: dolly"]
 
+    def test_general_benchmark_is_judged_by_its_main_measure_under_the_names_of_lm_eval(self, tmp_path):
+        better = {"acc": True, "word_perplexity": False}
+        settings = {"kind": "lm_eval", "main_measure": "acc", "higher_is_better": better, "num_fewshot": 5}
+        for name, values in (("a", [1.0] * 8), ("b", [0.0] * 7 + [1.0])):
+            folder = write_results(tmp_path / name / "sciq", {"acc": values}, seeds=[], **settings)
+            results = json.loads((folder / "results.json").read_text())
+            results["summary"]["word_perplexity"] = results["summary"]["acc"]  # no mean over documents
+            (folder / "results.json").write_text(json.dumps(results))
+            write_results(tmp_path / name / "dolly", {"rouge_l": [1.0, 2.0]})
+        report = compare(tmp_path, "a", "b", baseline="b")
+        labels = [(each.label, each.better) for each in section(report, "All tasks").tables[""].columns]
+        assert labels == [("dolly: Rouge-L", "higher"), ("sciq: acc", "higher")]
+        tables = section(report, "sciq").tables
+        assert [(each.label, each.better) for each in tables["Quality"].columns] == [
+            ("acc", "higher"),
+            ("word_perplexity", "lower"),
+        ]
+        assert cells(tables["Difference to b"])["a"]["acc"].startswith("+0.875 [")
+        assert ("lm-eval", "5 examples") in report.facts
+        assert "Above b by more than chance: a on sciq." in report.summary
+
     def test_task_that_only_some_were_evaluated_on(self, tmp_path):
         write_results(tmp_path / "a" / "dolly", {"rouge_l": [1.0, 2.0]})
         write_results(tmp_path / "a" / "vicuna", {"rouge_l": [3.0, 4.0]})

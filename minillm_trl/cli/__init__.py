@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "merge": "make a plain model of an adapter and its base",
     "generate": "sample completions from a model",
     "evaluate": "measure a model on prompts with references",
+    "benchmark": "measure a model on general benchmarks (GSM8K, MATH, BBH, IFEval, ...) with lm-eval",
     "recipe": "run all stages of a recipe, from the data to the table",
     "compare": "one table of models that were evaluated",
     "judge": "let an LLM score answers beside the references or another model's",

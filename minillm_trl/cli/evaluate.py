@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..teacher import check_same_tokenizer
 from .arguments import parse_with_config
 from .launch import hand_over
 from .models import check_room, load_model, load_tokenizer
+from .task_results import is_done, weight_files, write_results
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 # What says how completions are sampled
@@ -117,7 +117,7 @@ def run(argv: list[str]) -> int:
     todo = [
         folder
         for folder, dataset in sources.items()
-        if not _is_done(folder, settings[folder], _files(arguments, dataset))
+        if not is_done(folder, settings[folder], _files(arguments, dataset))
     ]
     if not todo:
         return 0
@@ -300,33 +300,7 @@ def _digest(prompts: Dataset) -> str:
 def _files(arguments: argparse.Namespace, dataset: str) -> list[Path]:
     """Local files that the results of a task come from."""
     files = [Path(dataset)] if Path(dataset).is_file() else list(Path(dataset).glob(f"{arguments.split}.*"))
-    for name in filter(None, (arguments.model, arguments.adapter, arguments.teacher)):
-        files += [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
-    return files
-
-
-def _is_done(folder: Path, settings: dict[str, Any], files: list[Path]) -> bool:
-    """Whether the folder holds the results of these settings.
-
-    Raises:
-        ValueError: if it holds those of others, or its sources have been written since.
-    """
-    path = folder / "results.json"
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    problems = [
-        f"results of {name}={found.get(name)!r}, now {value!r}"
-        for name, value in settings.items()
-        if found.get(name) != value
-    ]
-    problems += [
-        f"results that are older than {file}" for file in files if file.stat().st_mtime_ns > path.stat().st_mtime_ns
-    ]
-    if problems:
-        raise ValueError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
-    PartialState().print(f"{folder}: done before")
-    return True
+    return files + weight_files((arguments.model, arguments.adapter, arguments.teacher))
 
 
 def _save(folder: Path, settings: dict[str, Any], evaluation: Evaluation) -> None:
@@ -351,10 +325,4 @@ def _save(folder: Path, settings: dict[str, Any], evaluation: Evaluation) -> Non
         },
         "per_prompt": evaluation.per_prompt,
     }
-    samples = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in evaluation.samples)
-    folder.mkdir(parents=True, exist_ok=True)
-    # results.json, which says that the task is done, comes last
-    for name, text in (("samples.jsonl", samples), ("results.json", json.dumps(results, indent=1))):
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    write_results(folder, results, evaluation.samples)

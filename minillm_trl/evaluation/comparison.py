@@ -6,7 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .answers import side_by_side
-from .comparison_tables import Differences, common_position, measured, overview, task_tables
+from .comparison_tables import Differences, columns_of, common_position, measured, overview, task_tables
 from .figures import task_figures, task_overview, training_curves
 from .metrics import MeanInterval
 from .report import Record, Report, Section, Table, best_students
@@ -95,7 +95,9 @@ def _facts(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[tuple
 
 
 def _described(settings: Mapping[str, Any]) -> dict[str, str]:
-    """How a task was evaluated: by what was sampled, or by the label words."""
+    """How a task was evaluated: by what was sampled, by the label words, or with lm-eval."""
+    if settings.get("kind") == "lm_eval":
+        return {"lm-eval": f"{settings['num_fewshot']} examples"}
     if settings["label_words"] is not None:
         return {"Label words": ", ".join(settings["label_words"])}
     block = settings["no_repeat_ngram_size"]
@@ -134,9 +136,15 @@ def _listed(tasks: Mapping[str, Sequence[str]]) -> str:
 
 
 def _significantly_better(results: Mapping[str, TaskResult], differences: Differences) -> list[str]:
-    """The models that are above the baseline in what the task is judged by."""
-    found = {name: differences.get(result.main_measure, {}).get(name) for name, result in results.items()}
-    return [name for name, each in found.items() if each and each.is_significant and each.interval.mean > 0]
+    """The models that are better than the baseline in what the task is judged by."""
+    found = []
+    for name, result in results.items():
+        difference = differences.get(result.main_measure, {}).get(name)
+        if difference is not None and difference.is_significant:
+            sign = -1 if columns_of(results)[result.main_measure].better == "lower" else 1
+            if sign * difference.interval.mean > 0:
+                found.append(name)
+    return found
 
 
 def _notes(baseline: str | None) -> list[str]:

@@ -71,11 +71,13 @@ def overview(
         differences (`Mapping[str, Differences]`): of each task, by measure and model.
         baseline (`str`, *optional*): name of the model that the differences are to.
     """
-    columns = []
+    columns, shown = [], []
     for task in tasks:
-        measures = [result.main_measure for result in results_of(models, task).values()]
-        if key := next(filter(None, measures), None):
+        results = results_of(models, task)
+        if key := next(filter(None, (result.main_measure for result in results.values())), None):
             columns.append((task, key))
+            column = columns_of(results)[key]
+            shown.append(replace(column, key=task, label=f"{task}: {column.label}"))
     rows = []
     for model in models:
         cells: dict[str, Cell] = {}
@@ -85,7 +87,6 @@ def overview(
                 cells[task] = model.tasks[task].summary[key]
                 marks[task] = _mark(differences.get(task, {}).get(key, {}).get(model.name))
         rows.append(Row(model.name, cells, model.name in teachers, marks))
-    shown = [Column(task, f"{task}: {COLUMNS[key].label}", "higher") for task, key in columns]
     return Table(shown, rows, _note(baseline))
 
 
@@ -100,12 +101,26 @@ def task_tables(
         differences (`Differences`): by measure and model; empty without a baseline.
         baseline (`str`, *optional*): name of the model that the differences are to.
     """
-    position = common_position(results)
-    tables = {heading: _group_table(results, keys, position, teachers) for heading, keys in GROUPS.items()}
+    position, columns = common_position(results), columns_of(results)
+    groups = GROUPS if columns is COLUMNS else {"Quality": tuple(columns)}
+    tables = {heading: _group_table(results, keys, position, teachers) for heading, keys in groups.items()}
     if differences:
         difference = _difference_table(results, teachers, differences, baseline)
         tables = {"Quality": tables.pop("Quality"), f"Difference to {baseline}": difference, **tables}
     return {heading: table for heading, table in tables.items() if table.columns}
+
+
+def columns_of(results: Mapping[str, TaskResult]) -> dict[str, Column]:
+    """The columns of a task by measure: those of `evaluate`, or all that lm-eval has of a general benchmark."""
+    first = next(iter(results.values()))
+    if not first.is_benchmark:
+        return COLUMNS
+    columns = {}
+    for key in dict.fromkeys(key for result in results.values() for key in measured(result, None)):
+        name = key.removeprefix("corpus_")
+        better = {True: "higher", False: "lower", None: None}[first.settings["higher_is_better"].get(name)]
+        columns[key] = Column(key, name, better, 3)
+    return columns
 
 
 def _group_table(
@@ -118,8 +133,9 @@ def _group_table(
         if len(by_seed) > 1:
             cells["rouge_l_by_seed"] = f"{min(by_seed):.1f}–{max(by_seed):.1f}"
         rows.append(Row(name, {key: cells[key] for key in keys if key in cells}, name in teachers))
+    known = columns_of(results)
     columns = [
-        replace(COLUMNS[key], label=COLUMNS[key].label.format(position=position))
+        replace(known[key], label=known[key].label.replace("{position}", str(position)))
         for key in keys
         if any(key in row.cells for row in rows)
     ]
@@ -151,16 +167,18 @@ def common_position(results: Mapping[str, TaskResult]) -> int | None:
 def _difference_table(
     results: Mapping[str, TaskResult], teachers: set[str], differences: Differences, baseline: str | None
 ) -> Table:
-    columns, compared = [], [key for key in _COMPARED if differences.get(key)]
+    known = columns_of(results)
+    judged_by = _COMPARED if known is COLUMNS else [next(iter(results.values())).main_measure]
+    columns, compared = [], [key for key in judged_by if differences.get(key)]
     for key in compared:
-        columns += [Column(key, COLUMNS[key].label, COLUMNS[key].better), Column(f"{key}_p", "p (Holm)", None)]
+        columns += [Column(key, known[key].label, known[key].better), Column(f"{key}_p", "p (Holm)", None)]
     rows = []
     for name in results:
         cells: dict[str, Cell] = {}
         marks = {}
         for key in compared:
             if (difference := differences[key].get(name)) is not None:
-                digits = COLUMNS[key].digits
+                digits = known[key].digits
                 mean, low, high = (f"{value:+z.{digits}f}" for value in difference.interval[:3])
                 cells[key], marks[key] = f"{mean} [{low}, {high}]", _mark(difference)
                 cells[f"{key}_p"] = "< 0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"

@@ -16,8 +16,9 @@ from .verdicts import Verdict
 
 REFERENCE = "reference"
 
-# System message, markers and order are those of Vicuna's evaluation (FastChat, 2023). The request is that of MiniLLM's
-# GPT-4 evaluation (arXiv 2306.08543, appendix): Vicuna's, with "user instruction and input" for "user question".
+# System message, markers and order are those of Vicuna's evaluation (FastChat, 2023), but for the name of the first
+# marker. The request is the one that later papers quote for the GPT-4 feedback of MiniLLM (arXiv 2306.08543), which is
+# Vicuna's with "user instruction and input" for "user question"; that name follows it.
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 TEMPLATE = """\
 [User Instruction and Input]

@@ -68,8 +68,15 @@ class TaskResult:
     samples: list[dict[str, Any]]
 
     @property
+    def is_benchmark(self) -> bool:
+        """Whether `minillm-trl benchmark` wrote it, whose measures are called as by lm-eval."""
+        return self.settings.get("kind") == "lm_eval"
+
+    @property
     def main_measure(self) -> str | None:
         """What the task is judged by: `accuracy` of a classification, else `rouge_l`; None without references."""
+        if self.is_benchmark:
+            return self.settings["main_measure"]
         return next((key for key in ("accuracy", "rouge_l") if key in self.summary), None)
 
 
@@ -120,9 +127,7 @@ def _read_task(path: Path) -> TaskResult:
     samples = [json.loads(line) for line in lines if line]
     if len(samples) != len(results["per_prompt"]):
         raise ValueError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
-    if any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
-        raise ValueError("a prompt lacks a measure of the summary")
-    return TaskResult(
+    found = TaskResult(
         settings=settings,
         summary=_intervals(results["summary"]),
         by_seed=results["by_seed"],
@@ -136,6 +141,10 @@ def _read_task(path: Path) -> TaskResult:
         per_prompt=results["per_prompt"],
         samples=samples,
     )
+    # some of lm-eval's measures, such as a perplexity, are no means over documents
+    if not found.is_benchmark and any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
+        raise ValueError("a prompt lacks a measure of the summary")
+    return found
 
 
 def _well_supported(exposure_bias: Mapping[str, Any]) -> list[float | None]:

@@ -1,0 +1,54 @@
+"""Folders with the results of a task: whether one is done, and writing it."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+
+def weight_files(names: Iterable[str | None]) -> list[Path]:
+    """Files with weights in those folders among `names` (of models and adapters)."""
+    folders = [Path(name) for name in names if name is not None]
+    return [path for folder in folders for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
+
+
+def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bool:
+    """Whether the folder holds the results of these settings.
+
+    Args:
+        folder (`Path`): of the task.
+        settings (`dict`): what the results depend on.
+        files (`Iterable[Path]`): local files that they come from.
+
+    Raises:
+        ValueError: if it holds those of others, or its sources have been written since.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    problems = [
+        f"results of {name}={found.get(name)!r}, now {value!r}"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
+    problems += [
+        f"results that are older than {file}" for file in files if file.stat().st_mtime_ns > path.stat().st_mtime_ns
+    ]
+    if problems:
+        raise ValueError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
+    PartialState().print(f"{folder}: done before")
+    return True
+
+
+def write_results(folder: Path, results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
+    """Write `samples.jsonl`, a line for each sample, and `results.json`, which says that the task is done, last."""
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("samples.jsonl", lines), ("results.json", json.dumps(results, indent=1))):
+        temporary = folder / f".{name}.partial"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
