@@ -327,6 +327,14 @@ def test_columns_have_an_arrow_to_what_is_better(table):
     assert headings == ["Rouge-L\u00a0↑", "Reverse KL\u00a0↓", "Length\u00a0≈", "p"]
 
 
+def test_headings_of_the_page_are_folded_between_words_alone(report, tmp_path):
+    table = Table([Column("x", "dolly: Rouge-L", "higher")], [Row("SFT", {"x": 1.0})])
+    write_report(tmp_path, with_sections(report, tables={"": table}))
+    source = (tmp_path / "report.html").read_text()
+    assert '<th scope="col"><span>dolly:</span> <span>Rouge-L\u00a0↑</span></th>' in source
+    assert "thead span { white-space: nowrap; }" in source
+
+
 def test_long_headings_are_folded_in_a_terminal():
     column = Column("kl", "Reverse KL of whole completions (nats)", None)
     assert format_table(Table([column], [Row("SFT", {"kl": 12.0})])).split("\n") == [

@@ -59,7 +59,7 @@ def _section(section: Section, anchor: str) -> str:
 
 def _table(table: Table) -> str:
     best = best_students(table)
-    head = "".join(f'<th scope="col">{_h(column.heading)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{_heading(column.heading)}</th>' for column in table.columns)
     body = ""
     for row in table.rows:
         cells = ""
@@ -74,6 +74,11 @@ def _table(table: Table) -> str:
         f'<div class="scroll" tabindex="0"><table><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{note}"
     )
+
+
+def _heading(text: str) -> str:
+    """Folded between its words alone, and not at the hyphen of Rouge-L."""
+    return " ".join(f"<span>{_h(word)}</span>" for word in text.split(" "))
 
 
 def _sample(sample: Sample) -> str:

@@ -38,6 +38,7 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9
 th, td { padding: .5rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead > tr > * { white-space: normal; vertical-align: bottom; min-width: 4.5rem;
   color: var(--muted); font-weight: 600; font-size: .85rem; background: var(--card); }
+thead span { white-space: nowrap; }
 tbody th { font-weight: 500; background: var(--ground); white-space: normal; overflow-wrap: anywhere;
   text-align: left; min-width: min(8.5rem, 26vw); max-width: 14rem; }
 tr > :first-child { position: sticky; left: 0; z-index: 1; border-right: 1px solid var(--line); }
