@@ -148,6 +148,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     shown = {"minillm": "#1F83CC", "sft": "#777", "kd": "#009E73", "seqkd": "#CC79A7"}
     shown |= {"distillation_time": "#D55E00", "no_mixing": "#56B4E9"}
     for name, color in shown.items():
+        if name not in rows:
+            continue
         scores = rows[name]["validation_rouge_l"]
         third.plot(
             [float(rate) for rate in scores], list(scores.values()), "o-", color=color, label=rows[name]["label"]
