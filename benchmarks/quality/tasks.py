@@ -113,7 +113,7 @@ TASKS = {
     ),
 }
 
-# Students over a 37-fold range against one teacher, which is 177 to 5 times as large; the task of each width
+# Students over a 36-fold range against one teacher, which is 172 to 5 times as large; the task of each width
 SIZES = {8: "e2e_w8", 16: "e2e_w16", 32: "e2e_w32", 64: "e2e", 96: "e2e_w96"}
 _SHAPES = {8: Shape(8, 1, 2), 16: Shape(16, 1, 2), 32: Shape(32, 1, 2), 96: Shape(96, 2, 4)}
 TASKS |= {
