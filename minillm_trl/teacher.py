@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils import cached_file, find_adapter_config_file
 
 from .lm_head import completion_hidden_states
+from .quantization import keep_4bit_layout
 from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
 
@@ -168,6 +169,7 @@ def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedM
             "The weights of teacher_model are spread over processes by ZeRO-3, as it was loaded after a configuration "
             "with ZeRO-3 had been made. Pass its name or folder instead, and set shard_teacher=True to spread it."
         )
+    keep_4bit_layout(teacher)
     spread = len(set(getattr(teacher, "hf_device_map", {}).values())) > 1
     if spread or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
         return teacher

@@ -26,6 +26,7 @@ from .loss import LOSS_INPUTS, loss_terms
 from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
 from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
+from .quantization import keep_4bit_layout
 from .rollouts import Batch, by_length, deal_rows, sequences, trim, window_token_counts
 from .sampling import ROLLOUT_ORDER
 from .teacher_mixed_trainer import TeacherMixedTrainer
@@ -149,6 +150,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
+        keep_4bit_layout(self.model)
         check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
             _disable_dropout(self.model)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.lm_head import LMHead, check_head
+from minillm_trl.quantization import keep_4bit_layout
 from minillm_trl.teacher import adapter_on_base
 
 PROMPTS = [f"the punter {i}\n" for i in range(16)]
@@ -120,6 +121,7 @@ class TestHead:
     def test_quantised_head_is_refused(self, model_dir):
         options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["q_proj"])
         model = AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=options)
+        keep_4bit_layout(model)
         with pytest.raises(ValueError, match=r"LM head is quantised \(Linear4bit\). .* llm_int8_skip_modules"):
             check_head(model, "student")
 

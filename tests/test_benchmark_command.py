@@ -21,11 +21,11 @@ from minillm_trl.cli import main
 from minillm_trl.cli.arguments import parse_with_config
 from minillm_trl.cli.benchmark import build_parser
 from minillm_trl.cli.models import load_model
-from minillm_trl.evaluation.comparison import read_evaluation
 from minillm_trl.evaluation.general_benchmarks import SUITES
 from minillm_trl.evaluation.generation import generate_completions
 from minillm_trl.evaluation.lm_eval_results import evaluate_task, wrap_model
 from minillm_trl.evaluation.metrics import bootstrap_interval
+from minillm_trl.evaluation.results import read_evaluation
 
 PAGE = Path(__file__).parents[1] / "docs" / "general_benchmarks.md"
 needs_lm_eval = pytest.mark.skipif(
@@ -172,7 +172,7 @@ class TestWithoutLMEval:
     def test_options_can_stand_in_a_yaml(self, tmp_path):
         path = tmp_path / "benchmark.yaml"
         path.write_text("tasks: [gsm8k, sciq]\nlimit: 10\nbatch_size: 4\napply_chat_template: true\n")
-        values = parse_with_config(build_parser(), ["--config", str(path), "--model", "m", "--output_dir", "o"])
+        values = parse_with_config(build_parser(), ["--config", str(path), "--model", "m", "--output_dir", "o"])[0]
         assert (values.tasks, values.limit, values.batch_size) == (["gsm8k", "sciq"], 10, "4")
         assert values.apply_chat_template
         assert not values.confirm_run_unsafe_code
@@ -185,7 +185,7 @@ class TestWithoutLMEval:
         commands = re.findall(r"^(?:HF_ALLOW_CODE_EVAL=1 )?minillm-trl benchmark (.+)$", text, flags=re.MULTILINE)
         assert len(commands) == 5
         for command in commands:
-            assert parse_with_config(build_parser(), command.split()).tasks
+            assert parse_with_config(build_parser(), command.split())[0].tasks
 
 
 class OwnTasks:

@@ -1,10 +1,14 @@
 """`minillm-trl evaluate`: results that a kill, the batch size and the number of processes leave alone."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import run_module
+from conftest import ENVIRONMENT, run_module
 from transformers import AutoTokenizer
 
 from minillm_trl.cli import main
@@ -93,6 +97,23 @@ def test_run_that_is_killed_anywhere_ends_with_the_same_results(tmp_path, rows, 
         monkeypatch.setattr(Parts, "put", killed_after(1))
         kills += 1
     assert kills == 6  # two seeds of each model, the loss and the exposure bias
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.cli
+def test_run_that_sigkill_ends_goes_on_from_the_last_whole_seed(tmp_path, rows, model_dir):
+    more = ["--max_new_tokens", "100", "--seeds", *map(str, range(8))]
+    assert main(words(rows, model_dir("llama"), tmp_path / "whole", *more)) == 0
+    command = words(rows, model_dir("llama"), tmp_path / "killed", *more)
+    process = subprocess.Popen([sys.executable, "-m", "minillm_trl", *command], env=ENVIRONMENT)
+    first = tmp_path / "killed" / "unfinished" / "seed-0.json"
+    while not first.is_file() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "results.json").exists()
+    assert main(command) == 0
     for name in ("results.json", "samples.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.lm_head import LMHead, completion_hidden_states
+from minillm_trl.quantization import keep_4bit_layout
 from minillm_trl.rollouts import sequences
 
 TOKENIZER = build_tokenizer()
@@ -134,7 +135,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def loader(folder: Path, quantization_config: BitsAndBytesConfig | None) -> Callable[[], PreTrainedModel]:
-    return lambda: AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config).eval()
+    def load() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config)
+        keep_4bit_layout(model)
+        return model.eval()
+
+    return load
 
 
 @pytest.fixture(scope="module", params=product(FAMILIES, WAYS), ids="-".join)

@@ -23,7 +23,15 @@ from evaluation_results import SETTINGS
 from minillm_trl.cli import main
 from minillm_trl.data.templates import format_instruction, split_instruction
 from minillm_trl.evaluation.chat_client import ChatClient, ChatError, RequestRefused, check_base_url
-from minillm_trl.evaluation.judge import Pair, Protocol, Scores, parse_scores, question_text, score_pairs
+from minillm_trl.evaluation.judge import (
+    PROMPT_SHA256,
+    Pair,
+    Protocol,
+    Scores,
+    parse_scores,
+    question_text,
+    score_pairs,
+)
 from minillm_trl.evaluation.metrics import bootstrap_ratio
 from minillm_trl.evaluation.verdicts import MAX_ASKED, MAX_REFUSED, Verdict, collect_verdicts, read_verdicts
 
@@ -151,6 +159,10 @@ class TestProtocol:
             "on a scale of 1 to 10, where a higher score indicates better overall performance.\nPlease first" in text
         )
         assert text.endswith("the order in which the responses were presented does not affect your judgment.")
+
+    def test_wording_is_that_of_recorded_verdicts(self):
+        # a change makes verdicts incomparable with those before it: change it on purpose only
+        assert PROMPT_SHA256 == "710d2387e1fb8a1adeaadec28acc8cc1f75bd179827da5e5050b21f9fba0e41a"
 
     def test_without_swap_the_model_stands_first_at_every_other_prompt(self):
         protocol = Protocol("judge", 64, {}, swap=False)
@@ -476,7 +488,7 @@ class TestVerdicts:
         assert len(more) == 5
 
     def test_reply_without_scores_is_asked_for_again_and_given_up(self, server: Server, tmp_path: Path):
-        server.script = ["I cannot say.", 500, "8 7", "Hm.", "Hm!", "No."]
+        server.script = [500, "I cannot say.", "8 7", "Hm.", "Hm!", "No."]
         verdicts, _ = self.collect(server, tmp_path / "verdicts.jsonl", 2)
         assert self.numbers(server) == [0, 0, 0, 1, 1, 1]
         assert [(each.scores, each.reply, each.asked, each.retries) for each in verdicts.values()] == [
@@ -537,6 +549,16 @@ class TestVerdicts:
         assert [each.key for each in read_verdicts(path).values()] == ["k0"]
         assert len(server.bodies) < 20
 
+    def test_waiting_for_a_retry_ends_when_another_request_fails_for_good(self, server: Server, tmp_path: Path):
+        server.reply = lambda body: (429, {"Retry-After": "20"}, "") if body["number"] == 0 else 401
+        requests = {f"k{number}": {"number": number} for number in range(9)}
+        with ChatClient(server.url) as client, pytest.raises(ChatError, match="lets nobody in"):
+            collect_verdicts(
+                requests, tmp_path / "verdicts.jsonl", client, parse_scores, concurrency=2, progress=False
+            )
+        assert self.numbers(server).count(0) == 1
+        assert len(server.bodies) < 9
+
     def test_ctrl_c_keeps_what_came(self, server: Server, tmp_path: Path):
         def parse(reply: str):
             if reply == "stop":
@@ -558,6 +580,12 @@ class TestVerdicts:
         server.bodies.clear()
         self.collect(server, tmp_path / "verdicts.jsonl", 5)
         assert self.numbers(server) == [1, 3]
+
+    def test_refusals_between_verdicts_do_not_end_the_run(self, server: Server, tmp_path: Path):
+        server.reply = lambda body: 400 if body["number"] % 2 else "8 7"
+        verdicts, refused = self.collect(server, tmp_path / "verdicts.jsonl", 3 * MAX_REFUSED)
+        assert len(refused) > MAX_REFUSED
+        assert len(verdicts) + len(refused) == 3 * MAX_REFUSED
 
     def test_endpoint_that_refuses_every_request_is_not_asked_on(self, server: Server, tmp_path: Path):
         server.reply = lambda _: 400
@@ -631,6 +659,7 @@ class TestCommand:
         results = self.results(tmp_path)
         assert results["settings"]["both_orders"] is False
         summary = results["tasks"]["dolly"]["sft"]["summary"]
+        assert results["tasks"]["dolly"]["sft"]["one_order"] == 0
         assert "position" not in summary
         assert summary["ratio"]["mean"] == pytest.approx(100 * (6 + 4) / (8 + 9))  # first, then second
         assert "2 of 2 pairs judged, each in one order." in capsys.readouterr().out

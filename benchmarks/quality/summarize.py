@@ -139,8 +139,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             color = "#1F83CC" if name == "minillm" else "#777"
             axes.errorbar(mean, -position, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
         if key in rows["teacher"]["measures"]:
-            axes.axvline(rows["teacher"]["measures"][key][0], color="#444", linestyle="--", label="teacher")
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            mean = rows["teacher"]["measures"][key][0]
+            axes.axvline(mean, color="#444", linestyle="--")
+            axes.text(mean, 0.75, " teacher", color="#444", fontsize=8, va="center")
+        axes.set_ylim(0.5 - len(names), 1)
         axes.set_yticks([-i for i in range(len(names))])
         axes.set_yticklabels([labels.get(name) or rows[name]["label"] for name in names] if axes is first else [])
         axes.set_title(title, fontsize=10)
@@ -148,13 +150,15 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     shown = {"minillm": "#1F83CC", "sft": "#777", "kd": "#009E73", "seqkd": "#CC79A7"}
     shown |= {"distillation_time": "#D55E00", "no_mixing": "#56B4E9"}
     for name, color in shown.items():
+        if name not in rows:
+            continue
         scores = rows[name]["validation_rouge_l"]
         third.plot(
             [float(rate) for rate in scores], list(scores.values()), "o-", color=color, label=rows[name]["label"]
         )
     third.set_xscale("log")
     third.set_title("validation Rouge-L over learning rate", fontsize=10)
-    third.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07))  # never over the lines
+    figure.legend(loc="outside lower right", ncols=len(shown), frameon=False, fontsize=8)  # never over the lines
     third.grid(alpha=0.25)
     for axes in (first, second, third):
         for side in ("top", "right"):

@@ -14,6 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
+from ..quantization import keep_4bit_layout
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
@@ -87,6 +88,7 @@ class FineTuningTrainer(SFTTrainer):
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
         configure_wrappers(self.accelerator)
+        keep_4bit_layout(self.model)
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_adapters_in_float32(self.model)
         self._eval_prompts = prompts

@@ -20,6 +20,7 @@ from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import last_complete_checkpoint
 from ..data import check_prompt_lengths
+from ..quantization import keep_4bit_layout
 from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
 
@@ -83,6 +84,7 @@ def load_model(
         model = found.load_merged(dtype, trust_remote_code)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    keep_4bit_layout(model)
     return model.to(device).eval()
 
 

@@ -113,9 +113,9 @@ def collect_verdicts(
             refused = _keep_all(futures, keep)
         except BaseException as error:  # Ctrl-C too
             client.stop()
-            executor.shutdown(cancel_futures=True)  # waits for requests on their way
+            executor.shutdown()  # waits for requests on their way
             for future, key in futures.items():
-                if key not in verdicts and not future.cancelled() and future.exception() is None:
+                if key not in verdicts and future.exception() is None:
                     keep(future.result())
             if isinstance(error, ChatError):
                 kept = (
