@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from minillm_trl.cli import main
 from minillm_trl.cli.merge import run
+from minillm_trl.quantization import keep_4bit_layout
 
 INPUTS = torch.arange(2, 14).view(2, 6)
 ATTENTION = ["q_proj", "v_proj"]
@@ -56,7 +57,9 @@ def save_adapter(base: str, folder: Path, config: PeftConfig | None = None, **kw
 
 
 def with_adapter(base: str, adapter: str, **kwargs) -> torch.Tensor:
-    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), adapter).eval())
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), adapter)
+    keep_4bit_layout(model)
+    return logits(model.eval())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
