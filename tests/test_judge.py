@@ -367,6 +367,10 @@ class TestClient:
         assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
         assert "failed 9 times, last with HTTP 500, 'said to Bearer (key)'" in str(error)
 
+    def test_endpoint_that_does_not_answer_in_time_is_named(self, server: Server):
+        error, _ = self.ask(server, [SLOW], timeout=0.3, max_retries=0)
+        assert "last with no answer within 0.3 s." in str(error)
+
     def test_waits_differ_from_each_other(self, server: Server):
         assert len({self.ask(server, [429], max_retries=1)[1][0] for _ in range(5)}) == 5
 
@@ -498,6 +502,12 @@ class TestVerdicts:
         assert verdicts["k1"].prompt_tokens == 300
         assert self.collect(server, tmp_path / "verdicts.jsonl", 2)[0] == verdicts  # unparsed ones are kept too
         assert len(server.bodies) == 6
+
+    def test_reply_that_ends_in_half_a_character_is_kept(self, server: Server, tmp_path: Path):
+        server.script = ["8 7\nGood \ud83d", "8 7\nè\u2028"]
+        verdicts, _ = self.collect(server, tmp_path / "verdicts.jsonl", 2)
+        assert verdicts["k0"].reply == "8 7\nGood \ud83d"
+        assert read_verdicts(tmp_path / "verdicts.jsonl") == verdicts
 
     def test_torn_last_line_is_dropped_and_asked_for_again(self, server: Server, tmp_path: Path):
         server.reply = lambda _: "8 7"

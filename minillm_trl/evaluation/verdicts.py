@@ -103,7 +103,7 @@ def collect_verdicts(
     ):
 
         def keep(verdict: Verdict) -> None:
-            file.write(json.dumps(asdict(verdict), ensure_ascii=False) + "\n")
+            file.write(json.dumps(asdict(verdict)) + "\n")  # in ASCII: a cut reply may end in half a character
             file.flush()
             verdicts[verdict.key] = verdict
             bar.update()
