@@ -257,6 +257,7 @@ class TestTables:
     def test_general_benchmark_is_judged_by_its_main_measure_under_the_names_of_lm_eval(self, tmp_path):
         better = {"acc": True, "word_perplexity": False}
         settings = {"kind": "lm_eval", "main_measure": "acc", "higher_is_better": better, "num_fewshot": 5}
+        settings |= {"definition_sha256": "2e", "limit": None}
         for name, values in (("a", [1.0] * 8), ("b", [0.0] * 7 + [1.0])):
             folder = write_results(tmp_path / name / "sciq", {"acc": values}, seeds=[], **settings)
             results = json.loads((folder / "results.json").read_text())
@@ -274,6 +275,17 @@ class TestTables:
         assert cells(tables["Difference to b"])["a"]["acc"].startswith("+0.875 [")
         assert ("lm-eval", "5 examples") in report.facts
         assert "Above b by more than chance: a on sciq." in report.summary
+
+    def test_main_measure_of_a_benchmark_may_have_no_interval(self, tmp_path):
+        settings = {"kind": "lm_eval", "main_measure": "inst_acc", "higher_is_better": {}, "num_fewshot": 0}
+        settings |= {"definition_sha256": "2e", "limit": None, "corpus": {"inst_acc": 0.25}}
+        for name in "ab":  # prompts in the chat templates of two tokenizers
+            write_results(tmp_path / name, {"strict_acc": [0.0, 1.0]}, prompts=[f"{name} 1", f"{name} 2"], **settings)
+        report = compare(tmp_path, "a", "b", baseline="b")
+        assert cells(section(report, "dolly").tables["Quality"])["a"]["corpus_inst_acc"] == 0.25
+        write_results(tmp_path / "c", {"strict_acc": [0.0, 1.0]}, **{**settings, "num_fewshot": 5})
+        with pytest.raises(ValueError, match="num_fewshot is 0 and 5"):
+            compare(tmp_path, "a", "c")
 
     def test_task_that_only_some_were_evaluated_on(self, tmp_path):
         write_results(tmp_path / "a" / "dolly", {"rouge_l": [1.0, 2.0]})

@@ -75,16 +75,18 @@ def overview(
     for task in tasks:
         results = results_of(models, task)
         if key := next(filter(None, (result.main_measure for result in results.values())), None):
+            known = columns_of(results)
+            key = key if key in known else f"corpus_{key}"  # lm-eval has no standard error of it
             columns.append((task, key))
-            column = columns_of(results)[key]
+            column = known[key]
             shown.append(replace(column, key=task, label=f"{task}: {column.label}"))
     rows = []
     for model in models:
         cells: dict[str, Cell] = {}
         marks = {}
         for task, key in columns:
-            if task in model.tasks and key in model.tasks[task].summary:
-                cells[task] = model.tasks[task].summary[key]
+            if task in model.tasks and (found := measured(model.tasks[task], None).get(key)) is not None:
+                cells[task] = found
                 marks[task] = _mark(differences.get(task, {}).get(key, {}).get(model.name))
         rows.append(Row(model.name, cells, model.name in teachers, marks))
     return Table(shown, rows, _note(baseline))

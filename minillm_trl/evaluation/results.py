@@ -21,6 +21,7 @@ _SAME = (
     "prompts",
     "label_words",
 )
+_SAME_BENCHMARK = ("definition_sha256", "num_fewshot", "limit")
 _OTHER = ("dataset", "data_sha256", "model", "adapter", "teacher", "exposure_bias_samples")
 
 
@@ -188,9 +189,11 @@ def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
     """
     (first, one), *others = results.items()
     for other, two in others:
-        for key in _SAME:
+        for key in (*_SAME, *_SAME_BENCHMARK) if one.is_benchmark and two.is_benchmark else _SAME:
             _check_same(task, {first: one, other: two}, key)
-        for key, said in (("prompt", "on different prompts"), ("references", "with different references")):
+        # prompts of a benchmark hold the chat template of their tokenizer; digests tell of its documents
+        texts = (("prompt", "on different prompts"), ("references", "with different references"))
+        for key, said in texts if not one.is_benchmark else ():
             if [sample[key] for sample in one.samples] != [sample[key] for sample in two.samples]:
                 raise ValueError(f"{first} and {other} were evaluated {said} of {task}. Evaluate both alike.")
         if one.settings["data_sha256"] != two.settings["data_sha256"]:

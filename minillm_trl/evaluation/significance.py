@@ -40,12 +40,12 @@ def paired_differences(results: Mapping[str, TaskResult], baseline: str) -> dict
     """
     differences = {}
     for measure in results[baseline].summary:
-        if measure not in results[baseline].per_prompt[0]:  # no mean over prompts
+        if any(measure not in row for row in results[baseline].per_prompt):  # no mean over all prompts
             continue
         pairs = {
             name: [[row[measure] for row in each.per_prompt] for each in (result, results[baseline])]
             for name, result in results.items()
-            if name != baseline and measure in result.summary.keys() & result.per_prompt[0].keys()
+            if name != baseline and all(measure in row for row in result.per_prompt)
         }
         p_values = [sign_flip_test(*pair) for pair in pairs.values()]
         differences[measure] = {
