@@ -219,6 +219,7 @@ class TestProtocol:
 
     def test_other_prompts_are_shown_as_they_are(self):
         assert split_instruction("the mill\n") is None
+        assert split_instruction(format_instruction("a", "b").replace("### Input:", "### Facts:")) is None
         assert question_text("the mill\n") == "the mill"
         user = {"role": "user", "content": "the mill"}
         assert question_text([user]) == "the mill"
@@ -737,11 +738,18 @@ class TestCommand:
         assert any("(key) is what I was sent" in text for text in written)
         assert not any(KEY in text for text in [*written, *output, result.stdout, result.stderr, traced])
 
-    @pytest.mark.parametrize("option", [["--api_key", KEY], [f"--api_key={KEY}"], ["--api_key_env", KEY]])
-    def test_key_on_the_command_line_is_refused_and_not_shown(self, server, tmp_path, runs, capsys, option):
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            (["--api_key", KEY], "unknown option '--api_key'. Did you mean 'api_key_env'?"),
+            ([f"--api_key={KEY}"], "unknown option '--api_key'. Did you mean 'api_key_env'?"),
+            (["--api_key_env", KEY], "--api_key_env: no environment variable of this name is set."),
+        ],
+    )
+    def test_key_on_the_command_line_is_refused_and_not_shown(self, server, tmp_path, runs, capsys, option, message):
         assert main([*self.words(server, tmp_path, runs["sft"]), *option]) == 2
         output = capsys.readouterr()
-        assert "api_key_env" in output.err
+        assert message in output.err
         assert KEY not in output.err + output.out
         assert server.bodies == []
 
