@@ -1,6 +1,9 @@
 """Evaluating a model: the same numbers for any batch size."""
 
+import math
+
 import pytest
+import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
@@ -35,6 +38,35 @@ def test_every_measure_is_there_with_its_interval():
         assert interval.low <= interval.mean <= interval.high
         assert interval.mean == pytest.approx(sum(row[name] for row in evaluation.per_prompt) / 7)
     assert len(evaluation.samples[0]["outputs"]) == 2
+
+
+def test_loss_is_that_of_transformers_on_all_references_with_their_ends():
+    model = build_model("gpt2", len(TOKENIZER))
+    row = evaluate(4).per_prompt[2]
+    prompt, total, tokens = TOKENIZER(PROMPTS[2])["input_ids"], 0.0, 0
+    for reference in DATASET[2]["references"]:
+        ids = [*TOKENIZER(reference)["input_ids"], TOKENIZER.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids])
+        total += model(torch.tensor([prompt + ids]), labels=labels).loss.item() * len(ids)
+        tokens += len(ids)
+    assert row["loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_references_beyond_the_context_are_cut():
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:1], "references": [["the mill " * 200]]})
+    model = build_model("gpt2", len(TOKENIZER))
+    evaluation = evaluate_model(model, TOKENIZER, dataset, seeds=[1], max_new_tokens=4, progress=False)
+    assert math.isfinite(evaluation.per_prompt[0]["loss"])
+
+
+def test_forward_kl_is_the_reverse_kl_of_the_teacher_to_the_student():
+    student, teacher = build_model("gpt2", len(TOKENIZER)), build_model("gpt2", len(TOKENIZER), seed=1)
+    options = {"seeds": [3, 4], "max_new_tokens": 8, "progress": False}
+    forward = evaluate_model(student, TOKENIZER, DATASET, teacher=teacher, forward_kl=True, **options)
+    swapped = evaluate_model(teacher, TOKENIZER, DATASET, teacher=student, **options)
+    for one, two in zip(forward.per_prompt, swapped.per_prompt, strict=True):
+        assert one["forward_kl"] == pytest.approx(two["reverse_kl"], rel=1e-4)
+        assert one["reverse_kl"] != pytest.approx(two["reverse_kl"], rel=1e-3)
 
 
 def test_nothing_to_evaluate_is_refused():

@@ -160,6 +160,11 @@ class TestProtocol:
         )
         assert text.endswith("the order in which the responses were presented does not affect your judgment.")
 
+    def test_page_says_how_long_the_prompt_is(self):
+        (request,) = Protocol("judge", 64, {}, swap=False).requests(Pair(0, "", "", ""))
+        length = sum(len(message["content"]) for message in request.body["messages"])
+        assert f"The prompt is {length:,} characters" in (Path(__file__).parents[1] / "docs" / "judge.md").read_text()
+
     def test_wording_is_that_of_recorded_verdicts(self):
         # a change makes verdicts incomparable with those before it: change it on purpose only
         assert PROMPT_SHA256 == "710d2387e1fb8a1adeaadec28acc8cc1f75bd179827da5e5050b21f9fba0e41a"

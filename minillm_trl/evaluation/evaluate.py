@@ -10,7 +10,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..teacher import shared_vocab_size
+from ..teacher import max_context, shared_vocab_size
 from .calibration import Calibration
 from .divergence import completion_losses, token_divergences
 from .exposure_bias import ExposureBias, excess_accumulated_error, sample_divergences
@@ -193,9 +193,15 @@ class _Task:
         return gather_rows([_sum_and_mean("forward_kl", each) for each in divergences], len(self.prompts))
 
     def measure_losses(self) -> list[float]:
-        """Of each prompt, the negative log-prob of its references and their ends, mean over their tokens."""
-        ids = [[self._reference_ids(each) for each in self.references[row]] for row in self.rows]
-        pairs = [(row, each) for row, rows_ids in zip(self.rows, ids, strict=True) for each in rows_ids]
+        """Of each prompt, the negative log-prob of its references and their ends, mean over their tokens.
+
+        References are cut where the model's context ends.
+        """
+        context = max_context(self.model)
+        pairs = []
+        for row in self.rows:
+            room = None if context is None else context - len(self.prompt_ids[row])
+            pairs += [(row, self._reference_ids(each)[:room]) for each in self.references[row]]
         values = completion_losses(
             self.model,
             [self.prompt_ids[row] for row, _ in pairs],
