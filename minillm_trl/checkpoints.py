@@ -1,12 +1,87 @@
-"""Checkpoints of a run that was stopped."""
+"""Folders of checkpoints: a record of a checkpoint's files, by which a torn or damaged one is known."""
 
+import json
+import logging
+import os
 from pathlib import Path
 
+import xxhash
 
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-N` in a run's folder that was written to its end, if there is one.
+logger = logging.getLogger(__name__)
 
-    The trainer's state is written last, so a checkpoint without it is torn: the run was killed while saving.
+RECORD = "files.json"
+STATE = "trainer_state.json"
+_BLOCK = 1 << 20
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written, or is not as it was written."""
+
+
+def record_files(folder: Path) -> None:
+    """Write down size and checksum of every file of a checkpoint, once all of them are there."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != RECORD
+    }
+    (folder / RECORD).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def find_damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, if anything is.
+
+    Args:
+        checkpoint (`Path`): its folder.
+        checksums (`bool`, *optional*, defaults to `True`): whether to read all files; otherwise a file counts as whole
+            if it has its size. Checkpoints that were written without a record have neither, and are only known to be
+            whole by the trainer's state, which is written last.
     """
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size > 0]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        record = checkpoint / RECORD
+        files = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    except FileNotFoundError:
+        return f"it has no {STATE}, which is written last"
+    except (OSError, ValueError) as error:
+        return f"its state cannot be read ({error})"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size} bytes and not {expected['bytes']}"
+        if checksums and _checksum(path) != expected["xxh3_128"]:
+            return f"{name} is not as it was written (its checksum differs)"
+    return None
+
+
+def newest_whole_checkpoint(folder: Path, *, checksums: bool = False) -> str | None:
+    """The newest `checkpoint-N` in a run's folder with nothing wrong, if there is one; damaged ones are warned of."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=_number, reverse=True):
+        damage = find_damage(path, checksums=checksums)
+        if damage is None:
+            return str(path)
+        logger.warning(f"{path} is damaged: {damage}. It is passed over.")
+    return None
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Give a finished folder its final name; a folder of that name goes first."""
+    if target.exists():  # one that was damaged, or a later one than the run was taken back to
+        replaced = source.with_name(f"{source.name}.replaced")
+        os.rename(target, replaced)
+    os.rename(source, target)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -224,36 +224,32 @@ def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
         )
 
 
-def check_rewards(rewards: torch.Tensor, completion_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that every reward `(B, T)` of the completions `(B, T)` is finite.
-
-    Raises:
-        FloatingPointError: naming the first token, its position and its completion.
-    """
-    bad = (~rewards.isfinite()).nonzero()
-    if len(bad) == 0:
-        return
-    row, position = bad[0].tolist()
-    token = completion_ids[row, position].item()
-    raise FloatingPointError(
-        f"log p(y) - log q(y) is {rewards[row, position].item()} for token {token} ({tokenizer.decode([token])!r}) at "
-        f"position {position} of completion {row}: the teacher gives it probability zero, or a model overflowed. "
-        "Check the teacher in float32 on this prompt; a token that the teacher can never produce must be impossible "
-        "for the student too."
-    )
-
-
-def check_weights(weights: torch.Tensor, mask: torch.Tensor) -> None:
-    """Check that the importance weights `(B, T)` are finite where tokens are trained.
-
-    Raises:
-        FloatingPointError: if a product over a completion has overflowed.
-    """
-    if not weights[mask].isfinite().all():
-        raise FloatingPointError(
-            "An importance weight has overflowed: the product of q / mu over a long completion is no longer a number. "
-            "Set importance_weight_cap, or importance_weighting='token'."
-        )
+def explain_faults(
+    teacher_logps: torch.Tensor,
+    student_logps: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[int, str]:
+    """Say what is not finite in scored rollouts, all `(B, T)`, where `mask` is True: by number of the row."""
+    checked = (("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights))
+    faults: dict[int, str] = {}
+    for what, values in checked:
+        for row, position in (~values.isfinite() & mask).nonzero().tolist():
+            token, value = completion_ids[row, position].item(), values[row, position].item()
+            place = f"at token {token} ({tokenizer.decode([token])!r}), position {position} of the completion"
+            if what == "weight":
+                fault = (
+                    f"the importance weight is {value} {place}: a product of q / mu has overflowed (set "
+                    "importance_weight_cap, or importance_weighting='token')"
+                )
+            elif value == -torch.inf:
+                fault = f"{what} gives probability zero {place}, where the reverse KL is infinite"
+            else:
+                fault = f"{what}'s log-prob is {value} {place}"
+            faults.setdefault(row, fault)
+    return faults
 
 
 def _check_tokenizers(

@@ -71,6 +71,7 @@ _POSITIVE_FIELDS = (
     "lm_coef",
     "lm_batch_size",
     "lm_max_length",
+    "max_nonfinite_steps",
 )
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -185,6 +186,9 @@ class MiniLLMConfig(GRPOConfig):
             As in GRPO: another upper half of the clip range, and a bound of the ratio at negative advantages.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the student's dropout is off in training. The teacher's always is.
+        max_nonfinite_steps (`int`, *optional*, defaults to `8`):
+            Optimizer steps in a row that may be skipped because a loss, log-prob, reward or gradient is not finite; at
+            that number the run ends.
         bf16 (`bool`, *optional*):
             Mixed precision in bfloat16. Unless `fp16` or this is set, the precision is what `accelerate launch` was
             told, or else bfloat16 on CUDA devices that have it (compute capability 8.0 and above). TRL's default is
@@ -293,6 +297,10 @@ class MiniLLMConfig(GRPOConfig):
     lm_max_length: int = field(default=512, metadata={"help": "Tokens of a sequence of lm_dataset."})
     num_generations: int = field(default=1, metadata={"help": "Completions sampled per prompt."})
     disable_dropout: bool = field(default=True, metadata={"help": "Switch the student's dropout off in training."})
+
+    max_nonfinite_steps: int = field(
+        default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
+    )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 

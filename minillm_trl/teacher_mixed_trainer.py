@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from .checks import check_prompt_ids
-from .config import MiniLLMConfig
 from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
 from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
 from .objectives import batch_advantages
+from .resumable_rollouts import ResumableRollouts
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
 from .sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, sample_prompts
@@ -34,13 +33,11 @@ from .teacher import (
 from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
 
-class TeacherMixedTrainer(GRPOTrainer):
+class TeacherMixedTrainer(ResumableRollouts):
     """GRPO's generation, scoring, rewards and logs with a teacher: what [`MiniLLMTrainer`] does without an objective.
 
     A subclass calls `_add_teacher` at the end of its constructor.
     """
-
-    args: MiniLLMConfig
 
     def _add_teacher(self, teacher_model: str | PreTrainedModel) -> None:
         """Load and place the teacher, and let the models score in their own forward passes.

@@ -1,5 +1,6 @@
 """`MiniLLMTrainer`: MiniLLM wired into TRL's `GRPOTrainer`. Formulas are in `objectives` and `fused_head`."""
 
+import logging
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +9,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.utils import split_tensor_dict
 
 from .checks import (
     check_arguments,
     check_completion_ids,
     check_machine,
     check_model,
-    check_rewards,
     check_rollout_logps,
-    check_weights,
+    explain_faults,
 )
 from .config import MiniLLMConfig
 from .fused_head import ScoreRequest, TokenScores
@@ -27,10 +26,12 @@ from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
 from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
 from .quantization import keep_4bit_layout
-from .rollouts import Batch, by_length, deal_rows, sequences, trim, window_token_counts
-from .sampling import ROLLOUT_ORDER
+from .resumable_rollouts import PROMPT_INDEX, number_prompts
+from .rollouts import Batch, sequences
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import corpus_totals, loss_totals
+
+logger = logging.getLogger(__name__)
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
@@ -134,7 +135,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             # GRPOTrainer insists on a reward source; ours is the teacher, and this one is dropped below
             reward_funcs=_teacher_is_the_reward if no_reward_funcs else reward_funcs,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=number_prompts(train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
@@ -195,7 +196,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             `(B, T)`, and, unless they are to be computed anew, `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
-            FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN.
+            FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN, or an
+                importance weight overflows. In training these rows are marked, and the steps with them skipped.
         """
         batch = {
             "prompt_ids": prompt_ids,
@@ -204,7 +206,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             "completion_mask": completion_mask,
         }
         with self._teacher_phase:
-            return self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
+            batch, faults = self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
+        for row, fault in faults.items():
+            raise FloatingPointError(f"Completion {row}: {fault}.")
+        return batch
 
     def _score_rollouts(
         self,
@@ -212,23 +217,26 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         alpha: float,
         student_logps: torch.Tensor | None = None,
         behavior_logps: torch.Tensor | None = None,
-    ) -> Batch:
+    ) -> tuple[Batch, dict[int, str]]:
+        """The training batch, and what is wrong with rows that are not finite, whose scores are without effect."""
         mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
         scores = self._score_rollout(batch, student_logps)
-        # unclipped: clipping would hide a teacher that gives a sampled token probability zero
         kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
-        check_rewards(token_rewards(*kd_logps, mask), batch["completion_ids"], self._tokenizer)
         rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
         if behavior_logps is None:
             behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
         long_term_weights, single_step_weights = importance_weights(
             scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
         )
-        check_weights(long_term_weights, mask)
+        # the log-probs, not the rewards: a clip hides a teacher that gives a sampled token probability zero
+        faults = explain_faults(*kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer)
+        faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        faulty[list(faults)] = True
         batch = {
             **batch,
-            "advantages": self._advantages(rewards, mask),
+            "faulty": faulty,
+            "advantages": self._advantages(rewards.masked_fill(faulty[:, None], 0.0), mask),
             "old_per_token_logps": behavior_logps.detach(),
             "student_logps": scores.student_logps,
             "long_term_weights": long_term_weights,
@@ -236,7 +244,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         }
         if scores.teacher_hidden_states is not None:
             batch["teacher_hidden_states"] = scores.teacher_hidden_states
-        return batch
+        return batch, faults
+
+    def _name_prompt(self, index: int, prompt: Any) -> str:
+        return f"Prompt{'' if index < 0 else f' {index}'} {str(prompt)[:80]!r}"
+
+    def _explain_loss(self, loss: float, inputs: Batch) -> str:
+        return f"the loss is {loss} with the {_indices(inputs['prompt_index'])}"
 
     def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if not self.args.rkl_advantage:
@@ -262,6 +276,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
+        prompt_index = [row.get(PROMPT_INDEX, -1) for row in inputs]
+        inputs = [{name: value for name, value in row.items() if name != PROMPT_INDEX} for row in inputs]
         self._turn, self._sampled = 0, []
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
@@ -273,7 +289,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if not self.use_vllm:  # with vLLM they belong to GRPO's correction of the sampling mismatch
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
-        batch = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
+        batch, faults = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
+        batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
+        for row, fault in faults.items():
+            logger.warning(f"{self._name_prompt(prompt_index[row], inputs[row]['prompt'])}: {fault}.")
         if self.reward_funcs:
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         names = ("importance_sampling_ratio", "ref_per_token_logps")
@@ -282,42 +301,15 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self._log_rollouts(inputs, batch)
         return batch
 
-    # Buffer
-
     def _prepare_inputs(self, generation_batch):
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
-        accumulation = self.args.gradient_accumulation_steps
-        if self._buffered_inputs is None:  # a resumed run starts at a fresh rollout, in step with the optimizer
-            self._step = self.state.global_step * accumulation
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        if self._step % generate_every == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            order = deal_rows(
-                len(generation_batch),
-                self.args.steps_per_generation // accumulation,
-                self.accelerator.process_index * len(generation_batch),
-                self.args.seed,
-                ROLLOUT_ORDER,
-                self.state.global_step,
-            )
-            lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()
-            order = order[by_length(lengths[order], self.args.steps_per_generation // accumulation)]
-            dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-            batches = [trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)]
-            self._buffered_inputs = self._count_window_tokens(batches)
-        batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        if self._lm_batches is None:
+        batch = super()._prepare_inputs(generation_batch)
+        if self._lm_batches is None or not self.model.training:
             return batch
+        accumulation = self.args.gradient_accumulation_steps
         micro_step = self._step % accumulation
         if micro_step == 0 or not self._lm_window:
             self._lm_window = self._lm_batches.load_window(self.state.global_step, accumulation, self.accelerator)
         return {**batch, "lm": self._lm_window[micro_step]}
-
-    def _count_window_tokens(self, batches: list[Batch]) -> list[Batch]:
-        window = self.args.gradient_accumulation_steps
-        counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
-        return [{**batch, "window_tokens": counts[i // window]} for i, batch in enumerate(batches)]
 
     # Loss
 
@@ -355,7 +347,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         scores, *lm_scores = self._score(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
-        self._log_totals(loss_totals(terms, scores.entropy, inputs["advantages"], mask))
+        totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask)
+        faulty = inputs["faulty"] | ~terms.loss.masked_fill(~mask, 0.0).isfinite().all(dim=1)
+        if self.model.training and faulty.any():
+            self._faults.append(f"what is scored is not finite with the {_indices(inputs['prompt_index'][faulty])}")
+            totals = totals._replace(values=torch.zeros_like(totals.values))  # they would spoil the means
+        self._log_totals(totals)
         loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
@@ -380,6 +377,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
         tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
         return tokens / self.accelerator.num_processes
+
+
+def _indices(prompts: torch.Tensor) -> str:
+    return f"prompts {sorted(set(prompts.tolist()))} of train_dataset"
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

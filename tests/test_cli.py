@@ -10,6 +10,7 @@ import pytest
 from conftest import run_module
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from minillm_trl.checkpoints import record_files
 from minillm_trl.cli import SUBCOMMANDS, main
 from minillm_trl.cli.launch import LAUNCHED, accelerate_config_path, hand_over, read_flags
 
@@ -175,13 +176,16 @@ class TestMistakes:
         )
         assert "neither a file nor one of cpu, ddp_bf16, fsdp_bf16, multi_node_bf16, multi_node_fsdp_bf16" in message
 
-    def test_no_checkpoint_to_resume_is_said(self, tmp_path, capsys, data_file):
+    def test_run_that_would_be_written_over_is_refused(self, tmp_path, capsys, data_file):
+        (tmp_path / "checkpoint-3").mkdir()
+        (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
         message = refused(
             capsys,
-            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path / "new"),
-            *("--use_cpu", "true", "--bf16", "false", "--resume_from_checkpoint", "true"),
+            *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
+            *("--use_cpu", "true", "--bf16", "false"),
         )
-        assert "no whole checkpoint in" in message
+        assert "holds a run that came to" in message
+        assert "--resume_from_checkpoint true" in message
 
 
 class TestLaunchFlags:
@@ -322,6 +326,7 @@ class TestRuns:
         # a mark that training anew would not have: the same seed gives the same losses again
         state["log_history"][1]["loss"] = 123.0
         saved.write_text(json.dumps(state))
+        record_files(saved.parent)
         sft("--max_steps", "3", "--resume_from_checkpoint", "true")
         history = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history] == [1, 2, 3]

@@ -14,7 +14,7 @@ import yaml
 from conftest import ENVIRONMENT
 from evaluation_results import write_results
 
-from minillm_trl.checkpoints import last_complete_checkpoint
+from minillm_trl.checkpoints import newest_whole_checkpoint, record_files
 from minillm_trl.cli import main
 from minillm_trl.cli.stages import read_recipe
 from minillm_trl.data.templates import format_instruction
@@ -102,7 +102,7 @@ def kill_after_a_checkpoint(run: Path, recipe: Path) -> Path:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    checkpoint = last_complete_checkpoint(run)
+    checkpoint = newest_whole_checkpoint(run)
     assert checkpoint is not None
     return Path(checkpoint) / "trainer_state.json"
 
@@ -115,6 +115,7 @@ def test_raw_dolly_becomes_a_table_although_killed_and_then_nothing_is_left(doll
     assert state["global_step"] < 60
     state["log_history"][0]["loss"] = 123.0  # a mark that training anew would not have
     path.write_text(json.dumps(state))
+    record_files(path.parent)
     (teacher / "checkpoint-99").mkdir()  # as a kill in the middle of saving leaves it
 
     assert main(["recipe", str(dolly_toy)]) == 0

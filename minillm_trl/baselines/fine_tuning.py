@@ -15,6 +15,7 @@ from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..quantization import keep_4bit_layout
+from ..reliable_trainer import ReliableTrainer
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
@@ -37,6 +38,9 @@ class FineTuningConfig(SFTConfig):
             with the lowest validation loss, which MiniLLM starts from.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Length limit of these samples.
+        max_nonfinite_steps (`int`, *optional*, defaults to `8`):
+            Optimizer steps in a row that may be skipped because a loss or gradient is not finite; at that number the
+            run ends.
     """
 
     predict_with_generate: bool = field(
@@ -44,12 +48,16 @@ class FineTuningConfig(SFTConfig):
         metadata={"help": "Sample at each evaluation and log Rouge-L, length, end-of-sequence rate and repetition."},
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length limit of these samples."})
+    max_nonfinite_steps: int = field(
+        default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
+    )
 
     def __post_init__(self) -> None:
         choose_precision(self)
         super().__post_init__()
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        for name in ("max_completion_length", "max_nonfinite_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.predict_with_generate and self.eval_strategy == "no" and not self.eval_on_start:
             raise ValueError("predict_with_generate=True needs evaluations: set eval_strategy to 'steps' or 'epoch'.")
         metric = str(self.metric_for_best_model).removeprefix("eval_")
@@ -60,7 +68,7 @@ class FineTuningConfig(SFTConfig):
             )
 
 
-class FineTuningTrainer(SFTTrainer):
+class FineTuningTrainer(ReliableTrainer, SFTTrainer):
     r"""[`~trl.SFTTrainer`] that can sample from the student at each evaluation.
 
     Samples are of the student alone at temperature 1, one for each different prompt of the evaluation dataset, with

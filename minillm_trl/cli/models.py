@@ -13,14 +13,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 from trl import ModelConfig, get_quantization_config
 
-from ..checkpoints import last_complete_checkpoint
+from ..checkpoints import newest_whole_checkpoint
 from ..data import check_prompt_lengths
 from ..quantization import keep_4bit_layout
+from ..reliable_trainer import ReliableTrainer
 from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
 
@@ -162,28 +162,30 @@ def quantization_config(model: ModelConfig, args: TrainingArguments) -> BitsAndB
     return config
 
 
-def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
+def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None) -> None:
     """Train, from `checkpoint` on if there is one, and save the model to `output_dir`."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(trainer.args.output_dir)
+    trainer.save_whole_model()
     trainer.accelerator.print(f"Saved to {trainer.args.output_dir}")
 
 
-def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names: a folder, or with `true` the newest whole one of a run.
+def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | bool | None:
+    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the newest whole checkpoint of a run, if any.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such folder, or `output_dir` holds a run that would be written over.
     """
     if value is None or str(value).lower() == "false":
-        return None
-    if str(value).lower() != "true":
-        if not Path(value).is_dir():
+        if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
             raise ValueError(
-                f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir."
+                f"--output_dir {output_dir} holds a run that came to {found}. Go on with it by "
+                "--resume_from_checkpoint true, or choose another --output_dir, or delete it."
             )
-        return str(value)
-    newest = last_complete_checkpoint(Path(output_dir))
-    if newest is None:
-        raise ValueError(f"--resume_from_checkpoint true: no whole checkpoint in {output_dir}. Leave it out to start.")
-    return newest
+        return None
+    if str(value).lower() == "true":
+        return True
+    if not Path(value).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
+        )
+    return str(value)

@@ -7,7 +7,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from ..checkpoints import last_complete_checkpoint
 from ..evaluation.comparison import compare_models
 from ..evaluation.results import read_evaluation
 from .arguments import parse_plain
@@ -147,9 +146,7 @@ def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
     inputs = recipe.inputs(stage)
     if stage.subcommand in TRAINING:
         stage.mark(inputs, finished=False)
-        words = [*stage.words, *launch]
-        if last_complete_checkpoint(stage.output) is not None:
-            words += ["--resume_from_checkpoint", "true"]
+        words = [*stage.words, *launch, "--resume_from_checkpoint", "true"]
         # a process of its own, which leaves no GPU memory behind
         status = _run_child([sys.executable, "-m", "minillm_trl", stage.subcommand, *words])
     else:

@@ -34,8 +34,8 @@ class StageProgress(TrainerCallback):
 class UpdateTimer(TrainerCallback, ExportableState):
     """Seconds spent in updates (sampling and scoring included, evaluation and saving not), kept in checkpoints."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds = seconds
+    def __init__(self):
+        self.seconds = 0.0
         self._started = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -45,4 +45,4 @@ class UpdateTimer(TrainerCallback, ExportableState):
         self.seconds += time.perf_counter() - self._started
 
     def state(self) -> dict:
-        return {"args": {"seconds": self.seconds}, "attributes": {}}
+        return {"args": {}, "attributes": {"seconds": self.seconds}}

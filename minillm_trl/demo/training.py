@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from ..checkpoints import last_complete_checkpoint
+from ..baselines import FineTuningConfig, FineTuningTrainer
 from ..config import MiniLLMConfig
+from ..reliable_trainer import ReliableTrainer
 from ..trainer import MiniLLMTrainer
 from .progress import StageProgress, UpdateTimer
 from .settings import DemoSettings
@@ -20,7 +20,6 @@ _COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "gradient_checkpointing": False,
     "save_total_limit": 1,
-    "restore_callback_states_from_checkpoint": True,
     "weight_decay": 0.01,
 }
 
@@ -40,7 +39,7 @@ def train_sft(
     Returns:
         `dict` with `updates` and the `seconds` that they took.
     """
-    args = SFTConfig(
+    args = FineTuningConfig(
         str(folder / "checkpoints"),
         per_device_train_batch_size=settings.sft_batch_size,
         max_steps=steps,
@@ -54,7 +53,7 @@ def train_sft(
         seed=settings.seed,
         **_COMMON,
     )
-    trainer = SFTTrainer(
+    trainer = FineTuningTrainer(
         model=model,
         args=args,
         train_dataset=dataset.select_columns(["prompt", "completion"]),
@@ -112,17 +111,15 @@ def train_minillm(
         callbacks=[StageProgress("MiniLLM", shown), UpdateTimer()],
     )
     _train(trainer, folder)
-    # a resumed run evaluates where it starts, which may be where it stopped
-    history = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
-    return {"updates": settings.minillm_steps, "seconds": _seconds(trainer), "history": list(history.values())}
+    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {"updates": settings.minillm_steps, "seconds": _seconds(trainer), "history": history}
 
 
-def _train(trainer: Trainer, folder: Path) -> None:
+def _train(trainer: ReliableTrainer, folder: Path) -> None:
     trainer.remove_callback(PrinterCallback)  # the progress bar shows what matters
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "checkpoints"))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(folder / "model"))
 
 
-def _seconds(trainer: Trainer) -> float:
-    # a restored run replaces the callback that it was given by the one in the checkpoint
+def _seconds(trainer: ReliableTrainer) -> float:
     return sum(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, UpdateTimer))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import last_complete_checkpoint
+from ..checkpoints import newest_whole_checkpoint
 
 # Logged by evaluations during training, see `docs/metrics.md`
 EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")
@@ -19,7 +19,7 @@ def training_folder(settings: dict[str, Any]) -> Path | None:
     folder = Path(settings["model"] if settings["adapter"] is None else settings["adapter"])
     if folder.name.startswith("checkpoint-"):
         folder = folder.parent
-    return folder if last_complete_checkpoint(folder) is not None else None
+    return folder if newest_whole_checkpoint(folder) is not None else None
 
 
 def read_history(folder: Path) -> dict[str, dict[int, float]]:
@@ -34,7 +34,7 @@ def read_history(folder: Path) -> dict[str, dict[int, float]]:
     Raises:
         ValueError: if there is no checkpoint, or its state cannot be read.
     """
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = newest_whole_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(f"{folder}: no checkpoint-N/trainer_state.json. Name the output_dir of a training.")
     path = Path(checkpoint) / "trainer_state.json"
