@@ -43,6 +43,7 @@ from minillm_trl.checkpoints import newest_whole_checkpoint
 from minillm_trl.cli import main as command_line
 
 MOMENTS = ("start", "token", "rollout", "loss", "step", "file", "half a file", "rename", "remove", "log", "batch")
+STEPS, SAVE_EVERY = 44, 4
 TIMES = ("runtime", "per_second", "step_time")  # what the clock decides
 
 
@@ -203,13 +204,13 @@ def make_inputs(work: Path) -> Path:
         "logging_steps": 3,
         "eval_strategy": "steps",
         "eval_steps": 4,
-        "save_steps": 4,
+        "save_steps": SAVE_EVERY,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_rouge_l",
         "early_stopping_patience": 50,
         "resume_from_checkpoint": True,
-        "max_steps": 44,
+        "max_steps": STEPS,
     }
     baselines = {"predict_with_generate": True, "max_length": 64, "gradient_accumulation_steps": 2}
     teacher = {"teacher_model_name_or_path": work / "teacher"}
@@ -228,16 +229,20 @@ def make_inputs(work: Path) -> Path:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Final weights, and what was logged but for what the clock decides."""
+    """Weights of the chosen model and of the last step, and what was logged but for what the clock decides."""
+    last = Path(newest_whole_checkpoint(folder, checksums=True))
     name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
-    state = json.loads((Path(newest_whole_checkpoint(folder, checksums=True)) / "trainer_state.json").read_text())
+    weights = {
+        f"{where.name}/{key}": value for where in (folder, last) for key, value in load_file(where / name).items()
+    }
+    weights = {key.replace(folder.name, "chosen"): value for key, value in weights.items()}
+    state = json.loads((last / "trainer_state.json").read_text())
     kept = [{key: value for key, value in each.items() if not key.endswith(TIMES)} for each in state["log_history"]]
-    best = {"best_metric": state["best_metric"], "best_global_step": state["best_global_step"]}
-    return load_file(folder / name), [*kept, best]
+    return weights, [*kept, {name: state[name] for name in ("best_metric", "best_global_step", "global_step")}]
 
 
 def differences(one: Path, other: Path) -> dict[str, Any]:
-    """The largest difference of two runs' weights, and the number of logged values that differ."""
+    """The largest difference of two runs' weights, and the number of logs that differ."""
     (weights, logs), (others, other_logs) = outcome(one), outcome(other)
     assert weights.keys() == others.keys()
     lost = sum(a != b for a, b in zip(logs, other_logs, strict=False)) + abs(len(logs) - len(other_logs))
@@ -268,29 +273,31 @@ def main() -> None:
         yaml = ["--config", str(work / f"{arguments.command}.yaml")]
         return [arguments.command, *yaml, "--output_dir", str(folder), *more, *options]
 
-    alone, killed = work / f"{name}-alone", work / f"{name}-killed-{arguments.seed}"
-    shutil.rmtree(killed, ignore_errors=True)
+    alone = work / f"{name}-alone"
     shutil.rmtree(alone, ignore_errors=True)
     _, moments = run(command(alone), work / "alone.log", processes=arguments.processes)
-    draw, at, starts = random.Random(arguments.seed), [], 0
-    while True:
-        # as far as two checkpoints lie apart on average, so that most runs come on and some do not
-        kill_at = draw.randrange(1, max(2, 5 * moments // 22)) if len(at) < arguments.kills else None
-        victim = draw.randrange(arguments.processes)
-        kind, _ = run(command(killed), work / "killed.log", kill_at, arguments.processes, victim)
-        starts += 1
-        if kind == "end":
-            break
-        at.append(kind)
+    draw, killed_at, found = random.Random(arguments.seed), [], []
+    reach = max(2, moments // 3)  # so that some starts come nowhere, and a run dies some six times over all its length
+    while len(killed_at) < arguments.kills:
+        killed = work / f"{name}-killed-{arguments.seed}-{len(found)}"
+        shutil.rmtree(killed, ignore_errors=True)
+        kind = ""
+        while kind != "end":
+            kill_at = draw.randrange(1, reach) if len(killed_at) < arguments.kills else None
+            victim = draw.randrange(arguments.processes)
+            kind, _ = run(command(killed), work / "killed.log", kill_at, arguments.processes, victim)
+            killed_at += [kind] if kind != "end" else []
+        found.append(differences(alone, killed))
     result = {
         "command": arguments.command,
         "processes": arguments.processes,
         "options": arguments.options,
         "seed": arguments.seed,
         "moments_of_a_run": moments,
-        "kills": len(at),
-        "killed_at": dict(Counter(at)),
-        **differences(alone, killed),
+        "runs": len(found),
+        "kills": len(killed_at),
+        "killed_at": dict(Counter(killed_at)),
+        **{key: max(each[key] for each in found) for key in found[0]},
     }
     print(json.dumps(result))
 
