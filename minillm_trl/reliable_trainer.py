@@ -313,16 +313,17 @@ class ReliableTrainer(Trainer):
         """Before each optimizer step: skip it everywhere if a number is not finite anywhere; hear of SIGTERM."""
         scaler = self.accelerator.scaler
         scales = scaler is not None or self.args.fp16  # an overflow now and then is how a loss scale finds its size
-        if not scales and grad_norm is not None and not torch.as_tensor(grad_norm).isfinite():
-            self._faults.append(f"the gradient's norm is {float(grad_norm)}, while the loss is finite")
+        gradient_is_bad = not scales and grad_norm is not None and not torch.as_tensor(grad_norm).isfinite().item()
         if scaler is not None and scaler.get_scale() < 1.0:
             self._faults.append(f"the loss scale is down to {scaler.get_scale():.2g}: gradients overflow at any scale")
-        faulty, self._sigterm_received = self._on_any_process(bool(self._faults), self._sigterm.is_set())
-        if not faulty:
+        flags = bool(self._faults), gradient_is_bad, self._sigterm.is_set()
+        faulty, gradient_is_bad, self._sigterm_received = self._on_any_process(*flags)
+        if not (faulty or gradient_is_bad):
             self._nonfinite_in_row = 0
             return
-        explained = gather_object(self._faults)
-        self._faults = []
+        explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
+        if faulty:
+            explained, self._faults = gather_object(self._faults), []
         if self.is_deepspeed_enabled:  # whose optimizer has stepped within the backward pass
             raise FloatingPointError(f"Step {self.state.global_step} spoiled the weights: {explained[0]}. {_REMEDY}")
         self._skip_step(explained)

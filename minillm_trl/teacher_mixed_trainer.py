@@ -7,7 +7,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from .checks import check_prompt_ids
@@ -101,6 +103,16 @@ class TeacherMixedTrainer(ResumableRollouts):
     @property
     def _student(self) -> PreTrainedModel:
         return student_of(self.model, self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in [`ReliableTrainer`]; each prompt is first checked for room for its completion."""
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for dataset in (self.train_dataset, *datasets.values()):
+            # tools and environments add to prompts as they run; a stream's are checked as they come
+            if self.max_context is not None and isinstance(dataset, Dataset) and not (self.tools or self.environments):
+                for start in range(0, len(dataset), 1000):
+                    self._tokenize_prompts(dataset[start : start + 1000]["prompt"])
+        return super().train(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
@@ -295,6 +307,18 @@ class TeacherMixedTrainer(ResumableRollouts):
             rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
         self._rewards_per_func = rewards
         return rewards
+
+    def _endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
+        """Mark the completions of this process whose reward is infinite, and leave it out of the others' mean."""
+        start = self.accelerator.process_index * len(faulty)
+        endless = self._rewards_per_func.isinf()
+        self._rewards_per_func = self._rewards_per_func.masked_fill(endless, torch.nan)
+        mine = endless[start : start + len(faulty)]
+        faulty |= mine.any(dim=1)
+        return {
+            row: f"reward function {self.reward_func_names[function]} returned inf"
+            for row, function in mine.nonzero().tolist()
+        }
 
     def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
         """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""

@@ -246,9 +246,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             batch["teacher_hidden_states"] = scores.teacher_hidden_states
         return batch, faults
 
-    def _name_prompt(self, index: int, prompt: Any) -> str:
-        return f"Prompt{'' if index < 0 else f' {index}'} {str(prompt)[:80]!r}"
-
     def _explain_loss(self, loss: float, inputs: Batch) -> str:
         return f"the loss is {loss} with the {_indices(inputs['prompt_index'])}"
 
@@ -290,11 +287,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
         batch, faults = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
+        if self.reward_funcs:
+            faults |= self._endless_rewards(batch["faulty"])
+            batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
         for row, fault in faults.items():
-            logger.warning(f"{self._name_prompt(prompt_index[row], inputs[row]['prompt'])}: {fault}.")
-        if self.reward_funcs:
-            batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
+            logger.warning(f"{_name_prompt(prompt_index[row], inputs[row]['prompt'])}: {fault}.")
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
         self._sampled = []
@@ -377,6 +375,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
         tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
         return tokens / self.accelerator.num_processes
+
+
+def _name_prompt(index: int, prompt: Any) -> str:
+    return f"Prompt{'' if index < 0 else f' {index}'} {str(prompt)[:80]!r}"
 
 
 def _indices(prompts: torch.Tensor) -> str:

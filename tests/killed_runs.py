@@ -219,7 +219,7 @@ def make_inputs(work: Path) -> Path:
         "minillm": {**common, **teacher, **rollouts, "log_completions": False},
         "sft": {**common, **baselines},
         "kd": {**common, **teacher, **baselines},
-        "seqkd": {**common, **teacher, **baselines, "generation_batch_size": 2, "max_steps": 8},
+        "seqkd": {**common, **teacher, **baselines, "generation_batch_size": 2, "keep_unfinished": True},
     }
     for name, options in commands.items():
         plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in options.items()}

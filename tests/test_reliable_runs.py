@@ -1,0 +1,441 @@
+"""Runs that are stopped, damaged or fed with numbers that are not finite: what is saved, skipped and said."""
+
+import itertools
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, build_model
+from datasets import Dataset
+from test_trainer import DATASET, make_trainer, weights
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
+from minillm_trl.checkpoints import CheckpointError, find_damage, newest_whole_checkpoint
+from minillm_trl.interruption import Terminated
+
+SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_iterations": 2, "logging_steps": 3}
+EVALUATED = {
+    "eval_dataset": DATASET.select(range(4)),
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_rouge_l",
+}
+KILLED_RUNS = Path(__file__).with_name("killed_runs.py")
+
+
+class AtStep(TrainerCallback):
+    """Calls a function when an optimizer step begins."""
+
+    def __init__(self, step: int, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, **unused):
+        if state.global_step == self.step:
+            self.function()
+
+
+def history(trainer) -> list[dict]:
+    """What was logged, but for what the clock decides."""
+    return [
+        {key: value for key, value in each.items() if not key.endswith(("runtime", "per_second", "step_time"))}
+        for each in trainer.state.log_history
+    ]
+
+
+def assert_same_run(one, other) -> None:
+    assert torch.equal(weights(one), weights(other))
+    assert history(one) == history(other)
+
+
+class TestKilled:
+    """The whole harness runs by `python tests/killed_runs.py`; here some kills of each kind of run."""
+
+    @pytest.mark.cli
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["--command", "minillm", "--kills", "6", "--options", "use_peft=true", "lora_target_modules=all-linear"],
+            ["--command", "kd", "--kills", "4"],
+            pytest.param(["--command", "seqkd", "--kills", "4"], id="seqkd"),
+            pytest.param(["--command", "minillm", "--kills", "3", "--processes", "2"], marks=pytest.mark.distributed),
+        ],
+        ids=["lora", "kd", "seqkd", "two processes"],
+    )
+    def test_run_ends_with_the_weights_and_logs_of_one_that_was_left_alone(self, tmp_path, words: list[str]):
+        command = [sys.executable, str(KILLED_RUNS), "--work", str(tmp_path / "work"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["kills"] == int(words[3])
+        assert found["weights"] == 0.0
+        assert found["logs_that_differ"] == 0
+        assert found["logs"] > 5
+
+
+class TestResume:
+    @pytest.mark.parametrize("step", [2, 4, 6])
+    def test_within_a_buffer_and_within_a_logging_interval(self, tmp_path, step: int):
+        whole = make_trainer(tmp_path, **SAVED)
+        whole.train()
+        resumed = make_trainer(tmp_path, **SAVED)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(resumed, whole)
+
+    def test_buffer_is_in_the_checkpoint_only_where_it_is_not_used_up(self, tmp_path):
+        make_trainer(tmp_path, **SAVED).train()
+        states = {
+            step: torch.load(tmp_path / f"checkpoint-{step}" / "run_state_0-of-1.pt", weights_only=True)
+            for step in (2, 4)
+        }
+        assert states[4]["rollouts"] is None
+        assert len(states[2]["rollouts"]) == 2
+        assert states[2]["rollouts"][0]["teacher_hidden_states"].shape[0] == 4
+
+    def test_teacher_states_that_are_computed_anew_are_not_saved(self, tmp_path):
+        options = {**SAVED, "teacher_hidden_states": "recompute"}
+        whole = make_trainer(tmp_path, **options)
+        whole.train()
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert_same_run(resumed, whole)
+        state = torch.load(tmp_path / "checkpoint-2" / "run_state_0-of-1.pt", weights_only=True)
+        assert "teacher_hidden_states" not in state["rollouts"][0]
+
+    def test_in_a_later_epoch_with_dropout_and_logged_completions(self, tmp_path):
+        options = {**SAVED, "dataset": DATASET.select(range(9)), "disable_dropout": False, "log_completions": True}
+        runs = []
+        for name in ("whole", "resumed"):
+            student = build_model("gpt2")
+            student.config.resid_pdrop = 0.5
+            for module in student.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.5
+            trainer = make_trainer(tmp_path, student=student, **options)
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if name == "resumed" else None)
+            runs.append((trainer, (tmp_path / "completions" / "completions_00008.parquet")))
+        assert runs[0][0].state.epoch > 1.5
+        assert_same_run(runs[0][0], runs[1][0])
+
+    def test_true_starts_where_nothing_is_saved_and_goes_on_where_something_is(self, tmp_path):
+        whole = make_trainer(tmp_path / "a", **SAVED)
+        whole.train(resume_from_checkpoint=True)
+        make_trainer(tmp_path / "b", **{**SAVED, "max_steps": 4, "lr_scheduler_type": "constant"}).train()
+        resumed = make_trainer(tmp_path / "b", **SAVED)
+        resumed.train(resume_from_checkpoint=True)
+        assert torch.equal(weights(resumed), weights(whole))
+
+    def test_run_that_had_ended_does_not_train_on(self, tmp_path):
+        whole = make_trainer(tmp_path, **SAVED)
+        whole.train()
+        again = make_trainer(tmp_path, **SAVED)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 8
+        assert torch.equal(weights(again), weights(whole))
+
+    def test_run_that_stopped_early_stays_stopped_unless_its_patience_is_raised(self, tmp_path):
+        def train(patience: int, checkpoint=None):
+            trainer = make_trainer(tmp_path, **{**SAVED, **EVALUATED, "max_steps": 10, "learning_rate": 1e-9})
+            trainer.add_callback(EarlyStoppingCallback(patience))
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return trainer
+
+        stopped = train(2)
+        assert stopped.state.global_step == 6  # the same Rouge-L three times
+        assert train(2, True).state.global_step == 6
+        assert train(9, True).state.global_step == 10
+
+    def test_evaluation_before_the_first_step_is_not_repeated(self, tmp_path):
+        options = {**SAVED, **EVALUATED, "eval_on_start": True}
+        whole = make_trainer(tmp_path, **options)
+        whole.train()
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert_same_run(resumed, whole)
+        assert resumed.args.eval_on_start
+
+    def test_other_batches_drop_the_buffer_and_say_so(self, tmp_path, caplog):
+        make_trainer(tmp_path, **{**SAVED, "max_steps": 2}).train()
+        resumed = make_trainer(tmp_path, **{**SAVED, "per_device_train_batch_size": 2})
+        with caplog.at_level(logging.WARNING):
+            resumed.train(resume_from_checkpoint=True)
+        assert "were made with per_device_train_batch_size=4" in caplog.text
+        assert resumed.state.global_step == 8
+
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_fine_tuning(self, tmp_path, grouped: bool):
+        rows = DATASET.select(range(12)).map(lambda row: {"completion": row["references"][0]})
+        runs = []
+        for checkpoint in (None, str(tmp_path / "checkpoint-5")):
+            args = FineTuningConfig(
+                str(tmp_path),
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                disable_tqdm=True,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                max_steps=8,
+                save_steps=5,
+                logging_steps=3,
+                train_sampling_strategy="group_by_length" if grouped else "random",
+            )
+            trainer = FineTuningTrainer(
+                model=build_model("llama"),
+                args=args,
+                train_dataset=rows.select_columns(["prompt", "completion"]),
+                processing_class=make_trainer(tmp_path).processing_class,
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            runs.append(trainer)
+        assert_same_run(*runs)
+
+
+class TestCheckpoints:
+    def damage(self, path: Path, how: str) -> None:
+        content = bytearray(path.read_bytes())
+        if how == "torn":
+            path.write_bytes(content[: len(content) // 2])
+        elif how == "missing":
+            path.unlink()
+        else:
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    @pytest.mark.parametrize("how", ["torn", "missing", "one bit"])
+    @pytest.mark.parametrize(
+        "name", ["model.safetensors", "optimizer.pt", "run_state_0-of-1.pt", "trainer_state.json"]
+    )
+    def test_damaged_one_is_passed_over_for_the_one_before(self, tmp_path, caplog, name: str, how: str):
+        make_trainer(tmp_path, **{**SAVED, "max_steps": 4}).train()
+        self.damage(tmp_path / "checkpoint-4" / name, how)
+        with caplog.at_level(logging.WARNING):
+            assert newest_whole_checkpoint(tmp_path, checksums=True) == str(tmp_path / "checkpoint-2")
+        assert "checkpoint-4 is damaged: " in caplog.text
+
+    def test_run_resumed_from_the_one_before_ends_the_same(self, tmp_path, caplog):
+        whole = make_trainer(tmp_path, **SAVED)
+        whole.train()
+        self.damage(tmp_path / "checkpoint-8" / "optimizer.pt", "one bit")
+        resumed = make_trainer(tmp_path, **SAVED)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_run(resumed, whole)
+        assert find_damage(tmp_path / "checkpoint-8") is None
+
+    def test_damaged_one_that_is_asked_for_is_refused_with_a_whole_one(self, tmp_path):
+        make_trainer(tmp_path, **{**SAVED, "max_steps": 4}).train()
+        self.damage(tmp_path / "checkpoint-4" / "model.safetensors", "torn")
+        message = "model.safetensors has .* bytes and not .*The newest whole one is .*checkpoint-2"
+        with pytest.raises(CheckpointError, match=message):
+            make_trainer(tmp_path, **SAVED).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+    def test_name_comes_when_all_is_written(self, tmp_path):
+        seen = []
+        trainer = make_trainer(tmp_path, **{**SAVED, "max_steps": 2})
+        save = trainer._save_rng_state
+        trainer._save_rng_state = lambda folder: (seen.append((folder, os.listdir(tmp_path))), save(folder))
+        trainer.train()
+        ((folder, names),) = seen
+        assert Path(folder) == tmp_path / "unfinished" / "checkpoint-2"
+        assert "checkpoint-2" not in names
+        assert (tmp_path / "checkpoint-2" / "files.json").is_file()
+        assert not (tmp_path / "unfinished").exists()
+
+    def test_limit_keeps_the_best_and_its_path_holds(self, tmp_path):
+        options = {**SAVED, **EVALUATED, "max_steps": 10, "save_total_limit": 1, "learning_rate": 1e-9}
+        make_trainer(tmp_path / "run", **options).train()
+        assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
+        best = str(tmp_path / "run" / "checkpoint-2")
+        assert json.loads((Path(best) / "trainer_state.json").read_text())["best_model_checkpoint"] == best
+
+    def test_best_one_is_found_in_a_folder_that_was_moved(self, tmp_path):
+        options = {**SAVED, **EVALUATED, "save_total_limit": 2, "learning_rate": 1e-9}
+        make_trainer(tmp_path / "run", **{**options, "max_steps": 4}).train()
+        shutil.move(tmp_path / "run", tmp_path / "moved")
+        resumed = make_trainer(tmp_path / "moved", **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-2")
+
+
+class TestDisk:
+    def run_with_limit(self, trainer, limit: int) -> None:
+        """Let the system refuse to write beyond a size, as it does on a disk that is full."""
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))))
+        try:
+            trainer.train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+            signal.signal(signal.SIGXFSZ, ignored)
+
+    @pytest.mark.parametrize("limit", [20_000, 150_000], ids=["within the weights", "within the optimizer's state"])
+    def test_that_takes_no_more_ends_the_run_with_the_last_checkpoint_whole(self, tmp_path, limit: int):
+        whole = make_trainer(tmp_path / "whole", **SAVED)
+        whole.train()
+        with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written: .*checkpoint-2, is whole"):
+            self.run_with_limit(make_trainer(tmp_path / "run", **SAVED), limit)
+        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+        assert not (tmp_path / "run" / "unfinished").exists()
+        resumed = make_trainer(tmp_path / "run", **SAVED)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_run(resumed, whole)
+
+    def test_that_is_small_is_said(self, tmp_path):
+        """A real file system of 500 KiB, where this user may mount one."""
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(tmp_path)], capture_output=True)
+        if mount.returncode:
+            pytest.skip("only root mounts a file system")
+        try:
+            with pytest.raises(CheckpointError, match=r"No space left on device|could not be written"):
+                make_trainer(tmp_path, **SAVED).train()
+            trainer = make_trainer(tmp_path, **SAVED)
+            subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+            with pytest.raises(CheckpointError, match=r"cannot be written to .*Choose another folder"):
+                trainer.train()
+        finally:
+            subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+    def test_output_folder_that_cannot_be_is_refused_before_training(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        trainer = make_trainer(tmp_path, **SAVED)
+        trainer.args.output_dir = str(tmp_path / "file" / "run")
+        with pytest.raises(CheckpointError, match="cannot be written to"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+class TestSigterm:
+    @pytest.mark.parametrize("step", [2, 3, 5])
+    def test_saves_ends_with_143_and_the_run_goes_on(self, tmp_path, step: int):
+        options = {**SAVED, **EVALUATED, "save_steps": 4, "eval_steps": 4, "num_train_epochs": 5}
+        whole = make_trainer(tmp_path / "whole", **options)
+        whole.train()
+        stopped = make_trainer(tmp_path / "run", **options)
+        stopped.add_callback(AtStep(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Terminated) as ended:
+            stopped.train()
+        assert ended.value.code == 143
+        assert ended.value.checkpoint == str(tmp_path / "run" / f"checkpoint-{step + 1}")
+        assert signal.getsignal(signal.SIGTERM) is before
+        resumed = make_trainer(tmp_path / "run", **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_run(resumed, whole)
+
+
+class TestNotFinite:
+    def watched(self, tmp_path, **options):
+        """A trainer that notes its weights after each optimizer step."""
+        trainer = make_trainer(tmp_path, **{"max_steps": 6, "steps_per_generation": 2, **options})
+        seen = [weights(trainer)]
+
+        class Note(TrainerCallback):
+            def on_step_end(self, args, state, control, **unused):
+                seen.append(weights(trainer))
+
+        trainer.add_callback(Note())
+        return trainer, seen
+
+    def moved(self, seen: list[torch.Tensor]) -> list[bool]:
+        return [not torch.equal(one, other) for one, other in itertools.pairwise(seen)]
+
+    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    def test_log_prob_of_one_completion_skips_the_steps_that_have_it_and_names_its_prompt(
+        self, tmp_path, caplog, value: float
+    ):
+        trainer, seen = self.watched(tmp_path, whiten_advantages="tokens")
+        score, faulty = trainer._score_rollout, []
+
+        def broken(batch, *args):
+            scores = score(batch, *args)
+            if trainer.state.global_step == 2:
+                scores.teacher_kd_logps[1, 3] = value
+                faulty.append(batch["prompt_ids"][1])
+            return scores
+
+        trainer._score_rollout = broken
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        moved = self.moved(seen)
+        assert sorted(moved[2:4]) == [False, True]  # one step of the buffer's two has the completion
+        assert all(moved[:2] + moved[4:])
+        assert seen[-1].isfinite().all()
+        assert trainer.state.log_history[-2]["nonfinite_steps"] == 1
+        logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
+        assert all(math.isfinite(value) for name, value in logged.items() if name != "grad_norm")
+        text = trainer._tokenizer.decode(faulty[0], skip_special_tokens=True)
+        index = DATASET["prompt"][:].index(text)
+        named = "probability zero" if value == -torch.inf else "the teacher's log-prob is nan"
+        assert f"Prompt {index} {text!r}: the teacher" in caplog.text
+        assert named in caplog.text
+        assert f"not finite with the prompts [{index}] of train_dataset" in caplog.text
+
+    def test_skipped_step_leaves_the_others_as_they_are(self, tmp_path):
+        """A step whose gradient is not finite is as if the optimizer had not been called."""
+        trainer, seen = self.watched(tmp_path)
+        parameter = next(trainer.model.parameters())
+
+        def spoil(gradient):
+            return gradient * torch.nan if trainer.state.global_step == 3 else gradient
+
+        parameter.register_hook(spoil)
+        trainer.train()
+        assert self.moved(seen) == [True, True, True, False, True, True]
+        assert trainer.optimizer.state[parameter]["step"] == 5
+
+    def test_teacher_that_is_nan_everywhere_ends_the_run_with_a_diagnosis(self, tmp_path):
+        trainer, seen = self.watched(tmp_path, max_nonfinite_steps=3)
+        with torch.no_grad():
+            next(trainer.teacher_model.parameters()).fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row .*prompts \[.*Check the teacher"):
+            trainer.train()
+        assert not any(self.moved(seen))
+
+    @pytest.mark.parametrize("num_generations", [1, 2])
+    def test_reward_function_that_is_not_finite(self, tmp_path, caplog, num_generations: int):
+        def endless(completions, **unused):
+            return [float("inf") if i == 3 else float(i) for i in range(len(completions))]
+
+        trainer, seen = self.watched(tmp_path, reward_funcs=endless, max_steps=2, num_generations=num_generations)
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert sorted(self.moved(seen)) == [False, True] if num_generations == 1 else not all(self.moved(seen))
+        assert seen[-1].isfinite().all()
+        assert "reward function endless returned inf" in caplog.text
+
+    def test_faults_apart_do_not_end_the_run(self, tmp_path):
+        trainer, _ = self.watched(tmp_path, max_nonfinite_steps=2, max_steps=8, steps_per_generation=1)
+        advantages = trainer._advantages
+        trainer._advantages = lambda *args: advantages(*args) + (torch.nan if trainer.state.global_step % 2 else 0.0)
+        trainer.train()
+        assert trainer.state.log_history[-2]["nonfinite_steps"] == 4
+
+    def test_loss_scale_that_falls_to_nothing_ends_the_run(self, tmp_path):
+        trainer, _ = self.watched(tmp_path, max_nonfinite_steps=2)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.25)
+        with pytest.raises(FloatingPointError, match=r"the loss scale is down to 0\.25"):
+            trainer.train()
+
+    @pytest.mark.parametrize("value", [0, -1])
+    def test_limit_that_is_none_is_refused(self, tmp_path, value: int):
+        with pytest.raises(ValueError, match="max_nonfinite_steps must be"):
+            make_trainer(tmp_path, max_nonfinite_steps=value)
+
+    def test_prompt_without_room_is_refused_before_the_first_rollout(self, tmp_path):
+        prompts = [prompt * (40 if i == 5 else 1) for i, prompt in enumerate(DATASET["prompt"][:8])]
+        long = Dataset.from_dict({"prompt": prompts})
+        trainer = make_trainer(tmp_path, dataset=long)
+        trainer._generate_and_score_completions = None
+        with pytest.raises(ValueError, match="context of 128"):
+            trainer.train()
