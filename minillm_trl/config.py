@@ -56,6 +56,7 @@ _REFUSED_FIELDS: dict[str, str] = {
     "length_column_name": "prompts are ordered by `shuffle_dataset` and `seed`",
     "data_seed": "prompts are ordered by `shuffle_dataset` and `seed`",
     "include_num_input_tokens_seen": "`num_tokens` is logged",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint anyway",
 }
 
 _POSITIVE_FIELDS = (

@@ -12,7 +12,7 @@ from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from minillm_trl.config import _OneGeneration
 from minillm_trl.trl_version import TESTED
@@ -130,6 +130,66 @@ def test_rollout_has_what_ours_takes_from_it():
         "rewards_per_func = self._calculate_rewards(",
     ):
         assert line in source, line
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
+        ("_run_epoch", None),
+    ],
+)
+def test_methods_of_transformers_trainer_that_resuming_overrides(method: str, expected: list[str] | None):
+    if expected is not None:
+        assert parameters(getattr(transformers.Trainer, method)) == expected
+    for trainer in (GRPOTrainer, SFTTrainer):  # TRL leaves them alone, or passes on
+        found = getattr(trainer, method)
+        assert found is getattr(transformers.Trainer, method) or f"super().{method}" in inspect.getsource(found)
+
+
+def test_training_loop_has_what_resuming_takes_and_sets():
+    loop = inspect.getsource(transformers.Trainer._inner_training_loop)
+    for line in (
+        "self._tr_loss = torch.tensor(0.0",
+        "self._total_loss_scalar = 0.0",
+        "self._globalstep_last_logged = self.state.global_step",
+        "self._initial_global_step = self.state.global_step",
+        "self.callback_handler.on_train_begin(",
+        "epochs_trained=epochs_trained,",
+        "steps_trained_in_current_epoch=steps_trained_in_current_epoch,",
+        "train_dataloader=train_dataloader,",
+        "return self._finalize_training(",
+    ):
+        assert line in loop, line
+    before_the_loop, rest = loop.split("self.callback_handler.on_train_begin(")
+    assert before_the_loop.index("self._tr_loss =") > 0
+    assert "if self.control.should_training_stop:\n                break" in rest
+    epoch = inspect.getsource(transformers.Trainer._run_epoch)
+    # the gradient's norm is known, and the step can be skipped, before the optimizer takes it
+    assert epoch.index("grad_norm = self._get_grad_norm(") < epoch.index("self.optimizer.step()")
+    assert epoch.index("self._load_rng_state(resume_from_checkpoint)") < epoch.index("iter(train_dataloader)")
+
+
+def test_checkpoint_is_written_where_the_output_folder_is_said_to_be():
+    source = inspect.getsource(transformers.Trainer._save_checkpoint)
+    assert "run_dir = self._get_output_dir(trial=trial)" in source
+    assert source.rindex("output_dir=run_dir") > source.index("self.state.save_to_json(")  # rotation, within it
+
+
+def test_repeat_sampler_draws_the_order_from_its_own_generator():
+    source = inspect.getsource(RepeatSampler)
+    assert "self.generator.manual_seed(seed)" in source
+    assert "torch.randperm(self.num_samples, generator=self.generator)" in source
+    assert parameters(RepeatSampler.__init__) == [
+        *("self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+    ]
+    assert "_total_train_tokens = 0" in inspect.getsource(GRPOTrainer.__init__)
 
 
 def test_every_turn_of_a_tool_loop_goes_through_our_sampler():
