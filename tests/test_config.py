@@ -129,6 +129,7 @@ REFUSED = {
     "length_column_name": "size",
     "data_seed": 3,
     "include_num_input_tokens_seen": "all",
+    "enable_jit_checkpoint": True,
 }
 
 # Fields of GRPO that work, with another value than the default
