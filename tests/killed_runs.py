@@ -31,6 +31,7 @@ import torch
 import transformers.modeling_utils
 from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
 import minillm_trl.cli.generate
 import minillm_trl.cli.kd
@@ -38,11 +39,24 @@ import minillm_trl.cli.minillm
 import minillm_trl.cli.seqkd
 import minillm_trl.cli.sft
 from minillm_trl import checkpoints, reliable_trainer, sampling
-from minillm_trl.baselines import seqkd
+from minillm_trl.baselines import FineTuningTrainer, seqkd
 from minillm_trl.checkpoints import newest_whole_checkpoint
 from minillm_trl.cli import main as command_line
 
-MOMENTS = ("start", "token", "rollout", "loss", "step", "file", "half a file", "rename", "remove", "log", "batch")
+MOMENTS = (
+    "start",
+    "token",
+    "rollout",
+    "loss",
+    "step",
+    "file",
+    "half a file",
+    "rename",
+    "remove",
+    "log",
+    "batch",
+    "evaluation",
+)
 STEPS, SAVE_EVERY = 44, 4
 TIMES = ("runtime", "per_second", "step_time")  # what the clock decides
 
@@ -67,6 +81,7 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
     """Let this process count its moments, and die at one of them."""
 
     def passes(kind: str) -> None:
+        kind = "evaluation" if kind == "token" and counts.read()[1] == "evaluation" else kind
         if counts.add(kind) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -107,6 +122,8 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
         return lambda completions: (passes("batch"), append(completions))[1]
 
     seqkd.TeacherData.open_share = open_counted
+    counted(GRPOTrainer, "prediction_step", "evaluation")
+    counted(FineTuningTrainer, "_sample_metrics", "evaluation")
     counted(os, "rename", "rename")
     counted(os, "replace", "rename")
     counted(shutil, "rmtree", "remove")

@@ -10,17 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, build_model
 from datasets import Dataset
+from killed_runs import STEPS, make_inputs
 from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
 from minillm_trl.checkpoints import CheckpointError, find_damage, newest_whole_checkpoint
+from minillm_trl.cli.launch import accelerate_config_path
 from minillm_trl.interruption import Terminated
 
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_iterations": 2, "logging_steps": 3}
@@ -81,6 +84,33 @@ class TestKilled:
         assert found["weights"] == 0.0
         assert found["logs_that_differ"] == 0
         assert found["logs"] > 5
+
+
+class TestDeadProcess:
+    @pytest.mark.cli
+    @pytest.mark.distributed
+    def test_of_two_ends_the_launch_and_the_same_command_goes_on(self, tmp_path):
+        work = make_inputs(tmp_path / "work")
+        output = tmp_path / "run"
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+            *("--config_file", str(accelerate_config_path("cpu")), "--num_processes", "2", "-m", "minillm_trl"),
+            *("minillm", "--config", str(work / "minillm.yaml"), "--output_dir", str(output)),
+        ]
+        launch = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not (output / "checkpoint-8").is_dir() and launch.poll() is None:
+            time.sleep(0.01)
+        workers = Path(f"/proc/{launch.pid}/task/{launch.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        said, _ = launch.communicate(timeout=120)  # the other process does not wait for ever
+        assert launch.returncode != 0, said[-2000:]
+        again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr[-3000:]
+        state = json.loads((Path(newest_whole_checkpoint(output)) / "trainer_state.json").read_text())
+        assert state["global_step"] == STEPS
+        assert [each["step"] for each in state["log_history"] if "loss" in each] == list(range(3, STEPS, 3))
 
 
 class TestResume:
