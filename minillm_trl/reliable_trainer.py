@@ -93,13 +93,12 @@ class ReliableTrainer(Trainer):
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         if asked is None or asked is False:
             return None
-        found, damage = [None, None], None
+        found, damage = None, None
         if self.args.local_process_index == 0:
             if asked is True:
-                found[0] = newest_whole_checkpoint(Path(self.args.output_dir), checksums=True)
+                found = newest_whole_checkpoint(Path(self.args.output_dir), checksums=True)
             else:
-                damage = find_damage(Path(asked))
-                found = [str(asked), damage]
+                found, damage = str(asked), find_damage(Path(asked))
         damages = [each for each in gather_object([damage]) if each is not None]
         if damages:
             other = newest_whole_checkpoint(Path(asked).parent)
@@ -107,7 +106,7 @@ class ReliableTrainer(Trainer):
                 f"resume_from_checkpoint={str(asked)!r} is damaged: {damages[0]}. "
                 + (f"The newest whole one is {other}." if other else "There is no other in its folder.")
             )
-        checkpoint = broadcast_object_list(found)[0]
+        (checkpoint,) = broadcast_object_list([found])
         if checkpoint is None:
             logger.warning(f"No checkpoint in {self.args.output_dir}: training starts at the beginning.")
         return checkpoint
