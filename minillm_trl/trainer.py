@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -268,8 +269,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        started = time.perf_counter()
         with self._teacher_phase:
-            return self._generate_and_score(inputs)
+            batch = self._generate_and_score(inputs)
+        if self.model.training:
+            self.rollout_seconds += time.perf_counter() - started
+        return batch
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
