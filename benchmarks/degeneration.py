@@ -87,7 +87,7 @@ DEGENERATE: dict[str, tuple[str, dict[str, Any]]] = {
         "length_collapse",
         {"length_normalization": False, "single_step_decomposition": False},
     ),
-    "reward for shortness alone": ("length_collapse", {"reward_funcs": shortness, **REWARD_ALONE}),
+    "reward for shortness alone": ("entropy_collapse", {"reward_funcs": shortness, **REWARD_ALONE}),
     "reward for length alone": ("length_inflation", {"reward_funcs": length, **REWARD_ALONE}),
     "reward for repetition alone": ("repetition", {"reward_funcs": repeated_tokens, **REWARD_ALONE}),
     "sequence weights, alpha 0.8": (
@@ -139,6 +139,16 @@ def first_found(history: list[dict[str, float]]) -> dict[str, int]:
     return steps
 
 
+def markdown_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What is found in each run, and at which update."""
+    lines = ["| run | updates | expected | found, at update |", "|---|---:|---|---|"]
+    for runs in results.values():
+        for name, run in runs.items():
+            found = ", ".join(f"{kind} {step}" for kind, step in run["found"].items()) or "–"
+            lines.append(f"| {name} | {run['history'][-1]['step']} | {run.get('expected', '–')} | {found} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/degeneration"))
@@ -151,14 +161,9 @@ def main() -> None:
     for name, (expected, settings) in DEGENERATE.items():
         history = history_of(runs, name, settings)
         degenerate[name] = {"expected": expected, "found": first_found(history), "history": history}
-    for name, run in {**healthy, **degenerate}.items():
-        print(f"{name}: {run['found'] or 'nothing found'}")
-    path = write_record(
-        "degeneration",
-        ("torch", "transformers", "trl"),
-        SETTINGS,
-        {"healthy": healthy, "degenerate": degenerate},
-    )
+    results = {"healthy": healthy, "degenerate": degenerate}
+    path = write_record("degeneration", ("torch", "transformers", "trl"), SETTINGS, results)
+    print(markdown_table(results))
     alarms = sum(bool(run["found"]) for run in healthy.values())
     found = sum(run["expected"] in run["found"] for run in degenerate.values())
     print(f"{alarms} of {len(healthy)} healthy runs flagged, {found} of {len(degenerate)} degenerate ones; {path}")

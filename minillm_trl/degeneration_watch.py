@@ -83,7 +83,7 @@ class DegenerationWatch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopped_for = []
-        self._diagnosis = Diagnosis([], True, 0)
+        self._diagnosis = diagnose(state.log_history)
         self._has_new_checkpoint = state.global_step > 0  # the one that the run goes on from
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -105,11 +105,11 @@ class DegenerationWatch(TrainerCallback):
         new = [each for each in found if f"degeneration/{each.kind}" not in known]
         for entry in (last, logs):
             entry |= {f"degeneration/{each.kind}": 1.0 for each in found}
-        if found and self.stop:
-            self.stopped_for = found
+        if found and self.stop and not self.stopped_for:
+            self.stopped_for = new = found
             control.should_training_stop = True
-        if (new or self.stopped_for) and state.is_world_process_zero:
-            logger.warning(self._message(args, state, new or found))
+        if new and state.is_world_process_zero:
+            logger.warning(self._message(args, state, new))
 
     def _message(self, args: TrainingArguments, state: TrainerState, found: list[Degeneration]) -> str:
         lines = [f"step {state.global_step}: {_describe(each, args)}" for each in found]
