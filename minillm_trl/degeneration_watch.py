@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checkpoints import STATE, find_damage
 from .degeneration import Degeneration, Diagnosis, diagnose
 
 logger = logging.getLogger(__name__)
@@ -79,37 +80,47 @@ class DegenerationWatch(TrainerCallback):
         self.stop = stop
         self.stopped_for: list[Degeneration] = []
         self._diagnosis = Diagnosis([], True, 0)
-        self._has_new_checkpoint = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopped_for = []
-        self._diagnosis = diagnose(state.log_history)
-        self._has_new_checkpoint = state.global_step > 0  # the one that the run goes on from
+        history = state.log_history
+        self._diagnosis = _diagnose(args, history)
+        last_logs = [end for end, entry in enumerate(history, start=1) if entry["step"] == state.global_step]
+        found = [each for end in last_logs for each in _diagnose(args, history[:end]).found]
+        # a run that was stopped is not mended by going on from where it was
+        if self._stop_for(found, control) and state.is_world_process_zero:
+            logger.warning(self._message(args, state, found))
+        self._keep_healthy(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._has_new_checkpoint = True
+        self._keep_healthy(args, state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        # a step after saving, so that all processes have written their parts
-        if self._has_new_checkpoint and args.save_total_limit and state.is_world_process_zero:
+    def _keep_healthy(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.save_total_limit and state.is_world_process_zero:
             keep_healthy(Path(args.output_dir), state.log_history, self._diagnosis)
-        self._has_new_checkpoint = False
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs
     ) -> None:
         *before, last = state.log_history
-        self._diagnosis = diagnose(state.log_history, is_evaluated=args.eval_strategy != "no")
+        self._diagnosis = _diagnose(args, state.log_history)
         found = self._diagnosis.found
         known = {key for entry in before for key in entry}
         new = [each for each in found if f"degeneration/{each.kind}" not in known]
         for entry in (last, logs):
             entry |= {f"degeneration/{each.kind}": 1.0 for each in found}
-        if found and self.stop and not self.stopped_for:
-            self.stopped_for = new = found
-            control.should_training_stop = True
+        if self._stop_for(found, control):
+            new = found
         if new and state.is_world_process_zero:
             logger.warning(self._message(args, state, new))
+
+    def _stop_for(self, found: list[Degeneration], control: TrainerControl) -> bool:
+        """Stop for what was found, if so asked and not stopping already."""
+        if not (self.stop and found) or self.stopped_for:
+            return False
+        self.stopped_for = found
+        control.should_training_stop = True
+        return True
 
     def _message(self, args: TrainingArguments, state: TrainerState, found: list[Degeneration]) -> str:
         lines = [f"step {state.global_step}: {_describe(each, args)}" for each in found]
@@ -122,6 +133,10 @@ class DegenerationWatch(TrainerCallback):
         if self.stopped_for:
             lines.append("The training stops here.")
         return "\n".join(lines)
+
+
+def _diagnose(args: TrainingArguments, history: Sequence[Mapping[str, Any]]) -> Diagnosis:
+    return diagnose(history, is_evaluated=args.eval_strategy != "no")
 
 
 def _describe(found: Degeneration, args: TrainingArguments) -> str:
@@ -174,12 +189,12 @@ def _link(source: str, target: str) -> None:
 def _checkpoints(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[int, Path]:
     """Whole checkpoints by step, of those that the run with this history has saved: another may have left some."""
     found = {}
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except ValueError:  # torn: the run was killed while saving
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if not number.isdigit() or find_damage(path, checksums=False) is not None:
             continue
+        theirs = json.loads((path / STATE).read_text(encoding="utf-8"))["log_history"]
         last, ours = (json.dumps(each[-1:], sort_keys=True) for each in (theirs, history[: len(theirs)]))
         if last == ours:
-            found[int(path.parent.name.split("-")[1])] = path.parent
+            found[int(number)] = path
     return found

@@ -41,7 +41,7 @@ class RunRecord(TrainerCallback):
         argv (`Sequence[str]`): its arguments.
         recipe (`Mapping`): value of each option that the recipe is to have, as given.
         configuration (`Sequence`): the dataclasses made of them, the training arguments among them.
-        checkpoint (`str`, *optional*): that the run goes on from.
+        checkpoint (`str` or `bool`, *optional*): that the run goes on from; True for the newest, if there is one.
 
     Raises:
         ValueError: if there is a `run.json` of something else in the folder.
@@ -53,7 +53,7 @@ class RunRecord(TrainerCallback):
         argv: Sequence[str],
         recipe: Mapping[str, Any],
         configuration: Sequence[Any],
-        checkpoint: str | None,
+        checkpoint: str | bool | None,
     ):
         (args,) = (each for each in configuration if isinstance(each, TrainingArguments))
         self._writes = PartialState().is_main_process
@@ -142,6 +142,9 @@ class RunRecord(TrainerCallback):
     # Callback
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.attempt["resumed_from"] is True:
+            newest = self._folder / f"checkpoint-{state.global_step}"
+            self.attempt["resumed_from"] = str(newest) if state.global_step else None
         self._lap()
         self._write()
 

@@ -56,7 +56,6 @@ class TeacherMixedTrainer(ResumableRollouts):
             mode: defaultdict(list) for mode in ("train", "eval")
         }
         self._rewards_per_func = torch.empty(0)
-        self.rollout_seconds = 0.0  # of training
         # what the watch finds is logged too, so it comes before the callbacks that report
         self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
         half = half_precision(self.accelerator)

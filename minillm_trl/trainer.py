@@ -2,7 +2,6 @@
 
 import logging
 import textwrap
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -269,12 +268,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
-        started = time.perf_counter()
         with self._teacher_phase:
-            batch = self._generate_and_score(inputs)
-        if self.model.training:
-            self.rollout_seconds += time.perf_counter() - started
-        return batch
+            return self._generate_and_score(inputs)
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training

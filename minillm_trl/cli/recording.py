@@ -15,7 +15,7 @@ from .launch import launched_with
 
 
 def record_run(
-    subcommand: str, argv: Sequence[str], parser: Parser, parsed: Sequence[Any], checkpoint: str | None
+    subcommand: str, argv: Sequence[str], parser: Parser, parsed: Sequence[Any], checkpoint: str | bool | None
 ) -> RunRecord:
     """The record of a run, to be entered once its input is checked.
 
@@ -24,7 +24,7 @@ def record_run(
         argv (`Sequence[str]`): its arguments.
         parser ([`Parser`]): that has parsed them.
         parsed (`Sequence`): the dataclasses.
-        checkpoint (`str`, *optional*): that the run goes on from.
+        checkpoint (`str` or `bool`, *optional*): that the run goes on from; True for the newest, if there is one.
     """
     _hide_tokens(parsed)
     return RunRecord(subcommand, argv, repeating_options(parser, argv), parsed, checkpoint)
