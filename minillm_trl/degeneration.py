@@ -48,7 +48,7 @@ RULES = (
     Rule("length_inflation", "rollout/eos_rate", True, 1.0, -0.2),
     Rule("repetition", "rollout/repeated_4grams", False, 1.5, 0.05),
     Rule("entropy_collapse", "entropy", True, 0.5),
-    Rule("exploding_weights", "importance_weight/effective_sample_size", True, 0.0, 0.5),
+    Rule("exploding_weights", "importance_weight/effective_sample_size", True, 0.0, 0.3),
     Rule("falling_quality", _ROUGE_L, True, 0.9),
 )
 
