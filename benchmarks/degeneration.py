@@ -117,14 +117,14 @@ def train(demo: Path, folder: Path, reward_funcs: Any = None, **settings: Any) -
 
 
 def history_of(runs: Path, name: str, settings: dict[str, Any]) -> list[dict[str, float]]:
-    """What a run logged of the metrics that have rules, from its file if there is one."""
+    """What a run logged of the metrics that have rules, to four digits; from its file if there is one."""
     path = runs / f"{name}.json"
     if not path.is_file():
         print(name, flush=True)
         path.write_text(json.dumps(train(runs / "demo", runs / "out", **settings)))
     metrics = tuple(rule.metric for rule in RULES)
     rows = [
-        {key: value for key, value in entry.items() if key == "step" or key.endswith(metrics)}
+        {key: float(f"{value:.4g}") for key, value in entry.items() if key.endswith(metrics)} | {"step": entry["step"]}
         for entry in json.loads(path.read_text())
     ]
     return [row for row in rows if len(row) > 1]
