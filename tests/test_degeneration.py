@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,12 +175,11 @@ class Report(TrainerCallback):
 
 
 def train(folder: Path, monkeypatch, resume: Path | None = None, stop: bool = False, **options) -> Scripted:
-    monkeypatch.setattr("test_trainer.MiniLLMTrainer", Scripted)
+    report = Report()
+    with_callbacks = partial(Scripted, callbacks=[report, DegenerationWatch(stop=stop)])
+    monkeypatch.setattr("test_trainer.MiniLLMTrainer", with_callbacks)
     settings = {"max_steps": 14, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1} | options
     trainer = make_trainer(folder, **settings)
-    report = Report()
-    trainer.add_callback(report)
-    trainer.callback_handler.callbacks.insert(0, DegenerationWatch(stop=stop))  # as those of the constructor
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.report = report
