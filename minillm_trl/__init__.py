@@ -8,18 +8,27 @@ from .trl_version import check_trl_version
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "DegenerationWatch": ".degeneration_watch",
     "MiniLLMConfig": ".config",
     "MiniLLMTrainer": ".trainer",
     "TeacherMixedLogitsProcessor": ".sampling",
     "objectives": ".objectives",
 }
-__all__ = ["MiniLLMConfig", "MiniLLMTrainer", "TeacherMixedLogitsProcessor", "__version__", "objectives"]
+__all__ = [
+    "DegenerationWatch",
+    "MiniLLMConfig",
+    "MiniLLMTrainer",
+    "TeacherMixedLogitsProcessor",
+    "__version__",
+    "objectives",
+]
 
 check_trl_version()
 
 if TYPE_CHECKING:
     from . import objectives
     from .config import MiniLLMConfig
+    from .degeneration_watch import DegenerationWatch
     from .sampling import TeacherMixedLogitsProcessor
     from .trainer import MiniLLMTrainer
 

@@ -1,5 +1,6 @@
 """`ResumableRollouts`: a `GRPOTrainer` whose runs go on within a rollout buffer, with the prompts next in turn."""
 
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -31,6 +32,7 @@ class ResumableRollouts(ReliableTrainer, GRPOTrainer):
     """What GRPO does not restore: its rollout buffer and the step within it, its metrics, and the order of prompts."""
 
     args: MiniLLMConfig
+    rollout_seconds = 0.0  # spent on rollouts of the training, since the process began
     _overflow_counter: OverflowCounter | None
     _totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]]
 
@@ -49,7 +51,9 @@ class ResumableRollouts(ReliableTrainer, GRPOTrainer):
             self._step = self.state.global_step * accumulation
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
+            started = time.perf_counter()
             self._buffered_inputs = self._deal(self._generate_and_score_completions(generation_batch))
+            self.rollout_seconds += time.perf_counter() - started
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _deal(self, batch: Batch) -> list[Batch]:

@@ -14,6 +14,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from .checks import check_prompt_ids
 from .decoding import CompiledDecoding, check_decoding
+from .degeneration_watch import DegenerationWatch
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
@@ -55,6 +56,8 @@ class TeacherMixedTrainer(ResumableRollouts):
             mode: defaultdict(list) for mode in ("train", "eval")
         }
         self._rewards_per_func = torch.empty(0)
+        # what the watch finds is logged too, so it comes before the callbacks that report
+        self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
         half = half_precision(self.accelerator)
         self._overflow_counter = None
         if half is torch.float16:

@@ -10,7 +10,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 sys.path.insert(0, str(BENCHMARKS))
 
-import report  # noqa: E402 - lies in benchmarks/, which is no package
+import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
+import report  # noqa: E402
 
 
 def test_tables_are_those_of_the_results():
@@ -18,6 +19,11 @@ def test_tables_are_those_of_the_results():
     made = {report.MARKS: report.table(report.measured()), report.PRECISION_MARKS: report.precision_table()}
     for (start, end), expected in made.items():
         assert text.split(start)[1].split(end)[0] == expected
+
+
+def test_table_of_the_degeneration_page_is_that_of_the_results():
+    results = json.loads((BENCHMARKS / "results" / "degeneration.json").read_text())["results"]
+    assert degeneration.markdown_table(results) in (BENCHMARKS.parent / "docs" / "degeneration.md").read_text()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): arguments without the program's name; those of the process by default.
 
     Returns:
-        `int`: exit status: 0, 2 for a mistake in the input, 130 after Ctrl-C.
+        `int`: exit status: 0, 2 for a mistake in the input, 3 for a training that was stopped because the student
+        degenerated, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -13,6 +13,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
+from .recording import record_run
 from .sft import trainer_arguments
 
 
@@ -24,20 +25,27 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
-    (data, teacher, stopping, model, args), launch = parse(build_parser(), argv)
+    parser = build_parser()
+    parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("kd", argv, launch)
+    data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
     set_model_init_kwargs(args, model)
-    trainer = KDTrainer(
-        teacher_model=teacher.teacher_model_name_or_path,
-        args=args,
-        callbacks=callbacks,
-        **trainer_arguments(model, args, tokenizer, train, evaluation),
-    )
-    train_and_save(trainer, checkpoint)
-    return 0
+    with record_run("kd", argv, parser, parsed, checkpoint) as record:
+        record.add_data("train", data.dataset, train)
+        record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
+        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
+        revision = (args.teacher_model_init_kwargs or {}).get("revision")
+        record.add_model("teacher", teacher.teacher_model_name_or_path, revision)
+        trainer = KDTrainer(
+            teacher_model=teacher.teacher_model_name_or_path,
+            args=args,
+            callbacks=[*callbacks, record],
+            **trainer_arguments(model, args, tokenizer, train, evaluation),
+        )
+        return train_and_save(trainer, checkpoint, record)

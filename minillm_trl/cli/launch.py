@@ -1,5 +1,6 @@
 """Hand a training subcommand over to `accelerate launch`."""
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -8,11 +9,18 @@ from pathlib import Path
 
 # Set for the processes that a hand-over starts, so that they do not hand themselves over again.
 LAUNCHED = "MINILLM_TRL_LAUNCHED"
+_FLAGS = "MINILLM_TRL_LAUNCH_FLAGS"  # with what, as JSON
 
 
 def is_launched() -> bool:
     """Whether a hand-over, `accelerate launch` or `torchrun` (both set LOCAL_RANK) started this process."""
     return os.environ.get(LAUNCHED) == "1" or "LOCAL_RANK" in os.environ
+
+
+def launched_with() -> dict[str, str | bool]:
+    """The options of the hand-over that started this process, as a YAML has them; none without one."""
+    flags = json.loads(os.environ.get(_FLAGS, "{}"))
+    return {option.removeprefix("--"): True if value is None else value for option, value in flags.items()}
 
 
 @cache
@@ -93,13 +101,13 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    rest = _without(argv, flags)
+    rest, given = _without(argv, flags), json.dumps(flags)
     flags = dict(flags)
     if "--accelerate_config" in flags:
         flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
     words = [word for pair in flags.items() for word in pair if word is not None]
     arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
-    with patch_environment(**{LAUNCHED: "1"}):
+    with patch_environment(**{LAUNCHED: "1", _FLAGS: given}):
         try:
             launch_command(arguments)
         except subprocess.CalledProcessError as error:  # the process has said what was wrong

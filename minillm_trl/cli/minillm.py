@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config
 
 from ..config import MiniLLMConfig
 from ..data import load_corpus, unique_prompts
+from ..degeneration_watch import DegenerationWatch
 from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
@@ -20,6 +22,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
+from .recording import record_run
 
 
 @dataclass
@@ -55,46 +58,73 @@ class CorpusArguments:
         )
 
 
+@dataclass
+class DegenerationArguments:
+    """What to do where the student's text degenerates (docs/degeneration.md)."""
+
+    on_degeneration: str = field(
+        default="warn",
+        metadata={
+            "help": "Warn of lengths that collapse or grow, repetition, collapsing entropy and exploding weights; "
+            "stop the training too (exit status 3); or do not look.",
+            "choices": ["warn", "stop", "ignore"],
+        },
+    )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The watch, if it is wanted."""
+        return [] if self.on_degeneration == "ignore" else [DegenerationWatch(stop=self.on_degeneration == "stop")]
+
+
 def build_parser() -> Parser:
     """The subcommand's parser."""
-    types = (DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, MiniLLMConfig, ModelConfig)
+    types = (DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, DegenerationArguments)
+    types += (MiniLLMConfig, ModelConfig)
     return make_parser("minillm", types, __doc__)
 
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizers before any model is loaded, train, and save to `output_dir`."""
-    (data, teacher, corpus, stopping, args, model), launch = parse(build_parser(), argv)
+    parser = build_parser()
+    parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("minillm", argv, launch)
-    callbacks = stopping.callbacks(args)
+    data, teacher, corpus, stopping, degeneration, args, model = parsed
+    callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
-    _check_metric(args.metric_for_best_model, evaluation, data.eval_dataset or data.dataset)
+    source, eval_source = data.dataset, data.eval_dataset or data.dataset
+    _check_metric(args.metric_for_best_model, evaluation, eval_source)
     lm_dataset = corpus.load()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
-    names = [model.model_name_or_path, teacher.teacher_model_name_or_path]
-    tasks = [(data.dataset, train)]
-    if evaluation is not None:
-        tasks.append((data.eval_dataset or data.dataset, evaluation))
-    check_room(names, tasks, tokenizer, "max_completion_length", args.max_completion_length, args.trust_remote_code)
+    student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
+    tokenizer = load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
+    check_teacher_tokenizer(teacher_name, args, tokenizer, train)
+    tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
+    length = args.max_completion_length
+    check_room([student_name, teacher_name], tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
     set_model_init_kwargs(args, model)
-    trainer = MiniLLMTrainer(
-        model=model.model_name_or_path,
-        teacher_model=teacher.teacher_model_name_or_path,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        peft_config=get_peft_config(model),
-        lm_dataset=lm_dataset,
-        quantization_config=quantization_config(model, args),
-    )
-    train_and_save(trainer, checkpoint)
-    return 0
+    with record_run("minillm", argv, parser, parsed, checkpoint) as record:
+        record.add_data("train", source, train)
+        record.add_data("evaluation", eval_source, evaluation)
+        record.add_data("corpus", corpus.lm_dataset, lm_dataset)
+        record.add_model("student", student_name, args.model_init_kwargs["revision"])
+        record.add_model("teacher", teacher_name, (args.teacher_model_init_kwargs or {}).get("revision"))
+        trainer = MiniLLMTrainer(
+            model=student_name,
+            teacher_model=teacher_name,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            callbacks=[*callbacks, record],
+            peft_config=get_peft_config(model),
+            lm_dataset=lm_dataset,
+            quantization_config=quantization_config(model, args),
+        )
+        record.add_clock("rollouts", lambda: trainer.rollout_seconds)
+        return train_and_save(trainer, checkpoint, record)
 
 
 def _check_metric(metric: str | None, evaluation: Dataset | None, source: str) -> None:

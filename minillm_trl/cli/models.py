@@ -19,10 +19,14 @@ from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import newest_whole_checkpoint
 from ..data import check_prompt_lengths
+from ..degeneration_watch import DegenerationWatch
 from ..quantization import keep_4bit_layout
 from ..reliable_trainer import ReliableTrainer
+from ..run_record import RunRecord
 from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
+
+DEGENERATED = 3  # exit status
 
 
 def load_tokenizer(
@@ -162,11 +166,25 @@ def quantization_config(model: ModelConfig, args: TrainingArguments) -> BitsAndB
     return config
 
 
-def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None) -> None:
-    """Train, from `checkpoint` on if there is one, and save the model to `output_dir`."""
+def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, record: RunRecord) -> int:
+    """Train, from `checkpoint` on if there is one, and save the model to `output_dir`.
+
+    Returns:
+        `int`: exit status: 0, or 3 if the training was stopped because the student degenerated. Then a model is saved
+        only if it is that of the best checkpoint.
+    """
     trainer.train(resume_from_checkpoint=checkpoint)
+    watches = (each for each in trainer.callback_handler.callbacks if isinstance(each, DegenerationWatch))
+    kinds = {found.kind for watch in watches for found in watch.stopped_for}
+    folder = trainer.args.output_dir
+    if kinds:
+        record.stop(f"degeneration: {', '.join(sorted(kinds))}")
+    if kinds and not (trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint):
+        trainer.accelerator.print(f"Stopped; the degenerate model was not saved to {folder}")
+        return DEGENERATED
     trainer.save_whole_model()
-    trainer.accelerator.print(f"Saved to {trainer.args.output_dir}")
+    trainer.accelerator.print(f"Saved to {folder}")
+    return DEGENERATED if kinds else 0
 
 
 def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | bool | None:

@@ -25,6 +25,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArg
 from .examples import load_splits
 from .launch import hand_over
 from .models import check_room, checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
+from .recording import record_run
 from .sft import trainer_arguments
 
 
@@ -36,26 +37,37 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, let the teacher answer (or what is left of it), fine-tune, and save to `output_dir`."""
-    (data, teacher, stopping, model, args), launch = parse(build_parser(), argv)
+    parser = build_parser()
+    parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("seqkd", argv, launch)
+    data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:
         _check_completions(evaluation, data.eval_dataset or data.dataset)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, unique_prompts(train), data.dataset)
-    if args.generate_only:
-        return 0
     set_model_init_kwargs(args, model)
-    trainer = FineTuningTrainer(
-        args=args,
-        callbacks=callbacks,
-        **trainer_arguments(model, args, tokenizer, load_examples(folder / "train.jsonl"), evaluation),
-    )
-    train_and_save(trainer, checkpoint)
-    return 0
+    prompts = unique_prompts(train)
+    with record_run("seqkd", argv, parser, parsed, checkpoint) as record:
+        record.add_data("prompts", data.dataset, prompts)
+        record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
+        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
+        revision = (args.teacher_model_init_kwargs or {}).get("revision")
+        record.add_model("teacher", teacher.teacher_model_name_or_path, revision)
+        with record.timing("teacher_answers"):
+            folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset)
+        if args.generate_only:
+            return 0
+        answers = load_examples(folder / "train.jsonl")
+        record.add_data("train", str(folder), answers)
+        trainer = FineTuningTrainer(
+            args=args,
+            callbacks=[*callbacks, record],
+            **trainer_arguments(model, args, tokenizer, answers, evaluation),
+        )
+        return train_and_save(trainer, checkpoint, record)
 
 
 def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, source: str) -> Path:

@@ -17,6 +17,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
+from .recording import record_run
 
 
 def build_parser() -> Parser:
@@ -26,19 +27,24 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check data and tokenizer, train, and save to `output_dir`."""
-    (data, stopping, model, args), launch = parse(build_parser(), argv)
+    parser = build_parser()
+    parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("sft", argv, launch)
+    data, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     set_model_init_kwargs(args, model)
-    trainer = FineTuningTrainer(
-        args=args, callbacks=callbacks, **trainer_arguments(model, args, tokenizer, train, evaluation)
-    )
-    train_and_save(trainer, checkpoint)
-    return 0
+    with record_run("sft", argv, parser, parsed, checkpoint) as record:
+        record.add_data("train", data.dataset, train)
+        record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
+        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
+        trainer = FineTuningTrainer(
+            args=args, callbacks=[*callbacks, record], **trainer_arguments(model, args, tokenizer, train, evaluation)
+        )
+        return train_and_save(trainer, checkpoint, record)
 
 
 def trainer_arguments(

@@ -1,0 +1,173 @@
+"""Claim: the degeneration watch flags each kind of degeneration by its name, and no healthy run.
+
+    python benchmarks/degeneration.py --runs runs/degeneration
+
+makes the models of `make demo DEMO_ARGS=--quick`, trains the student from them in many ways, healthy ones over several
+seeds and batch sizes and ones that spoil it, and writes to `results/degeneration.json` what was logged and what the
+rules find in it, and when. Runs that are in the folder are not trained again, so the rules can be changed and judged
+anew in a second; `tests/test_degeneration.py` judges the same logs.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from measurement import write_record
+from transformers import AutoTokenizer, PrinterCallback
+
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.data import load_e2e, unique_prompts
+from minillm_trl.degeneration import RULES, diagnose
+from minillm_trl.demo import DemoSettings, run_demo
+from minillm_trl.demo.pipeline import load_model
+
+
+def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward for length."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def shortness(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward for shortness."""
+    return [-float(len(ids)) for ids in completion_ids]
+
+
+def repeated_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward for repetition."""
+    return [20 * (1 - len(set(ids)) / len(ids)) for ids in completion_ids]
+
+
+SETTINGS = {
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_completion_length": 48,
+    "max_steps": 160,
+    "logging_steps": 8,  # a rollout of 32 completions
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+    "weight_decay": 0.01,
+    "eval_strategy": "steps",
+    "eval_steps": 40,
+    "eval_on_start": True,
+    "per_device_eval_batch_size": 64,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+SMALL = {"per_device_train_batch_size": 4, "num_iterations": 1, "logging_steps": 4, "learning_rate": 3e-4}
+TINY = SMALL | {
+    "per_device_train_batch_size": 2,
+    "steps_per_generation": 1,
+    "logging_steps": 1,
+    "learning_rate": 1e-4,
+}
+REWARD_ALONE = {
+    "rkl_advantage": False,
+    "single_step_decomposition": False,
+    "learning_rate": 3e-3,
+    "max_steps": 240,
+}
+HEALTHY: dict[str, dict[str, Any]] = {
+    **{f"32 completions a log, seed {seed}": {"seed": seed} for seed in range(3)},
+    **{f"16 completions a log, seed {seed}": {"seed": seed, **SMALL} for seed in range(3)},
+    **{f"2 completions a log, seed {seed}": {"seed": seed, **TINY} for seed in range(3)},
+    "sequence weights": {"importance_weighting": "sequence"},
+    "no mixing": {"teacher_mixed_alpha": 0.0},
+}
+DEGENERATE: dict[str, tuple[str, dict[str, Any]]] = {
+    "long term alone, no length normalization": (
+        "length_collapse",
+        {"length_normalization": False, "single_step_decomposition": False},
+    ),
+    "reward for shortness alone": ("entropy_collapse", {"reward_funcs": shortness, **REWARD_ALONE}),
+    "reward for length alone": ("length_inflation", {"reward_funcs": length, **REWARD_ALONE}),
+    "reward for repetition alone": ("repetition", {"reward_funcs": repeated_tokens, **REWARD_ALONE}),
+    "sequence weights, alpha 0.8": (
+        "exploding_weights",
+        {"importance_weighting": "sequence", "teacher_mixed_alpha": 0.8},
+    ),
+    "learning rate 30 times as high": ("exploding_weights", {"learning_rate": 3e-2}),
+    "teacher at temperature 0.3": ("falling_quality", {"kd_temperature": 0.3}),
+}
+
+
+def train(demo: Path, folder: Path, reward_funcs: Any = None, **settings: Any) -> list[dict[str, float]]:
+    """What a run logs."""
+    data = load_e2e()
+    trainer = MiniLLMTrainer(
+        model=load_model(demo, "sft"),
+        teacher_model=load_model(demo, "teacher"),
+        reward_funcs=reward_funcs,
+        args=MiniLLMConfig(str(folder), **SETTINGS | settings),
+        train_dataset=unique_prompts(data["train"]).select_columns(["prompt"]),
+        eval_dataset=unique_prompts(data["validation"]).select(range(48)),
+        processing_class=AutoTokenizer.from_pretrained(demo / "tokenizer"),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def history_of(runs: Path, name: str, settings: dict[str, Any]) -> list[dict[str, float]]:
+    """What a run logged of the metrics that have rules, to four digits; from its file if there is one."""
+    path = runs / f"{name}.json"
+    if not path.is_file():
+        print(name, flush=True)
+        path.write_text(json.dumps(train(runs / "demo", runs / "out", **settings)))
+    metrics = tuple(rule.metric for rule in RULES)
+    rows = [
+        {key: float(f"{value:.4g}") for key, value in entry.items() if key.endswith(metrics)} | {"step": entry["step"]}
+        for entry in json.loads(path.read_text())
+    ]
+    return [row for row in rows if len(row) > 1]
+
+
+def first_found(history: list[dict[str, float]]) -> dict[str, int]:
+    """The step at which each kind is found first."""
+    steps: dict[str, int] = {}
+    for end, entry in zip(count(1), history, strict=False):
+        for found in diagnose(history[:end]).found:
+            steps.setdefault(found.kind, entry["step"])
+    return steps
+
+
+def markdown_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What is found in each run, and at which update."""
+    lines = ["| run | updates | expected | found, at update |", "|---|---:|---|---|"]
+    for runs in results.values():
+        for name, run in runs.items():
+            found = ", ".join(f"{kind} {step}" for kind, step in run["found"].items()) or "–"
+            lines.append(f"| {name} | {run['history'][-1]['step']} | {run.get('expected', '–')} | {found} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/degeneration"))
+    runs = parser.parse_args().runs
+    run_demo(runs / "demo", replace(DemoSettings().quick(), seed=0))
+    healthy, degenerate = {}, {}
+    for name, settings in HEALTHY.items():
+        history = history_of(runs, name, settings)
+        healthy[name] = {"found": first_found(history), "history": history}
+    for name, (expected, settings) in DEGENERATE.items():
+        history = history_of(runs, name, settings)
+        degenerate[name] = {"expected": expected, "found": first_found(history), "history": history}
+    results = {"healthy": healthy, "degenerate": degenerate}
+    path = write_record("degeneration", ("torch", "transformers", "trl"), SETTINGS, results)
+    print(markdown_table(results))
+    alarms = sum(bool(run["found"]) for run in healthy.values())
+    found = sum(run["expected"] in run["found"] for run in degenerate.values())
+    print(f"{alarms} of {len(healthy)} healthy runs flagged, {found} of {len(degenerate)} degenerate ones; {path}")
+
+
+if __name__ == "__main__":
+    main()
