@@ -8,5 +8,9 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 
     The trainer's state is written last, so a checkpoint without it is torn: the run was killed while saving.
     """
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size > 0]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    steps = {
+        int(path.parent.name.removeprefix("checkpoint-")): path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+        if path.parent.name.removeprefix("checkpoint-").isdecimal() and path.stat().st_size > 0
+    }
+    return str(steps[max(steps)]) if steps else None

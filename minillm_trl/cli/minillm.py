@@ -12,6 +12,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArg
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
+    check_models,
     check_room,
     check_teacher_tokenizer,
     checkpoint_to_resume,
@@ -80,6 +81,7 @@ def run(argv: list[str]) -> int:
     if evaluation is not None:
         tasks.append((data.eval_dataset or data.dataset, evaluation))
     check_room(names, tasks, tokenizer, "max_completion_length", args.max_completion_length, args.trust_remote_code)
+    check_models(names, args.trust_remote_code)
     set_model_init_kwargs(args, model)
     trainer = MiniLLMTrainer(
         model=model.model_name_or_path,
