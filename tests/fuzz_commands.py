@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 # without `benchmark`, which is parsed as `evaluate` is and takes seconds to find its tasks
 _COMMANDS = (*TRAINING, "prepare-data", "evaluate", "generate", "merge", "compare", "judge", "recipe")
-_NO_TOKENIZER = "no tokenizer at "  # of a folder whose name may have been spoilt
+# of a file or folder whose name may have been spoilt
+_UNKNOWN = ("no tokenizer at ", "neither a local file or folder", "no such file or folder")
 
 
 def recipe_files(random: Random, folder: Path) -> Input:
@@ -155,7 +156,7 @@ def yaml_file(random: Random, folder: Path) -> Input:
         values = spoil_tree(random, values)
     path = folder / "run.yaml"
     _write_yaml(random, path, values)
-    names = (path, folder, _NO_TOKENIZER, *(action.dest for action in options))
+    names = (path, folder, *_UNKNOWN, *(action.dest for action in options))
     return command(name, "--config", path, names=names)
 
 
@@ -174,10 +175,9 @@ def command_line(random: Random, folder: Path) -> Input:
         words += [f"{option}={value}"] if random.random() < 0.2 else [option, str(value)]
     for _ in range(random.choice((0, 0, 1, 2))):
         place = random.randrange(len(words) + 1)
-        extra = random.choice(
-            ("stray", "--", "-", "", "--unknown", "-x", "\x00", "--num_processes", "--config", "\udcff")
-        )
+        extra = random.choice(("stray", "--", "-", "", "--unknown", "-x", "--num_processes", "--config", "\udcff"))
         words[place : place + random.randrange(2)] = [extra] if random.random() < 0.6 else []
+    words = [word.replace("\0", "")[:1000] for word in words]  # what a system can pass on
     values = [part for word in words for part in (word, repr(word), *word.split("=", 1)[1:]) if part.strip()]
     names = (*values, "''", folder, *(name for action in options for name in (action.dest, action.metavar)))
     return command(name, *words, names=names)

@@ -12,10 +12,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from transformers.modeling_utils import load_state_dict
 
 from minillm_trl.cli import main
 from minillm_trl.cli.arguments import parse
 from minillm_trl.cli.minillm import build_parser
+from minillm_trl.cli.model_files import explained
 
 TRAINING = (
     *("--use_cpu", "true", "--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "2"),
@@ -105,12 +107,14 @@ class TestPickles:
         torch.save(state, model / "pytorch_model.bin")
         assert status(*generate(model)) == 0
 
-    def test_weights_with_anything_else_are_not_unpickled(self, model, tmp_path, capsys):
+    def test_weights_with_anything_else_are_not_unpickled(self, model, tmp_path, data, capsys):
         (model / "model.safetensors").unlink()
         torch.save({"transformer.wte.weight": Intruder(tmp_path / "marker")}, model / "pytorch_model.bin")
-        message = refused(capsys, *generate(model))
-        assert f"the model '{model}' cannot be loaded: the file with its weights" in message
-        assert "It was not unpickled" in message
+        training = ("--model_name_or_path", model, "--dataset", data, "--output_dir", tmp_path / "out", *TRAINING)
+        for words in (generate(model), ("sft", *training)):
+            message = refused(capsys, *words)
+            assert f"{model / 'pytorch_model.bin'}: the file with the weights (.bin) is a pickle" in message
+            assert "It was not unpickled" in message
         assert not (tmp_path / "marker").exists()
 
     def test_adapters_with_anything_else_are_not_unpickled(self, model, tmp_path, capsys):
@@ -120,7 +124,7 @@ class TestPickles:
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         torch.save({"x": Intruder(tmp_path / "marker")}, adapter / "adapter_model.bin")
         message = refused(capsys, "merge", "--adapter", adapter, "--output_dir", tmp_path / "out")
-        assert f"the adapter '{adapter}' cannot be loaded: the file with its weights" in message
+        assert f"{adapter / 'adapter_model.bin'}: the file with the weights (.bin) is a pickle" in message
         assert not (tmp_path / "marker").exists()
         assert not (tmp_path / "out").exists()
 
@@ -145,6 +149,16 @@ class TestPickles:
         with zipfile.ZipFile(tmp_path / "x.pt") as file:
             pickle.loads(file.read("x/data.pkl"))
         assert (tmp_path / "marker").exists()
+
+    def test_so_are_the_hub_s_by_what_the_library_does(self, tmp_path):
+        path = tmp_path / "pytorch_model.bin"
+        torch.save({"x": Intruder(tmp_path / "marker")}, path)
+        with (
+            pytest.raises(ValueError, match=r"the model 'o/n': .* It was not unpickled"),
+            explained("the model 'o/n'"),
+        ):
+            load_state_dict(path)
+        assert not (tmp_path / "marker").exists()
 
 
 class TestNetwork:

@@ -335,8 +335,8 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
         raise ValueError(f"{place}: expected a value, got null. Leave it out for the default.")
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         return
-    # `resume_from_checkpoint` is annotated as text, and is true as well
-    if annotation in _TEXT and not node.tag.endswith((":str", ":bool")):
+    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
+    if is_text and not node.tag.endswith(":str"):
         raise ValueError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
     if action.nargs == 0 and not node.tag.endswith(":bool"):
         raise ValueError(f"{place}: expected true or false, got {shortened(node.value)}.")

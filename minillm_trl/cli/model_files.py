@@ -1,6 +1,7 @@
 """What is said where the files of a model cannot be used."""
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+_PICKLED = (
+    "the file with the weights (.bin) is a pickle that is damaged or holds more than tensors. It was not unpickled, "
+    "since that can run any code. Get the model as .safetensors, or convert it where you trust it."
+)
+
 
 def check_weights(name: str) -> None:
     """Check that the files of weights in a folder are whole, without reading them; a name on the hub passes.
@@ -17,12 +23,20 @@ def check_weights(name: str) -> None:
     Raises:
         ValueError: naming the file.
     """
-    for path in sorted(Path(name).glob("*.safetensors")):
+    files = sorted(Path(name).glob("*.safetensors"))
+    for path in files:
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: damaged, or not written whole ({error}). Copy or save it again.") from error
+    for path in (
+        [] if files else sorted([*Path(name).glob("pytorch_model*.bin"), *Path(name).glob("adapter_model.bin")])
+    ):
+        try:
+            torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: {_PICKLED}") from error
 
 
 @contextmanager
@@ -43,15 +57,11 @@ def explained(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{what}: the file with its weights (.bin, .pt) is a pickle that is damaged or holds more "
-            "than tensors. It was not unpickled, since that can run any code. Get the model as .safetensors, or "
-            "convert it where you trust it."
-        ) from error
+        raise ValueError(f"{what}: {_PICKLED}") from error
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers' Rust
             raise
-        reason = str(error) if type(error) in (OSError, ValueError) else _shown(error)
+        reason = str(error)[:2000] if type(error) in (OSError, ValueError) else _shown(error)
         raise ValueError(f"{what}: {reason}") from error
 
 

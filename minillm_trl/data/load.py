@@ -175,7 +175,7 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         return _read_folder(path, split, max_rows)
     if _looks_like_path(source):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{source}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
+        raise DataError(f"{source[:1000]}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
     return _read_hub(source, split, dataset_config, max_rows)
 
 
