@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..data.json_files import check, parse_json
 from .calibration import CalibrationBin
@@ -93,7 +93,7 @@ class _Sample(TypedDict):
     prompt: str | list[_Message]
     references: list[str]
     outputs: list[str]
-    scores: dict[str, list[float]]
+    scores: NotRequired[dict[str, list[float]]]
 
 
 class _BenchmarkSample(TypedDict):
@@ -102,7 +102,7 @@ class _BenchmarkSample(TypedDict):
     prompt: str
     references: list[str | float]
     outputs: list[str | float]
-    scores: dict[str, list[Any]]
+    scores: NotRequired[dict[str, list[Any]]]
 
 
 class Bucket(NamedTuple):
