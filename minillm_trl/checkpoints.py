@@ -4,14 +4,22 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any, TypedDict
 
 import xxhash
+
+from .data.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
 RECORD = "files.json"
 STATE = "trainer_state.json"
 _BLOCK = 1 << 20
+
+
+class _File(TypedDict):
+    bytes: int
+    xxh3_128: str
 
 
 class CheckpointError(OSError):
@@ -37,14 +45,15 @@ def find_damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
             if it has its size. Checkpoints that were written without a record have neither, and are only known to be
             whole by the trainer's state, which is written last.
     """
-    try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        record = checkpoint / RECORD
-        files = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    except FileNotFoundError:
+    if not (checkpoint / STATE).is_file():
         return f"it has no {STATE}, which is written last"
+    mend = "Resume from an earlier checkpoint."
+    try:
+        read_json(checkpoint / STATE, dict[str, Any], mend)
+        record = checkpoint / RECORD
+        files = read_json(record, dict[str, _File], mend) if record.exists() else {}
     except (OSError, ValueError) as error:
-        return f"its state cannot be read ({error})"
+        return str(error)
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():

@@ -107,7 +107,7 @@ class TestEvaluate:
         path = tmp_path / "eval.yaml"
         path.write_text("dataset: e2e\nmodel: [a, b]\n")
         assert main(["evaluate", "--config", str(path), "--output_dir", str(tmp_path)]) == 2
-        assert "model: expected one value, got ['a', 'b']" in capsys.readouterr().err
+        assert f"{path}:2: model: expected one value, got a list" in capsys.readouterr().err
 
     def arguments(self, tmp_path: Path, model: str, *more: str) -> list[str]:
         output = ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm_trl.baselines.seqkd import (
     SeqKDConfig,
-    TeacherData,
     generate,
     model_fingerprint,
     sample_with_transformers,
     sample_with_vllm,
 )
+from minillm_trl.baselines.teacher_data import TeacherData
 from minillm_trl.cli import main
 from minillm_trl.sampling import sample_prompts
 

@@ -2,24 +2,21 @@
 
 import hashlib
 import json
-import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NotRequired, TypedDict
 
-import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.json_files import read_json
 from ..evaluation.generation import encode_prompts, end_token_ids
-from ..evaluation.metrics import rouge_l
 from ..sampling import sample_prompts
 from .fine_tuning import FineTuningConfig
+from .teacher_data import Job, TeacherCompletion, TeacherData
 
-Job = tuple[int, int]  # number of the prompt, and of its sample
 # The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
 Answer = tuple[int, list[int], bool]
 Sampler = Callable[[list[Job], list[list[int]]], Iterator[list[Answer]]]
@@ -29,7 +26,6 @@ _MODEL_FILES = (
     *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
 )
 _BLOCK, _BLOCKS = 4096, 1024
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass
@@ -105,121 +101,6 @@ def default_teacher_data_dir(output_dir: str) -> str:
     return f"{Path(output_dir)}_teacher_data"
 
 
-class TeacherCompletion(NamedTuple):
-    """One line of a file of completions."""
-
-    row: int
-    sample: int
-    completion: str
-    tokens: int
-    finished: bool
-
-
-class TeacherData:
-    """The folder in which a teacher's completions are gathered, by any number of processes and runs.
-
-    Each process appends to a file of its own, `completions-<process>.jsonl`, line by line; a line that a kill has torn
-    is made again. `train.jsonl` and `statistics.json` appear when all completions are there.
-
-    Args:
-        folder (`Path`): the folder.
-        settings (`dict`): what the completions depend on, JSON values.
-
-    Raises:
-        ValueError: if the folder has completions that were made with other settings.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder = folder
-        self.settings = json.loads(json.dumps(settings))
-        path = folder / "settings.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if found is not None and found != self.settings:
-            name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
-            raise ValueError(
-                f"{folder} holds completions that were made with {name}={found.get(name)!r}; now it is "
-                f"{self.settings.get(name)!r}. Set teacher_data_dir to another folder, or delete this one."
-            )
-
-    @property
-    def finished_with(self) -> bool | None:
-        """The `keep_unfinished` that `train.jsonl` was made with; None before there is one."""
-        path = self.folder / "statistics.json"
-        return json.loads(path.read_text(encoding="utf-8"))["keep_unfinished"] if path.is_file() else None
-
-    def read(self) -> dict[Job, TeacherCompletion]:
-        """All completions that are there, by number of prompt and sample."""
-        found = {}
-        for path in sorted(self.folder.glob("completions-*.jsonl")):
-            *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what ends without a line break is torn
-            for completion in (TeacherCompletion(**json.loads(line)) for line in lines):
-                found[completion.row, completion.sample] = completion
-        return found
-
-    def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
-        """Begin or go on with a process's file; the function returned appends to it, on disk before it returns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "settings.json", json.dumps(self.settings, indent=1))
-        path = self.folder / f"completions-{process}.jsonl"
-        if path.is_file():
-            data = path.read_bytes()
-            with open(path, "r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
-
-        def append(completions: Sequence[TeacherCompletion]) -> None:
-            lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in completions)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-
-        return append
-
-    def finish(self, prompts: Dataset, keep_unfinished: bool) -> dict[str, Any]:
-        """Write `train.jsonl` (fields `prompt`, `completion`) and `statistics.json`, and return the statistics.
-
-        Empty completions and those that say what another one said to the same prompt are left out, and unless
-        `keep_unfinished` those that were cut at the length limit. May be called again with another value of it.
-        """
-        completions = [each for _, each in sorted(self.read().items())]
-        rows, dropped, seen = [], Counter(), set()
-        for each in completions:
-            if not each.completion.strip():
-                dropped["empty"] += 1
-            elif not (each.finished or keep_unfinished):
-                dropped["cut at the length limit"] += 1
-            elif (each.row, each.completion) in seen:
-                dropped["said before to the same prompt"] += 1
-            else:
-                seen.add((each.row, each.completion))
-                rows.append(_example(prompts[each.row]["prompt"], each.completion))
-        if not rows:
-            raise ValueError(
-                f"None of the teacher's {len(completions)} completions can be learnt from ({dict(dropped)}). Raise "
-                "max_completion_length, or look at them in " + str(self.folder)
-            )
-        lengths = np.quantile([each.tokens for each in completions], QUANTILES).tolist()
-        statistics = {
-            "completions": len(completions),
-            "keep_unfinished": keep_unfinished,
-            "kept": len(rows),
-            "dropped": dict(dropped),
-            "tokens": {f"{quantile:.0%}": length for quantile, length in zip(QUANTILES, lengths, strict=True)},
-        }
-        if "references" in prompts.column_names:
-            scores = [
-                rouge_l(each.completion, references)
-                for each in completions
-                if (references := prompts[each.row]["references"])
-            ]
-            if scores:
-                statistics["rouge_l"] = float(np.mean(scores))
-        (self.folder / "statistics.json").unlink(missing_ok=True)  # until it tells of the new train.jsonl
-        _write(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        _write(self.folder / "statistics.json", json.dumps(statistics, indent=1))
-        return statistics
-
-
 def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:
     """What the teacher's completions depend on; of a local teacher also what its files hold."""
     digest = hashlib.sha256("".join(json.dumps(prompt, sort_keys=True) for prompt in prompts["prompt"]).encode())
@@ -231,6 +112,10 @@ def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> di
         "prompts": digest.hexdigest(),
         "teacher_files": model_fingerprint(Path(teacher)),
     }
+
+
+class _AdapterConfig(TypedDict):
+    base_model_name_or_path: NotRequired[str | None]
 
 
 def model_fingerprint(folder: Path) -> str | None:
@@ -251,7 +136,7 @@ def model_fingerprint(folder: Path) -> str | None:
                 file.seek(start)
                 digest.update(file.read(_BLOCK))
     if (adapter := folder / "adapter_config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(adapter, _AdapterConfig, "Copy or save the adapter again.").get("base_model_name_or_path")
         digest.update(str(base and model_fingerprint(Path(base))).encode())
     return digest.hexdigest()
 
@@ -312,12 +197,6 @@ def _text(
     prompt = tokenizer.decode(prompt_ids[row], skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_ids[row], *ids], skip_special_tokens=True)
     return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _example(prompt: Any, completion: str) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": completion}
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
 
 
 def sample_with_transformers(
@@ -391,9 +270,3 @@ def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: Seq
 def _request_seed(seed: int, job: Job) -> int:
     digest = hashlib.sha256(f"{seed}:{job[0]}:{job[1]}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1  # a positive 32-bit integer
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

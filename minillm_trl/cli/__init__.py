@@ -25,6 +25,10 @@ SUBCOMMANDS = {
     "doctor": "what this machine can run, with which precision and launch line",
 }
 
+# What libraries reach out for without being asked. For a model on the hub without safetensors, transformers would have
+# a service convert the weights, and send it the user's token.
+_SWITCHED_OFF = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_SAFETENSORS_CONVERSION")
+
 _USAGE = """\
 usage: minillm-trl SUBCOMMAND [options]
        minillm-trl SUBCOMMAND --config FILE.yaml [options that override the file]
@@ -51,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         degenerated, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    for variable in _SWITCHED_OFF:
+        os.environ.setdefault(variable, "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_USAGE.format(subcommands="\n".join(f"  {name:<12} {text}" for name, text in SUBCOMMANDS.items())))
         return 0

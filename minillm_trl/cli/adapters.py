@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from ..teacher import has_tokenizer
+from .model_files import check_weights, explained, load_causal_lm
 
 
 def is_adapter(name: str) -> bool:
@@ -58,9 +59,10 @@ class Adapter:
         Raises:
             ValueError: if the adapter does not fit the base, cannot be merged, or leaves weights that are not finite.
         """
-        base = AutoModelForCausalLM.from_pretrained(
-            self.base, revision=self.revision or "main", dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        check_weights(self.name)
+        what = f"the base {self.base!r} of the adapter {self.name!r}"
+        revision = self.revision or "main"
+        base = load_causal_lm(self.base, what, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         with warnings.catch_warnings():
             # of what `_untie` takes care of
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
@@ -82,12 +84,16 @@ class Adapter:
 
     def _put_on(self, base: PreTrainedModel) -> PeftModel:
         try:
-            model = PeftModel.from_pretrained(base, self.name)
-            # once more for its report: weights without a place are dropped, and missing ones only warned of
-            report = model.load_adapter(self.name, "default")
-        except (RuntimeError, ValueError, KeyError) as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            problem = f"{error} is missing" if isinstance(error, KeyError) else " ".join(lines[:2])
+            with explained(f"the adapter {self.name!r} cannot be loaded"):
+                model = PeftModel.from_pretrained(base, self.name)
+                # once more for its report: weights without a place are dropped, and missing ones only warned of
+                report = model.load_adapter(self.name, "default")
+        except ValueError as error:
+            cause = error.__cause__
+            if not isinstance(cause, RuntimeError | ValueError | KeyError):
+                raise
+            lines = [line.strip() for line in str(cause).splitlines()]
+            problem = f"{cause} is missing" if isinstance(cause, KeyError) else " ".join(lines[:2])
         else:
             # VB-LoRA's layers share one bank, which is saved once
             missing = [key for key in report.missing_keys if "vblora_vector_bank" not in key]
@@ -116,7 +122,7 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
     config, revision = _read_config(name), None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
-    if not base:
+    if not base or not isinstance(base, str):
         raise ValueError(
             f"--adapter {name}: its adapter_config.json names no base. Do so: --model NAME_OR_FOLDER --adapter {name}."
         )
@@ -126,15 +132,17 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
             f"one first and name the result (--model FOLDER --adapter {name}); where it is this same adapter, move "
             "its files to a folder of their own."
         )
+    problem = f"the base {base!r} of the adapter {name!r} cannot be loaded"
     try:
-        base_config = AutoConfig.from_pretrained(
-            base, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = "there is no such folder." if _is_lost_folder(base) else error
+        with explained(problem):
+            base_config = AutoConfig.from_pretrained(
+                base, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        reason = f"{problem}: there is no such folder." if _is_lost_folder(base) else error
         raise ValueError(
-            f"the base {base!r} of the adapter {name!r} cannot be loaded: {reason}\nIf it has moved, or lies on this "
-            f"machine under another name, say so: --model NAME_OR_FOLDER --adapter {name}."
+            f"{reason}\nIf it has moved, or lies on this machine under another name, say so: "
+            f"--model NAME_OR_FOLDER --adapter {name}."
         ) from error
     return Adapter(name, base, base_config, revision)
 
@@ -148,10 +156,8 @@ def _read_config(name: str) -> PeftConfig:
         raise ValueError(f"--adapter {name}: there is no adapter_config.json in this folder. {hint}")
     if _is_lost_folder(name):
         raise ValueError(f"--adapter {name}: there is no such folder.")
-    try:
+    with explained(f"--adapter {name}: the adapter's configuration cannot be read"):
         config = PeftConfig.from_pretrained(name)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--adapter {name}: the adapter's configuration cannot be read: {error!r}") from error
     is_prompt = config.is_prompt_learning or config.peft_type in (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
     if is_prompt or getattr(config, "layer_replication", None):
         kind = config.peft_type.value if is_prompt else "LoRA with layer_replication"

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import difflib
+import math
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -12,7 +14,10 @@ import yaml
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from trl import TrlParser
 
+from ..data.errors import shortened
+from ..data.json_files import check, parse_json, read_json
 from .launch import is_launched, launch_options, read_flags
+from .yaml_file import read_yaml
 
 
 @dataclass
@@ -122,7 +127,32 @@ def make_parser(name: str, dataclass_types: Sequence[type], description: str) ->
     for action in parser._actions:
         if action.dest == "model_name_or_path":  # TRL's dataclass has a default of None that no command can use
             action.required = True
+        elif action.dest.endswith("_kwargs"):
+            action.type = _mapping
+        elif action.dest in ("accelerator_config", "deepspeed", "fsdp_config"):
+            action.type = _mapping_or_file
     return parser
+
+
+def _mapping(text: str) -> str:
+    """JSON of an object, which the dataclasses parse; they take any other text as it is."""
+    try:
+        check(parse_json(text), dict[str, Any])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shortened(text)} ({error})") from error
+    return text.strip()
+
+
+def _mapping_or_file(text: str) -> str:
+    """The same, or the name of a JSON file, or what the libraries take besides."""
+    if Path(text).is_file():
+        try:
+            read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    elif text.lstrip("+-")[:1] in ("{", "[", '"', *string.digits):
+        return _mapping(text)
+    return text
 
 
 def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, str | None]]:
@@ -151,6 +181,9 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     )
     # what follows the dataclasses is a namespace with --config, which only the help needs
     instances = tuple(values[: len(parser.dataclass_types)])
+    for name, value in (each for instance in instances for each in vars(instance).items()):
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got {value}.")
     flags = read_flags(from_yaml, from_cli)
     return instances, {} if is_launched() else flags
 
@@ -164,7 +197,7 @@ def check_config(parser: Parser, path: Path) -> None:
     # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
     known = {action.dest: action for action in reversed(parser._actions)}
     # `env` is TrlParser's: variables of the environment
-    check_yaml(path, known, _launch_names() | {"env"}, _list_fields(parser.dataclass_types))
+    check_yaml(path, known, _launch_names() | {"env"}, _annotations(parser.dataclass_types))
 
 
 def _launch_names() -> set[str]:
@@ -210,7 +243,7 @@ def parse_with_config(
     path, rest = config.parse_known_args(argv)[0].config, argv
     if path is not None:
         check_plain_yaml(parser, path)
-        rest = [*_words(parser, yaml.safe_load(path.read_text(encoding="utf-8"))), *argv]
+        rest = [*_words(parser, read_yaml(path)[0]), *argv]
     values, unknown = parser.parse_known_args(rest)
     words = [part for word in unknown for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if words and words[0] not in launch_options():
@@ -226,7 +259,9 @@ def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
         ValueError: with file and line.
     """
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    check_yaml(path, known, set(), {name for name, action in known.items() if action.nargs == "+"})
+    # all of them become words of a command line
+    annotations = {name: "list | dict | None" if action.nargs == "+" else "None" for name, action in known.items()}
+    check_yaml(path, known, set(), annotations)
 
 
 def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]:
@@ -235,8 +270,6 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
     for name, value in values.items():
         if value is None or value is False:
             continue
-        if isinstance(value, dict | list) and known[name].nargs != "+":
-            raise ValueError(f"--config: {name}: expected one value, got {value}.")
         if isinstance(value, dict):
             value = [f"{key}={each}" for key, each in value.items()]
         if known[name].nargs == "+":
@@ -246,66 +279,88 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
     return words
 
 
-def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], lists: set[str]) -> None:
-    """Check a YAML file against the options, those of `accelerate launch`, and those that take lists.
+def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], annotations: dict[str, str]) -> None:
+    """Check a YAML file against the options and those of `accelerate launch`.
+
+    Args:
+        path (`Path`): of the file.
+        known (`dict[str, argparse.Action]`): the options by name.
+        launch (`set[str]`): names of `accelerate launch`.
+        annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
 
     Raises:
         ValueError: with file and line.
     """
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file.")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}:{line}: broken YAML: {error.problem}.") from error
-    except yaml.reader.ReaderError as error:
-        raise ValueError(f"{path}: broken YAML: character #x{error.character:04x} is not allowed.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}).") from error
+    _, node = read_yaml(path)
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{path}:1: expected `name: value` lines.")
-    seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
-        if name in seen:
-            raise ValueError(f"{path}:{line}: {name!r} stands in line {seen[name]} already.")
-        seen[name] = line
         if name not in known and name not in launch:
-            raise ValueError(f"{path}:{line}: unknown option {name!r}.{_nearest(name, known)}")
+            raise ValueError(f"{path}:{line}: unknown option {shortened(name)}.{_nearest(name, known)}")
         elif name in known:
-            _check_yaml_value(known[name], value_node, name in lists, f"{path}:{line}: {name}")
+            _check_yaml_value(known[name], value_node, annotations[name], f"{path}:{line}: {name}")
+        elif name == "env":
+            _check_environment(value_node, f"{path}:{line}: env")
 
 
-def _check_yaml_value(action: argparse.Action, node: yaml.Node, takes_list: bool, place: str) -> None:
-    if isinstance(node, yaml.SequenceNode) and not takes_list and action.type is not None:
+_TEXT = (str(str), str(str | None))
+
+
+def _check_environment(node: yaml.Node, place: str) -> None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(node, node)]
+    for key, value in pairs:
+        is_pair = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode) and key is not value
+        if (
+            not is_pair
+            or key.tag != "tag:yaml.org,2002:str"
+            or not key.value
+            or {"=", "\0"} & set(key.value + value.value)
+        ):
+            raise ValueError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
+
+
+def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str, place: str) -> None:
+    if isinstance(node, yaml.MappingNode) and "dict" not in annotation:
+        raise ValueError(f"{place}: expected one value, got a mapping.")
+    if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
         raise ValueError(f"{place}: expected one value, got a list.")
-    if isinstance(node, yaml.SequenceNode) and action.type in (int, float):
+    kind = getattr(action.type, "__name__", "")
+    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
         for each in node.value:
-            _check_yaml_value(action, each, False, place)
+            _check_yaml_value(action, each, annotation, place)
+    if node.tag.endswith(":null") and "None" not in annotation:
+        raise ValueError(f"{place}: expected a value, got null. Leave it out for the default.")
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         return
+    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
+    if is_text and not node.tag.endswith(":str"):
+        raise ValueError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
     if action.nargs == 0 and not node.tag.endswith(":bool"):
-        raise ValueError(f"{place}: expected true or false, got {node.value!r}.")
+        raise ValueError(f"{place}: expected true or false, got {shortened(node.value)}.")
     if action.choices is not None and node.value not in map(str, action.choices):
         # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
-        raise ValueError(f"{place}: expected one of {', '.join(map(str, action.choices))}, got {node.value!r}.")
-    is_number = action.type in (int, float)
+        raise ValueError(
+            f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
+        )
+    is_number = kind in ("int", "float")
     is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not know
     if action.type in (None, str) or action.choices is not None or (is_yaml_bool and not is_number):
         return
     try:
         action.type(node.value)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        expected = action.type.__name__ if is_number else "true or false"
-        raise ValueError(f"{place}: expected {expected}, got {node.value!r}.") from error
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        expected = {"string_to_bool": "true or false", "_mapping": "a mapping"}.get(kind, kind.strip("_"))
+        raise ValueError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
 
 
-def _list_fields(dataclass_types: Iterable[type]) -> set[str]:
-    """Names of the fields that take lists, from the annotations: HfArgumentParser simplifies the fields' types."""
-    classes = [base for dataclass_type in dataclass_types for base in dataclass_type.__mro__]
+def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
+    """Annotations of the fields, as HfArgumentParser simplifies their types."""
+    classes = [base for dataclass_type in dataclass_types for base in reversed(dataclass_type.__mro__)]
     annotations = [each for base in classes for each in vars(base).get("__annotations__", {}).items()]
-    return {name for name, annotation in annotations if "list" in str(annotation)}
+    return {name: str(annotation) for name, annotation in annotations}
 
 
 def _config_path(argv: list[str]) -> Path:

@@ -7,6 +7,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArg
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
+    check_models,
     check_teacher_tokenizer,
     checkpoint_to_resume,
     load_tokenizer,
@@ -35,6 +36,7 @@ def run(argv: list[str]) -> int:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
+    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args.trust_remote_code)
     set_model_init_kwargs(args, model)
     with record_run("kd", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.dataset, train)

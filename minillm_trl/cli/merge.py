@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import Adapter, find_adapter
 from .arguments import parse_plain
+from .model_files import explained
 from .models import read_tokenizer
 
 _NOTE = (
@@ -61,7 +62,8 @@ def run(argv: list[str]) -> int:
     with _written_whole(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            with explained(f"the tokenizer of {adapter.name!r} cannot be saved"):
+                tokenizer.save_pretrained(folder)
     print(f"Saved to {output} in {model.dtype}")
     if problem is not None:
         print(f"warning: saved without a tokenizer, so copy one to {output}: {problem}", file=sys.stderr)

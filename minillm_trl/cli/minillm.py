@@ -14,6 +14,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArg
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
+    check_models,
     check_room,
     check_teacher_tokenizer,
     checkpoint_to_resume,
@@ -102,8 +103,9 @@ def run(argv: list[str]) -> int:
     tokenizer = load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
     check_teacher_tokenizer(teacher_name, args, tokenizer, train)
     tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
-    length = args.max_completion_length
-    check_room([student_name, teacher_name], tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
+    length, names = args.max_completion_length, [student_name, teacher_name]
+    check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
+    check_models(names, args.trust_remote_code)
     set_model_init_kwargs(args, model)
     with record_run("minillm", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", source, train)

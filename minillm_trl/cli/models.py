@@ -1,13 +1,15 @@
 """Loading models and tokenizers for the subcommands."""
 
+import pickle
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -19,12 +21,14 @@ from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import newest_whole_checkpoint
 from ..data import check_prompt_lengths
+from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
 from ..quantization import keep_4bit_layout
 from ..reliable_trainer import ReliableTrainer
 from ..run_record import RunRecord
 from ..teacher import check_same_tokenizer
 from .adapters import Adapter, find_adapter, is_adapter
+from .model_files import check_weights, explained, load_causal_lm
 
 DEGENERATED = 3  # exit status
 
@@ -57,12 +61,12 @@ def read_tokenizer(
     Raises:
         ValueError: if there is no tokenizer at `name`.
     """
-    try:
+    with explained(f"no tokenizer at {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r}: {error}") from error
+    with explained(f"no tokenizer at {name!r}"):
+        tokenizer("a")  # some odd values are found by using it only
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
         raise ValueError(f"no tokenizer at {name!r}: its vocabulary is empty.")
     return tokenizer
@@ -72,7 +76,8 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the configuration of a model; of an adapter, that of its base."""
     if (found := _adapter_of(name, None, trust_remote_code)) is not None:
         return found.base_config
-    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with explained(f"the configuration of {name!r} cannot be loaded"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -87,7 +92,7 @@ def load_model(
     if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
         model = found.load_merged(dtype, trust_remote_code)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_causal_lm(name, f"the model {name!r}", dtype=dtype, trust_remote_code=trust_remote_code)
     keep_4bit_layout(model)
     return model.to(device).eval()
 
@@ -148,6 +153,18 @@ def check_room(
         check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
 
 
+def check_models(names: Sequence[str], trust_remote_code: bool) -> None:
+    """Check the files of local models that a trainer will load, before it does.
+
+    Raises:
+        ValueError: naming what is damaged.
+    """
+    for name in (name for name in names if Path(name).is_dir()):
+        check_weights(name)
+        if not is_adapter(name):
+            load_config(name, trust_remote_code)
+
+
 def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
     """Let the trainer load the student as `model` says; what `args.model_init_kwargs` says comes first."""
     args.model_init_kwargs = {
@@ -172,8 +189,17 @@ def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, reco
     Returns:
         `int`: exit status: 0, or 3 if the training was stopped because the student degenerated. Then a model is saved
         only if it is that of the best checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint holds pickles of more than tensors and numbers.
     """
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) holds more than a trainer saves. "
+            "It was not unpickled, since that can run any code. Resume from a checkpoint that your own run wrote."
+        ) from error
     watches = (each for each in trainer.callback_handler.callbacks if isinstance(each, DegenerationWatch))
     kinds = {found.kind for watch in watches for found in watch.stopped_for}
     folder = trainer.args.output_dir
@@ -191,7 +217,8 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
     """What `--resume_from_checkpoint` asks for: a folder, or with `true` the newest whole checkpoint of a run, if any.
 
     Raises:
-        ValueError: if there is no such folder, or `output_dir` holds a run that would be written over.
+        ValueError: if there is no such folder or a file of it is damaged, or if `output_dir` holds a run that would be
+            written over.
     """
     if value is None or str(value).lower() == "false":
         if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
@@ -206,4 +233,20 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
         raise ValueError(
             f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
         )
+    check_checkpoint(Path(value))
     return str(value)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that the files of a checkpoint are whole, as far as that can be told without reading them.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    check_weights(str(folder))
+    mend = "Resume from an earlier checkpoint."
+    if (state := folder / "trainer_state.json").is_file():
+        read_json(state, dict[str, Any], mend)
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+        if not zipfile.is_zipfile(path):  # what torch.save writes
+            raise ValueError(f"{path}: damaged, or not written whole. {mend}")

@@ -1,12 +1,11 @@
 """`minillm-trl prepare-data`: check, filter and split data, and write it where every other subcommand can read it."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from tqdm.auto import tqdm
 
@@ -20,6 +19,7 @@ from ..data.instructions import (
     read_natural_instructions,
     read_vicuna,
 )
+from ..data.json_files import read_json
 from ..data.load import local_files
 from ..data.prepare import (
     Filters,
@@ -161,6 +161,13 @@ class PreparationArguments:
         return {name: files for name, files in found.items() if files}
 
 
+class _Record(TypedDict):
+    """What is needed of `statistics.json`."""
+
+    settings: dict[str, Any]
+    splits: dict[str, Any]
+
+
 def build_parser() -> Parser:
     """The subcommand's parser."""
     return make_parser("prepare-data", (PreparationArguments,), __doc__)
@@ -237,7 +244,7 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"output_dir={folder} holds other files. Name another folder.")
         return False
-    record = _read_record(path)
+    record = read_json(path, _Record, "Name another output_dir, or remove this folder.")
     found = record["settings"]
     different = [name for name in settings if found.get(name) != settings[name]]
     missing = [f"{split}.jsonl" for split in record["splits"] if not (folder / f"{split}.jsonl").is_file()]
@@ -257,18 +264,6 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     reason = "its settings are others" if different else f"{listing(missing)} is missing"
     print(f"Replacing {folder}: {reason}", file=sys.stderr)
     return False
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}). Name another output_dir, or remove this folder."
-        ) from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), dict) for name in ("settings", "splits")):
-        raise ValueError(f"{path}: prepare-data has not written this file. Name another output_dir.")
-    return record
 
 
 def _sha256(files: Sequence[Path]) -> str:

@@ -11,20 +11,26 @@ from trl import ModelConfig
 
 from ..baselines import FineTuningTrainer
 from ..baselines.seqkd import (
-    Job,
     SeqKDConfig,
-    TeacherData,
     generate,
     generation_settings,
     sample_with_transformers,
     sample_with_vllm,
 )
+from ..baselines.teacher_data import Job, TeacherData
 from ..data import DataError, load_examples, unique_prompts
 from ..teacher import load_teacher, place_teacher, whole_weights
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
-from .models import check_room, checkpoint_to_resume, load_tokenizer, set_model_init_kwargs, train_and_save
+from .models import (
+    check_models,
+    check_room,
+    checkpoint_to_resume,
+    load_tokenizer,
+    set_model_init_kwargs,
+    train_and_save,
+)
 from .recording import record_run
 from .sft import trainer_arguments
 
@@ -48,6 +54,7 @@ def run(argv: list[str]) -> int:
         _check_completions(evaluation, data.eval_dataset or data.dataset)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args.trust_remote_code)
     set_model_init_kwargs(args, model)
     prompts = unique_prompts(train)
     with record_run("seqkd", argv, parser, parsed, checkpoint) as record:

@@ -11,6 +11,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parse
 from .examples import load_splits
 from .launch import hand_over
 from .models import (
+    check_models,
     checkpoint_to_resume,
     load_tokenizer,
     quantization_config,
@@ -36,6 +37,7 @@ def run(argv: list[str]) -> int:
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    check_models([model.model_name_or_path], args.trust_remote_code)
     set_model_init_kwargs(args, model)
     with record_run("sft", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.dataset, train)

@@ -9,16 +9,25 @@ from datetime import UTC, datetime
 from importlib import import_module
 from itertools import combinations, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
 from ..baselines.seqkd import default_teacher_data_dir
+from ..data.json_files import read_json
 from .arguments import Parser, check_config, check_plain_yaml
+from .yaml_file import line_of, read_yaml
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 _SUBCOMMANDS = ("prepare-data", *TRAINING)
 _MARKER = "stage.json"
+
+
+class _Marker(TypedDict):
+    config: dict[str, Any]
+    inputs: dict[str, str | None]
+    finished: str | None
+    accepted: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class Stage:
     def marker(self) -> dict[str, Any] | None:
         """What the stage's folder says of the run in it: configuration, inputs, and when it was finished."""
         path = self.output / _MARKER
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        mend = "Delete this file; `--accept STAGE` then takes what is in the folder as the stage's result."
+        return read_json(path, _Marker, mend) if path.is_file() else None
 
     @property
     def is_finished(self) -> bool:
@@ -218,14 +228,14 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{folder}: no recipe.yaml in this folder. Name one such as recipes/gpt2-120m-from-1.5b.")
-    content, node = _load_yaml(path)
+    content, node = read_yaml(path)
     if not isinstance(content, dict) or content.keys() != {"stages", "evaluate"}:
         raise ValueError(f"{path}: expected `stages` and `evaluate`.")
     if not isinstance(content["stages"], dict):
-        place = f"{path}:{_line(node, 'stages')}"
+        place = f"{path}:{line_of(node, 'stages')}"
         raise ValueError(f"{place}: stages: expected lines of `NAME: SUBCOMMAND`, or `NAME: SUBCOMMAND FILE.yaml`.")
     stages = [
-        _stage(folder, name, command, f"{path}:{_line(node, 'stages', str(name))}: stages: {name}")
+        _stage(folder, name, command, f"{path}:{line_of(node, 'stages', str(name))}: stages: {name}")
         for name, command in content["stages"].items()
     ]
     evaluation = content["evaluate"]
@@ -258,12 +268,12 @@ def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: ya
     needed, allowed = {"config", "models", "output_dir"}, {"baseline", "teacher"}
     if not isinstance(evaluation, dict) or not needed <= evaluation.keys() <= needed | allowed:
         raise ValueError(
-            f"{path}:{_line(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, at most "
+            f"{path}:{line_of(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, at most "
             "`baseline` and `teacher` more."
         )
 
     def place(name: str) -> str:
-        return f"{path}:{_line(node, 'evaluate', name)}: evaluate"
+        return f"{path}:{line_of(node, 'evaluate', name)}: evaluate"
 
     for name in ("config", "output_dir"):
         if not isinstance(evaluation[name], str) or not evaluation[name]:
@@ -312,49 +322,7 @@ def _read(config: Path, subcommand: str) -> dict[str, Any]:
         check_config(parser, config)
     else:
         check_plain_yaml(parser, config)
-    return _load_yaml(config)[0]
-
-
-def _load_yaml(path: Path) -> tuple[Any, yaml.Node]:
-    """The content of a file, and its nodes, which know their lines.
-
-    Raises:
-        ValueError: if it is broken, or a key stands there twice, of which YAML would drop one.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}:{line}: broken YAML: {error.problem}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: broken YAML: {error}.") from error
-    _check_keys(path, node)
-    return content, node
-
-
-def _check_keys(path: Path, node: yaml.Node | None) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for each in node.value:
-            _check_keys(path, each)
-    elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in lines:
-                    raise ValueError(f"{path}:{line}: {key.value!r} stands in line {lines[key.value]} already.")
-                lines[key.value] = line
-            _check_keys(path, value)
-
-
-def _line(node: yaml.Node, *names: str) -> int:
-    """Line of the key that the names lead to, or of the nearest above it (YAML may read a key as no text)."""
-    line = node.start_mark.line + 1
-    for name in names:
-        found = ((key.start_mark.line + 1, value) for key, value in node.value if key.value == name)
-        line, node = next(found, (line, node))
-    return line
+    return read_yaml(config)[0]
 
 
 def _texts(value: Any) -> Iterator[str]:

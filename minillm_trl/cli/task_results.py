@@ -4,9 +4,15 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import PartialState
+
+from ..data.json_files import read_json
+
+
+class _Done(TypedDict):
+    settings: dict[str, Any]
 
 
 def weight_files(names: Iterable[str | None]) -> list[Path]:
@@ -29,7 +35,7 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
     path = folder / "results.json"
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    found = read_json(path, _Done, "Delete this folder, or name another with --output_dir.")["settings"]
     problems = [
         f"results of {name}={found.get(name)!r}, now {value!r}"
         for name, value in settings.items()

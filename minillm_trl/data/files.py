@@ -17,12 +17,15 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from .errors import DataError, listing, shortened
+from .json_files import parse_json
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 TEXT_EXTENSIONS = (".txt", ".txt.gz")
 
 # the csv module's own limit is 128 KiB a cell, which a long text exceeds; this one fits a C long everywhere
 _MAX_CELL = 2**31 - 1
+# what `datasets` reads back: it recurses
+_MOST_LEVELS = 32
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -99,10 +102,14 @@ class Table:
 def _misfit(values: Sequence) -> str | None:
     """Why the values cannot be one Arrow column, or None if they can."""
     try:
-        pa.array(values)
+        found = pa.array(values).type
     except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         return str(error)
-    return None
+    inside, levels = [found], 0
+    while inside and levels <= _MOST_LEVELS:
+        inside = [each.field(number).type for each in inside for number in range(each.num_fields)]
+        levels += 1
+    return f"it is nested in more than {_MOST_LEVELS} levels" if inside else None
 
 
 def read_file(path: Path, max_rows: int | None = None) -> Table:
@@ -182,16 +189,23 @@ def check_characters(record: dict[str, Any], place: str) -> None:
             ) from error
 
 
+def _json_problem(error: ValueError) -> str:
+    """With the column; a number of thousands of digits and deep nesting have none."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}: not valid JSON ({error.msg})"
+    return f"not JSON that can be read ({error})"
+
+
 def _read_json_lines(path: Path, max_rows: int | None) -> Table:
     records, numbers = [], []
     filled = ((number, line) for number, line in _lines(path) if line.strip())
     for number, line in islice(filled, max_rows):
         try:
-            record = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
+            record = parse_json(line.rstrip())
+        except ValueError as error:
             raise DataError(
-                f"{path}:{number}: column {error.colno}: not valid JSON ({error.msg}); the line is "
-                f"{shortened(line.rstrip())}. Write one JSON object a line."
+                f"{path}:{number}: {_json_problem(error)}; the line is {shortened(line.rstrip())}. Write one JSON "
+                "object a line."
             ) from error
         if not isinstance(record, dict):
             raise DataError(
@@ -210,11 +224,11 @@ def _read_json_array(path: Path, max_rows: int | None) -> Table:
     if not text.strip():
         return Table.from_records(str(path), [], str)
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
+        records = parse_json(text)
+    except ValueError as error:
         raise DataError(
-            f"{path}:{error.lineno}: column {error.colno}: not valid JSON ({error.msg}). A .json file is one array of "
-            "objects; a file with one object a line is named .jsonl."
+            f"{path}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}. A .json file is one array of objects; a "
+            "file with one object a line is named .jsonl."
         ) from error
     if not isinstance(records, list):
         raise DataError(
@@ -268,7 +282,9 @@ def _read_csv(path: Path, max_rows: int | None) -> Table:
 
 def _read_parquet(path: Path, max_rows: int | None) -> Table:
     try:
-        dataset = Dataset(pyarrow.parquet.read_table(path))
-    except (pa.ArrowException, OSError) as error:
+        table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)
+        dataset = Dataset(table)
+    except (pa.ArrowException, OSError, RecursionError, ValueError) as error:  # the latter two for the schema
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Copy or write the file again.") from error
     return Table.from_dataset(str(path), dataset, max_rows)

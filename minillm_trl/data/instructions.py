@@ -1,13 +1,13 @@
 """Reads instruction data in the formats that it is published in: Dolly, SelfInst, Vicuna, S-NI, UnNI."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError, listing, nearest, shortened
-from .files import Table, check_characters, has_surrogates
+from .files import Table, check_characters, has_surrogates, read_text_file
+from .json_files import parse_json
 from .load import read_table
 from .templates import is_empty
 
@@ -187,13 +187,12 @@ def natural_instructions_files(folder: Path) -> list[Path]:
     listed = folder / "splits" / "default" / "test_tasks.txt"
     if not listed.is_file():
         raise DataError(f"{folder}: no splits/default/test_tasks.txt. Name a clone of allenai/natural-instructions.")
-    paths = [folder / "tasks" / f"{name}.json" for name in listed.read_text(encoding="utf-8").split()]
-    if not paths:
-        raise DataError(f"{listed}: names no task. Complete the clone.")
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, but {listed} names the task {path.stem}. Complete the clone.")
-    return [listed, *paths]
+    names = [row["text"].strip() for row in read_text_file(listed).to_dataset()]
+    there = {path.stem for path in (folder / "tasks").glob("*.json")}
+    for name in names:
+        if name not in there:
+            raise DataError(f"{folder}: no task {shortened(name)}, which {listed} names. Complete the clone.")
+    return [listed, *(folder / "tasks" / f"{name}.json" for name in names)]
 
 
 def read_natural_instructions(folder: Path, instances_per_task: int, on_task: Callable[[], None]) -> list[Instruction]:
@@ -237,9 +236,9 @@ def _definition(task: dict[str, Any], path: Path) -> str:
 
 def _read_task(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        task = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_bytes().decode("utf-8")
+        task = parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
     if not isinstance(task, dict):
         raise DataError(f"{path}: is {shortened(task)}, no JSON object. Copy the file again.")

@@ -14,6 +14,8 @@ from .errors import DataError, listing, nearest, shortened
 from .examples import check_examples, find_columns
 from .files import EXTENSIONS, Table, read_file
 
+# what `load_from_disk` makes of state.json and dataset_info.json with other values than it wrote
+_DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, TypeError)
 _REFERENCES = List(Value("string"))
 
 
@@ -173,7 +175,7 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         return _read_folder(path, split, max_rows)
     if _looks_like_path(source):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{source}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
+        raise DataError(f"{source[:1000]}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
     return _read_hub(source, split, dataset_config, max_rows)
 
 
@@ -256,8 +258,11 @@ def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
     if _is_saved(path):
         try:
             saved = load_from_disk(path)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read as a saved dataset ({error}). Save it again.") from error
+            for each in saved.values() if isinstance(saved, DatasetDict) else [saved]:
+                each.data.validate(full=True)  # to read a damaged file would end the process
+        except (*_DAMAGE, OSError, ValueError, pa.ArrowException) as error:
+            problem = f"{type(error).__name__}: {str(error)[:300]}"
+            raise DataError(f"{path}: cannot be read as a saved dataset ({problem}). Save it again.") from error
         if isinstance(saved, DatasetDict):
             return Table.from_dataset(f"{path} ({split})", _choose_split(str(path), saved, split), max_rows)
         return Table.from_dataset(str(path), saved, max_rows)

@@ -47,18 +47,18 @@ def _sample(results: Mapping[str, TaskResult], row: int) -> Sample:
         _text(prompt),
         references,
         {name: sample["outputs"][0] for name, sample in shown.items()},
-        {name: _scores(sample["scores"]) for name, sample in shown.items()},
+        {name: _scores(sample.get("scores", {})) for name, sample in shown.items()},
     )
 
 
 def _scores(scores: Mapping[str, Sequence[float]]) -> str:
     """Of the answer of the first seed, which is shown, beside the mean over all seeds."""
     parts = []
-    if "rouge_l" in scores:
+    if scores.get("rouge_l"):
         rouge = scores["rouge_l"]
         mean = f" (all seeds {sum(rouge) / len(rouge):.1f})" if len(rouge) > 1 else ""
         parts.append(f"Rouge-L {rouge[0]:.1f}{mean}")
-    if "length" in scores:
+    if scores.get("length"):
         parts.append(f"{scores['length'][0]:.0f} tokens")
     return ", ".join(parts)
 

@@ -90,13 +90,22 @@ def generate_completions(
 
     Returns:
         `list[Completion]` in the order of the prompts.
+
+    Raises:
+        ValueError: if a prompt has no tokens, or one that the model has no embedding of.
     """
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = end_token_ids(model, tokenizer)
     indices = range(len(prompts)) if indices is None else indices
+    prompt_ids, rows = encode_prompts(tokenizer, prompts), model.get_input_embeddings().weight.shape[0]
+    if (highest := max(map(max, prompt_ids), default=0)) >= rows:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} gives the token {highest} for a prompt, but the model has "
+            f"{rows} embeddings only. Take the model's own tokenizer, or resize its embeddings."
+        )
     sampled = sample_prompts(
         model.eval(),
-        encode_prompts(tokenizer, prompts),
+        prompt_ids,
         keys=None if greedy else [(seed, index) for index in indices],
         max_new_tokens=max_new_tokens,
         eos_token_ids=ends,

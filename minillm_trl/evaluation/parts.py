@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..data.json_files import read_json
+
 
 class Parts:
     """Parts of an evaluation, each a JSON file in a folder, so that a run that was stopped computes none again.
@@ -32,7 +34,8 @@ class Parts:
     def get(self, name: str) -> Any:
         """The part of that name, or None."""
         path = self.folder / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        mend = "Delete this file, and the part is computed again."
+        return read_json(path, dict[str, Any] if name == "settings" else Any, mend) if path.is_file() else None
 
     def put(self, name: str, value: Any) -> None:
         """Keep a part; it is there whole or not at all."""

@@ -1,12 +1,12 @@
 """What `minillm-trl evaluate` wrote, read back, and checked for whether it can be compared."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from ..data.json_files import check, parse_json
 from .calibration import CalibrationBin
 from .metrics import MeanInterval
 
@@ -22,7 +22,87 @@ _SAME = (
     "label_words",
 )
 _SAME_BENCHMARK = ("definition_sha256", "num_fewshot", "limit")
-_OTHER = ("dataset", "data_sha256", "model", "adapter", "teacher", "exposure_bias_samples")
+
+
+class _Settings(TypedDict):
+    """Those of a group of benchmarks are lists where its tasks differ."""
+
+    dataset: str
+    split: Any
+    prompts: int
+    data_sha256: Any
+    model: str
+    adapter: str | None
+    teacher: str | None
+    seeds: list[int]
+    greedy: Any
+    temperature: Any
+    no_repeat_ngram_size: Any
+    max_new_tokens: Any
+    label_words: list[str] | None
+    exposure_bias_samples: int
+
+
+class _BenchmarkSettings(_Settings):
+    main_measure: str
+    higher_is_better: dict[str, bool | None]
+    definition_sha256: Any
+    num_fewshot: Any
+    limit: Any
+
+
+class _Bucket(TypedDict):
+    low: int
+    high: int | None
+    prompts: int
+    summary: dict[str, MeanInterval]
+
+
+class _ExposureBias(TypedDict):
+    excess_error: list[float | None]
+    counts_student: list[int]
+    counts_teacher: list[int]
+
+
+class _Calibration(TypedDict):
+    ece: float
+    bins: list[CalibrationBin]
+
+
+class _Results(TypedDict):
+    """`results.json`."""
+
+    settings: _Settings
+    summary: dict[str, MeanInterval]
+    by_seed: dict[str, list[float]]
+    corpus: dict[str, float]
+    buckets: list[_Bucket]
+    exposure_bias: _ExposureBias | None
+    calibration: _Calibration | None
+    per_prompt: list[dict[str, float]]
+
+
+class _Message(TypedDict):
+    role: str
+    content: str
+
+
+class _Sample(TypedDict):
+    """A line of `samples.jsonl`."""
+
+    prompt: str | list[_Message]
+    references: list[str]
+    outputs: list[str]
+    scores: NotRequired[dict[str, list[float]]]
+
+
+class _BenchmarkSample(TypedDict):
+    """The same of lm-eval, whose answers may be numbers, and whose scores may be anything."""
+
+    prompt: str
+    references: list[str | float]
+    outputs: list[str | float]
+    scores: NotRequired[dict[str, list[Any]]]
 
 
 class Bucket(NamedTuple):
@@ -108,28 +188,28 @@ def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
     for path in paths:
         try:
             result = _read_task(path)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not what `minillm-trl evaluate` writes ({error!r}). Evaluate again.") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not what `minillm-trl evaluate` writes ({error}). Evaluate again.") from error
         task = Path(result.settings["dataset"]).name if path.parent == folder else path.parent.name
         tasks[task] = result
     return EvaluatedModel(name, tasks)
 
 
 def _read_task(path: Path) -> TaskResult:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    settings, exposure_bias, calibration = (results[key] for key in ("settings", "exposure_bias", "calibration"))
-    if missing := [key for key in (*_SAME, *_OTHER) if key not in settings]:
-        raise KeyError(*missing)
+    results = parse_json(path.read_bytes())
+    check(results, _Results)
+    sample_type = _Sample
+    if results["settings"].get("kind") == "lm_eval":
+        check(results["settings"], _BenchmarkSettings, "settings")
+        sample_type = _BenchmarkSample
+    exposure_bias, calibration = results["exposure_bias"], results["calibration"]
     if calibration is not None:
-        bins = [CalibrationBin(*(each[key] for key in CalibrationBin._fields)) for each in calibration["bins"]]
-        calibration = LabelCalibration(calibration["ece"], bins)
-    # splitlines would split at characters inside of texts too
-    lines = path.with_name("samples.jsonl").read_text(encoding="utf-8").split("\n")
-    samples = [json.loads(line) for line in lines if line]
+        calibration = LabelCalibration(calibration["ece"], [CalibrationBin(**each) for each in calibration["bins"]])
+    samples = _read_samples(path.with_name("samples.jsonl"), sample_type)
     if len(samples) != len(results["per_prompt"]):
         raise ValueError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
     found = TaskResult(
-        settings=settings,
+        settings=results["settings"],
         summary=_intervals(results["summary"]),
         by_seed=results["by_seed"],
         corpus=results["corpus"],
@@ -146,6 +226,18 @@ def _read_task(path: Path) -> TaskResult:
     if not found.is_benchmark and any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
         raise ValueError("a prompt lacks a measure of the summary")
     return found
+
+
+def _read_samples(path: Path, sample_type: type) -> list[dict[str, Any]]:
+    samples = []
+    # splitlines would split at characters inside of texts too
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line:
+            try:
+                samples.append(check(parse_json(line), sample_type))
+            except ValueError as error:
+                raise ValueError(f"{path.name}:{number}: {error}") from error
+    return samples
 
 
 def _well_supported(exposure_bias: Mapping[str, Any]) -> list[float | None]:

@@ -1,13 +1,19 @@
 """What a training logged of its evaluations, read from its newest checkpoint."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ..checkpoints import newest_whole_checkpoint
+from ..data.json_files import read_json
 
 # Logged by evaluations during training, see `docs/metrics.md`
 EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")
+
+_Entry = TypedDict("_Entry", {"step": int, **dict.fromkeys(EVALUATED, NotRequired[float])})
+
+
+class _State(TypedDict):
+    log_history: list[_Entry]
 
 
 def training_folder(settings: dict[str, Any]) -> Path | None:
@@ -38,12 +44,9 @@ def read_history(folder: Path) -> dict[str, dict[int, float]]:
     if checkpoint is None:
         raise ValueError(f"{folder}: no checkpoint-N/trainer_state.json. Name the output_dir of a training.")
     path = Path(checkpoint) / "trainer_state.json"
-    try:
-        history: dict[str, dict[int, float]] = {}
-        for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
-            for key in EVALUATED:
-                if key in entry:
-                    history.setdefault(key, {})[entry["step"]] = float(entry[key])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a trainer's state ({error!r}). Delete this checkpoint.") from error
+    history: dict[str, dict[int, float]] = {}
+    for entry in read_json(path, _State, "This is not a trainer's state. Delete this checkpoint.")["log_history"]:
+        for key in EVALUATED:
+            if key in entry:
+                history.setdefault(key, {})[entry["step"]] = float(entry[key])
     return history

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.json_files import check, parse_json
 from .chat_client import ChatClient, ChatError, RequestRefused
 
 MAX_ASKED = 3  # times that a judge is asked until its reply can be parsed
@@ -54,13 +55,13 @@ def read_verdicts(path: Path) -> dict[str, Verdict]:
     *lines, _ = path.read_bytes().split(b"\n")  # what ends without a line break is torn
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            verdict = Verdict(**{**values, "scores": values["scores"] and tuple(map(float, values["scores"]))})
-        except (ValueError, TypeError, KeyError) as error:
+            values = check(parse_json(line), Verdict)
+        except ValueError as error:
             raise ValueError(
-                f"{path}:{number}: no verdict of a judge ({error!r}). Delete this line, and it is asked for again."
+                f"{path}:{number}: no verdict of a judge ({error}). Delete this line, and it is asked for again."
             ) from error
-        found[verdict.key] = verdict
+        scores = None if values["scores"] is None else tuple(map(float, values["scores"]))
+        found[values["key"]] = Verdict(**{**values, "scores": scores})
     return found
 
 
