@@ -51,7 +51,7 @@ def table(sizes: dict[str, Any], teacher: dict[str, Any]) -> str:
     head = ["student", "teacher / student", *LABELS.values(), "MiniLLM's lead in Rouge-L", "in reverse KL"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for each in sizes.values():
-        cells = [f"{each['parameters'] / 1e6:.2f}M", f"{teacher['parameters'] / each['parameters']:.1f}"]
+        cells = [f"{each['parameters'] / 1e3:.0f}K", f"{teacher['parameters'] / each['parameters']:.1f}"]
         cells += [format_interval(each["measures"][name]["rouge_l"], 1) for name in LABELS]
         cells += [format_interval(each["minillm_minus_sft"][key], 1, sign=True) for key in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
