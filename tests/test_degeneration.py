@@ -10,7 +10,8 @@ from test_trainer import make_trainer
 from transformers import PrinterCallback, TrainerCallback
 
 from minillm_trl import DegenerationWatch, MiniLLMTrainer
-from minillm_trl.degeneration import EVALUATION, RULES, TRAINING, diagnose, judge
+from minillm_trl.degeneration import EVALUATION, RULES, TRAINING, Diagnosis, diagnose, judge
+from minillm_trl.degeneration_watch import keep_healthy
 
 HEALTHY = {
     "completions/mean_terminated_length": 30.0,
@@ -235,3 +236,14 @@ class TestWatch:
         train(tmp_path, monkeypatch, save_total_limit=None, max_steps=8, seed=1)
         train(tmp_path, monkeypatch, save_strategy="no")
         assert "There is no checkpoint from before this began" in caplog.text
+
+
+def test_a_checkpoint_saved_under_suspicion_is_not_kept_and_a_kept_one_is_linked(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"log_history": []}')
+    kept = tmp_path / "healthy" / "checkpoint-3" / "trainer_state.json"
+    keep_healthy(tmp_path, [], Diagnosis(found=[], is_well=False, well_until=0))
+    assert not kept.exists()
+    keep_healthy(tmp_path, [], Diagnosis(found=[], is_well=True, well_until=0))
+    assert kept.samefile(checkpoint / "trainer_state.json")
