@@ -210,7 +210,8 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
     filters = Filters(arguments.max_prompt_length, arguments.max_length, arguments.min_reference_length)
     kept = filter_rows(tqdm(rows, desc="Measuring", unit=" rows"), filters, length, prepared)
     if not kept:
-        raise DataError(f"No row is left after the filters, which dropped {dict(prepared.dropped)}. Loosen them.")
+        source = arguments.source or _HUB_NAMES[arguments.task]
+        raise DataError(f"{source}: no row is left after the filters: {dict(prepared.dropped)}. Loosen them.")
     if arguments.task not in _SPLIT:
         prepared.splits["test"] = kept
         return prepared
