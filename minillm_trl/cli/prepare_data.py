@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data import DataError
 from ..data.corpus import corpus_files
-from ..data.errors import listing, nearest
+from ..data.errors import listing, nearest, shortened
 from ..data.instructions import (
     natural_instructions_files,
     read_instructions,
@@ -254,7 +254,8 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if different and not overwrite:
         name = different[0]
         raise ValueError(
-            f"output_dir={folder} was prepared with {name}={found.get(name)!r}, now it is {settings[name]!r}. Name "
+            f"output_dir={folder} was prepared with {name}={shortened(found.get(name), 200)}, now it is "
+            f"{shortened(settings[name], 200)}. Name "
             "another folder, or set overwrite=true."
         )
     if foreign := sorted({entry.name for entry in folder.iterdir()} - own_names()):
