@@ -19,7 +19,10 @@ TRAINING = ("sft", "kd", "seqkd", "minillm")
 # without `benchmark`, which is parsed as `evaluate` is and takes seconds to find its tasks
 _COMMANDS = (*TRAINING, "prepare-data", "evaluate", "generate", "merge", "compare", "judge", "recipe")
 # of a file or folder whose name may have been spoilt
-_UNKNOWN = ("no tokenizer at ", "neither a local file or folder", "no such file or folder")
+_UNKNOWN = (
+    *("no tokenizer at ", "neither a local file or folder", "no such file or folder", "no results of `minillm-trl"),
+    "holds no file of the split",
+)
 
 
 def recipe_files(random: Random, folder: Path) -> Input:
@@ -179,7 +182,7 @@ def command_line(random: Random, folder: Path) -> Input:
         words[place : place + random.randrange(2)] = [extra] if random.random() < 0.6 else []
     words = [word.replace("\0", "")[:1000] for word in words]  # what a system can pass on
     values = [part for word in words for part in (word, repr(word), *word.split("=", 1)[1:]) if part.strip()]
-    names = (*values, "''", folder, *(name for action in options for name in (action.dest, action.metavar)))
+    names = (*values, "''", folder, *_UNKNOWN, *(name for action in options for name in (action.dest, action.metavar)))
     return command(name, *words, names=names)
 
 

@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "MINILLM_TRL_TRACEBACK": "1"}
-
 import fuzz_commands
 import fuzz_data
 import fuzz_records
@@ -50,6 +48,7 @@ def try_input(kind: str, seed: int, number: int, place: Path) -> tuple[str, str 
     folder = place / f"{kind}-{number}"
     folder.mkdir()
     environment = dict(os.environ)
+    os.environ["MINILLM_TRL_TRACEBACK"] = "1"  # errors are looked at before they become messages
     try:
         with _quiet() as said, _limited():
             made = KINDS[kind](Random(f"{seed} {kind} {number}"), folder)

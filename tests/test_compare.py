@@ -514,7 +514,7 @@ class TestTraining:
         state = training / "checkpoint-20" / "trainer_state.json"
         state.write_text('{"log_history": [{"eval_rouge_l"')
         assert main(["compare", str(folder)]) == 2
-        assert f"{state}: not a trainer's state" in capsys.readouterr().err
+        assert f"{state}: cannot be used" in capsys.readouterr().err
 
 
 class TestAnswers:

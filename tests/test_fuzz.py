@@ -10,8 +10,7 @@ NUMBERS = dict.fromkeys(KINDS, 40) | {"model_folder": 12, "evaluation_results": 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input_is_explained_and_leaves_nothing_half_done(kind: str, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINILLM_TRL_TRACEBACK", "1")
+def test_bad_input_is_explained_and_leaves_nothing_half_done(kind: str, tmp_path):
     problems = {}
     ended = []
     for number in range(NUMBERS[kind]):
@@ -23,7 +22,7 @@ def test_bad_input_is_explained_and_leaves_nothing_half_done(kind: str, tmp_path
     assert "refused" in ended
 
 
-def test_environment_is_as_it_was(monkeypatch, tmp_path):
+def test_environment_is_as_it_was(tmp_path):
     before = dict(os.environ)
     try_input("yaml_file", 0, 0, tmp_path)
     assert dict(os.environ) == before

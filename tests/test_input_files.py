@@ -140,6 +140,24 @@ class TestYaml:
         assert main(["sft", "--config", str(path)]) == 2
         assert f"{path}:2: {message}" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("text", "message"), [("a: [1", ":1: broken YAML"), ("- a", ": not a configuration of `accelerate launch`")]
+    )
+    def test_launch_configurations_are_read_before_anything_is_started(self, tmp_path, capsys, text, message):
+        path = tmp_path / "launch.yaml"
+        path.write_text(text)
+        words = ["sft", "--dataset", "e2e", "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+        words += ["--use_cpu", "true", "--bf16", "false", "--accelerate_config", str(path)]
+        assert main(words) == 2
+        assert f"{path}{message}" in capsys.readouterr().err
+
+    def test_deepspeed_configurations_are_read_too(self, tmp_path, capsys):
+        path = tmp_path / "zero.json"
+        path.write_text('{"zero_optimization": ')
+        words = ["sft", "--dataset", "e2e", "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+        assert main([*words, "--use_cpu", "true", "--bf16", "false", "--deepspeed", str(path)]) == 2
+        assert f"{path}: cannot be used (Expecting value: line 1 column 23" in capsys.readouterr().err
+
     def test_no_number_is_no_learning_rate(self, tmp_path, capsys):
         words = ["sft", "--dataset", "e2e", "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
         assert main([*words, "--use_cpu", "true", "--bf16", "false", "--learning_rate", "nan"]) == 2

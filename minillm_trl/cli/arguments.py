@@ -150,6 +150,8 @@ def _mapping_or_file(text: str) -> str:
             read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
+    elif Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     elif text.lstrip("+-")[:1] in ("{", "[", '"', *string.digits):
         return _mapping(text)
     return text
@@ -352,7 +354,8 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
     try:
         action.type(node.value)
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        expected = {"string_to_bool": "true or false", "_mapping": "a mapping"}.get(kind, kind.strip("_"))
+        names = {"string_to_bool": "true or false", "_mapping": "a mapping", "_mapping_or_file": "a mapping or file"}
+        expected = names.get(kind, kind)
         raise ValueError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from .yaml_file import read_yaml
+
 # Set for the processes that a hand-over starts, so that they do not hand themselves over again.
 LAUNCHED = "MINILLM_TRL_LAUNCHED"
 _FLAGS = "MINILLM_TRL_LAUNCH_FLAGS"  # with what, as JSON
@@ -96,6 +98,9 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
 
     Returns:
         `int`: exit status: 0, or that of the first process that failed (1 if a signal ended it).
+
+    Raises:
+        ValueError: if the file cannot be read, with the line.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
@@ -105,6 +110,8 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
     flags = dict(flags)
     if "--accelerate_config" in flags:
         flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
+    if (path := flags.get("--config_file")) is not None and not isinstance(read_yaml(Path(path))[0], dict):
+        raise ValueError(f"{path}: not a configuration of `accelerate launch`, which has `name: value` lines.")
     words = [word for pair in flags.items() for word in pair if word is not None]
     arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
     with patch_environment(**{LAUNCHED: "1", _FLAGS: given}):

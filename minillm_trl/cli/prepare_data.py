@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data import DataError
 from ..data.corpus import corpus_files
-from ..data.errors import listing, nearest
+from ..data.errors import listing, nearest, shortened
 from ..data.instructions import (
     natural_instructions_files,
     read_instructions,
@@ -210,7 +210,8 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
     filters = Filters(arguments.max_prompt_length, arguments.max_length, arguments.min_reference_length)
     kept = filter_rows(tqdm(rows, desc="Measuring", unit=" rows"), filters, length, prepared)
     if not kept:
-        raise DataError(f"No row is left after the filters, which dropped {dict(prepared.dropped)}. Loosen them.")
+        source = arguments.source or _HUB_NAMES[arguments.task]
+        raise DataError(f"{source}: no row is left after the filters: {dict(prepared.dropped)}. Loosen them.")
     if arguments.task not in _SPLIT:
         prepared.splits["test"] = kept
         return prepared
@@ -253,7 +254,8 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if different and not overwrite:
         name = different[0]
         raise ValueError(
-            f"output_dir={folder} was prepared with {name}={found.get(name)!r}, now it is {settings[name]!r}. Name "
+            f"output_dir={folder} was prepared with {name}={shortened(found.get(name), 200)}, now it is "
+            f"{shortened(settings[name], 200)}. Name "
             "another folder, or set overwrite=true."
         )
     if foreign := sorted({entry.name for entry in folder.iterdir()} - own_names()):

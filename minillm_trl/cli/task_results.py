@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from accelerate import PartialState
 
+from ..data.errors import shortened
 from ..data.json_files import read_json
 
 
@@ -37,7 +38,7 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
         return False
     found = read_json(path, _Done, "Delete this folder, or name another with --output_dir.")["settings"]
     problems = [
-        f"results of {name}={found.get(name)!r}, now {value!r}"
+        f"results of {name}={shortened(found.get(name), 200)}, now {shortened(value, 200)}"
         for name, value in settings.items()
         if found.get(name) != value
     ]

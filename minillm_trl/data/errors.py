@@ -23,5 +23,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def listing(names: Iterable[str]) -> str:
-    """The names as `'a', 'b'`, or the word "none"."""
-    return ", ".join(map(repr, names)) or "none"
+    """The names as `'a', 'b'`, long ones cut, or the word "none"."""
+    return ", ".join(map(shortened, names)) or "none"

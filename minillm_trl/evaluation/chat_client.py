@@ -185,7 +185,7 @@ def check_base_url(base_url: str) -> str:
     """
     try:
         url = httpx2.URL(base_url)
-    except httpx2.InvalidURL as error:
+    except (httpx2.InvalidURL, UnicodeEncodeError) as error:
         raise ValueError("--base_url is no address. Give one like http://localhost:8000/v1.") from error
     if url.userinfo or url.query or url.fragment:
         raise ValueError("--base_url must end with its path. A key goes into an environment variable: --api_key_env.")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..data.errors import shortened
 from ..data.json_files import read_json
 
 
@@ -27,8 +28,8 @@ class Parts:
         if found is not None and found != self.settings:
             name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
             raise ValueError(
-                f"{folder} holds an unfinished evaluation with {name}={found.get(name)!r}, now "
-                f"{self.settings.get(name)!r}. Delete this folder, or name another with --output_dir."
+                f"{folder} holds an unfinished evaluation with {name[:60]}={shortened(found.get(name))}, "
+                f"now {shortened(self.settings.get(name))}. Delete this folder, or name another with --output_dir."
             )
 
     def get(self, name: str) -> Any:
