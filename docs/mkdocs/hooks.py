@@ -15,7 +15,8 @@ from pymdownx.arithmatex import arithmatex_fenced_format
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parents[2]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "recipes/**/README.md", "benchmarks/**/README.md", "notebooks/README.md")
+OUTSIDE = ("*.md", "minillm_trl/**/*.md", "recipes/**/*.md", "benchmarks/**/*.md", "notebooks/**/*.md")
+FRONT_PAGE = "front_page.md"  # README.md on the site, whose own first page is docs/index.md
 _FENCE = re.compile(r"(^```.*?^```)", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?:\[`(?P<name>[\w.]+)(?:\(\))?`\]|(?P<other>\]))\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 
@@ -44,22 +45,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if file.src_uri.startswith("api/")
         for module in re.findall(r"^::: ([\w.]+)$", file.content_string, flags=re.MULTILINE)
     }
-    folder = PurePosixPath(_in_repository(page.file.src_uri)).parent.as_posix()
+    source = Path(page.file.abs_src_path).relative_to(ROOT).parent.as_posix()
+    folder = PurePosixPath(page.file.src_uri).parent.as_posix()
 
     def lead(link: re.Match) -> str:
-        target = normpath(f"{folder}/{link['target']}")
+        target = normpath(f"{source}/{link['target']}")
         if ":" in link["target"] or not (ROOT / target).exists():
             return link[0]  # another site, an e-mail address, or no link at all; what is broken, MkDocs reports
-        module, anchor = target.removesuffix(".py").replace("/", "."), link["anchor"] or ""
+        if (ROOT / target / "README.md").is_file():
+            target += "/README.md"
+        module = target.removesuffix(".py").replace("/", ".")
+        uri, anchor = _site_uri(target), link["anchor"] or ""
         if target.endswith(".py") and module in described:
             uri, anchor = described[module], f"#{module}.{link['name']}" if link["name"] else f"#{module}"
-        else:
-            target = f"{target}/README.md" if (ROOT / target / "README.md").is_file() else target
-            uri = target.removeprefix("docs/")
-            if files.get_file_from_path(uri) is None and (ROOT / target).is_file():
-                _add(target, files, config)
+        elif files.get_file_from_path(uri) is None and (ROOT / target).is_file():
+            _add(target, files, config)
         text = f"[`{link['name']}`]" if link["name"] else link["other"]
-        return f"{text}({relpath(uri, PurePosixPath(page.file.src_uri).parent.as_posix())}{anchor})"
+        return f"{text}({relpath(uri, folder)}{anchor})"
 
     parts = _FENCE.split(markdown)  # every second one is a block of code
     parts[::2] = [_LINK.sub(lead, part) for part in parts[::2]]
@@ -67,8 +69,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _add(path: str, files: Files, config: MkDocsConfig) -> None:
-    files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    files.append(File.generated(config, _site_uri(path), abs_src_path=str(ROOT / path)))
 
 
-def _in_repository(src_uri: str) -> str:
-    return f"docs/{src_uri}" if (ROOT / "docs" / src_uri).is_file() else src_uri
+def _site_uri(path: str) -> str:
+    return FRONT_PAGE if path == "README.md" else path.removeprefix("docs/")
