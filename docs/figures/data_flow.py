@@ -8,72 +8,64 @@ from pathlib import Path
 
 from style import COLOURS, FOLDER
 
-WIDTH, HEIGHT = 1000, 640
-# name: x, y, width, height, title, lines below it
-BOXES = {
-    "prompts": (20, 70, 140, 92, "Prompts", ("batches and order", "are GRPOTrainer's")),
-    "sample": (190, 70, 195, 92, "Sample", ("a coin for each step:", "which model draws", "sampling.py, decoding.py")),
-    "score": (415, 70, 180, 92, "Score", ("both LM heads, over", "the states kept", "fused_head.py")),
-    "advantage": (625, 70, 165, 92, "Advantages", ("rewards, returns, mu;", "no gradient", "objectives.py")),
-    "buffer": (820, 70, 160, 92, "Buffer", ("tokens, log mu, A,", "teacher's states", "rollouts.py")),
-    "student": (190, 232, 195, 72, "Student", ("trained; samples, as a", "half-precision copy")),
-    "teacher": (415, 232, 180, 72, "Teacher", ("frozen; whole, in NF4,", "sharded, or an adapter")),
-    "batch": (820, 388, 160, 92, "Micro-batch", ("rows of like length;", "never written to")),
-    "forward": (625, 388, 165, 92, "Forward", ("the student's body;", "no teacher")),
-    "loss": (
-        335,
-        388,
+WIDTH, HEIGHT = 960, 690
+# x, y, width, height, then title and lines
+BOXES = (
+    (15, 60, 150, 108, "Prompts\norder and batches\nby GRPOTrainer"),
+    (195, 60, 175, 108, "Sample\na coin for each step:\nwhich model draws\nsampling.py"),
+    (400, 60, 165, 108, "Score\nboth LM heads over\nthe states kept\nfused_head.py"),
+    (595, 60, 170, 108, "Advantages\nrewards, returns, mu;\nno gradient\nobjectives.py"),
+    (795, 60, 150, 108, "Buffer\ntokens, log mu, A,\nteacher's states\nrollouts.py"),
+    (195, 250, 175, 86, "Student\ntrained, and draws\nthe rollouts"),
+    (400, 250, 165, 86, "Teacher\nfrozen; in NF4,\nsharded, adapter"),
+    (795, 420, 150, 108, "Micro-batch\nrows of like length;\nnever written to"),
+    (620, 420, 145, 108, "Forward\nstudent's body;\nno teacher"),
+    (
+        305,
+        420,
+        285,
+        108,
+        "Loss, in chunks\nlog q, KL, clipped ratio, L_PT, beta;\nand the head's gradient\nloss.py, fused_head.py",
+    ),
+    (
+        15,
+        420,
         260,
-        92,
-        "Loss, in chunks",
-        ("log q, KL, clipped ratio, L_PT,", "beta, and the head's gradient", "loss.py, fused_head.py"),
+        108,
+        "Optimizer step\ndivided by its own tokens;\nskipped if not finite\nmasking.py, reliable_trainer.py",
     ),
-    "step": (
-        20,
-        388,
-        270,
-        92,
-        "Optimizer step",
-        ("divided by its own tokens;", "skipped if not finite", "masking.py, reliable_trainer.py"),
-    ),
-    "metrics": (
-        335,
-        540,
-        260,
-        92,
-        "Logs and evaluation",
-        ("the student alone: Rouge-L,", "lengths, repetition", "training_metrics.py"),
-    ),
-    "checkpoint": (20, 540, 270, 92, "Checkpoint", ("weights, optimizer, buffer,", "random states", "checkpoints.py")),
-}
+    (305, 575, 285, 108, "Logs and evaluation\nthe student alone: Rouge-L,\nlengths, repetition\ntraining_metrics.py"),
+    (15, 575, 260, 108, "Checkpoint\nweights, optimizer, buffer,\nrandom states\ncheckpoints.py"),
+)
+EDGES = {"Student": "a", "Teacher": "b"}
 # x, y, width, height, and the title with where it begins
 BANDS = (
-    (10, 30, 980, 146, "Rollout: once for all passes over it", 22),
-    (10, 348, 980, 146, "Updates, in several passes", 627),
+    (5, 20, 950, 160, "Rollout: once for all passes over it", 17),
+    (5, 380, 950, 160, "Updates, in several passes", 620),
 )
 # points of each arrow
 ARROWS = (
-    ((160, 116), (190, 116)),
-    ((385, 116), (415, 116)),
-    ((595, 116), (625, 116)),
-    ((790, 116), (820, 116)),
-    ((285, 232), (285, 162)),
-    ((450, 232), (360, 162)),
-    ((375, 232), (450, 162)),
-    ((520, 232), (520, 162)),
-    ((900, 162), (900, 388)),
-    ((820, 434), (790, 434)),
-    ((625, 434), (595, 434)),
-    ((335, 434), (290, 434)),
-    ((505, 304), (505, 388)),
-    ((240, 388), (240, 304)),
-    ((460, 480), (460, 540)),
-    ((155, 480), (155, 540)),
+    ((165, 114), (195, 114)),
+    ((370, 114), (400, 114)),
+    ((565, 114), (595, 114)),
+    ((765, 114), (795, 114)),
+    ((270, 250), (270, 168)),
+    ((420, 250), (350, 168)),
+    ((350, 250), (420, 168)),
+    ((500, 250), (500, 168)),
+    ((870, 168), (870, 420)),
+    ((795, 474), (765, 474)),
+    ((620, 474), (590, 474)),
+    ((305, 474), (275, 474)),
+    ((480, 336), (480, 420)),
+    ((235, 420), (235, 336)),
+    ((450, 528), (450, 575)),
+    ((145, 528), (145, 575)),
 )
-NOTES = ((520, 326, "a copy of its head"), (910, 275, "again in"), (910, 293, "each pass"), (145, 332, "new weights"))
+NOTES = ((492, 362, "a copy of its head"), (880, 290, "again in"), (880, 310, "each pass"), (130, 362, "new weights"))
 
 
-def text(x: float, y: float, words: str, colour: str, size: int, more: str = "") -> str:
+def text(x: float, y: float, words: str, colour: str, size: float, more: str = "") -> str:
     return f'<text x="{x}" y="{y}" fill="{colour}" font-size="{size}"{more}>{escape(words)}</text>'
 
 
@@ -97,17 +89,16 @@ def svg(colours: dict[str, str]) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colours["muted"]}" stroke-width="1.6" '
             'marker-end="url(#head)"/>'
         )
-    for name, (x, y, width, height, title, lines) in BOXES.items():
-        edge = colours[{"student": "a", "teacher": "b"}.get(name, "line")]
+    for x, y, width, height, words in BOXES:
+        title, *lines = words.split("\n")
         parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colours["ground"]}" '
-            f'stroke="{edge}" stroke-width="1.6"/>'
+            f'stroke="{colours[EDGES.get(title, "line")]}" stroke-width="1.6"/>'
         )
-        parts.append(text(x + 12, y + 24, title, colours["text"], 16, ' font-weight="600"'))
+        parts.append(text(x + 10, y + 26, title, colours["text"], 17, ' font-weight="600"'))
         for number, line in enumerate(lines):
-            colour = colours["c" if ".py" in line else "muted"]
-            parts.append(text(x + 12, y + 45 + 18 * number, line, colour, 13))
-    parts += [text(x, y, words, colours["muted"], 14) for x, y, words in NOTES]
+            parts.append(text(x + 10, y + 50 + 21 * number, line, colours["c" if ".py" in line else "muted"], 14.5))
+    parts += [text(x, y, words, colours["muted"], 15) for x, y, words in NOTES]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from recipe_memory import RECIPES, read_stage  # in benchmarks/, which is no package
-from report import measured, read
+from recipe_memory import RECIPES, read_stage  # noqa: E402 - lies in benchmarks/, which is no package
+from report import measured, read  # noqa: E402
 
 PAGE = ROOT / "docs/memory_and_speed.md"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
@@ -19,7 +19,10 @@ STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"
 def recipes() -> str:
     """The estimated peak of a GPU in each recipe, in GiB."""
     columns = ("sft_teacher", "kd", "minillm", "minillm_lora", "minillm_qlora")
-    lines = ["| recipe | GPUs | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---|---:" + "|---:" * 5 + "|"]
+    lines = [
+        "| recipe | GPUs | " + " | ".join(f"`{name}`" for name in columns) + " |",
+        "|---|---:" + "|---:" * 5 + "|",
+    ]
     for name, stages in read("recipe_memory").items():
         _, _, processes = read_stage(RECIPES / name, "minillm")
         peaks = [

@@ -35,18 +35,18 @@ def to_markdown(docstring: str, path_of: Callable[[str], str]) -> str:
 def _section(title: str, body: str) -> str:
     if title in ("Returns", "Yields", "Example"):
         return body
-    items = re.split(r"\n(?=\S)", body.strip())
-    return "\n".join(f"- {_item(title, item)}" for item in items) + "\n"
+    body = body.strip().replace("\n(*optional*)", " (*optional*)")  # names that fill a line, with what they are below
+    items = re.split(r"\n(?=\S)", body)
+    return "\n".join(f"- {_item(item)}" for item in items) + "\n"
 
 
-def _item(title: str, item: str) -> str:
-    lines = item.replace("\n(*optional*)", " (*optional*)")
-    found = _ITEM.match(lines)
+def _item(item: str) -> str:
+    found = _ITEM.match(item)
     if found is None:
-        return lines
-    names = found["names"] if title == "Raises" else ", ".join(f"`{each}`" for each in found["names"].split(", "))
+        return item
+    names = ", ".join(f"`{each}`" for each in found["names"].split(", "))
     kind = f" ({found['type']})" if found["type"] else ""
-    return f"{names}{kind}: {dedent(found['text']).strip()}"
+    return f"{names}{kind}: {found['text'].strip()}"
 
 
 class MarkdownDocstrings(Extension):
