@@ -176,8 +176,8 @@ class TestSite:
     def test_docstrings_become_lists_and_references_links(self):
         pytest.importorskip("griffe", reason="the reference needs `pip install -e .[docs]`")
         docstring = (
-            "What [`reverse_kl`] does, see [`~trl.GRPOTrainer`].\n\nArgs:\n    a, b (`torch.Tensor` of shape `(B, T)`):"
-            " one\n        and two.\n    c (`float`, *optional*): three.\n\nReturns:\n    `int`: one: two.\n\n"
+            "What [`reverse_kl`] does, see [`~trl.GRPOTrainer`].\n\nArgs:\n    a, b (`torch.Tensor` of shape `(B, T)`)"
+            ": one\n        and two.\n    c (`float`, *optional*): three.\n\nReturns:\n    `int`: one: two.\n\n"
             "Raises:\n    ValueError: if not."
         )
         paths = {"reverse_kl": "minillm_trl.objectives.reverse_kl"}
