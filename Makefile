@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-trl lint clean
+.PHONY: help demo test test-trl lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test      lint and all tests"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
 	@echo "make lint      ruff alone"
+	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
 	@echo "make clean     remove .venv and caches"
 
 $(INSTALLED): pyproject.toml constraints/cpu.txt
@@ -39,5 +40,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache site
