@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, P
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.memory_estimate import Workload, estimate_memory
 
-AT_ONCE = 2  # cases side by side on the GPU
+AT_ONCE = 4  # cases side by side on the GPU
 SIZES = {**MODELS, "tiny": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300)}
 
 

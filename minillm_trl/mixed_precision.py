@@ -48,6 +48,16 @@ def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
+def avoid_cudnn_attention() -> None:
+    """Keep `scaled_dot_product_attention` from cuDNN's kernels, for the whole process.
+
+    torch prefers them in half precision on Hopper and Blackwell since 2.11. With a mask their backward pass gives NaN
+    for rows that attend to nothing, as left padding has them, where the length is 64 more than a multiple of 128
+    (pytorch issue 196678). And they are prepared anew for each shape, of which decoding has one a token.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def configure_wrappers(accelerator: Accelerator) -> None:
     """How FSDP and DDP are to wrap the model that is trained; call it before they do.
 
@@ -73,19 +83,29 @@ class OverflowCounter(TrainerCallback):
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator
         self.skipped_steps = 0
+        self._scale = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
         """A resumed run goes on counting."""
+        if self.accelerator.scaler is not None:
+            self._scale = self.accelerator.scaler.get_scale()
         logged = [int(each["fp16/skipped_steps"]) for each in state.log_history if "fp16/skipped_steps" in each]
         self.skipped_steps = logged[-1] if logged else 0
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Called after each step, taken or skipped."""
-        self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+        """Called after each step, taken or skipped: then the scale has fallen.
+
+        accelerate takes each step of a fused optimizer for taken, which skips by itself.
+        """
+        if self.accelerator.scaler is None:  # DeepSpeed
+            self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+            return
+        before, self._scale = self._scale, self.accelerator.scaler.get_scale()
+        self.skipped_steps += self._scale < before
 
     def metrics(self, engine: Any) -> dict[str, float]:
         """`fp16/skipped_steps` and `fp16/loss_scale`, from accelerate's scaler or that of a DeepSpeed `engine`."""

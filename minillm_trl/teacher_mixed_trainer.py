@@ -17,7 +17,7 @@ from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
-from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
+from .mixed_precision import OverflowCounter, avoid_cudnn_attention, configure_wrappers, half_precision
 from .objectives import batch_advantages
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
@@ -61,6 +61,7 @@ class TeacherMixedTrainer(GRPOTrainer):
         if half is torch.float16:
             self._overflow_counter = OverflowCounter(self.accelerator)
             self.add_callback(self._overflow_counter)
+        avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None

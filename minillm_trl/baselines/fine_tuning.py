@@ -13,7 +13,13 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
-from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
+from ..mixed_precision import (
+    avoid_cudnn_attention,
+    choose_precision,
+    configure_wrappers,
+    half_precision,
+    keep_adapters_in_float32,
+)
 from ..quantization import keep_4bit_layout
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
@@ -87,6 +93,7 @@ class FineTuningTrainer(SFTTrainer):
         if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
