@@ -9,6 +9,9 @@ autocast, or in a half-precision copy (`half_precision_rollouts`), or in the cop
 (`compile_rollouts`). Time per token is that of all steps after the first, and is compared with the time to read the
 weights once in half precision. The ways take turns; speed-ups are ratios within a round.
 
+New shapes: the first rollout of a batch size, and the same again, without cuDNN's attention, which the trainers keep
+torch from choosing, and with it.
+
 Updates: loss and gradient of 16 rows of 256 tokens of prompt and as many of completion in bf16 autocast, with the
 teacher's states at hand. Its operations are counted as products of matrices and attention (those of gradient
 checkpointing too), and divided by time and rate. GPT-2 shapes with random weights. Writes
@@ -34,7 +37,7 @@ from minillm_trl.sampling import sample_completions
 PROMPT, TOKENS, VOCAB = 64, 64, 50257
 ROWS, LENGTH = 16, 512
 DECODING = {"gpt2": (8, 64), "gpt2-large": (8,)}
-UPDATES = ("gpt2", "gpt2-medium", "gpt2-large")
+UPDATES = ("gpt2", "gpt2-large")
 TEACHER_WIDTH = 1600
 
 
@@ -106,6 +109,20 @@ def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...]
     }
 
 
+def first_rollouts(name: str, cudnn: bool, batch_size: int) -> list[float]:
+    """Seconds of the first rollout of a shape, and of the same again, with and without cuDNN's attention."""
+    student = build(name, torch.bfloat16)
+    prompts = torch.randint(VOCAB, (batch_size, PROMPT), device=DEVICE)
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    uniforms = torch.rand(batch_size, TOKENS, dtype=torch.float64, device=DEVICE)
+    options = {"max_new_tokens": TOKENS, "eos_token_ids": [], "pad_token_id": 0, "uniforms": uniforms}
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    times = [seconds(lambda: sample_completions(student, prompts, mask, **options)) for _ in range(2)]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return times
+
+
 def update(name: str, repeats: int, checkpointing: bool, rate: float) -> dict[str, Any]:
     """Time of a micro-batch, and its share of the rate of matrix products."""
     student = build(name, torch.float32).train()
@@ -144,6 +161,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     tiny, repeats = arguments.try_out, arguments.repeats
     found = limits(256 if tiny else 32768)
     yield "limits", found
+    name = "tiny" if tiny else "gpt2"
+    first_rollouts(name, False, 2)  # warms up
+    for cudnn, batch_size in ((False, 9), (True, 11)):
+        first, again = first_rollouts(name, cudnn, batch_size)
+        yield "new_shapes", {"student": name, "cudnn_attention": cudnn, "first_seconds": first, "again_seconds": again}
     backends = ("eager",) if tiny else ("cudagraphs", "inductor")
     for name, batch_sizes in {"tiny": (2,)}.items() if tiny else DECODING.items():
         for batch_size in batch_sizes:
@@ -162,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (ON_GPU or arguments.try_out):
         parser.error("there is no GPU to measure: --try_out runs tiny shapes without one")
-    results: dict[str, Any] = {"decoding": [], "updates": []}
+    results: dict[str, Any] = {"new_shapes": [], "decoding": [], "updates": []}
     for part, result in measure(arguments):
         print(part, result, flush=True)
         if part == "limits":

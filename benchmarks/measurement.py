@@ -33,6 +33,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.float16 if ON_GPU else torch.float32
 
+# As the trainers do (minillm_trl is not there where TRL 1.14 runs): cuDNN's attention prepares itself anew for each
+# length, so that the first rollout of a shape would take several times as long.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def build(name: str, dtype: torch.dtype = DTYPE) -> PreTrainedModel:
     """A GPT-2 of the named shape with random weights, in eval mode."""

@@ -82,14 +82,17 @@ def make_trainer(case: Case, folder: Path) -> MiniLLMTrainer:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half)
     tokenizer = make_tokenizer(SIZES[case.student].vocab_size)
 
-    def get(name: str, dtype: torch.dtype, quantized: bool) -> PreTrainedModel | str:
-        model = build(name, dtype)
-        if not quantized:
-            return model
-        path = folder / name  # only what is loaded is quantised
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return str(path)
+    def save(name: str) -> str:  # only what is loaded is quantised
+        build(name, half).save_pretrained(folder / name)
+        return str(folder / name)
+
+    student = build(case.student, torch.float32 if load.lora_rank is None else half)
+    if load.student_4bit:
+        student = save(case.student)
+    if load.teacher_4bit:
+        teacher = AutoModelForCausalLM.from_pretrained(save(case.teacher), dtype=half, quantization_config=nf4)
+    else:
+        teacher = build(case.teacher, half)
 
     args = MiniLLMConfig(
         str(folder / "out"),
@@ -106,11 +109,10 @@ def make_trainer(case: Case, folder: Path) -> MiniLLMTrainer:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        teacher_model_init_kwargs={"quantization_config": nf4} if load.teacher_4bit else None,
     )
     return MiniLLMTrainer(
-        get(case.student, torch.float32 if load.lora_rank is None else half, load.student_4bit),
-        get(case.teacher, half, load.teacher_4bit),
+        student,
+        teacher,
         args=args,
         train_dataset=make_prompts(2 * load.buffered_rows, load.prompt_tokens, len(tokenizer), seed=0),
         processing_class=tokenizer,
