@@ -118,7 +118,8 @@ def first_rollouts(name: str, cudnn: bool, batch_size: int) -> list[float]:
     uniforms = torch.rand(batch_size, TOKENS, dtype=torch.float64, device=DEVICE)
     options = {"max_new_tokens": TOKENS, "eos_token_ids": [], "pad_token_id": 0, "uniforms": uniforms}
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    times = [seconds(lambda: sample_completions(student, prompts, mask, **options)) for _ in range(2)]
+    sample = sample_completions.__wrapped__ if cudnn else sample_completions  # which turns it off
+    times = [seconds(lambda: sample(student, prompts, mask, **options)) for _ in range(2)]
     torch.backends.cuda.enable_cudnn_sdp(False)
     return times
 

@@ -48,16 +48,6 @@ def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
-def avoid_cudnn_attention() -> None:
-    """Keep `scaled_dot_product_attention` from cuDNN's kernels, for the whole process.
-
-    torch prefers them in half precision on Hopper and Blackwell since 2.11. With a mask their backward pass gives NaN
-    for rows that attend to nothing, as left padding has them, where the length is 64 more than a multiple of 128
-    (pytorch issue 196678). And they are prepared anew for each shape, of which decoding has one a token.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def configure_wrappers(accelerator: Accelerator) -> None:
     """How FSDP and DDP are to wrap the model that is trained; call it before they do.
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
+from .attention import avoid_cudnn_attention
 from .checks import check_prompt_ids
 from .config import MiniLLMConfig
 from .decoding import CompiledDecoding, check_decoding
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
-from .mixed_precision import OverflowCounter, avoid_cudnn_attention, configure_wrappers, half_precision
+from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
 from .objectives import batch_advantages
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences

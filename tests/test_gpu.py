@@ -307,9 +307,7 @@ class TestCommands:
         run = {
             "model_name_or_path": model_dir("llama"),
             "teacher_model_name_or_path": model_dir("llama", seed=1, width=48),
-            "dataset": "e2e",
-            "dataset_eval_split": "validation",
-            "eval_strategy": "no",
+            "dataset": str(tmp_path / "prompts.jsonl"),
             "output_dir": str(tmp_path / "out"),
             "fp16": True,
             "max_steps": 4,
@@ -318,6 +316,8 @@ class TestCommands:
             "logging_steps": 1,
             "report_to": "none",
         }
+        rows = [{"prompt": f"the mill {i}\n"} for i in range(64)]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
         checked = run_module("minillm_trl", "doctor", "--config", tmp_path / "run.yaml")
         assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -11,15 +11,10 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
-from ..mixed_precision import (
-    avoid_cudnn_attention,
-    choose_precision,
-    configure_wrappers,
-    half_precision,
-    keep_adapters_in_float32,
-)
+from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..quantization import keep_4bit_layout
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
