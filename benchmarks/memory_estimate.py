@@ -91,6 +91,7 @@ def make_trainer(case: Case, folder: Path) -> MiniLLMTrainer:
         student = save(case.student)
     if load.teacher_4bit:
         teacher = AutoModelForCausalLM.from_pretrained(save(case.teacher), dtype=half, quantization_config=nf4)
+        teacher.config._name_or_path = ""  # there is no tokenizer
     else:
         teacher = build(case.teacher, half)
 
