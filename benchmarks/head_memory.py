@@ -3,19 +3,19 @@
     python benchmarks/head_memory.py
 
 takes the loss of log-probs and full-vocabulary reverse KL, with its gradient, of 8 x 512 tokens from hidden states of
-student and teacher, with heads of 75,968 and 151,936 rows: through the chunked head, and with the full logits of both.
-Each case runs in a process of its own and reports its peak resident memory beyond what stands before, which are the
-hidden states and the heads' weights, and beyond their gradients. Writes `results/head_memory.json`.
+student and teacher, with heads of 75,968 and 151,936 rows: through the chunked head, and with the full logits of both;
+in float32, and on a GPU in mixed precision too (the teacher's states and head in half precision, the student's in
+autocast). Each case reports its peak memory (allocated on a GPU; resident on a CPU, in a process of its own) beyond
+what stands before, which are the hidden states and the heads' weights, and beyond their gradients. Writes
+`results/head_memory.json`.
 """
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
+from typing import Any
 
 import torch
-from measurement import write_record
+from measurement import DEVICE, ON_GPU, bytes_before, in_own_process, peak_bytes, write_record
 
 from minillm_trl.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.lm_head import LMHead
@@ -23,10 +23,7 @@ from minillm_trl.objectives import reverse_kl
 
 ROWS, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH = 8, 512, 256, 512
 VOCABULARIES = (75_968, 151_936)
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+PRECISIONS = ("float32", "float16", "bfloat16") if ON_GPU else ("float32",)
 
 
 def loss_of(logps: torch.Tensor, divergence: torch.Tensor) -> torch.Tensor:
@@ -52,46 +49,49 @@ def full_logits(hidden, weight, teacher_hidden, teacher_weight, ids, mask) -> to
 METHODS = {"chunked": chunked, "full_logits": full_logits}
 
 
-def measure(method: str, vocab: int) -> None:
+def measure(precision: str, method: str, vocab: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    # filled in place: a temporary would count as peak memory before the loss, and hide the loss's
-    hidden = torch.empty(ROWS, LENGTH, STUDENT_WIDTH).normal_().requires_grad_()
-    weight = torch.empty(vocab, STUDENT_WIDTH).normal_(std=0.05).requires_grad_()
-    teacher_hidden = torch.empty(ROWS, LENGTH, TEACHER_WIDTH).normal_()
-    teacher_weight = torch.empty(vocab, TEACHER_WIDTH).normal_(std=0.05)
-    ids, mask = torch.randint(vocab, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH, dtype=torch.bool)
-    before = peak_bytes()
-    loss = METHODS[method](hidden, weight, teacher_hidden, teacher_weight, ids, mask)
+    dtype = getattr(torch, precision)
+    with torch.device(DEVICE):
+        # filled in place: a temporary would count as peak memory before the loss, and hide the loss's
+        hidden = torch.empty(ROWS, LENGTH, STUDENT_WIDTH).normal_().requires_grad_()
+        weight = torch.empty(vocab, STUDENT_WIDTH).normal_(std=0.05).requires_grad_()
+        teacher_hidden = torch.empty(ROWS, LENGTH, TEACHER_WIDTH, dtype=dtype).normal_()
+        teacher_weight = torch.empty(vocab, TEACHER_WIDTH, dtype=dtype).normal_(std=0.05)
+        ids, mask = torch.randint(vocab, (ROWS, LENGTH)), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    before = bytes_before()
+    with torch.autocast(DEVICE.type, dtype, enabled=precision != "float32"):
+        loss = METHODS[method](hidden, weight, teacher_hidden, teacher_weight, ids, mask)
     loss.backward()
     gradients = sum(each.grad.nbytes for each in (hidden, weight))
     checksum = [loss.item(), hidden.grad.norm().item(), weight.grad.norm().item()]
-    print(json.dumps({"bytes": peak_bytes() - before - gradients, "checksum": checksum}))
+    return {"bytes": peak_bytes() - before - gradients, "checksum": checksum}
+
+
+def compare(precision: str) -> dict[str, Any]:
+    """All cases in one precision, and what they say of the claim."""
+    cases = {}
+    for vocab in VOCABULARIES:
+        for method in METHODS:
+            cases[f"{method}, {vocab}"] = case = in_own_process(measure, precision, method, vocab)
+            print(f"{precision}, {method}, {vocab} rows: {case['bytes'] / 2**20:.0f} MiB", flush=True)
+    small, large = (cases[f"chunked, {vocab}"]["bytes"] for vocab in VOCABULARIES)
+    share = large / cases[f"full_logits, {VOCABULARIES[1]}"]["bytes"]
+    print(f"vocabulary doubled: {large / small - 1:+.0%}; share of full logits: {share:.3f}")
+    return {"cases": cases, "growth_when_the_vocabulary_doubles": large / small - 1, "share_of_full_logits": share}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=2, metavar=("METHOD", "VOCAB"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, metavar=("PRECISION", "METHOD", "VOCAB"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure[0], int(arguments.measure[1]))
+        precision, method, vocab = arguments.measure
+        print(json.dumps(measure(precision, method, int(vocab))))
         return
-    results = {}
-    for vocab in VOCABULARIES:
-        for method in METHODS:
-            command = [sys.executable, __file__, "--measure", method, str(vocab)]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results[f"{method}, {vocab}"] = json.loads(output)
-            print(f"{method}, {vocab} rows: {results[f'{method}, {vocab}']['bytes'] / 2**20:.0f} MiB", flush=True)
-    small, large = (results[f"chunked, {vocab}"]["bytes"] for vocab in VOCABULARIES)
-    full = results[f"full_logits, {VOCABULARIES[1]}"]["bytes"]
-    record = {
-        "cases": results,
-        "growth_when_the_vocabulary_doubles": large / small - 1,
-        "share_of_full_logits": large / full,
-    }
+    results = {precision: compare(precision) for precision in PRECISIONS}
     settings = {"tokens": [ROWS, LENGTH], "widths": {"student": STUDENT_WIDTH, "teacher": TEACHER_WIDTH}}
-    write_record("head_memory", ("torch",), settings, record)
-    print(f"vocabulary doubled: {large / small - 1:+.0%}; share of full logits: {large / full:.3f}")
+    write_record("head_memory", ("torch",), settings, results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What the benchmarks share: GPT-2 shapes with random weights, timing, and the record that a result is kept in."""
 
 import argparse
+import gc
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -28,7 +30,12 @@ SHAPES = {
     "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 2},
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.float16 if ON_GPU else torch.float32
+
+# As the trainers do (minillm_trl is not there where TRL 1.14 runs): cuDNN's attention prepares itself anew for each
+# length, so that the first rollout of a shape would take several times as long.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def build(name: str, dtype: torch.dtype = DTYPE) -> PreTrainedModel:
@@ -43,13 +50,36 @@ def parameter_ratio(teacher: PreTrainedModel, student: PreTrainedModel) -> float
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
     start = time.perf_counter()
     function()
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had: allocated on the GPU, or resident on the CPU."""
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bytes_before() -> int:
+    """What [`peak_bytes`] is to be compared with: on a GPU the peak starts anew at what is allocated now."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    return peak_bytes()
+
+
+def in_own_process(measure: Callable[..., Any], *words: object) -> Any:
+    """`measure(*words)`, on a CPU as the script's `--measure WORDS` in a process of its own, whose peak is its own."""
+    if ON_GPU:
+        return measure(*words)
+    command = [sys.executable, sys.argv[0], "--measure", *map(str, words)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
@@ -90,27 +120,40 @@ def commit() -> str:
     return subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def machine() -> dict[str, Any]:
+    facts = {
+        "device": torch.cuda.get_device_name() if ON_GPU else platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if ON_GPU:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        facts |= {"memory": torch.cuda.get_device_properties().total_memory, "driver": driver}
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
 def write_record(
     name: str, packages: Sequence[str], settings: dict[str, Any], results: Any, command: str | None = None
 ) -> Path:
-    """Write `results/<name>.json`: the results with the command, commit, machine and versions that they come from.
+    """Write `results/<name>.json`, on a GPU `results/gpu/<name>.json`.
+
+    It has the results with the command, commit, machine and versions that they come from.
 
     `command` is what was typed, unless it is given: where its folders are the user's own, or several commands ran.
     """
     record = {
         "command": command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
-        "machine": {
-            "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
-            "system": platform.system(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "versions": {package: version(package) for package in packages},
         "settings": settings,
         "percentiles": PERCENTILES,
         "results": results,
     }
-    path = RESULTS / f"{name}.json"
+    path = (RESULTS / "gpu" if ON_GPU else RESULTS) / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

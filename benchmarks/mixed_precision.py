@@ -16,11 +16,12 @@ import math
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import DEVICE, SHAPES, write_record
+from measurement import ON_GPU, SHAPES, write_record
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -53,7 +54,7 @@ def train(student: str, teacher: str, precision: str, qlora: bool) -> dict[str, 
         models = save_model(student, Path(folder), tokenizer, 0), save_model(teacher, Path(folder), tokenizer, 1)
         args = MiniLLMConfig(
             folder,
-            use_cpu=DEVICE.type == "cpu",
+            use_cpu=not ON_GPU,
             fp16=precision == "fp16",
             bf16=precision == "bf16",
             per_device_train_batch_size=8,
@@ -95,25 +96,29 @@ def train(student: str, teacher: str, precision: str, qlora: bool) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = DEVICE.type == "cuda"
-    parser.add_argument("--student", choices=SHAPES, default="gpt2" if on_gpu else "tiny")
-    parser.add_argument("--teacher", choices=SHAPES, default="gpt2-medium" if on_gpu else "tiny")
+    parser.add_argument("--student", choices=SHAPES, default="gpt2" if ON_GPU else "tiny")
+    parser.add_argument("--teacher", choices=SHAPES, default="gpt2-medium" if ON_GPU else "tiny")
     parser.add_argument("--case", nargs=2, metavar=("PRECISION", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         precision, way = arguments.case
         print(json.dumps(train(arguments.student, arguments.teacher, precision, way == "qlora_nf4")))
         return
-    precisions = ["float32", "bf16"] if not on_gpu else ["float32", "fp16"]
-    if on_gpu and torch.cuda.get_device_capability() >= (8, 0):
+    precisions = ["float32", "bf16"] if not ON_GPU else ["float32", "fp16"]
+    if ON_GPU and torch.cuda.get_device_capability() >= (8, 0):
         precisions.append("bf16")
-    results = []
-    for way in ("full", "qlora_nf4"):
-        for precision in precisions:
-            command = [sys.executable, __file__, "--student", arguments.student, "--teacher", arguments.teacher]
-            case = subprocess.run([*command, "--case", precision, way], stdout=subprocess.PIPE, text=True, check=True)
-            results.append({"way": way, "precision": precision, **json.loads(case.stdout.splitlines()[-1])})
-            print(results[-1], flush=True)
+
+    def run(case: tuple[str, str]) -> dict[str, Any]:
+        way, precision = case
+        command = [sys.executable, __file__, "--student", arguments.student, "--teacher", arguments.teacher]
+        finished = subprocess.run([*command, "--case", precision, way], stdout=subprocess.PIPE, text=True, check=True)
+        result = {"way": way, "precision": precision, **json.loads(finished.stdout.splitlines()[-1])}
+        print(result, flush=True)
+        return result
+
+    cases = [(way, precision) for way in ("full", "qlora_nf4") for precision in precisions]
+    with ThreadPoolExecutor(len(cases) if ON_GPU else 1) as pool:  # nothing is timed
+        results = list(pool.map(run, cases))
     settings = {"student": arguments.student, "teacher": arguments.teacher, "steps": STEPS, "seeds": [0, 1]}
     print(write_record("mixed_precision", PACKAGES, settings, results))
 

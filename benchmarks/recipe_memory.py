@@ -4,7 +4,8 @@
 
 Nothing is loaded and nothing runs: sizes come from the models' published configurations, batches and launch
 configurations from the YAMLs of the recipes, and the formulas are those of `minillm_trl/memory_estimate.py`, which
-have not been compared with a GPU. Writes `results/recipe_memory.json` and the tables in the recipes' READMEs.
+`memory_estimate.py` compares with training on one GPU. Writes `results/recipe_memory.json` and the tables in the
+recipes' READMEs.
 """
 
 import argparse

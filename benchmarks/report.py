@@ -1,5 +1,7 @@
 """Writes the tables in `benchmarks/README.md` and the picture `results/speed.png` from the results.
 
+Of each there is one for the CPU (`results/`) and one for the GPU (`results/gpu/`), where not all was measured.
+
 python benchmarks/report.py
 """
 
@@ -11,11 +13,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from measurement import RESULTS
+from recipe_memory import MODELS
+
+from minillm_trl.memory_estimate import Workload, estimate_memory
 
 README = Path(__file__).with_name("README.md")
 PICTURE = RESULTS / "speed.png"
-MARKS = "<!-- table: made by report.py -->\n", "<!-- end of table -->\n"
-PRECISION_MARKS = "<!-- precisions: made by report.py -->\n", "<!-- end of precisions -->\n"
+GPU = RESULTS / "gpu"
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -50,22 +55,21 @@ class Measured:
     def written(self, value: float) -> str:
         return f"{value:.2f}x" if self.unit == "x" else f"{100 * value:.0f} %"
 
-    @property
-    def row(self) -> str:
+    def row(self, folder: str) -> str:
         measured = self.written(self.middle)
         if len(self.values) > 1:
             measured += f" ({self.written(self.values[0])} to {self.written(self.values[-1])})"
         aim = f"{'at least' if self.at_least else 'at most'} {self.written(self.aim)}"
-        script = f"[{self.script}]({self.script}.py) [json](results/{self.script}.json)"
+        script = f"[{self.script}]({self.script}.py) [json]({folder}/{self.script}.json)"
         return f"| {self.what} | {self.case} | {measured} | {aim} | {'yes' if self.reached else '**no**'} | {script} |"
 
 
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+def read(name: str, folder: Path = RESULTS) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())["results"]
 
 
-def by_size(name: str, what: str, aims: tuple[float, float]) -> Iterator[Measured]:
-    for each, aim in zip(read(name), aims, strict=True):
+def by_size(folder: Path, name: str, what: str, aims: tuple[float, float]) -> Iterator[Measured]:
+    for each, aim in zip(read(name, folder), aims, strict=True):
         yield Measured(what, f"teacher {each['parameter_ratio']:.1f}x", name, each["speedup"], aim)
 
 
@@ -82,20 +86,27 @@ def sampling() -> Iterator[Measured]:
         yield Measured("its time over the least possible", case, "sampling", values, 1.25, at_least=False)
 
 
-def optimizer_step() -> Iterator[Measured]:
+def update_phase(folder: Path) -> Iterator[Measured]:
+    what = "four inner passes against a teacher forward in each"
+    return by_size(folder, "update_phase", what, (2.3, 3.5))
+
+
+def optimizer_step(folder: Path) -> Iterator[Measured]:
     aims = {"ours, 1 pass": 1.0, "ours, 4 passes": 2.5, "ours, 4 passes, mixed": 2.5}
+    results = read("optimizer_step", folder)
     for setting, aim in aims.items():
         what = "optimizer step of the whole loop against TRL 1.14.2's MiniLLMTrainer"
         case = setting.removeprefix("ours, ")
-        yield Measured(what, case, "optimizer_step", read("optimizer_step")[setting]["speedup_over_trl"], aim)
+        values = results[setting]["speedup_over_trl"]
+        yield Measured(what, case, "optimizer_step", values if len(set(values)) > 1 else values[:1], aim)
 
 
-def memory() -> Iterator[Measured]:
-    results = read("head_memory")
-    case = "8 x 512 tokens, 151,936 rows"
-    share, growth = results["share_of_full_logits"], results["growth_when_the_vocabulary_doubles"]
-    yield Measured("memory of the loss over full logits", case, "head_memory", [share], 1 / 8, False, "%")
-    yield Measured("its growth when the vocabulary doubles", case, "head_memory", [growth], 0.1, False, "%")
+def memory(folder: Path) -> Iterator[Measured]:
+    for precision, results in read("head_memory", folder).items():
+        case = f"8 x 512 tokens, 151,936 rows, {precision}"
+        share, growth = results["share_of_full_logits"], results["growth_when_the_vocabulary_doubles"]
+        yield Measured("memory of the loss over full logits", case, "head_memory", [share], 1 / 8, False, "%")
+        yield Measured("its growth when the vocabulary doubles", case, "head_memory", [growth], 0.1, False, "%")
 
 
 def same_kl() -> Iterator[Measured]:
@@ -106,11 +117,13 @@ def same_kl() -> Iterator[Measured]:
         yield Measured(what, f"{architecture}-shaped", "same_kl", sorted(values), 0.5, at_least=False)
 
 
-def scaling() -> Iterator[Measured]:
-    results = read("scaling")
-    for phase, ratios in results["time_per_token_relative_to_the_smallest_batch"].items():
+def scaling_time() -> Iterator[Measured]:
+    for phase, ratios in read("scaling")["time_per_token_relative_to_the_smallest_batch"].items():
         yield Measured("time per token, batch 64 over batch 8", phase, "scaling", [ratios[-1]], 1.0, False)
-    for name, value in results["memory_deviation_from_linear"].items():
+
+
+def scaling_memory(folder: Path) -> Iterator[Measured]:
+    for name, value in read("scaling", folder)["memory_deviation_from_linear"].items():
         yield Measured(
             "peak memory's distance from a straight line", f"over {name}", "scaling", [value], 0.1, False, "%"
         )
@@ -119,31 +132,97 @@ def scaling() -> Iterator[Measured]:
 def measured() -> list[Measured]:
     return [
         *sampling(),
-        *by_size("rollout_phase", "rollout phase against the authors' schedule", (3.0, 4.0)),
-        *by_size("update_phase", "four inner passes against a teacher forward in each", (2.3, 3.5)),
-        *optimizer_step(),
+        *by_size(RESULTS, "rollout_phase", "rollout phase against the authors' schedule", (3.0, 4.0)),
+        *update_phase(RESULTS),
+        *optimizer_step(RESULTS),
         *same_kl(),
-        *memory(),
-        *scaling(),
+        *memory(RESULTS),
+        *scaling_time(),
+        *scaling_memory(RESULTS),
     ]
 
 
-def table(figures: list[Measured]) -> str:
+def measured_on_gpu() -> list[Measured]:
+    return [*update_phase(GPU), *optimizer_step(GPU), *memory(GPU), *scaling_memory(GPU)]
+
+
+def table(figures: list[Measured], folder: str = "results") -> str:
     head = "| what | case | measured | aim | reached | script |\n|---|---|---|---|---|---|\n"
-    return head + "".join(each.row + "\n" for each in figures)
+    return head + "".join(each.row(folder) + "\n" for each in figures)
 
 
-def precision_table() -> str:
+def precision_table(folder: Path) -> str:
     """What each precision came to over the updates of `mixed_precision.py`."""
     names = {"full": "whole student", "qlora_nf4": "QLoRA student, NF4 teacher"}
     head = "| way | precision | updates | skipped | every number finite | reverse KL, first 20 → last 20 |\n"
     rows = [
-        f"| {names[each['way']]} | {each['precision']} | {each['steps']} | {each['skipped_steps']:.0f} | "
+        f"| {names[each['way']]} | {each['precision']} | "
+        f"{each['steps']}{', then stopped' if each.get('stopped') else ''} | {each['skipped_steps']:.0f} | "
         f"{'yes' if each['all_finite'] else '**no**'} | "
         f"{each['reverse_kl_first_20']:.2f} → {each['reverse_kl_last_20']:.2f} |\n"
-        for each in read("mixed_precision")
+        for each in read("mixed_precision", folder)
     ]
     return head + "|---|---|---:|---:|---|---|\n" + "".join(rows)
+
+
+def decoding_table() -> str:
+    """Milliseconds of a step and tokens per second of each way to decode."""
+    head = "| student, batch | way | a step | tokens a second | against the copy | over reading the weights |\n"
+    rows = [
+        f"| {each['student']}, {each['batch_size']} | {way} | {1e3 * found['seconds_per_step'][1]:.2f} ms | "
+        f"{found['tokens_per_second']:,.0f} | {found['speedup_over_half_precision'][1]:.2f}x | "
+        f"{found['time_over_reading_the_weights'][1]:.0f}x |\n"
+        for each in read("hardware_limits", GPU)["decoding"]
+        for way, found in each["ways"].items()
+    ]
+    return head + "|---|---|---:|---:|---:|---:|\n" + "".join(rows)
+
+
+def rate_table() -> str:
+    """The share of the rate of matrix products that updates reach."""
+    head = "| student | gradient checkpointing | a micro-batch | share of the rate |\n|---|---|---:|---:|\n"
+    rows = [
+        f"| {each['student']} | {'yes' if each['gradient_checkpointing'] else 'no'} | "
+        f"{1e3 * each['seconds'][1]:.0f} ms | {100 * each['share_of_matrix_product_rate'][1]:.0f} % |\n"
+        for each in read("hardware_limits", GPU)["updates"]
+    ]
+    return head + "".join(rows)
+
+
+def memory_errors() -> Iterator[tuple[str, str, float, float]]:
+    """Of each case and phase: the peak that was measured, and the estimate as it is now, in bytes."""
+    for each in read("memory_estimate", GPU):
+        if "failed" not in each:
+            models = MODELS[each["student"]], MODELS[each["teacher"]]
+            estimated = estimate_memory(*models, Workload(**each["load"]))
+            for phase, value in each["measured"].items():
+                yield each["case"], phase, value, estimated[phase]
+
+
+def memory_table() -> str:
+    """The memory estimate beside what was measured."""
+    head = "| case | phase | measured | estimate | off by |\n|---|---|---:|---:|---:|\n"
+    return head + "".join(
+        f"| {case} | {phase} | {value / GIB:.2f} GiB | {estimate / GIB:.2f} GiB | {estimate / value - 1:+.0%} |\n"
+        for case, phase, value, estimate in memory_errors()
+    )
+
+
+def tables() -> dict[str, str]:
+    """Every table of the page, by what stands in its marks."""
+    return {
+        "table": table(measured()),
+        "precisions": precision_table(RESULTS),
+        "gpu": table(measured_on_gpu(), "results/gpu"),
+        "gpu precisions": precision_table(GPU),
+        "decoding": decoding_table(),
+        "rate": rate_table(),
+        "memory": memory_table(),
+    }
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: made by report.py -->\n", f"<!-- end of {name} -->\n"
 
 
 def draw(figures: list[Measured]) -> None:
@@ -164,11 +243,11 @@ def draw(figures: list[Measured]) -> None:
 
 
 def main() -> None:
-    figures = measured()
-    for (start, end), made in ((MARKS, table(figures)), (PRECISION_MARKS, precision_table())):
+    for name, made in tables().items():
+        start, end = marks(name)
         before, rest = README.read_text().split(start)
         README.write_text(before + start + made + end + rest.split(end)[1])
-    draw(figures)
+    draw(measured())
 
 
 if __name__ == "__main__":

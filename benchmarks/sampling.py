@@ -1,6 +1,6 @@
 """Claim: teacher-mixed sampling costs the student's steps and the teacher's share of its own, not both models.
 
-    python benchmarks/sampling.py [--teachers gpt2-large gpt2-xl] [--batch_sizes 1 8] [--repeats 2]
+    python benchmarks/sampling.py [--teachers gpt2-large gpt2-xl] [--batch_sizes 1 8] [--new_tokens 64] [--repeats 2]
 
 samples with alpha = 0.2 from GPT-2 shapes with random weights: ours (the coin decides which model runs), the sampler
 that mixes both distributions at every step, and each model alone. The coin sequence is fixed to its mean: every fifth
@@ -10,6 +10,7 @@ prompts, and alpha of its steps. Writes `results/sampling.json`.
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from minillm_trl.lm_head import position_ids
 from minillm_trl.sampling import draw_tokens, sample_completions
 
-ALPHA, PROMPT, TOKENS = 0.2, 64, 64
+ALPHA, PROMPT = 0.2, 64
 
 
 def mean_coins(tokens: int) -> np.ndarray:
@@ -56,17 +57,19 @@ def mix_every_step(
     return ids
 
 
-def measure(student: PreTrainedModel, teacher: PreTrainedModel, batch_size: int, repeats: int) -> dict:
+def measure(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch_size: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
     ids = torch.randint(50257, (batch_size, PROMPT), device=DEVICE)
-    uniforms = torch.rand(batch_size, TOKENS, dtype=torch.float64, device=DEVICE)
+    uniforms = torch.rand(batch_size, new_tokens, dtype=torch.float64, device=DEVICE)
 
-    def sample(model: PreTrainedModel, tokens: int = TOKENS, **mixture) -> None:
+    def sample(model: PreTrainedModel, tokens: int = new_tokens, **mixture) -> None:
         common = {"eos_token_ids": [], "pad_token_id": 0, "uniforms": uniforms}
         sample_completions(model, ids, torch.ones_like(ids), max_new_tokens=tokens, **common, **mixture)
 
     rounds = alternate(
         {
-            "ours": lambda: sample(student, teacher=teacher, teacher_coins=mean_coins(TOKENS)),
+            "ours": lambda: sample(student, teacher=teacher, teacher_coins=mean_coins(new_tokens)),
             "mix_every_step": lambda: mix_every_step(student, teacher, ids, uniforms),
             "student_alone": lambda: sample(student),
             "teacher_alone": lambda: sample(teacher),
@@ -77,7 +80,7 @@ def measure(student: PreTrainedModel, teacher: PreTrainedModel, batch_size: int,
     at_best = [
         each["student_alone"]
         + each["teacher_prompt"]
-        + ALPHA * (each["teacher_alone"] - each["teacher_prompt"]) * TOKENS / (TOKENS - 1)
+        + ALPHA * (each["teacher_alone"] - each["teacher_prompt"]) * new_tokens / (new_tokens - 1)
         for each in rounds
     ]
     return {
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--student", choices=SHAPES, default="gpt2")
     parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     student = build(arguments.student)
@@ -103,7 +107,7 @@ def main() -> None:
         teacher = build(name)
         ratio = parameter_ratio(teacher, student)
         for batch_size in arguments.batch_sizes:
-            result = measure(student, teacher, batch_size, arguments.repeats)
+            result = measure(student, teacher, batch_size, arguments.new_tokens, arguments.repeats)
             results.append({"student": arguments.student, "teacher": name, "parameter_ratio": ratio, **result})
             low, middle, high = result["speedup_over_mixing_every_step"]
             print(
@@ -112,7 +116,7 @@ def main() -> None:
                 flush=True,
             )
         del teacher
-    settings = {"alpha": ALPHA, "prompt_tokens": PROMPT, "new_tokens": TOKENS, "dtype": str(DTYPE)}
+    settings = {"alpha": ALPHA, "prompt_tokens": PROMPT, "new_tokens": arguments.new_tokens, "dtype": str(DTYPE)}
     write_record("sampling", ("torch", "transformers"), settings, results)
 
 

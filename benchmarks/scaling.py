@@ -3,21 +3,19 @@
     python benchmarks/scaling.py
 
 generates, scores and takes one gradient of rollouts with GPT-2 shapes with random weights (124M from 355M), for
-batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case runs in a process of its own, which reports
-seconds per token of the rollout and of the update (the median of three), and peak resident memory beyond the models'
-weights and gradients. Memory is compared with the straight line through the smallest and
-the largest case. Writes `results/scaling.json`.
+batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case reports seconds per token of the rollout
+(after one to warm up) and of the update (the median of three), and peak memory beyond the models' weights and
+gradients: allocated on a GPU, resident on a CPU, where each case runs in a process of its own. Memory is compared with
+the straight line through the smallest and the largest case. Writes `results/scaling.json`.
 """
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from statistics import median
+from typing import Any
 
 import torch
-from measurement import DEVICE, DTYPE, build, seconds, write_record
+from measurement import DEVICE, DTYPE, build, bytes_before, in_own_process, peak_bytes, seconds, write_record
 
 from minillm_trl.fused_head import ScoreRequest, add_scoring, completion_logps
 from minillm_trl.lm_head import LMHead
@@ -26,12 +24,6 @@ from minillm_trl.sampling import Completions, sample_completions, toss_coins
 PROMPT, VOCAB = 32, 50257
 BATCHES, LENGTHS = (8, 16, 32, 64), (32, 64, 128, 256)
 DEFAULT_BATCH, DEFAULT_LENGTH = 8, 32
-
-
-def peak_bytes() -> int:
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rollout(student, teacher, prompts: torch.Tensor, length: int) -> Completions:
@@ -65,22 +57,22 @@ def update(student, prompts: torch.Tensor, sampled: Completions) -> None:
     scores.loss.backward()
 
 
-def measure(batch_size: int, length: int) -> None:
+def measure(batch_size: int, length: int) -> dict[str, Any]:
     student, teacher = build("gpt2"), build("gpt2-medium")
     add_scoring(student, VOCAB, LMHead.of(teacher))
     for each in student.parameters():
         each.grad = torch.zeros_like(each)
     warm_up = torch.randint(VOCAB, (1, PROMPT), device=DEVICE)
     update(student, warm_up, rollout(student, teacher, warm_up, 2))
-    before = peak_bytes()
+    before = bytes_before()
     prompts = torch.randint(VOCAB, (batch_size, PROMPT), device=DEVICE)
-    found = []
+    sampled = rollout(student, teacher, prompts, length)
     tokens = batch_size * (PROMPT + length)
     times = {
-        "rollout": seconds(lambda: found.append(rollout(student, teacher, prompts, length))) / tokens,
-        "update": median(seconds(lambda: update(student, prompts, found[0])) for _ in range(3)) / tokens,
+        "rollout": seconds(lambda: rollout(student, teacher, prompts, length)) / tokens,
+        "update": median(seconds(lambda: update(student, prompts, sampled)) for _ in range(3)) / tokens,
     }
-    print(json.dumps({"bytes": peak_bytes() - before, "seconds_per_token": times}))
+    return {"bytes": peak_bytes() - before, "seconds_per_token": times}
 
 
 def deviation(sizes: tuple[int, ...], found: list[float]) -> float:
@@ -95,14 +87,13 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, type=int, metavar=("BATCH", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure)
+        print(json.dumps(measure(*arguments.measure)))
         return
     cases: dict[str, list[dict]] = {}
     for name, sizes in (("batch", BATCHES), ("length", LENGTHS)):
         for size in sizes:
             case = (size, DEFAULT_LENGTH) if name == "batch" else (DEFAULT_BATCH, size)
-            command = [sys.executable, __file__, "--measure", *map(str, case)]
-            output = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            output = in_own_process(measure, *case)
             cases.setdefault(name, []).append({"batch_size": case[0], "length": case[1], **output})
             print(f"{name} {size}: {output}", flush=True)
     per_token = {

@@ -224,15 +224,22 @@ def _add_gradients(
 ) -> None:
     """Add what a chunk's gradient `(n, V)` gives hidden states `(n, H)`, weight and bias."""
     if "hidden" in gradients:
-        gradients["hidden"][part] += of_logits @ head.weight
+        gradients["hidden"][part] += _product(of_logits, head.weight)
     if "weight" in gradients:  # in blocks of rows, so that no second (V, H) exists
         size, width = head.weight.shape
         rows = max(1, CHUNK_ELEMENTS // width)
         for start in range(0, size, rows):
             block = slice(start, min(start + rows, size))
-            gradients["weight"][block] += of_logits[:, block].T @ states
+            gradients["weight"][block] += _product(of_logits[:, block].T, states)
     if "bias" in gradients:
         gradients["bias"][: of_logits.shape[1]] += of_logits.sum(dim=0, dtype=gradients["bias"].dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, on GPUs in float32 at least: float16 may not hold sums over a chunk's tokens, before any loss scale."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 def _score_logits(

@@ -54,15 +54,16 @@ def count_parameters(config: PreTrainedConfig) -> int:
 def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
     """Bytes on the GPU of each process for MiniLLM in mixed precision with AdamW, by what takes them.
 
-    Weights, gradients and optimizer states are counted, and the half-precision copies that autocast makes of weights;
-    activations are the usual 34 bytes a token, layer and unit of width (2 with gradient checkpointing, and one layer's
-    34). What a framework needs besides, and fragmentation, come on top. Not compared with a run on a GPU yet.
+    Weights, optimizer states and, in updates, gradients are counted, and the half-precision copies of weights that
+    autocast keeps for the backward pass (with gradient checkpointing only a layer's are there at a time). Activations
+    see `_activation_bytes`. What a framework needs besides, and fragmentation, come on top. On one GPU it is within
+    10 % of what was allocated (`benchmarks/memory_estimate.py`); other strategies and NF4 are not compared yet.
 
     Returns:
         `dict[str, float]`: rollout and update never run at once; each has its sum.
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
-    trained, copied = _trained_bytes(student, sizes["student"], load)
+    held, trained, copied = _trained_bytes(student, sizes["student"], load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
     tokens = load.prompt_tokens + load.completion_tokens
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * _HALF
@@ -77,7 +78,7 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
         "activations of a micro-batch": _activation_bytes(student, load),
         "heads in chunks": _head_bytes(student),
     }
-    parts["while sampling"] = trained + copied + teacher_bytes + caches + states
+    parts["while sampling"] = held + copied + teacher_bytes + caches + states
     parts["while updating"] = (
         trained
         + (0.0 if _is_sharded(load) else copied)
@@ -97,7 +98,7 @@ def estimate_fine_tuning_memory(
     Fine-tuning has whole logits, of which the loss keeps three copies in float32; KD has its heads in chunks.
     """
     size = count_parameters(model)
-    trained, copied = _trained_bytes(model, size, load)
+    held, trained, copied = _trained_bytes(model, size, load)
     copied = copied if _is_sharded(load) else 0.0  # elsewhere the model samples as it is
     text = model.get_text_config()
     tokens = load.prompt_tokens + load.completion_tokens
@@ -113,7 +114,7 @@ def estimate_fine_tuning_memory(
         "logits": head,
     }
     return parts | {
-        "while sampling": trained + teacher_bytes + copied + caches,
+        "while sampling": held + teacher_bytes + copied + caches,
         "while updating": trained + teacher_bytes + parts["activations of a micro-batch"] + head,
     }
 
@@ -122,8 +123,8 @@ def _is_sharded(load: Workload) -> bool:
     return load.strategy in ("fsdp", "zero3")
 
 
-def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple[float, float]:
-    """Of the student as it is trained, and of the copy that it samples from."""
+def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple[float, float, float]:
+    """Of the student as it is held between updates and as it is trained, and of the copy that it samples from."""
     text = config.get_text_config()
     if load.lora_rank is None:
         frozen, trained, copied = 0.0, float(size), size * _HALF
@@ -133,10 +134,12 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
         trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
         copied = trained * _HALF + (frozen if _is_sharded(load) else 0.0)
     if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
-        return trained * (_HALF + 14.0 / load.processes) + frozen, 0.0
-    if _is_sharded(load):  # float32 weights, gradients and two moments, and a block in half precision
-        return (trained * 16.0 + frozen) / load.processes, copied
-    return trained * (16.0 + _HALF) + frozen, copied
+        updating = trained * (_HALF + 14.0 / load.processes) + frozen
+        return updating, updating, 0.0
+    if _is_sharded(load):  # float32 weights, two moments and gradients, and a block in half precision
+        return *((trained * each + frozen) / load.processes for each in (12.0, 16.0)), copied
+    cast = 0.0 if load.gradient_checkpointing else _HALF
+    return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
 
 
 def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
@@ -160,9 +163,23 @@ def _end_parameters(text: PreTrainedConfig) -> int:
 
 
 def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
+    """What the layers keep for the backward pass, by token and unit of width.
+
+    Under autocast the residual stream is in the dtype of the embeddings. A layer keeps about 20 bytes of norms,
+    queries and outputs, 14 of keys and values, and 8 a unit of its feed-forward part: half precision before and after
+    the activation, twice where it is gated. transformers puts `gelu_new` together from operations partly in float32.
+    """
+    heads = text.num_attention_heads
+    kv_share = (getattr(text, "num_key_value_heads", None) or heads) / heads
+    unit = 15.0 if getattr(text, "activation_function", None) == "gelu_new" else 8.0
+    inner = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    feed_forward = next((each for each in inner if each), 4 * text.hidden_size) / text.hidden_size
+    layer = 20.0 + 14.0 * kv_share + unit * feed_forward
     position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
-    layers = text.num_hidden_layers
-    return position * (2.0 * layers + 34 if load.gradient_checkpointing else 34.0 * layers)
+    if not load.gradient_checkpointing:
+        return position * layer * text.num_hidden_layers
+    residual = 4.0 if load.lora_rank is None else _HALF
+    return position * (residual * text.num_hidden_layers + layer)
 
 
 def _head_bytes(text: PreTrainedConfig) -> float:

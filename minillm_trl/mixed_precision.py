@@ -73,19 +73,29 @@ class OverflowCounter(TrainerCallback):
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator
         self.skipped_steps = 0
+        self._scale = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
         """A resumed run goes on counting."""
+        if self.accelerator.scaler is not None:
+            self._scale = self.accelerator.scaler.get_scale()
         logged = [int(each["fp16/skipped_steps"]) for each in state.log_history if "fp16/skipped_steps" in each]
         self.skipped_steps = logged[-1] if logged else 0
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Called after each step, taken or skipped."""
-        self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+        """Called after each step, taken or skipped: then the scale has fallen.
+
+        accelerate takes each step of a fused optimizer for taken, which skips by itself.
+        """
+        if self.accelerator.scaler is None:  # DeepSpeed
+            self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+            return
+        before, self._scale = self._scale, self.accelerator.scaler.get_scale()
+        self.skipped_steps += self._scale < before
 
     def metrics(self, engine: Any) -> dict[str, float]:
         """`fp16/skipped_steps` and `fp16/loss_scale`, from accelerate's scaler or that of a DeepSpeed `engine`."""

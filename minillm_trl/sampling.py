@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
+from .attention import without_cudnn_attention
 from .decoding import CompiledDecoding, LazyDecoder
 from .masking import completion_mask
 from .ngram_block import NgramBlock
@@ -78,6 +79,7 @@ class Completions(NamedTuple):
     teacher_hidden_states: torch.Tensor | None = None
 
 
+@without_cudnn_attention()
 @torch.no_grad()
 def sample_completions(
     student: PreTrainedModel,

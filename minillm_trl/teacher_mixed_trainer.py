@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
+from .attention import avoid_cudnn_attention
 from .checks import check_prompt_ids
 from .decoding import CompiledDecoding, check_decoding
 from .degeneration_watch import DegenerationWatch
@@ -63,6 +64,7 @@ class TeacherMixedTrainer(ResumableRollouts):
         if half is torch.float16:
             self._overflow_counter = OverflowCounter(self.accelerator)
             self.add_callback(self._overflow_counter)
+        avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import minillm_trl.trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.lm_head import LMHead, check_head
@@ -183,7 +184,13 @@ class TestSharedBase:
             adapter_on_base(student, teacher_adapter)
 
 
-def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_dir):
+def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_dir, monkeypatch):
+    checked = []  # in float16 trained weights in half precision are refused
+
+    def check(trainer, **options):
+        checked.extend(each.dtype for each in trainer.model.parameters() if each.requires_grad)
+
+    monkeypatch.setattr(minillm_trl.trainer, "check_model", check)
     trainer = train(
         tmp_path,
         model_dir("llama"),
@@ -194,3 +201,4 @@ def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_
     trained = [each for each in trainer.model.parameters() if each.requires_grad]
     assert len(trained) == 8
     assert all(each.dtype == torch.float32 for each in trained)
+    assert checked == [torch.float32] * 8

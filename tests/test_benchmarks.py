@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+RESULTS = sorted((BENCHMARKS / "results").rglob("*.json"))
 sys.path.insert(0, str(BENCHMARKS))
 
 import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
@@ -16,8 +16,8 @@ import report  # noqa: E402
 
 def test_tables_are_those_of_the_results():
     text = (BENCHMARKS / "README.md").read_text()
-    made = {report.MARKS: report.table(report.measured()), report.PRECISION_MARKS: report.precision_table()}
-    for (start, end), expected in made.items():
+    for name, expected in report.tables().items():
+        start, end = report.marks(name)
         assert text.split(start)[1].split(end)[0] == expected
 
 
@@ -26,7 +26,14 @@ def test_table_of_the_degeneration_page_is_that_of_the_results():
     assert degeneration.markdown_table(results) in (BENCHMARKS.parent / "docs" / "degeneration.md").read_text()
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_memory_estimate_is_near_what_training_took_on_a_gpu():
+    found = list(report.memory_errors())
+    assert len(found) == 12
+    for case, phase, measured, estimated in found:
+        assert 0.9 < estimated / measured < 1.15, f"{case}, {phase}"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_result_names_its_command_commit_machine_and_versions(path: Path):
     record = json.loads(path.read_text())
     script = record["command"].split()[1]
@@ -46,5 +53,5 @@ def test_aim_is_reached_on_the_right_side():
     smaller = report.Measured("a", "b", "c", [0.11], aim=0.125, at_least=False, unit="%")
     assert smaller.reached
     assert not report.Measured("a", "b", "c", [0.13], aim=0.125, at_least=False).reached
-    assert "| 2.00x (1.00x to 3.00x) | at least 2.00x | yes |" in faster.row
-    assert "| 11 % | at most 12 % | yes |" in smaller.row
+    assert "| 2.00x (1.00x to 3.00x) | at least 2.00x | yes |" in faster.row("results")
+    assert "| 11 % | at most 12 % | yes |" in smaller.row("results")

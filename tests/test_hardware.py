@@ -97,11 +97,31 @@ class TestMemory:
         student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
         teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
         parts = estimate_memory(student, teacher, self.LOAD)
-        assert parts["student, gradients and optimizer"] == 18 * count_parameters(student)
+        size = count_parameters(student)
+        assert parts["student, gradients and optimizer"] == 16 * size
         assert parts["teacher"] == 2 * count_parameters(teacher)
         assert parts["teacher's states of a rollout"] == 32 * 256 * 128 * 2
         assert parts["key-value caches while sampling"] == 32 * 512 * 2 * (2 * 2 * 64 + 2 * 3 * 128)
-        assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (2 * 2 + 34)
+        assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (4 * 2 + 34 + 15 * 4)
+        sampling = parts["teacher"] + parts["key-value caches while sampling"] + parts["teacher's states of a rollout"]
+        assert parts["while sampling"] == (12 + 2) * size + sampling
+
+    def test_activations_by_hand(self):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = Qwen2Config(intermediate_size=160, **sizes)
+        layer = 8 * 512 * 64 * (20 + 7 + 8 * 2.5)
+        for change, expected in (
+            ({}, 8 * 512 * 64 * 3 * 4 + layer),
+            ({"lora_rank": 4}, 8 * 512 * 64 * 3 * 2 + layer),
+            ({"gradient_checkpointing": False}, 3 * layer),
+        ):
+            parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), **change}))
+            assert parts["activations of a micro-batch"] == expected
+
+    def test_without_checkpointing_autocast_keeps_its_copies_of_the_weights(self):
+        model = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), "gradient_checkpointing": False}))
+        assert parts["student, gradients and optimizer"] == 18 * count_parameters(model)
 
     def test_parts_of_fine_tuning_and_kd_by_hand(self):
         student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
@@ -109,11 +129,11 @@ class TestMemory:
         size, sharded = count_parameters(student), Workload(**{**vars(self.LOAD), "strategy": "fsdp", "processes": 4})
         plain = estimate_fine_tuning_memory(student, self.LOAD)
         assert plain["logits"] == 3 * 8 * 512 * 1000 * 4
-        assert plain["while updating"] == 18 * size + plain["activations of a micro-batch"] + plain["logits"]
-        assert plain["while sampling"] == 18 * size + 32 * 512 * 2 * (2 * 2 * 64)
+        assert plain["while updating"] == 16 * size + plain["activations of a micro-batch"] + plain["logits"]
+        assert plain["while sampling"] == 12 * size + 32 * 512 * 2 * (2 * 2 * 64)
         kd = estimate_fine_tuning_memory(student, sharded, teacher)
         assert kd["teacher"] == 2 * count_parameters(teacher)
-        assert kd["while sampling"] == 4 * size + 2 * size + kd["teacher"] + 32 * 512 * 2 * (2 * 2 * 64)
+        assert kd["while sampling"] == 3 * size + 2 * size + kd["teacher"] + 32 * 512 * 2 * (2 * 2 * 64)
 
     def test_embeddings_and_head_stay_in_half_precision_under_nf4(self):
         config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
@@ -172,7 +192,8 @@ class TestDoctor:
         [
             (8, {}, 4, "ddp", "is there: fits"),
             (40, {}, 4, "zero2", "is there: fits"),
-            (64, {}, 8, "zero2", "may not fit"),
+            (64, {}, 8, "fsdp", "is there: fits"),
+            (72, {}, 8, "fsdp", "may not fit"),
             (64, {"shard_teacher": True}, 8, "zero2", "is there: fits"),
             (40, {}, 1, "ddp", "does not fit"),
         ],

@@ -69,6 +69,7 @@ class TestConfigureWrappers:
         place = {"sft": "baselines.fine_tuning", "minillm": "teacher_mixed_trainer"}[kind]
         seen = []
         monkeypatch.setattr(f"minillm_trl.{place}.configure_wrappers", seen.append)
+        torch.backends.cuda.enable_cudnn_sdp(True)
         tokenizer = build_tokenizer()
         student, teacher = (build_model("gpt2", len(tokenizer), seed) for seed in (0, 1))
         rows = {"prompt": ["a"] * 8, "completion": ["b"] * 8}
@@ -83,6 +84,7 @@ class TestConfigureWrappers:
                 student, teacher, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer
             )
         assert seen == [trainer.accelerator]
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 class TestChoosePrecision:
@@ -137,14 +139,12 @@ class TestOverflow:
             max_completion_length=24,
             teacher_mixed_alpha=0.0,
             gradient_checkpointing=False,
-            optim="sgd",
-            learning_rate=0.05,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,  # clipping would hide that the gradients are those without a scaler
             max_steps=max_steps,
             logging_steps=1,
             save_steps=4,
-            **options,
+            **{"optim": "sgd", "learning_rate": 0.05, **options},
         )
         tokenizer = build_tokenizer()
         trainer = MiniLLMTrainer(
@@ -191,6 +191,14 @@ class TestOverflow:
         }
         for one, other in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(one, other)
+
+    def test_steps_that_a_fused_optimizer_skips_by_itself_are_counted(self, tmp_path):
+        trainer = self.make_trainer(tmp_path, 2.0**68, max_steps=5, optim="adamw_torch_fused", learning_rate=1e-4)
+        trainer.train()
+        logs = [each for each in trainer.state.log_history if "loss" in each]
+        skipped = [int(each["fp16/skipped_steps"]) for each in logs]
+        assert skipped[:4] == [1, 2, 3, 3]
+        assert [each["fp16/loss_scale"] for each in logs] == [2.0 ** (68 - count) for count in skipped]
 
     def test_scaled_losses_give_the_gradients_of_plain_ones(self, tmp_path):
         weights = []

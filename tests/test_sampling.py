@@ -239,6 +239,18 @@ def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(fa
                 )
 
 
+def test_cudnn_attention_is_off_while_sampling_alone():
+    model, seen = build_model("gpt2", vocab_size=50, width=16), []
+    model.base_model.register_forward_hook(lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for enabled in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        sample_prompts(model, [[5]], keys=[(1,)], max_new_tokens=2, eos_token_ids=[], pad_token_id=1)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False] * 4
+
+
 @torch.no_grad()
 def test_neither_model_reads_a_token_twice():
     models = {"student": build_model("gpt2", vocab_size=50, width=16), "teacher": build_model("gpt2", 50, 1, 24)}

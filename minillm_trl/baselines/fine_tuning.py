@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
@@ -95,6 +96,7 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
         if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):

@@ -128,7 +128,7 @@ def choose_strategy(
 
 def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) -> list[str]:
     """The memory estimate in lines, beside what the smallest GPU has."""
-    lines = [f"Memory of each process in mixed precision under {strategy}, an estimate not compared with a GPU yet:"]
+    lines = [f"Memory of each process in mixed precision under {strategy}, an estimate:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
     if machine.gpus:
         smallest = min(gpu.memory for gpu in machine.gpus)
