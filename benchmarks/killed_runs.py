@@ -27,6 +27,7 @@ RUNS = (
     ("--command", "sft"),
     ("--command", "kd"),
     ("--command", "seqkd"),
+    ("--command", "seqkd", "--options", "generate_only=true"),
 )
 
 

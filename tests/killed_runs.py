@@ -259,7 +259,13 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 def differences(one: Path, other: Path) -> dict[str, Any]:
-    """The largest difference of two runs' weights, and the number of logs that differ."""
+    """The largest difference of two runs' weights, and the number of logs that differ.
+
+    Of a run that let the teacher answer and trained nothing, the lines of the data that differ.
+    """
+    if not list(one.glob("*.safetensors")):
+        answers, others = ((folder / "data" / "train.jsonl").read_text().splitlines() for folder in (one, other))
+        return {"answers_that_differ": sum(map(str.__ne__, answers, others)) + abs(len(answers) - len(others))}
     (weights, logs), (others, other_logs) = outcome(one), outcome(other)
     assert weights.keys() == others.keys()
     lost = sum(a != b for a, b in zip(logs, other_logs, strict=False)) + abs(len(logs) - len(other_logs))

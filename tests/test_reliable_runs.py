@@ -65,15 +65,24 @@ class TestKilled:
     """The whole harness runs by `python tests/killed_runs.py`; here some kills of each kind of run."""
 
     @pytest.mark.cli
+    def test_teacher_gives_the_answers_that_it_would_have_given(self, tmp_path):
+        words = ["--command", "seqkd", "--kills", "6", "--options", "generate_only=true"]
+        command = [sys.executable, str(KILLED_RUNS), "--work", str(tmp_path / "work"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["kills"] == 6
+        assert found["answers_that_differ"] == 0
+
+    @pytest.mark.cli
     @pytest.mark.parametrize(
         "words",
         [
             ["--command", "minillm", "--kills", "6", "--options", "use_peft=true", "lora_target_modules=all-linear"],
             ["--command", "kd", "--kills", "4"],
-            pytest.param(["--command", "seqkd", "--kills", "4"], id="seqkd"),
             pytest.param(["--command", "minillm", "--kills", "3", "--processes", "2"], marks=pytest.mark.distributed),
         ],
-        ids=["lora", "kd", "seqkd", "two processes"],
+        ids=["lora", "kd", "two processes"],
     )
     def test_run_ends_with_the_weights_and_logs_of_one_that_was_left_alone(self, tmp_path, words: list[str]):
         command = [sys.executable, str(KILLED_RUNS), "--work", str(tmp_path / "work"), *words]
