@@ -149,7 +149,9 @@ def data_file(random: Random, folder: Path) -> Input:
     def check(dataset: Dataset) -> None:
         check_examples(dataset)
         if path.suffix == ".jsonl":
-            lines = [line for line in path.read_bytes().split(b"\n") if line.decode("utf-8-sig", errors="replace").strip()]
+            lines = [
+                line for line in path.read_bytes().split(b"\n") if line.decode("utf-8-sig", errors="replace").strip()
+            ]
             assert len(dataset) == min(len(lines), options.get("max_rows", len(lines))), (len(dataset), len(lines))
 
     return Input(lambda: load_examples(path, **options), (path,), check)
