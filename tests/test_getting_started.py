@@ -55,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_page_leads_from_two_models_and_a_file_to_a_student_that_is_compared(folder: Path):
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("minillm-trl ")]
     assert [words[0] for words in commands] == [
         *("doctor", "demo", "prepare-data", "sft", "sft", "doctor", "minillm"),
