@@ -98,6 +98,7 @@ def execute(name: str, folder: Path, results: str, figures: int, **parameters: i
 @pytest.mark.notebooks
 def test_quickstart_and_comparison_find_a_better_student(tmp_path: Path):
     # in one folder, where the second finds the teacher and the student of the first
+    fine_tuning = {"TEACHER_STEPS": 300, "STUDENT_STEPS": 150}
     quickstart = execute(
         "01",
         tmp_path,
@@ -105,6 +106,7 @@ def test_quickstart_and_comparison_find_a_better_student(tmp_path: Path):
         "trainer.state.log_history if 'eval_objective/reverse_kl' in entry]}",
         figures=1,
         UPDATES=48,
+        **fine_tuning,
     )
     assert quickstart["curve"][-1] < quickstart["curve"][0]
     _, _, highest, prompts, _ = quickstart["gains"]["reverse_kl"]
@@ -113,7 +115,7 @@ def test_quickstart_and_comparison_find_a_better_student(tmp_path: Path):
     assert quickstart["merge_error"] < 1e-4
 
     trained = (tmp_path / "runs" / "pair" / "teacher" / "stage.json").stat().st_mtime_ns
-    rows = execute("04", tmp_path, "differences.to_dict('records')", figures=1, UPDATES=32, PROMPTS=40)
+    rows = execute("04", tmp_path, "differences.to_dict('records')", figures=1, UPDATES=32, PROMPTS=40, **fine_tuning)
     assert (tmp_path / "runs" / "pair" / "teacher" / "stage.json").stat().st_mtime_ns == trained
     assert {row["student"] for row in rows} == {"MiniLLM", "KD"}
     (reverse,) = [row for row in rows if row["student"] == "MiniLLM" and row["measure"] == "reverse_kl"]
