@@ -181,7 +181,7 @@ def command_line(random: Random, folder: Path) -> Input:
         extra = random.choice(("stray", "--", "-", "", "--unknown", "-x", "--num_processes", "--config", "\udcff"))
         words[place : place + random.randrange(2)] = [extra] if random.random() < 0.6 else []
     words = [word.replace("\0", "")[:1000] for word in words]  # what a system can pass on
-    values = [part for word in words for part in (word, repr(word), *word.split("=", 1)[1:]) if part.strip()]
+    values = [part for word in words for part in (word, repr(word), *word.split("=", 1)) if part.strip()]
     names = (*values, "''", folder, *_UNKNOWN, *(name for action in options for name in (action.dest, action.metavar)))
     return command(name, *words, names=names)
 

@@ -100,6 +100,7 @@ class TestYaml:
         [
             ("a: 1\nb: !!python/object/apply:os.system [ls]\n", ":2: broken YAML: could not determine a constructor"),
             ("a: 1\nb: 2024-13-45\n", ":2: '2024-13-45' is no timestamp, but read as one. Put it in quotes"),
+            ('a: 1\nb: "\\ud800"\n', r":2: '\ud800' has half a surrogate pair"),
             ("a: 1\nb: !!timestamp x\n", ":2: 'x' is no timestamp"),
             ("a: &a [*a]\n", ": its aliases"),
             ("a: &a {b: *a}\n", ": its aliases"),

@@ -4,7 +4,6 @@ import argparse
 import copy
 import difflib
 import math
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -144,16 +143,13 @@ def _mapping(text: str) -> str:
 
 
 def _mapping_or_file(text: str) -> str:
-    """The same, or the name of a JSON file, or what the libraries take besides."""
-    if Path(text).is_file():
-        try:
-            read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-    elif Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
-    elif text.lstrip("+-")[:1] in ("{", "[", '"', *string.digits):
+    """The same, or the name of a file of it."""
+    if not Path(text).is_file():
         return _mapping(text)
+    try:
+        read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

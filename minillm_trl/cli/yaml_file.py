@@ -59,12 +59,18 @@ def _check_nodes(path: Path, root: yaml.Node) -> None:
 
 
 def _check_scalar(path: Path, node: yaml.ScalarNode) -> None:
+    place = f"{path}:{node.start_mark.line + 1}"
     try:
+        node.value.encode()
         yaml.constructor.SafeConstructor().construct_object(node)
     except yaml.YAMLError:
         raise
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: {node.value[:60]!a} has half a surrogate pair. Write the whole character."
+        ) from error
     except (AttributeError, IndexError, KeyError, ValueError) as error:  # PyYAML of `2024-13-45` or `!!timestamp 1`
-        place, kind = f"{path}:{node.start_mark.line + 1}", node.tag.rpartition(":")[2]
+        kind = node.tag.rpartition(":")[2]
         raise ValueError(f"{place}: {node.value[:60]!r} is no {kind}, but read as one. Put it in quotes.") from error
 
 

@@ -50,9 +50,18 @@ def encode_prompts(
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: those of the model's generation config and the tokenizer's."""
+    """Every id that ends a completion: those of the model's generation config and the tokenizer's.
+
+    Raises:
+        ValueError: if that of the generation config is no number.
+    """
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
+    if astray := [id_ for id_ in ids if not isinstance(id_, int | None)]:
+        raise ValueError(
+            f"The generation configuration of {model.name_or_path!r} has the eos_token_id {astray[0]!r}, which is no "
+            "number. Mend its generation_config.json."
+        )
     return sorted({id_ for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None})
 
 
@@ -98,10 +107,10 @@ def generate_completions(
     ends = end_token_ids(model, tokenizer)
     indices = range(len(prompts)) if indices is None else indices
     prompt_ids, rows = encode_prompts(tokenizer, prompts), model.get_input_embeddings().weight.shape[0]
-    if (highest := max(map(max, prompt_ids), default=0)) >= rows:
+    if (highest := max([*map(max, prompt_ids), pad_token_id])) >= rows:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} gives the token {highest} for a prompt, but the model has "
-            f"{rows} embeddings only. Take the model's own tokenizer, or resize its embeddings."
+            f"The tokenizer {tokenizer.name_or_path!r} has the token {highest} in a prompt or for padding, but the "
+            f"model has {rows} embeddings only. Take the model's own tokenizer, or resize its embeddings."
         )
     sampled = sample_prompts(
         model.eval(),
