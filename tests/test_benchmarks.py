@@ -26,6 +26,14 @@ def test_table_of_the_degeneration_page_is_that_of_the_results():
     assert degeneration.markdown_table(results) in (BENCHMARKS.parent / "docs" / "degeneration.md").read_text()
 
 
+def test_page_on_reliable_runs_says_what_was_counted():
+    results = json.loads((BENCHMARKS / "results" / "killed_runs.json").read_text())["results"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "reliable_runs.md").read_text().split())
+    assert f"Of the {sum(each['kills'] for each in results)} kills all were survived" in text
+    lost = [each.get("weights", 0) + each.get("logs_that_differ", 0) for each in results]
+    assert {*lost, *(each.get("answers_that_differ", 0) for each in results)} == {0}
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12

@@ -1,6 +1,7 @@
 """The demo: a teacher from scratch, a much smaller student, MiniLLM, a control, a report; real data, in minutes."""
 
-from .pipeline import run_demo
-from .settings import DemoSettings
+from .models import build_model, train_tokenizer
+from .pipeline import run_demo, train_pair
+from .settings import DemoSettings, Shape
 
-__all__ = ["DemoSettings", "run_demo"]
+__all__ = ["DemoSettings", "Shape", "build_model", "run_demo", "train_pair", "train_tokenizer"]

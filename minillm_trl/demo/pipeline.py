@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -23,7 +23,7 @@ from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
 from .models import build_model, train_tokenizer
 from .report import build_report
-from .settings import DemoSettings
+from .settings import DemoSettings, Shape
 from .training import train_minillm, train_sft
 
 MODELS = ("teacher", "sft", "control", "minillm")
@@ -42,46 +42,11 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    # the stages say what they do; the libraries' own bars and notices would bury it
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder, settings)
+    _prepare(folder, settings)
     data = load_e2e()
-    tokenizer = _tokenizer(folder, data["train"], settings)
     print(f"Run folder: {folder}")
-
-    def sft(
-        name: str, title: str, make_model: Callable[[], PreTrainedModel], steps: int, learning_rate: float
-    ) -> dict:
-        return _stage(
-            folder / name,
-            lambda: train_sft(
-                title, folder / name, make_model(), tokenizer, data["train"], settings, steps, learning_rate
-            ),
-        )
-
-    print("1/6  Teacher: supervised fine-tuning from scratch")
-    teacher_lr, student_lr = settings.teacher_learning_rate, settings.student_learning_rate
-    records = {
-        "teacher": sft(
-            "teacher",
-            "teacher",
-            lambda: build_model(settings.teacher, tokenizer, settings.seed),
-            settings.teacher_steps,
-            teacher_lr,
-        )
-    }
-    print("2/6  Student: supervised fine-tuning from scratch")
-    records["sft"] = sft(
-        "sft",
-        "student",
-        lambda: build_model(settings.student, tokenizer, settings.seed + 1),
-        settings.student_steps,
-        student_lr,
-    )
+    records = _train_pair(folder, data["train"], settings, stages=6)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     print("3/6  MiniLLM: the student learns from the teacher on its own samples")
     records["minillm"] = _stage(
         folder / "minillm",
@@ -98,7 +63,19 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     print("4/6  Control: the same student, fine-tuned on for as long as MiniLLM took")
     seconds_per_update = records["sft"]["seconds"] / records["sft"]["updates"]
     control_steps = max(1, round(records["minillm"]["seconds"] / seconds_per_update))
-    records["control"] = sft("control", "control", lambda: load_model(folder, "sft"), control_steps, student_lr)
+    records["control"] = _stage(
+        folder / "control",
+        lambda: train_sft(
+            "control",
+            folder / "control",
+            load_model(folder, "sft"),
+            tokenizer,
+            data["train"],
+            settings,
+            control_steps,
+            settings.student_learning_rate,
+        ),
+    )
     print("5/6  Evaluation on the test prompts")
     evaluations = _evaluate(folder, tokenizer, unique_prompts(data["test"]), settings)
     print("6/6  Report")
@@ -109,6 +86,24 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     return folder / "report.html"
 
 
+def train_pair(folder: Path, settings: DemoSettings) -> tuple[Path, Path]:
+    """Train the demo's teacher and its fine-tuned student in `folder`, or what is left of it, and nothing after them.
+
+    Args:
+        folder (`Path`): where both stages keep their result; [`run_demo`] can go on in it.
+        settings ([`DemoSettings`]): what to train.
+
+    Returns:
+        `tuple[Path, Path]`: the folders of student and teacher, each a model with its tokenizer.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    _prepare(folder, settings)
+    _train_pair(folder, load_e2e()["train"], settings, stages=2)
+    return folder / "sft" / "model", folder / "teacher" / "model"
+
+
 def load_model(folder: Path, name: str) -> PreTrainedModel:
     """Load the model that a stage saved."""
     return AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32)
@@ -117,6 +112,46 @@ def load_model(folder: Path, name: str) -> PreTrainedModel:
 def load_sizes(folder: Path) -> dict[str, int]:
     """Number of parameters of teacher and student."""
     return {name: load_model(folder, name).num_parameters() for name in ("teacher", "sft")}
+
+
+def _prepare(folder: Path, settings: DemoSettings) -> None:
+    # the stages say what they do; the libraries' own bars and notices would bury it
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_settings(folder, settings)
+
+
+def _train_pair(folder: Path, train: Dataset, settings: DemoSettings, stages: int) -> dict[str, dict[str, Any]]:
+    """What was recorded of the first two of so many stages."""
+    tokenizer = _tokenizer(folder, train, settings)
+
+    def sft(name: str, title: str, shape: Shape, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
+        return _stage(
+            folder / name,
+            lambda: train_sft(
+                title,
+                folder / name,
+                build_model(shape, tokenizer, seed),
+                tokenizer,
+                train,
+                settings,
+                steps,
+                learning_rate,
+            ),
+        )
+
+    print(f"1/{stages}  Teacher: supervised fine-tuning from scratch")
+    teacher = sft(
+        "teacher", "teacher", settings.teacher, settings.seed, settings.teacher_steps, settings.teacher_learning_rate
+    )
+    print(f"2/{stages}  Student: supervised fine-tuning from scratch")
+    student = sft(
+        "sft", "student", settings.student, settings.seed + 1, settings.student_steps, settings.student_learning_rate
+    )
+    return {"teacher": teacher, "sft": student}
 
 
 def _check_settings(folder: Path, settings: DemoSettings) -> None:
