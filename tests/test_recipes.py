@@ -83,7 +83,10 @@ def parse_command(words: list[str]) -> None:
     """Parse a command of a page with the real parsers; placeholders stand for something that is there."""
     if words[-1] in ("...", "…"):
         words = [*words[:-1], "--model_name_or_path", "student"]
-    words = ["recipes/e2e_demo/minillm.yaml" if word.endswith(("my.yaml", "FILE.yaml")) else word for word in words]
+    words = [
+        "recipes/e2e_demo/minillm.yaml" if word.endswith(("my.yaml", "FILE.yaml", "run.yaml")) else word
+        for word in words
+    ]
     if words[:2] == ["accelerate", "launch"]:
         arguments = launch_command_parser().parse_args(words[2:])
         assert arguments.training_script == "minillm_trl"

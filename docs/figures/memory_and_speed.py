@@ -3,6 +3,7 @@
 python docs/figures/memory_and_speed.py
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from recipe_memory import RECIPES, read_stage  # noqa: E402 - lies in benchmarks/, which is no package
-from report import measured, read  # noqa: E402
+from report import GPU, RESULTS, measured, measured_on_gpu, read  # noqa: E402
 
 PAGE = ROOT / "docs/memory_and_speed.md"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
@@ -32,20 +33,37 @@ def recipes() -> str:
     return "\n".join(lines)
 
 
+def device(name: str, folder: Path) -> str:
+    """What a result was measured on."""
+    found = json.loads((folder / f"{name}.json").read_text())["machine"]["device"]
+    return found if folder == GPU else "CPU"
+
+
 def head() -> str:
     """Memory of the loss, with full logits and in chunks."""
-    lines = ["| rows of the vocabulary | with logits of all tokens | in chunks |", "|---:|---:|---:|"]
-    cases = read("head_memory")["cases"]
-    for vocabulary in sorted({int(case.split(", ")[1]) for case in cases}):
-        full, chunked = (cases[f"{way}, {vocabulary}"]["bytes"] / 2**30 for way in ("full_logits", "chunked"))
-        lines.append(f"| {vocabulary:,} | {full:.1f} GiB | {chunked:.1f} GiB |")
+    lines = ["| on | precision | rows of the vocabulary | with logits of all tokens | in chunks |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for folder in (RESULTS, GPU):
+        for precision, results in read("head_memory", folder).items():
+            for vocabulary in sorted({int(case.split(", ")[1]) for case in results["cases"]}):
+                full, chunked = (
+                    f"{results['cases'][f'{way}, {vocabulary}']['bytes'] / 2**30:.1f} GiB"
+                    for way in ("full_logits", "chunked")
+                )
+                where = device("head_memory", folder)
+                lines.append(f"| {where} | {precision} | {vocabulary:,} | {full} | {chunked} |")
     return "\n".join(lines)
 
 
 def speed() -> str:
     """How many times as fast, of all that was measured so."""
-    lines = ["| what | case | times as fast |", "|---|---|---:|"]
-    lines += [f"| {each.what} | {each.case} | {each.middle:.2f} |" for each in measured() if each.at_least]
+    lines = ["| what | case | on | times as fast |", "|---|---|---|---:|"]
+    for folder, figures in ((RESULTS, measured()), (GPU, measured_on_gpu())):
+        lines += [
+            f"| {each.what} | {each.case} | {device(each.script, folder)} | {each.middle:.2f} |"
+            for each in figures
+            if each.at_least
+        ]
     return "\n".join(lines)
 
 

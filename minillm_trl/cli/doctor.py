@@ -164,5 +164,5 @@ def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> tuple[ModelConfig, TeacherArguments, MiniLLMConfig]:
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
-        (_, teacher, _, _, args, model), _ = parse(minillm.build_parser(), ["--config", path])
+        (_, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
     return model, teacher, args
