@@ -82,11 +82,11 @@ def execute(name: str, folder: Path, results: str, figures: int, **parameters: i
     """
     (path,) = FOLDER.glob(f"{name}_*.ipynb")
     notebook = read(path)
-    position = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    for key in parameters:
-        assert re.search(rf"^{key} = ", notebook.cells[position].source, re.MULTILINE), key
-    values = "\n".join(f"{key} = {value}" for key, value in parameters.items())
-    notebook.cells.insert(position + 1, nbformat.v4.new_code_cell(values))
+    if parameters:
+        (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        for key, value in parameters.items():
+            cell.source, found = re.subn(rf"^{key} = \S+", f"{key} = {value}", cell.source, flags=re.MULTILINE)
+            assert found == 1, key
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({results}))"))
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}})
     client.execute()
