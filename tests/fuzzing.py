@@ -46,11 +46,12 @@ class Hang(BaseException):
 def try_input(kind: str, seed: int, number: int, place: Path) -> tuple[str, str | None]:
     """Run one input: what became of it ("accepted", "refused"), and what is wrong with that, if anything is."""
     folder = place / f"{kind}-{number}"
-    folder.mkdir()
+    here = folder / "here" / "here"  # for relative paths, `../..` among them
+    here.mkdir(parents=True)
     environment = dict(os.environ)
     os.environ["MINILLM_TRL_TRACEBACK"] = "1"  # errors are looked at before they become messages
     try:
-        with _quiet() as said, _limited():
+        with _quiet() as said, _limited(), contextlib.chdir(here):
             made = KINDS[kind](Random(f"{seed} {kind} {number}"), folder)
             before = set(folder.rglob("*"))
             try:

@@ -1,6 +1,7 @@
 """Some bad inputs of each kind; `python tests/fuzzing.py --number 10000` tries more."""
 
 import os
+from pathlib import Path
 
 import pytest
 from fuzzing import KINDS, try_input
@@ -23,6 +24,7 @@ def test_bad_input_is_explained_and_leaves_nothing_half_done(kind: str, tmp_path
 
 
 def test_environment_is_as_it_was(tmp_path):
-    before = dict(os.environ)
+    before = dict(os.environ), Path.cwd()
     try_input("yaml_file", 0, 0, tmp_path)
-    assert dict(os.environ) == before
+    assert (dict(os.environ), Path.cwd()) == before
+    assert list(tmp_path.iterdir()) == []
