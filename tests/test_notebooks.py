@@ -91,6 +91,7 @@ def execute(name: str, folder: Path, results: str, figures: int, **parameters: i
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}})
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "error" not in {output.output_type for output in outputs}  # commands show theirs and go on
     assert sum("image/png" in output.get("data", {}) for output in outputs) == figures
     return json.loads(outputs[-1].text)
 
