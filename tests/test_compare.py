@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -502,7 +503,9 @@ class TestTraining:
         assert training_folder({"model": "openai-community/gpt2", "adapter": None}) is None
         assert training_folder({"model": str(tmp_path), "adapter": None}) is None
 
-    def test_found_training_without_evaluations_has_no_curves_and_a_named_one_is_refused(self, tmp_path, capsys):
+    def test_found_training_without_evaluations_has_no_curves_and_a_named_one_is_refused(
+        self, tmp_path, capsys, caplog
+    ):
         training = write_training(tmp_path / "run", [{"step": 10, "loss": 1.0}])
         folder = write_results(tmp_path / "a", {"rouge_l": [1.0]}, model=str(training))
         assert self.curves(tmp_path, str(folder)) == []
@@ -510,11 +513,14 @@ class TestTraining:
         assert main(["compare", str(folder), "--training", f"a={training}"]) == 2
         assert f"--training a={training}: none of eval_rouge_l, " in capsys.readouterr().err
         assert main(["compare", str(folder), "--training", f"a={tmp_path}"]) == 2
-        assert f"{tmp_path}: no checkpoint-N/trainer_state.json" in capsys.readouterr().err
+        assert f"{tmp_path}: no whole checkpoint" in capsys.readouterr().err
         state = training / "checkpoint-20" / "trainer_state.json"
         state.write_text('{"log_history": [{"eval_rouge_l"')
-        assert main(["compare", str(folder)]) == 2
-        assert f"{state}: cannot be used" in capsys.readouterr().err
+        with caplog.at_level(logging.WARNING):
+            assert main(["compare", str(folder)]) == 0
+        assert f"{state}: cannot be used" in caplog.text
+        assert main(["compare", str(folder), "--training", f"a={training}"]) == 2
+        assert f"{training}: no whole checkpoint" in capsys.readouterr().err
 
 
 class TestAnswers:

@@ -111,7 +111,12 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(histo
 
 def test_evaluation_logs_the_same_but_for_what_only_training_has(history: list[dict]):
     logged = {name.removeprefix("eval_") for entry in history if "eval_loss" in entry for name in entry} - {"step"}
-    training_only = documented("With L_PT (`lm_dataset`)") | {"grad_norm", "learning_rate", "step_time"}
+    training_only = documented("With L_PT (`lm_dataset`)") | {
+        "grad_norm",
+        "learning_rate",
+        "nonfinite_steps",
+        "step_time",
+    }
     assert logged == documented(*ALWAYS, "In evaluation only") - training_only
 
 

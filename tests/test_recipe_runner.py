@@ -372,5 +372,7 @@ class TestStates:
         launch = ["--accelerate_config", "cpu", "--num_processes", "2"]
         assert main(["recipe", "toy", "--stages", "sft", "minillm", *launch]) == 0
         assert [command[0] for command in commands] == ["sft", "minillm"]
-        assert all(command[-2:] == ["--num_processes", "2"] for command in commands)
-        assert all(Path(command[-3]).name == "cpu.yaml" for command in commands)
+        assert all(
+            command[-4:] == ["--num_processes", "2", "--resume_from_checkpoint", "true"] for command in commands
+        )
+        assert all(Path(command[-5]).name == "cpu.yaml" for command in commands)

@@ -42,7 +42,9 @@ def read_history(folder: Path) -> dict[str, dict[int, float]]:
     """
     checkpoint = newest_whole_checkpoint(folder)
     if checkpoint is None:
-        raise ValueError(f"{folder}: no checkpoint-N/trainer_state.json. Name the output_dir of a training.")
+        raise ValueError(
+            f"{folder}: no whole checkpoint with a trainer_state.json. Name the output_dir of a training."
+        )
     path = Path(checkpoint) / "trainer_state.json"
     history: dict[str, dict[int, float]] = {}
     for entry in read_json(path, _State, "This is not a trainer's state. Delete this checkpoint.")["log_history"]:
