@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, build_model
+from conftest import ENVIRONMENT, build_model, run_module
 from datasets import Dataset
 from killed_runs import STEPS, make_inputs
 from test_trainer import DATASET, make_trainer, weights
@@ -432,6 +432,18 @@ class TestNotFinite:
         trainer.train()
         assert self.moved(seen) == [True, True, True, False, True, True]
         assert trainer.optimizer.state[parameter]["step"] == 5
+
+    @pytest.mark.cli
+    @pytest.mark.distributed
+    def test_on_one_process_of_two_skips_the_step_on_both(self, tmp_path):
+        script = Path(__file__).with_name("nonfinite_run.py")
+        done = run_module("torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
+        assert facts[0] == facts[1]
+        assert facts[0]["moved"] == [True, True, False, True]
+        assert facts[0]["skipped"] == 1
+        assert "Optimizer step 2 is skipped: what is scored is not finite with the prompts [" in done.stderr
 
     def test_teacher_that_is_nan_everywhere_ends_the_run_with_a_diagnosis(self, tmp_path):
         trainer, seen = self.watched(tmp_path, max_nonfinite_steps=3)
