@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
@@ -26,6 +25,7 @@ from . import __version__
 from .baselines.seqkd import model_fingerprint
 from .hardware import probe
 from .redaction import redact, redact_command
+from .whole_files import write_whole
 
 RECORD, RECIPE = "run.json", "run.yaml"
 
@@ -169,10 +169,10 @@ class RunRecord(TrainerCallback):
         self.attempt["seconds"] |= clocks | {"total": time.perf_counter() - self._started}
         self._folder.mkdir(parents=True, exist_ok=True)
         record = {"subcommand": self._subcommand, "attempts": [*self._attempts, redact(self.attempt)]}
-        _replace(self._folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self._folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         head = f"# minillm-trl {self._subcommand} --config {RECIPE} --output_dir ANOTHER_FOLDER\n"
         recipe = yaml.safe_dump(redact(self._recipe), sort_keys=False, allow_unicode=True)
-        _replace(self._folder / RECIPE, head + recipe)
+        write_whole(self._folder / RECIPE, head + recipe)
 
 
 def dataset_digest(dataset: Dataset) -> str:
@@ -245,9 +245,3 @@ def plain(value: Any) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

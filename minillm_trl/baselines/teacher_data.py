@@ -11,8 +11,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.errors import shortened
-from ..data.json_files import check, parse_json, read_json
+from ..data.json_files import check, first_difference, parse_json, read_json
 from ..evaluation.metrics import rouge_l
+from ..whole_files import write_whole
 
 Job = tuple[int, int]  # number of the prompt, and of its sample
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -53,7 +54,7 @@ class TeacherData:
         path = folder / "settings.json"
         found = read_json(path, dict[str, Any], _MEND) if path.is_file() else None
         if found is not None and found != self.settings:
-            name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
+            name = first_difference(found, self.settings)
             was, now = shortened(found.get(name)), shortened(self.settings.get(name))
             raise ValueError(
                 f"{folder} holds completions that were made with {name[:60]}={was}; now it is {now}. Set "
@@ -89,7 +90,7 @@ class TeacherData:
     def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
         """Begin or go on with a process's file; the function returned appends to it, on disk before it returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         path = self.folder / f"completions-{process}.jsonl"
         if path.is_file():
             data = path.read_bytes()
@@ -147,8 +148,8 @@ class TeacherData:
             if scores:
                 statistics["rouge_l"] = float(np.mean(scores))
         (self.folder / "statistics.json").unlink(missing_ok=True)  # until it tells of the new train.jsonl
-        _write(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        _write(self.folder / "statistics.json", json.dumps(statistics, indent=1))
+        write_whole(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(self.folder / "statistics.json", json.dumps(statistics, indent=1))
         return statistics
 
 
@@ -156,9 +157,3 @@ def _example(prompt: Any, completion: str) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": completion}
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

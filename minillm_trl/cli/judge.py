@@ -14,6 +14,7 @@ from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores,
 from ..evaluation.report import Column, Row, Table, format_table
 from ..evaluation.results import read_evaluation
 from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
+from ..whole_files import write_whole
 from .arguments import parse_plain
 from .compare import named_folder
 from .models import load_tokenizer
@@ -235,9 +236,7 @@ def _save(arguments: argparse.Namespace, scores: dict[Place, Scores], verdicts: 
         "completion_tokens": sum(verdict.completion_tokens for verdict in used),
         "tasks": tasks,
     }
-    temporary = arguments.output_dir / ".judge.json.partial"
-    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(temporary, arguments.output_dir / "judge.json")
+    write_whole(arguments.output_dir / "judge.json", json.dumps(results, indent=1))
 
 
 def _show(arguments: argparse.Namespace, scores: dict[Place, Scores], refused: dict[str, str]) -> None:

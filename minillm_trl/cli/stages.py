@@ -15,6 +15,7 @@ import yaml
 
 from ..baselines.seqkd import default_teacher_data_dir
 from ..data.json_files import read_json
+from ..whole_files import write_whole
 from .arguments import Parser, check_config, check_plain_yaml
 from .yaml_file import line_of, read_yaml
 
@@ -93,9 +94,7 @@ class Stage:
             "finished": datetime.now(UTC).isoformat() if finished else None,
             "accepted": accepted,
         }
-        temporary = self.output / f".{_MARKER}.partial"
-        temporary.write_text(json.dumps(marker, indent=1), encoding="utf-8")
-        os.replace(temporary, self.output / _MARKER)
+        write_whole(self.output / _MARKER, json.dumps(marker, indent=1))
 
     def digest(self) -> str | None:
         """Of the marker, so another one for each run; None before the stage is finished."""

@@ -1,7 +1,6 @@
 """Folders with the results of a task: whether one is done, and writing it."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,6 +9,7 @@ from accelerate import PartialState
 
 from ..data.errors import shortened
 from ..data.json_files import read_json
+from ..whole_files import write_whole
 
 
 class _Done(TypedDict):
@@ -56,6 +56,4 @@ def write_results(folder: Path, results: dict[str, Any], samples: Iterable[dict[
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("samples.jsonl", lines), ("results.json", json.dumps(results, indent=1))):
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, text)

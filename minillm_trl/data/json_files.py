@@ -39,6 +39,11 @@ def read_json(path: Path, expected: Any, how_to_mend: str) -> Any:
         raise ValueError(f"{path}: cannot be used ({error}). {how_to_mend}") from error
 
 
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first name under which two different records have different values."""
+    return next(name for name in {**before, **now} if before.get(name) != now.get(name))
+
+
 def check(value: Any, expected: Any, place: str = "") -> Any:
     """The value, if it is of a type, see [`misfit`].
 

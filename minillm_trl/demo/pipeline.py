@@ -1,7 +1,6 @@
 """The demo's stages in order. Each keeps its result, so that a run that was stopped continues where it was."""
 
 import json
-import os
 import platform
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from ..data import load_e2e, unique_prompts
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
+from ..whole_files import write_whole
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings, Shape
@@ -229,6 +229,4 @@ def _environment() -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1))

@@ -1,13 +1,13 @@
 """Results of an evaluation that is not finished yet, kept on disk part by part."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..data.errors import shortened
-from ..data.json_files import read_json
+from ..data.json_files import first_difference, read_json
+from ..whole_files import write_whole
 
 
 class Parts:
@@ -26,7 +26,7 @@ class Parts:
         self.settings = json.loads(json.dumps(settings))
         found = self.get("settings")
         if found is not None and found != self.settings:
-            name = next(name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name))
+            name = first_difference(found, self.settings)
             raise ValueError(
                 f"{folder} holds an unfinished evaluation with {name[:60]}={shortened(found.get(name))}, "
                 f"now {shortened(self.settings.get(name))}. Delete this folder, or name another with --output_dir."
@@ -43,9 +43,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         if name != "settings" and not (self.folder / "settings.json").is_file():
             self.put("settings", self.settings)
-        temporary = self.folder / f".{name}.partial"
-        temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self.folder / f"{name}.json")
+        write_whole(self.folder / f"{name}.json", json.dumps(value, ensure_ascii=False))
 
     def delete(self) -> None:
         """Drop all parts, once the evaluation is finished."""

@@ -2,9 +2,9 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 
+from ..whole_files import write_whole
 from .plots import plot_png
 from .report import Record, Report
 from .report_html import html_page
@@ -21,11 +21,11 @@ def write_report(folder: Path, report: Report) -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for number, section in enumerate(report.sections):
         for figure, plot in enumerate(section.figures):
-            _write(folder / _figure_path(number, figure), plot_png(plot))
+            write_whole(folder / _figure_path(number, figure), plot_png(plot))
     if report.records:
-        _write(folder / "comparison.csv", _csv(report.records).encode())
-    _write(folder / "report.md", markdown_page(report, _figure_path).encode())
-    _write(folder / "report.html", html_page(report).encode())
+        write_whole(folder / "comparison.csv", _csv(report.records).encode())
+    write_whole(folder / "report.md", markdown_page(report, _figure_path).encode())
+    write_whole(folder / "report.html", html_page(report).encode())
 
 
 def _figure_path(section: int, figure: int) -> str:
@@ -38,9 +38,3 @@ def _csv(records: list[Record]) -> str:
     writer.writerow(Record._fields)
     writer.writerows(records)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
