@@ -132,10 +132,14 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 def number_prompts(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Let each row say where it stands in the dataset, for messages about it."""
+    """Let each row say where it stands in the dataset, for messages about it. A stream begins again at its end.
+
+    So a run's place in a stream is the number of rows that it has read, which transformers knows of a resumed run; of
+    passes over a stream, whose lengths it cannot know, it does not.
+    """
     if isinstance(dataset, Dataset):
         return dataset.add_column(PROMPT_INDEX, range(len(dataset)))
-    return dataset.map(lambda row, index: {**row, PROMPT_INDEX: index}, with_indices=True)
+    return dataset.map(lambda row, index: {**row, PROMPT_INDEX: index}, with_indices=True).repeat(None)
 
 
 def _pack(batches: list[Batch]) -> list[Batch]:
