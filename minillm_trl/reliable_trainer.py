@@ -284,9 +284,7 @@ class ReliableTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not self._faults and not loss.isfinite():
             self._faults.append(self._explain_loss(loss.item(), inputs))
-        if self.is_deepspeed_enabled:  # its engine steps within the backward pass
-            self._stop_if_deepspeed_would_step()
-        if self._faults and not isinstance(result, tuple):  # so that float16's scaler sees it too
+        if self._faults and not isinstance(result, tuple):  # so that float16's scaler and DeepSpeed see it too
             return loss * torch.nan
         return result
 
@@ -294,14 +292,6 @@ class ReliableTrainer(Trainer):
         """What is known of a micro-batch whose loss is not finite."""
         text = self.processing_class.decode(inputs["input_ids"][0][:32])
         return f"the loss is {loss} in a micro-batch whose first row begins with {text!r}"
-
-    def _stop_if_deepspeed_would_step(self) -> None:
-        if self._on_any_process(bool(self._faults))[0]:
-            fault = gather_object(self._faults)[0]
-            raise FloatingPointError(
-                f"Step {self.state.global_step}: {fault}. DeepSpeed cannot skip a step, so the run ends before the "
-                f"weights are spoiled; the last checkpoint is whole. {_REMEDY}"
-            )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -323,7 +313,8 @@ class ReliableTrainer(Trainer):
         explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
         if faulty:
             explained, self._faults = gather_object(self._faults), []
-        if self.is_deepspeed_enabled:  # whose optimizer has stepped within the backward pass
+        # DeepSpeed steps within the backward pass; its ZeRO optimizers pass over a gradient that is not finite
+        if self.is_deepspeed_enabled and not self.optimizer.step_was_skipped:
             raise FloatingPointError(f"Step {self.state.global_step} spoiled the weights: {explained[0]}. {_REMEDY}")
         self._skip_step(explained)
 

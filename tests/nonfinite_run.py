@@ -6,13 +6,21 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from test_trainer import make_trainer, weights
+from test_trainer import make_trainer
 from transformers import TrainerCallback
 
+from minillm_trl import MiniLLMTrainer
 
-def main(output: str) -> None:
-    trainer = make_trainer(Path(output), max_steps=4, steps_per_generation=1)
-    rank, seen = trainer.accelerator.process_index, [weights(trainer)]
+
+def whole_weights(trainer: MiniLLMTrainer) -> torch.Tensor:
+    """On the first process, where the weights may be spread over all."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return torch.cat([each.detach().float().flatten() for each in (state or {"": torch.zeros(0)}).values()])
+
+
+def main(output: str, options: str = "{}") -> None:
+    trainer = make_trainer(Path(output), max_steps=4, steps_per_generation=1, **json.loads(options))
+    rank, seen = trainer.accelerator.process_index, []
     score = trainer._score_rollout
 
     def broken(batch, *args):
@@ -22,8 +30,11 @@ def main(output: str) -> None:
         return scores
 
     class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, **unused):
+            seen.append(whole_weights(trainer))
+
         def on_step_end(self, args, state, control, **unused):
-            seen.append(weights(trainer))
+            seen.append(whole_weights(trainer))
 
     trainer._score_rollout = broken
     trainer.add_callback(Note())
