@@ -13,6 +13,7 @@ from trl import GRPOTrainer, SFTTrainer
 
 from .config import MiniLLMConfig
 from .hardware import probe, problems
+from .pickled_weights import refuse_pickled_weights
 from .teacher import check_same_tokenizer, tokenizer_source
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ def check_arguments(
     """
     if not isinstance(args, MiniLLMConfig):
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
+    if not args.allow_pickled_weights:
+        for name, init_kwargs in ((model, args.model_init_kwargs), (teacher_model, args.teacher_model_init_kwargs)):
+            if isinstance(name, str):
+                refuse_pickled_weights(name, init_kwargs)
     if model is teacher_model and not isinstance(model, str):
         raise ValueError("model and teacher_model are the same object; training it would move the teacher.")
     if not (has_environment and train_dataset is None):  # an environment may bring its own prompts
@@ -232,11 +237,13 @@ def explain_faults(
     completion_ids: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[int, str]:
-    """Say what is not finite in scored rollouts, all `(B, T)`, where `mask` is True: by number of the row."""
+    """Say of scored rollouts, all `(B, T)`, what is not finite first in a row where `mask` is True: by its number."""
     checked = (("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights))
     faults: dict[int, str] = {}
     for what, values in checked:
-        for row, position in (~values.isfinite() & mask).nonzero().tolist():
+        bad = ~values.isfinite() & mask
+        for row in bad.any(dim=1).nonzero().flatten().tolist():
+            position = int(bad[row].int().argmax())
             token, value = completion_ids[row, position].item(), values[row, position].item()
             place = f"at token {token} ({tokenizer.decode([token])!r}), position {position} of the completion"
             if what == "weight":
@@ -283,7 +290,7 @@ def _check_tokenizers(
 
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
-    if dataset is None or (isinstance(dataset, Dataset) and len(dataset) == 0):
+    if dataset is None or next(iter(dataset), None) is None:
         raise ValueError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
     _check_columns(dataset, "train_dataset")
     if isinstance(dataset, Dataset) and len(dataset) * args.num_generations < args.generation_batch_size:

@@ -190,6 +190,9 @@ class MiniLLMConfig(GRPOConfig):
         max_nonfinite_steps (`int`, *optional*, defaults to `8`):
             Optimizer steps in a row that may be skipped because a loss, log-prob, reward or gradient is not finite; at
             that number the run ends.
+        allow_pickled_weights (`bool`, *optional*, defaults to `False`):
+            Whether models that are given by name may have their weights as pickles (`.bin`) alone, as older ones on
+            the hub do. Pickles of more than tensors are refused in any case.
         bf16 (`bool`, *optional*):
             Mixed precision in bfloat16. Unless `fp16` or this is set, the precision is what `accelerate launch` was
             told, or else bfloat16 on CUDA devices that have it (compute capability 8.0 and above). TRL's default is
@@ -301,6 +304,9 @@ class MiniLLMConfig(GRPOConfig):
 
     max_nonfinite_steps: int = field(
         default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
+    )
+    allow_pickled_weights: bool = field(
+        default=False, metadata={"help": "Load models that have their weights as pickles (.bin) alone."}
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils import cached_file, find_adapter_config_file
 
 from .lm_head import completion_hidden_states
+from .pickled_weights import refuse_pickled_weights
 from .quantization import keep_4bit_layout
 from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
@@ -31,6 +32,7 @@ def load_teacher(
     init_kwargs: dict[str, Any] | None,
     default_dtype: torch.dtype,
     trust_remote_code: bool = False,
+    allow_pickled_weights: bool = False,
 ) -> PreTrainedModel:
     """Load the teacher (or take it as it is), freeze it and switch its dropout off.
 
@@ -40,17 +42,22 @@ def load_teacher(
         default_dtype (`torch.dtype`): dtype of the weights unless `init_kwargs` has a `dtype`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the weights may run,
             unless `init_kwargs` says so.
+        allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
+            [`refuse_pickled_weights`].
 
     Returns:
         [`~transformers.PreTrainedModel`] in eval mode; none of its parameters requires a gradient.
 
     Raises:
-        ValueError: if `init_kwargs` are given for a teacher that is loaded already.
+        ValueError: if `init_kwargs` are given for a teacher that is loaded already, or the weights are pickles.
     """
     if isinstance(teacher_model, str):
         kwargs = copy.copy(init_kwargs) or {}
         kwargs.setdefault("dtype", default_dtype)
         kwargs.setdefault("trust_remote_code", trust_remote_code)
+        if not allow_pickled_weights:
+            refuse_pickled_weights(teacher_model, kwargs)
+            kwargs["use_safetensors"] = True
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("load_in_4bit") and kwargs["dtype"] != "auto":
             # 4-bit layers would compute in float32
@@ -140,16 +147,17 @@ def place_new_teacher(
     default_dtype: torch.dtype,
     shard: bool = False,
     trust_remote_code: bool = False,
+    allow_pickled_weights: bool = False,
 ) -> PreTrainedModel:
     """Load the teacher and place it on this process's device, or spread its blocks over the processes.
 
     Args:
-        teacher_model, init_kwargs, default_dtype, trust_remote_code: see [`load_teacher`].
+        teacher_model, init_kwargs, default_dtype, trust_remote_code, allow_pickled_weights: see [`load_teacher`].
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
         shard (`bool`, *optional*, defaults to `False`): whether to spread the blocks, where there are several
             processes, which then load it in turn.
     """
-    arguments = teacher_model, init_kwargs, default_dtype, trust_remote_code
+    arguments = teacher_model, init_kwargs, default_dtype, trust_remote_code, allow_pickled_weights
     with whole_weights(accelerator.state.deepspeed_plugin):
         if not shard or accelerator.num_processes == 1:
             return place_teacher(load_teacher(*arguments), accelerator.device)

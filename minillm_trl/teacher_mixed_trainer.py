@@ -103,6 +103,7 @@ class TeacherMixedTrainer(ResumableRollouts):
             default_dtype=dtype,
             shard=self.args.shard_teacher,
             trust_remote_code=self.args.trust_remote_code,
+            allow_pickled_weights=self.args.allow_pickled_weights,
         )
 
     @property

@@ -33,6 +33,8 @@ from .training_metrics import corpus_totals, loss_totals
 
 logger = logging.getLogger(__name__)
 
+_MOST_WARNINGS = 4  # of a rollout: a broken teacher spoils every completion
+
 
 class MiniLLMTrainer(TeacherMixedTrainer):
     r"""Distils a teacher into a student by minimising the reverse KL on the student's own samples (arXiv 2306.08543).
@@ -291,8 +293,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             faults |= self._endless_rewards(batch["faulty"])
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
-        for row, fault in faults.items():
+        for row, fault in list(faults.items())[:_MOST_WARNINGS]:
             logger.warning(f"{_name_prompt(prompt_index[row], inputs[row]['prompt'])}: {fault}.")
+        if len(faults) > _MOST_WARNINGS:
+            logger.warning(f"The same or the like holds for {len(faults) - _MOST_WARNINGS} more completions.")
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
         self._sampled = []

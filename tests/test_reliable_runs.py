@@ -18,6 +18,7 @@ import torch
 from conftest import ENVIRONMENT, build_model, run_module
 from datasets import Dataset
 from killed_runs import STEPS, make_inputs
+from test_distributed import needs_deepspeed
 from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -130,6 +131,22 @@ class TestResume:
         resumed = make_trainer(tmp_path, **SAVED)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_run(resumed, whole)
+
+    @pytest.mark.parametrize("step", [2, 6])
+    def test_of_a_stream_that_is_shorter_than_the_run(self, tmp_path, step: int):
+        def stream():
+            return DATASET.select(range(14)).select_columns(["prompt"]).to_iterable_dataset()
+
+        whole = make_trainer(tmp_path, dataset=stream(), **SAVED)
+        whole.train()
+        resumed = make_trainer(tmp_path, dataset=stream(), **SAVED)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(resumed, whole)
+
+    def test_stream_without_a_row_is_refused(self, tmp_path):
+        empty = DATASET.select(range(8)).to_iterable_dataset().filter(lambda row: False)
+        with pytest.raises(ValueError, match="train_dataset is missing or empty"):
+            make_trainer(tmp_path, dataset=empty)
 
     def test_buffer_is_in_the_checkpoint_only_where_it_is_not_used_up(self, tmp_path):
         make_trainer(tmp_path, **SAVED).train()
@@ -435,23 +452,36 @@ class TestNotFinite:
 
     @pytest.mark.cli
     @pytest.mark.distributed
-    def test_on_one_process_of_two_skips_the_step_on_both(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("config", "precision"),
+        [
+            ("ddp_bf16", "no"),
+            pytest.param("zero2_bf16", "bf16", marks=needs_deepspeed),
+            pytest.param("v100_zero3_fp16", "no", marks=needs_deepspeed),
+        ],
+    )
+    def test_on_one_process_of_two_skips_the_step_on_both(self, tmp_path, config: str, precision: str):
         script = Path(__file__).with_name("nonfinite_run.py")
-        done = run_module("torch.distributed.run", "--standalone", "--nproc_per_node", 2, script, tmp_path)
+        launch = ("accelerate.commands.launch", "--config_file", accelerate_config_path(config), "--num_processes", 2)
+        options = json.dumps({"bf16": precision == "bf16"})
+        done = run_module(*launch, "--mixed_precision", precision, script, tmp_path, options)
         assert done.returncode == 0, done.stderr[-3000:]
         facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
-        assert facts[0] == facts[1]
         assert facts[0]["moved"] == [True, True, False, True]
-        assert facts[0]["skipped"] == 1
+        assert [each["skipped"] for each in facts] == [1, 1]
+        if "zero3" not in config:  # whose weights are gathered on the first process
+            assert facts[0] == facts[1]
         assert "Optimizer step 2 is skipped: what is scored is not finite with the prompts [" in done.stderr
 
-    def test_teacher_that_is_nan_everywhere_ends_the_run_with_a_diagnosis(self, tmp_path):
+    def test_teacher_that_is_nan_everywhere_ends_the_run_with_a_diagnosis(self, tmp_path, caplog):
         trainer, seen = self.watched(tmp_path, max_nonfinite_steps=3)
         with torch.no_grad():
             next(trainer.teacher_model.parameters()).fill_(torch.nan)
         with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row .*prompts \[.*Check the teacher"):
             trainer.train()
         assert not any(self.moved(seen))
+        assert caplog.text.count("the teacher's log-prob is nan at token") == 2 * 4  # two rollouts, of each the first
+        assert "holds for 4 more completions" in caplog.text
 
     @pytest.mark.parametrize("num_generations", [1, 2])
     def test_reward_function_that_is_not_finite(self, tmp_path, caplog, num_generations: int):

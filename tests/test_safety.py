@@ -11,13 +11,22 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.hub
 from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import load_state_dict
 
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.baselines import KDConfig, KDTrainer
 from minillm_trl.cli import main
 from minillm_trl.cli.arguments import parse
 from minillm_trl.cli.minillm import build_parser
 from minillm_trl.cli.model_files import explained
+from minillm_trl.pickled_weights import refuse_pickled_weights
+from minillm_trl.teacher import load_teacher
 
 TRAINING = (
     *("--use_cpu", "true", "--bf16", "false", "--max_steps", "1", "--per_device_train_batch_size", "2"),
@@ -100,19 +109,84 @@ class TestRemoteCode:
         assert not marker.exists()
 
 
+def pickle_weights(model: Path, folder: Path) -> Path:
+    """A copy of a model as older ones are on the hub."""
+    shutil.copytree(model, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
 class TestPickles:
-    def test_weights_that_are_tensors_alone_load(self, model, capsys):
-        state = build_model("gpt2", 300, width=16, layers=1).state_dict()
-        (model / "model.safetensors").unlink()
-        torch.save(state, model / "pytorch_model.bin")
-        assert status(*generate(model)) == 0
+    def test_weights_that_are_tensors_alone_load_where_it_is_asked_for(self, model, tmp_path, data, capsys):
+        pickled = pickle_weights(model, tmp_path / "pickled")
+        training = ("--dataset", data, "--output_dir", tmp_path / "out", *TRAINING)
+        keep = ("--keep_unfinished", "true")
+        sampling = ("--max_completion_length", 4, *training)
+        evaluation = ("--dataset", data, "--seeds", 0, "--max_new_tokens", 2, "--output_dir", tmp_path / "evaluation")
+        for words in (
+            generate(pickled),
+            ("evaluate", "--model", pickled, *evaluation),
+            ("evaluate", "--model", model, "--teacher", pickled, *evaluation),
+            ("sft", "--model_name_or_path", pickled, *training),
+            ("kd", "--model_name_or_path", model, "--teacher_model_name_or_path", pickled, *training),
+            ("seqkd", "--model_name_or_path", model, "--teacher_model_name_or_path", pickled, *keep, *sampling),
+            ("minillm", "--model_name_or_path", pickled, "--teacher_model_name_or_path", model, *sampling),
+            ("minillm", "--model_name_or_path", model, "--teacher_model_name_or_path", pickled, *sampling),
+        ):
+            message = refused(capsys, *words)
+            assert f"{pickled} has its weights as a pickle (pytorch_model.bin) alone" in message
+            assert "--allow_pickled_weights" in message
+            assert not (tmp_path / "out").exists()
+            assert status(*words, "--allow_pickled_weights") == 0
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            shutil.rmtree(tmp_path / "evaluation", ignore_errors=True)
+
+    def test_adapters_and_their_bases_are_no_exception(self, model, tmp_path, capsys):
+        pickled = pickle_weights(model, tmp_path / "pickled")
+        adapter = tmp_path / "adapter"
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2)).save_pretrained(adapter)
+        words = ("merge", "--adapter", adapter, "--output_dir", tmp_path / "out")
+        assert f"{pickled} has its weights as a pickle" in refused(capsys, *words, "--model", pickled)
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+        assert f"{adapter} has its weights as a pickle (adapter_model.bin)" in refused(capsys, *words)
+        with pytest.raises(ValueError, match=r"has its weights as a pickle \(adapter_model.bin\)"):
+            load_teacher(str(adapter), None, torch.float32)
+        assert status(*words, "--model", pickled, "--allow_pickled_weights") == 0
+
+    def test_what_the_hub_s_cache_has(self, model, tmp_path, monkeypatch):
+        pickled = pickle_weights(model, tmp_path / "pickled")
+        repository = tmp_path / "cache" / "models--o--n"
+        (repository / "refs").mkdir(parents=True)
+        for revision, folder in (("main", pickled), ("safe", model)):
+            (repository / "refs" / revision).write_text(revision * 10)
+            shutil.copytree(folder, repository / "snapshots" / (revision * 10))
+        shutil.copy(pickled / "pytorch_model.bin", repository / "snapshots" / ("safe" * 10))  # there are both
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True)
+        with pytest.raises(ValueError, match="o/n has its weights as a pickle"):
+            load_teacher("o/n", None, torch.float32)
+        refuse_pickled_weights("o/n", {"revision": "safe"})
+        with pytest.raises(ValueError, match="pickle"):
+            refuse_pickled_weights("o/n", {"revision": "safe", "use_safetensors": False})
+
+    def test_trainers_in_python_are_no_exception(self, model, tmp_path):
+        pickled = str(pickle_weights(model, tmp_path / "pickled"))
+        rows = Dataset.from_list([{"prompt": "the mill", "completion": " turns"}] * 4)
+        config = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": "none"}
+        for student, teacher in ((pickled, str(model)), (str(model), pickled)):
+            with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
+                MiniLLMTrainer(student, teacher, args=MiniLLMConfig(**config), train_dataset=rows)
+            with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
+                KDTrainer(model=student, teacher_model=teacher, args=KDConfig(**config), train_dataset=rows)
 
     def test_weights_with_anything_else_are_not_unpickled(self, model, tmp_path, data, capsys):
         (model / "model.safetensors").unlink()
         torch.save({"transformer.wte.weight": Intruder(tmp_path / "marker")}, model / "pytorch_model.bin")
         training = ("--model_name_or_path", model, "--dataset", data, "--output_dir", tmp_path / "out", *TRAINING)
         for words in (generate(model), ("sft", *training)):
-            message = refused(capsys, *words)
+            message = refused(capsys, *words, "--allow_pickled_weights")
             assert f"{model / 'pytorch_model.bin'}: the file with the weights (.bin) is a pickle" in message
             assert "It was not unpickled" in message
         assert not (tmp_path / "marker").exists()
@@ -123,7 +197,8 @@ class TestPickles:
         config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 2, "target_modules": ["c_attn"]}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         torch.save({"x": Intruder(tmp_path / "marker")}, adapter / "adapter_model.bin")
-        message = refused(capsys, "merge", "--adapter", adapter, "--output_dir", tmp_path / "out")
+        words = ("merge", "--adapter", adapter, "--output_dir", tmp_path / "out", "--allow_pickled_weights")
+        message = refused(capsys, *words)
         assert f"{adapter / 'adapter_model.bin'}: the file with the weights (.bin) is a pickle" in message
         assert not (tmp_path / "marker").exists()
         assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
+from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
 from ..reliable_trainer import ReliableTrainer
 from ..rollout_copy import RolloutCopy, shards_student, student_of
@@ -42,6 +43,9 @@ class FineTuningConfig(SFTConfig):
         max_nonfinite_steps (`int`, *optional*, defaults to `8`):
             Optimizer steps in a row that may be skipped because a loss or gradient is not finite; at that number the
             run ends.
+        allow_pickled_weights (`bool`, *optional*, defaults to `False`):
+            Whether models that are given by name may have their weights as pickles (`.bin`) alone, as older ones on
+            the hub do. Pickles of more than tensors are refused in any case.
     """
 
     predict_with_generate: bool = field(
@@ -51,6 +55,9 @@ class FineTuningConfig(SFTConfig):
     max_completion_length: int = field(default=256, metadata={"help": "Length limit of these samples."})
     max_nonfinite_steps: int = field(
         default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
+    )
+    allow_pickled_weights: bool = field(
+        default=False, metadata={"help": "Load models that have their weights as pickles (.bin) alone."}
     )
 
     def __post_init__(self) -> None:
@@ -95,6 +102,8 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
             prompts = _prompts_with_references(eval_dataset)
         if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
+        if isinstance(kwargs["model"], str) and not args.allow_pickled_weights:
+            refuse_pickled_weights(kwargs["model"], args.model_init_kwargs)
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)

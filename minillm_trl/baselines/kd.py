@@ -94,6 +94,7 @@ class KDTrainer(FineTuningTrainer):
             default_dtype=half_precision(self.accelerator) or torch.float32,
             shard=args.shard_teacher,
             trust_remote_code=args.trust_remote_code,
+            allow_pickled_weights=args.allow_pickled_weights,
         )
         check_head(self.teacher_model, "teacher")
         with self._whole_student() as student:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.json_files import read_json
 from ..evaluation.generation import encode_prompts, end_token_ids
+from ..pickled_weights import refuse_pickled_weights
 from ..sampling import sample_prompts
 from .fine_tuning import FineTuningConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
@@ -236,11 +237,15 @@ def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: Seq
         raise ImportError(
             "use_vllm=True needs vLLM: pip install 'minillm-trl[vllm]', or set use_vllm=False."
         ) from error
+    init_kwargs = args.teacher_model_init_kwargs or {}
+    if not args.allow_pickled_weights:
+        refuse_pickled_weights(teacher, init_kwargs)
+        init_kwargs = {"load_format": "safetensors", **init_kwargs}
     model = LLM(
         model=teacher,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         trust_remote_code=args.trust_remote_code,
-        **(args.teacher_model_init_kwargs or {}),
+        **init_kwargs,
     )
 
     def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:

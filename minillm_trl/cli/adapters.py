@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from ..pickled_weights import refuse_pickled_weights
 from ..teacher import has_tokenizer
 from .model_files import check_weights, explained, load_causal_lm
 
@@ -47,22 +48,30 @@ class Adapter:
         return (self.name, None) if has_tokenizer(self.name) else (self.base, self.revision)
 
     def load_merged(
-        self, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False, progress: bool = False
+        self,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        allow_pickled_weights: bool = False,
+        progress: bool = False,
     ) -> PreTrainedModel:
         """Load the base and merge the adapter into it.
 
         Args:
             dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is the base's.
             trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the base may run.
+            allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
+                [`refuse_pickled_weights`].
             progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
         Raises:
             ValueError: if the adapter does not fit the base, cannot be merged, or leaves weights that are not finite.
         """
+        if not allow_pickled_weights:
+            refuse_pickled_weights(self.name)
         check_weights(self.name)
         what = f"the base {self.base!r} of the adapter {self.name!r}"
-        revision = self.revision or "main"
-        base = load_causal_lm(self.base, what, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        options = {"revision": self.revision or "main", "dtype": dtype, "trust_remote_code": trust_remote_code}
+        base = load_causal_lm(self.base, what, allow_pickled_weights, **options)
         with warnings.catch_warnings():
             # of what `_untie` takes care of
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")

@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
+        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+    )
+    parser.add_argument(
         "--confirm_run_unsafe_code",
         action="store_true",
         help="allow tasks such as mbpp to run the code that the model writes",
@@ -163,7 +166,7 @@ def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
     for job in jobs:
         for _, task, _ in job.to_do:
             check_room(task, context)
-    model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust)
+    model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust, arguments.allow_pickled_weights)
     size = arguments.batch_size
     return wrap_model(model, tokenizer, size if size == "auto" else int(size))
 

@@ -98,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of model and teacher (default: auto, that of their files, which of a trained model is often float32)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+    )
     return parser
 
 
@@ -135,10 +138,10 @@ def run(argv: list[str]) -> int:
     if arguments.label_words is not None:
         option, length = "label_words", max(len(tokenizer(word)["input_ids"]) for word in arguments.label_words)
     check_room(names, tasks, tokenizer, option, length, trust)
-    teacher = None
+    options, teacher = (arguments.dtype, trust, arguments.allow_pickled_weights), None
     if has_teacher:
-        teacher = load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=trust)
-    model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust)
+        teacher = load_model(arguments.teacher, None, *options)
+    model = load_model(arguments.model, arguments.adapter, *options)
     for folder in todo:
         evaluation = _evaluate(arguments, model, tokenizer, prompts[folder], teacher, parts[folder])
         if state.is_main_process:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..data import load_examples, unique_prompts
 from ..evaluation.generation import generate_completions
+from ..whole_files import write_whole
 from .arguments import parse_plain
 from .models import load_model, load_tokenizer
 
@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+    )
     return parser
 
 
@@ -60,7 +63,12 @@ def run(argv: list[str]) -> int:
     tokenizer = load_tokenizer(
         arguments.model, trust_remote_code=arguments.trust_remote_code, adapter=arguments.adapter
     )
-    model = load_model(arguments.model, arguments.adapter, trust_remote_code=arguments.trust_remote_code)
+    model = load_model(
+        arguments.model,
+        arguments.adapter,
+        trust_remote_code=arguments.trust_remote_code,
+        allow_pickled_weights=arguments.allow_pickled_weights,
+    )
     lines = []
     bar = tqdm(total=len(prompts) * arguments.num_samples, desc="Generating", unit=" completions")
     for sample in range(arguments.num_samples):
@@ -91,7 +99,4 @@ def _write(output: str, text: str) -> None:
     if output == "-":
         sys.stdout.write(text)
         return
-    path = Path(output)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(output), text)

@@ -14,7 +14,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
-from .recording import record_run
+from .recording import add_models, record_run
 from .sft import trainer_arguments
 
 
@@ -36,14 +36,12 @@ def run(argv: list[str]) -> int:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)
-    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args.trust_remote_code)
+    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
     set_model_init_kwargs(args, model)
     with record_run("kd", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.dataset, train)
         record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
-        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
-        revision = (args.teacher_model_init_kwargs or {}).get("revision")
-        record.add_model("teacher", teacher.teacher_model_name_or_path, revision)
+        add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         trainer = KDTrainer(
             teacher_model=teacher.teacher_model_name_or_path,
             args=args,

@@ -40,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of the merged weights (default: auto, the base's)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
+    parser.add_argument(
+        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the model in output_dir, if there is one")
     return parser
 
@@ -58,7 +61,7 @@ def run(argv: list[str]) -> int:
     tokenizer, problem = _find_tokenizer(adapter, arguments.trust_remote_code)
     print(f"Merging {adapter.name} into {adapter.base}. {_NOTE}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    model = adapter.load_merged(dtype, arguments.trust_remote_code, progress=True)
+    model = adapter.load_merged(dtype, arguments.trust_remote_code, arguments.allow_pickled_weights, progress=True)
     with _written_whole(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:

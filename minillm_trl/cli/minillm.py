@@ -23,7 +23,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
-from .recording import record_run
+from .recording import add_models, record_run
 
 
 @dataclass
@@ -105,14 +105,13 @@ def run(argv: list[str]) -> int:
     tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
     length, names = args.max_completion_length, [student_name, teacher_name]
     check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
-    check_models(names, args.trust_remote_code)
+    check_models(names, args)
     set_model_init_kwargs(args, model)
     with record_run("minillm", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", source, train)
         record.add_data("evaluation", eval_source, evaluation)
         record.add_data("corpus", corpus.lm_dataset, lm_dataset)
-        record.add_model("student", student_name, args.model_init_kwargs["revision"])
-        record.add_model("teacher", teacher_name, (args.teacher_model_init_kwargs or {}).get("revision"))
+        add_models(record, args, student_name, teacher_name)
         trainer = MiniLLMTrainer(
             model=student_name,
             teacher_model=teacher_name,

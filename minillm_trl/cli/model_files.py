@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..pickled_weights import refuse_pickled_weights
+
 _PICKLED = (
     "the file with the weights (.bin) is a pickle that is damaged or holds more than tensors. It was not unpickled, "
     "since that can run any code. Get the model as .safetensors, or convert it where you trust it."
@@ -65,17 +67,22 @@ def explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {reason}") from error
 
 
-def load_causal_lm(name: str, what: str, **options: Any) -> PreTrainedModel:
+def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal language model, refusing one whose files lack weights: transformers makes those up.
 
     Args:
         name (`str`): folder, or name on the hub.
         what (`str`): what messages call it.
+        allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
+            [`refuse_pickled_weights`].
         **options: of `from_pretrained`.
 
     Raises:
         ValueError: if its files cannot be used, or weights are missing.
     """
+    if not allow_pickled_weights:
+        refuse_pickled_weights(name, options)
+        options["use_safetensors"] = True
     check_weights(name)
     with explained(f"{what} cannot be loaded"):
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)

@@ -23,6 +23,7 @@ from ..checkpoints import newest_whole_checkpoint
 from ..data import check_prompt_lengths
 from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
+from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
 from ..reliable_trainer import ReliableTrainer
 from ..run_record import RunRecord
@@ -81,7 +82,11 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def load_model(
-    name: str, adapter: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickled_weights: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for inference, on the GPU if there is one; an adapter is merged into it.
 
@@ -90,9 +95,10 @@ def load_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
-        model = found.load_merged(dtype, trust_remote_code)
+        model = found.load_merged(dtype, trust_remote_code, allow_pickled_weights)
     else:
-        model = load_causal_lm(name, f"the model {name!r}", dtype=dtype, trust_remote_code=trust_remote_code)
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = load_causal_lm(name, f"the model {name!r}", allow_pickled_weights, **options)
     keep_4bit_layout(model)
     return model.to(device).eval()
 
@@ -153,16 +159,18 @@ def check_room(
         check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
 
 
-def check_models(names: Sequence[str], trust_remote_code: bool) -> None:
+def check_models(names: Sequence[str], args: TrainingArguments) -> None:
     """Check the files of local models that a trainer will load, before it does.
 
     Raises:
-        ValueError: naming what is damaged.
+        ValueError: naming what is damaged, or may not be loaded.
     """
     for name in (name for name in names if Path(name).is_dir()):
+        if not args.allow_pickled_weights:
+            refuse_pickled_weights(name)
         check_weights(name)
         if not is_adapter(name):
-            load_config(name, trust_remote_code)
+            load_config(name, args.trust_remote_code)
 
 
 def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
@@ -171,6 +179,7 @@ def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
+        "use_safetensors": None if args.allow_pickled_weights else True,
         **(args.model_init_kwargs or {}),
     }
 

@@ -30,6 +30,13 @@ def record_run(
     return RunRecord(subcommand, argv, repeating_options(parser, argv), parsed, checkpoint)
 
 
+def add_models(record: RunRecord, args: TrainingArguments, student: str, teacher: str | None = None) -> None:
+    """Note the models of a training, with the revisions that its arguments name."""
+    record.add_model("student", student, args.model_init_kwargs["revision"])
+    if teacher is not None:
+        record.add_model("teacher", teacher, (args.teacher_model_init_kwargs or {}).get("revision"))
+
+
 def repeating_options(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
     """The options that make the same run again: those that were given, then the defaults of the others.
 

@@ -31,7 +31,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
-from .recording import record_run
+from .recording import add_models, record_run
 from .sft import trainer_arguments
 
 
@@ -54,15 +54,13 @@ def run(argv: list[str]) -> int:
         _check_completions(evaluation, data.eval_dataset or data.dataset)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args.trust_remote_code)
+    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
     set_model_init_kwargs(args, model)
     prompts = unique_prompts(train)
     with record_run("seqkd", argv, parser, parsed, checkpoint) as record:
         record.add_data("prompts", data.dataset, prompts)
         record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
-        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
-        revision = (args.teacher_model_init_kwargs or {}).get("revision")
-        record.add_model("teacher", teacher.teacher_model_name_or_path, revision)
+        add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         with record.timing("teacher_answers"):
             folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset)
         if args.generate_only:
@@ -120,7 +118,9 @@ def _generate_missing(
     else:
         dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
         with whole_weights(args.deepspeed_plugin):
-            loaded = load_teacher(teacher, args.teacher_model_init_kwargs, dtype, args.trust_remote_code)
+            loaded = load_teacher(
+                teacher, args.teacher_model_init_kwargs, dtype, args.trust_remote_code, args.allow_pickled_weights
+            )
         sample = sample_with_transformers(place_teacher(loaded, args.device), tokenizer, args)
         del loaded
     generate(

@@ -18,7 +18,7 @@ from .models import (
     set_model_init_kwargs,
     train_and_save,
 )
-from .recording import record_run
+from .recording import add_models, record_run
 
 
 def build_parser() -> Parser:
@@ -37,12 +37,12 @@ def run(argv: list[str]) -> int:
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    check_models([model.model_name_or_path], args.trust_remote_code)
+    check_models([model.model_name_or_path], args)
     set_model_init_kwargs(args, model)
     with record_run("sft", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.dataset, train)
         record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
-        record.add_model("student", model.model_name_or_path, args.model_init_kwargs["revision"])
+        add_models(record, args, model.model_name_or_path)
         trainer = FineTuningTrainer(
             args=args, callbacks=[*callbacks, record], **trainer_arguments(model, args, tokenizer, train, evaluation)
         )
