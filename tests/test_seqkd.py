@@ -206,12 +206,16 @@ class TestVllm:
             "model": "teacher",
             "tensor_parallel_size": 2,
             "trust_remote_code": False,
+            "load_format": "safetensors",
             "dtype": "half",
         }
         assert batches == [[(0, [7, 0], True), (1, [7, 0], True)], [(2, [7, 0], True)]]
         assert [prompt["prompt_token_ids"] for prompt, _ in calls.requests] == [[5], [5], [6]]
         assert len({params["seed"] for _, params in calls.requests}) == 3
         assert {(params["temperature"], params["max_tokens"]) for _, params in calls.requests} == {(1.0, 8)}
+
+        sample_with_vllm("teacher", tokenizer, config(tmp_path, use_vllm=True, allow_pickled_weights=True))
+        assert "load_format" not in calls.init
 
     def test_without_vllm_the_message_says_how_to_get_it(self, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setitem(sys.modules, "vllm", None)
