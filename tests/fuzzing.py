@@ -25,6 +25,8 @@ import fuzz_commands
 import fuzz_data
 import fuzz_records
 
+from minillm_trl.cli import printed
+
 KINDS = {
     each.__name__: each
     for each in (
@@ -81,8 +83,10 @@ def _problem(error: BaseException, names: tuple[object, ...], said: str) -> str 
         return None if error.code == 0 or ("error: " in said and _names_any(names, said)) else told
     if not isinstance(error, ValueError | OSError) or isinstance(error, UnicodeError | json.JSONDecodeError):
         return told
-    if len(message) > 4000:
+    if len(printed(error)) > 4000:
         return f"{place}: a message of {len(message)} characters"
+    if getattr(error, "filename", None) is not None:  # the system's own, which has the path
+        return None
     return None if _names_any(names, message) else f"names nothing: {told}"
 
 

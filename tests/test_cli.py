@@ -160,6 +160,17 @@ class TestMistakes:
         )
         assert "teacher_mixed_alpha must lie in [0, 1], got 1.5" in message
 
+    def test_backend_of_several_processes_in_a_single_one_is_named(self, tmp_path, capsys, data_file):
+        words = ["sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path]
+        message = refused(capsys, *words, "--use_cpu", "true", "--bf16", "false", "--ddp_backend", "gloo")
+        assert "ddp_backend is for several processes" in message
+
+    def test_endless_message_keeps_its_two_ends(self, capsys):
+        message = refused(capsys, "generate", "--model", "none", "--dataset", f"{'x' * 10_000}.jsonl")
+        assert len(message) < 4_200
+        assert "characters) ... xxx" in message
+        assert message.startswith("minillm-trl generate: ")
+
     def test_evaluation_on_a_split_of_a_single_file_is_refused(self, tmp_path, capsys, data_file):
         message = refused(
             capsys,

@@ -138,6 +138,8 @@ def test_single_set_of_rows_is_loaded_whatever_the_split(write, tmp_path):
     Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
     assert load_examples(write("a.jsonl", GOOD), split="test").to_list() == [{"prompt": "x"}]
     assert load_examples(tmp_path / "saved", split="test").to_list() == [{"prompt": "x"}]
+    Dataset.from_dict({"prompt": ["x"]}).with_format("numpy", columns=[]).save_to_disk(tmp_path / "hidden")
+    assert load_examples(tmp_path / "hidden").to_list() == [{"prompt": "x"}]
 
 
 def test_folder_of_split_files_gives_the_named_split(write, tmp_path):

@@ -103,6 +103,9 @@ class TestGeneration:
         model = build_model("gpt2", len(TOKENIZER))
         model.generation_config.eos_token_id = [7, 9]
         assert end_token_ids(model, TOKENIZER) == [0, 7, 9]
+        model.generation_config.eos_token_id = 2**70
+        with pytest.raises(ValueError, match=r"eos_token_id 1180591620717411303424, which is no token"):
+            end_token_ids(model, TOKENIZER)
 
 
 @pytest.mark.parametrize("metric", ["eval_rouge_l", "rouge_l"])

@@ -384,6 +384,7 @@ class TestSigterm:
             stopped.train()
         assert ended.value.code == 143
         assert ended.value.checkpoint == str(tmp_path / "run" / f"checkpoint-{step + 1}")
+        assert find_damage(Path(ended.value.checkpoint)) is None
         assert signal.getsignal(signal.SIGTERM) is before
         resumed = make_trainer(tmp_path / "run", **options)
         resumed.train(resume_from_checkpoint=True)

@@ -29,6 +29,8 @@ SUBCOMMANDS = {
 # a service convert the weights, and send it the user's token.
 _SWITCHED_OFF = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_SAFETENSORS_CONVERSION")
 
+_END = 1900  # characters of a message at least, before its middle is left out
+
 _USAGE = """\
 usage: minillm-trl SUBCOMMAND [options]
        minillm-trl SUBCOMMAND --config FILE.yaml [options that override the file]
@@ -77,8 +79,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, OSError) as error:
         if os.environ.get("MINILLM_TRL_TRACEBACK") == "1":
             raise
-        print(f"minillm-trl {name}: {error}\n(MINILLM_TRL_TRACEBACK=1 shows where this was raised.)", file=sys.stderr)
+        print(f"minillm-trl {name}: {printed(error)}", file=sys.stderr)
+        print("(MINILLM_TRL_TRACEBACK=1 shows where this was raised.)", file=sys.stderr)
         return 2
+
+
+def printed(error: BaseException) -> str:
+    """The message of an error; of an endless one, such as that of a path of a thousand letters, its two ends."""
+    message = str(error)
+    if len(message) <= 2 * _END:
+        return message
+    return f"{message[:_END]} ... ({len(message) - 2 * _END} characters) ... {message[-_END:]}"
 
 
 def _how_to_continue(name: str) -> str:

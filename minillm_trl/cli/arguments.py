@@ -174,9 +174,17 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     if "--config" in argv:
         check_config(parser, _config_path(argv))
     _check_flags(argv, {action.dest for action in parser._actions}, _launch_names())
-    *values, from_yaml, from_cli = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    try:
+        *values, from_yaml, from_cli = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except ValueError as error:
+        if "Default process group has not been initialized" not in str(error):
+            raise
+        raise ValueError(
+            "ddp_backend is for several processes, and this is one that no launcher has started. Leave it out, or add "
+            "--accelerate_config NAME --num_processes N."
+        ) from error
     # what follows the dataclasses is a namespace with --config, which only the help needs
     instances = tuple(values[: len(parser.dataclass_types)])
     for name, value in (each for instance in instances for each in vars(instance).items()):

@@ -263,6 +263,7 @@ def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
         except (*_DAMAGE, OSError, ValueError, pa.ArrowException) as error:
             problem = f"{type(error).__name__}: {str(error)[:300]}"
             raise DataError(f"{path}: cannot be read as a saved dataset ({problem}). Save it again.") from error
+        saved = saved.with_format(None)  # one with columns that it hides, say
         if isinstance(saved, DatasetDict):
             return Table.from_dataset(f"{path} ({split})", _choose_split(str(path), saved, split), max_rows)
         return Table.from_dataset(str(path), saved, max_rows)

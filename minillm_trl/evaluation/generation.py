@@ -53,14 +53,14 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Every id that ends a completion: those of the model's generation config and the tokenizer's.
 
     Raises:
-        ValueError: if that of the generation config is no number.
+        ValueError: if that of the generation config is no token.
     """
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
-    if astray := [id_ for id_ in ids if not isinstance(id_, int | None)]:
+    if astray := [id_ for id_ in ids if not (id_ is None or (isinstance(id_, int) and abs(id_) < 2**31))]:
         raise ValueError(
             f"The generation configuration of {model.name_or_path!r} has the eos_token_id {astray[0]!r}, which is no "
-            "number. Mend its generation_config.json."
+            "token. Mend its generation_config.json."
         )
     return sorted({id_ for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None})
 
