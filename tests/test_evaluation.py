@@ -103,9 +103,10 @@ class TestGeneration:
         model = build_model("gpt2", len(TOKENIZER))
         model.generation_config.eos_token_id = [7, 9]
         assert end_token_ids(model, TOKENIZER) == [0, 7, 9]
-        model.generation_config.eos_token_id = 2**70
-        with pytest.raises(ValueError, match=r"eos_token_id 1180591620717411303424, which is no token"):
-            end_token_ids(model, TOKENIZER)
+        for odd in (2**70, True, "</s>"):
+            model.generation_config.eos_token_id = odd
+            with pytest.raises(ValueError, match=rf"eos_token_id {odd!r}, which is no token"):
+                end_token_ids(model, TOKENIZER)
 
 
 @pytest.mark.parametrize("metric", ["eval_rouge_l", "rouge_l"])

@@ -296,6 +296,11 @@ class TestYourOwnData:
         assert prepare(tmp_path / "out", "examples", source)["train"] == [{"prompt": "p", "id": 1}]
         assert load_examples(tmp_path / "out").column_names == ["prompt", "id"]
 
+    def test_a_column_of_that_name_is_no_text_beside_prompts(self, tmp_path):
+        source = write(tmp_path / "a.jsonl", {"prompt": "p", "text": 3})
+        assert prepare(tmp_path / "out", "examples", source)["train"] == [{"prompt": "p", "text": 3}]
+        assert "text_length" not in (tmp_path / "out" / "statistics.json").read_text()
+
     def test_columns_with_other_names(self, tmp_path):
         source = write(tmp_path / "a.jsonl", {"q": "p", "a": "c", "refs": ["c", "d"]})
         options = ("--prompt_column", "q", "--completion_column", "a", "--references_column", "refs")

@@ -169,7 +169,8 @@ def statistics(prepared: Prepared, length: Length) -> dict[str, Any]:
         if not rows:
             continue
         splits[split] = {"rows": len(rows)}
-        for name in ("prompt", "completion", "text"):
+        # beside a prompt, `text` is a column that is kept and not read
+        for name in ("prompt", "completion") if "prompt" in rows[0] else ("text",):
             values = [length(row[name], name == "completion") for row in rows if row.get(name) is not None]
             if values:
                 splits[split][f"{name}_length"] = quantiles(values)

@@ -57,7 +57,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared]
-    if astray := [id_ for id_ in ids if not (id_ is None or (isinstance(id_, int) and abs(id_) < 2**31))]:
+    if astray := [id_ for id_ in ids if not (id_ is None or (type(id_) is int and abs(id_) < 2**31))]:
         raise ValueError(
             f"The generation configuration of {model.name_or_path!r} has the eos_token_id {astray[0]!r}, which is no "
             "token. Mend its generation_config.json."
