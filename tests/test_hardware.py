@@ -229,6 +229,7 @@ class TestDoctor:
         assert main(["doctor"]) == 0
         shown = capsys.readouterr().out
         assert f"{probe().cores} cores" in shown
+        assert probe().gpus or "precision to train in: float32" in shown
         assert "Nothing found that stands against it." in shown
 
     def write(self, folder, model_dir, **options) -> str:

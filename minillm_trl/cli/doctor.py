@@ -66,7 +66,8 @@ def describe(machine: Machine) -> list[str]:
             continue
         tested = "" if name != "trl" else f", tested with {', '.join(TESTED)}"
         lines.append(f"{name:<13} {installed or 'not installed'}{tested if installed else ''}")
-    lines.append(f"precision to train in: {best_precision(machine)}")
+    precision = best_precision(machine)
+    lines.append(f"precision to train in: {'float32' if precision == 'no' else precision}")
     if machine.gpus:
         oldest = min(gpu.capability for gpu in machine.gpus)
         able = {"FlashAttention-2": oldest >= (8, 0), "LLM.int8()": oldest >= (7, 5), "NF4": oldest >= (6, 0)}
