@@ -119,3 +119,22 @@ def test_rouge_l_cannot_choose_a_checkpoint_on_prompts_alone(tmp_path, model_dir
     assert main(["minillm", *models, *arguments, *options]) == 2
     message = capsys.readouterr().err
     assert f"metric_for_best_model={metric} needs references or completions, and {data} has prompts alone" in message
+
+
+def test_fine_tuning_on_conversations_needs_a_chat_template(tmp_path, model_dir, capsys):
+    turns = '[{"role": "user", "content": "the mill"}]', '[{"role": "assistant", "content": "is cheap"}]'
+    data, model = tmp_path / "rows.jsonl", model_dir("gpt2")
+    data.write_text(f'{{"prompt": {turns[0]}, "completion": {turns[1]}}}\n')
+    options = ("--dataset", str(data), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path / "out"))
+    assert main(["sft", "--model_name_or_path", model, *options]) == 2
+    expected = f"--model_name_or_path {model}: the prompts are conversations, but its tokenizer has no chat template."
+    assert expected in capsys.readouterr().err
+
+
+def test_misspelt_folder_of_a_model_is_told_the_nearest(tmp_path, capsys):
+    (tmp_path / "student").mkdir()
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "the mill"}\n')
+    options = ("--dataset", str(data), "--output_dir", str(tmp_path / "out"))
+    assert main(["evaluate", "--model", str(tmp_path / "studnet"), *options]) == 2
+    assert "(no such folder. Did you mean 'student'?)" in capsys.readouterr().err

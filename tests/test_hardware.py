@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from conftest import build_model, build_tokenizer
 from transformers import BitsAndBytesConfig, GPT2Config, Qwen2Config
 from trl import ModelConfig
 
@@ -228,6 +229,7 @@ class TestDoctor:
         assert main(["doctor"]) == 0
         shown = capsys.readouterr().out
         assert f"{probe().cores} cores" in shown
+        assert probe().gpus or "precision to train in: float32" in shown
         assert "Nothing found that stands against it." in shown
 
     def write(self, folder, model_dir, **options) -> str:
@@ -238,6 +240,7 @@ class TestDoctor:
             "output_dir": str(folder / "out"),
             "use_cpu": True,
             "bf16": False,
+            "max_completion_length": 16,
             **options,
         }
         path = folder / "run.yaml"
@@ -253,3 +256,17 @@ class TestDoctor:
     def test_configuration_that_cannot_run_is_told_by_the_exit_code(self, tmp_path, capsys, model_dir):
         assert main(["doctor", "--config", self.write(tmp_path, model_dir, fp16=True)]) == 1
         assert "PROBLEM  " in capsys.readouterr().out
+
+    def test_models_that_do_not_fit_together_are_told(self, tmp_path, capsys, model_dir):
+        other = tmp_path / "other"
+        build_model("gpt2", 300).save_pretrained(other)
+        tokenizer = build_tokenizer()
+        tokenizer.add_tokens(["<other>"])
+        tokenizer.save_pretrained(other)
+        path = self.write(tmp_path, model_dir, teacher_model_name_or_path=str(other))
+        assert main(["doctor", "--config", path]) == 1
+        assert "PROBLEM  Student and teacher have different tokenizers" in capsys.readouterr().out
+
+    def test_context_without_room_for_a_prompt_is_told(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, max_completion_length=100_000)]) == 1
+        assert "PROBLEM  max_completion_length=100000 leaves no room for a prompt" in capsys.readouterr().out

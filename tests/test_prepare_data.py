@@ -438,6 +438,14 @@ class TestFolders:
         assert len(read(tmp_path / "out")["train"]) == 3
 
 
+def test_conversations_cannot_be_measured_without_a_chat_template(tmp_path, model_dir, capsys):
+    source = write(tmp_path / "d.jsonl", *conversations("user", "assistant"))
+    arguments = ("--task", "examples", "--source", source, "--output_dir", str(tmp_path / "out"))
+    assert main(["prepare-data", *arguments, "--tokenizer", model_dir("gpt2")]) == 2
+    assert "has no chat template to measure them with. Name one that has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def conversations(*roles: str, user: str = "u", **fields: object) -> list[dict]:
     """A good row, and one with these roles; `fields` are of its messages."""
     good = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]

@@ -12,10 +12,11 @@ from trl import ModelConfig
 from ..config import MiniLLMConfig
 from ..hardware import Machine, best_precision, probe, problems
 from ..memory_estimate import Workload, estimate_memory
+from ..teacher import check_same_tokenizer
 from ..trl_version import TESTED
 from . import minillm
 from .arguments import TeacherArguments, parse, parse_plain
-from .models import load_config
+from .models import check_room, load_config, load_tokenizer
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
         except ValueError as error:  # some settings are refused by TrainingArguments where there is no GPU for them
             found.append(str(error))
         else:
-            found = check(machine, *settings)
+            found = check(machine, *settings) + check_pair(*settings)
             strategy, parts = choose_strategy(machine, *settings, prompt_tokens=options.prompt_tokens)
             print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
     print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
@@ -65,7 +66,8 @@ def describe(machine: Machine) -> list[str]:
             continue
         tested = "" if name != "trl" else f", tested with {', '.join(TESTED)}"
         lines.append(f"{name:<13} {installed or 'not installed'}{tested if installed else ''}")
-    lines.append(f"precision to train in: {best_precision(machine)}")
+    precision = best_precision(machine)
+    lines.append(f"precision to train in: {'float32' if precision == 'no' else precision}")
     if machine.gpus:
         oldest = min(gpu.capability for gpu in machine.gpus)
         able = {"FlashAttention-2": oldest >= (8, 0), "LLM.int8()": oldest >= (7, 5), "NF4": oldest >= (6, 0)}
@@ -89,6 +91,21 @@ def check(machine: Machine, model: ModelConfig, teacher: TeacherArguments, args:
         load_in_8bit=_quantization(args.teacher_model_init_kwargs or {}).get("load_in_8bit", False),
         use_cpu=args.use_cpu,
     )
+
+
+def check_pair(model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig) -> list[str]:
+    """What stands against a student and a teacher together: other tokenizers, or a context without room."""
+    names, found = [model.model_name_or_path, teacher.teacher_model_name_or_path], []
+    revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
+    try:
+        tokenizers = [load_tokenizer(*each, args.trust_remote_code) for each in zip(names, revisions, strict=True)]
+        check_same_tokenizer(*tokenizers)
+        check_room(
+            names, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
+        )
+    except ValueError as error:
+        found.append(str(error))
+    return found
 
 
 def choose_strategy(

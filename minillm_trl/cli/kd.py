@@ -6,6 +6,7 @@ from ..baselines import KDConfig, KDTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
+from .metric_names import KD, check_metric_name
 from .models import (
     check_models,
     check_teacher_tokenizer,
@@ -32,6 +33,7 @@ def run(argv: list[str]) -> int:
         return hand_over("kd", argv, launch)
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
+    check_metric_name(args.metric_for_best_model, KD)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)

@@ -13,6 +13,7 @@ from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
+from .metric_names import MINILLM, check_metric_name
 from .models import (
     check_models,
     check_room,
@@ -129,6 +130,7 @@ def run(argv: list[str]) -> int:
 
 
 def _check_metric(metric: str | None, evaluation: Dataset | None, source: str) -> None:
+    check_metric_name(metric, MINILLM)
     if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":
         return
     if "references" not in evaluation.column_names or not any(evaluation["references"]):

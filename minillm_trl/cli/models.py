@@ -21,6 +21,7 @@ from trl import ModelConfig, get_quantization_config
 
 from ..checkpoints import newest_whole_checkpoint
 from ..data import check_prompt_lengths
+from ..data.errors import nearest
 from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
 from ..pickled_weights import refuse_pickled_weights
@@ -62,7 +63,7 @@ def read_tokenizer(
     Raises:
         ValueError: if there is no tokenizer at `name`.
     """
-    with explained(f"no tokenizer at {name!r}"):
+    with explained(f"no tokenizer at {name!r}{_near_folder(name)}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
         )
@@ -71,6 +72,15 @@ def read_tokenizer(
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
         raise ValueError(f"no tokenizer at {name!r}: its vocabulary is empty.")
     return tokenizer
+
+
+def _near_folder(name: str) -> str:
+    """A remark for names of folders that are misspelt; empty if there is the folder, or none of a like name."""
+    path = Path(name)
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    found = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_dir()))
+    return f" (no such folder.{found})" if found else ""
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:

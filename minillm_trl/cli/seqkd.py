@@ -23,6 +23,7 @@ from ..teacher import load_teacher, place_teacher, whole_weights
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
+from .metric_names import FINE_TUNING, check_metric_name
 from .models import (
     check_models,
     check_room,
@@ -49,6 +50,7 @@ def run(argv: list[str]) -> int:
         return hand_over("seqkd", argv, launch)
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
+    check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:
         _check_completions(evaluation, data.eval_dataset or data.dataset)

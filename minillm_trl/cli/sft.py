@@ -10,6 +10,7 @@ from ..baselines import FineTuningConfig, FineTuningTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .examples import load_splits
 from .launch import hand_over
+from .metric_names import FINE_TUNING, check_metric_name
 from .models import (
     check_models,
     checkpoint_to_resume,
@@ -34,6 +35,7 @@ def run(argv: list[str]) -> int:
         return hand_over("sft", argv, launch)
     data, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
+    check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
@@ -56,7 +58,16 @@ def trainer_arguments(
     train: Dataset,
     evaluation: Dataset | None,
 ) -> dict[str, Any]:
-    """What all trainers that learn from prompts and completions are given."""
+    """What all trainers that learn from prompts and completions are given.
+
+    Raises:
+        ValueError: if prompts are conversations and the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None and len(train) and not isinstance(train[0]["prompt"], str):
+        raise ValueError(
+            f"--model_name_or_path {model.model_name_or_path}: the prompts are conversations, but its tokenizer has "
+            "no chat template. Save one with the tokenizer (tokenizer.chat_template), or write the prompts as text."
+        )
     return {
         "model": model.model_name_or_path,
         "train_dataset": train.select_columns(["prompt", "completion"]),

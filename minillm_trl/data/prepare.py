@@ -66,6 +66,11 @@ def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Length:
             return len(tokenizer(message_text(value), add_special_tokens=False)["input_ids"])
         if isinstance(value, str):
             return len(tokenizer(value)["input_ids"])
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"prompts are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template to "
+                "measure them with. Name one that has, or write the prompts as text."
+            )
         return len(tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=True)["input_ids"])
 
     return length
