@@ -1,6 +1,7 @@
 """The two parts of a causal language model that are run apart: its body, and the head that projects to logits."""
 
 import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,6 +113,21 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 def accepts_position_ids(model: PreTrainedModel) -> bool:
     """Whether the architecture takes `position_ids` (BLOOM's ALiBi, for one, has no positions to pass)."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> None:
+    """Check that a model has embeddings of all tokens.
+
+    Raises:
+        ValueError: naming the highest token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (highest := max(map(max, token_ids), default=0)) >= rows:
+        raise ValueError(
+            f"The tokenizer gives the token {highest} in a prompt, a reference or for padding, but the model has "
+            f"{rows} embeddings only ({model.name_or_path!r}). Take the model's own tokenizer, or resize its "
+            "embeddings."
+        )
 
 
 def completion_hidden_states(

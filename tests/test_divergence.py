@@ -145,6 +145,11 @@ def test_prompt_without_tokens_is_refused():
         completion_losses(build_model("gpt2", 40), [[3, 4], []], [[1], [2]])
 
 
+def test_token_without_an_embedding_is_named():
+    with pytest.raises(ValueError, match=r"gives the token 40 in a prompt, a reference .* has 40 embeddings only"):
+        completion_losses(build_model("gpt2", 40), [[3, 4], [5]], [[], [40]])
+
+
 def test_prompts_without_their_completions_are_refused():
     with pytest.raises(ValueError, match="one completion: got 2 and 1"):
         measured([[3], [4]], [[1]], 8)

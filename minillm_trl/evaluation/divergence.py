@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..fused_head import ScoreRequest, score_hidden_states
-from ..lm_head import LMHead, completion_hidden_states
+from ..lm_head import LMHead, check_embedded, completion_hidden_states
 
 
 @torch.no_grad()
@@ -76,8 +76,10 @@ def completion_losses(
         `list[list[float]]`: nats, a list for each completion with one number a token.
 
     Raises:
-        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
+        ValueError: if a prompt has no tokens, the numbers of prompts and completions differ, or the model has no
+            embedding of a token.
     """
+    check_embedded(model, filter(None, (*prompt_ids, *completion_ids)))
     head = LMHead.of(model)
 
     def losses(request: ScoreRequest) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Evaluate a model on prompts with references: several sampling seeds, intervals over prompts."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lm_head import check_embedded
 from ..teacher import max_context, shared_vocab_size
 from .calibration import Calibration
 from .divergence import completion_losses, token_divergences
@@ -171,6 +173,8 @@ class _Task:
         self.prompts = dataset["prompt"][:]
         self.references = dataset["references"][:] if "references" in dataset.column_names else None
         self.prompt_ids = encode_prompts(tokenizer, self.prompts)
+        references = itertools.chain.from_iterable(self.references or [])
+        check_embedded(model, [*self.prompt_ids, *map(self._reference_ids, references)])  # before hours of sampling
         self.rows = own_rows(len(self.prompts))
 
     def measure_samples(self, seed: int | None, bar: tqdm) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lm_head import check_embedded
 from ..sampling import sample_prompts
 
 
@@ -106,12 +107,8 @@ def generate_completions(
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = end_token_ids(model, tokenizer)
     indices = range(len(prompts)) if indices is None else indices
-    prompt_ids, rows = encode_prompts(tokenizer, prompts), model.get_input_embeddings().weight.shape[0]
-    if (highest := max([*map(max, prompt_ids), pad_token_id])) >= rows:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has the token {highest} in a prompt or for padding, but the "
-            f"model has {rows} embeddings only. Take the model's own tokenizer, or resize its embeddings."
-        )
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    check_embedded(model, [*prompt_ids, [pad_token_id]])
     sampled = sample_prompts(
         model.eval(),
         prompt_ids,
