@@ -90,6 +90,7 @@ def estimate(folder: Path, name: str, student: PreTrainedConfig, teacher: PreTra
         prompt_tokens=PROMPT_TOKENS,
         completion_tokens=values.get("max_length", 512) - PROMPT_TOKENS,
         lora_rank=values.get("lora_r"),
+        base_in_float32=values.get("dtype", "float32") == "float32",
         student_4bit=values.get("load_in_4bit", False),
         teacher_4bit="quantization_config" in values.get("teacher_model_init_kwargs", {}),
         strategy=strategy,

@@ -15,6 +15,7 @@ from .degeneration import Degeneration, Diagnosis, diagnose
 
 logger = logging.getLogger(__name__)
 
+_EOS_RATE, _UNENDING = "rollout/eos_rate", 0.1
 HEALTHY = "healthy"  # folder in output_dir, out of reach of `save_total_limit`, which looks at `checkpoint-*` there
 
 _WORDS = {
@@ -62,7 +63,8 @@ class DegenerationWatch(TrainerCallback):
 
     At each log the rules of [`degeneration.diagnose`] are applied to all that was logged so far, so a resumed run
     warns of the same at the same steps. What is found is logged too, as `degeneration/KIND` = 1. Each kind is warned
-    of once. All processes see the same logs and so decide alike.
+    of once. All processes see the same logs and so decide alike. At the first log it warns, too, where hardly any
+    completion ends by itself: MiniLLM starts from a student that knows the task.
 
     Where `save_total_limit` deletes checkpoints, the last one from before any metric was half way to its limit is kept
     in `output_dir/healthy`: files are linked, not copied, where the file system can. It takes the disk space of
@@ -103,6 +105,8 @@ class DegenerationWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs
     ) -> None:
         *before, last = state.log_history
+        if state.is_world_process_zero and not any(_EOS_RATE in entry for entry in before):
+            _warn_of_unending_text(args, last)
         self._diagnosis = _diagnose(args, state.log_history)
         found = self._diagnosis.found
         known = {key for entry in before for key in entry}
@@ -133,6 +137,16 @@ class DegenerationWatch(TrainerCallback):
         if self.stopped_for:
             lines.append("The training stops here.")
         return "\n".join(lines)
+
+
+def _warn_of_unending_text(args: TrainingArguments, first: Mapping[str, Any]) -> None:
+    """Later logs are compared with the first: a student that never knew the task degenerates no further."""
+    if first.get(_EOS_RATE, 1.0) < _UNENDING:
+        logger.warning(
+            f"Only {first[_EOS_RATE]:.0%} of the first completions end by themselves. Unless max_completion_length="
+            f"{args.max_completion_length} is too short for the task, the student does not know it yet: fine-tune it "
+            "first (minillm-trl sft), and the teacher too if it writes so."
+        )
 
 
 def _diagnose(args: TrainingArguments, history: Sequence[Mapping[str, Any]]) -> Diagnosis:

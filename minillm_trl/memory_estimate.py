@@ -22,6 +22,7 @@ class Workload:
         prompt_tokens, completion_tokens: of the longest prompt and completion.
         gradient_checkpointing: whether activations are computed anew in the backward pass.
         lora_rank: of a LoRA student on all linear layers; None for a student that is trained as a whole.
+        base_in_float32: whether the frozen base of a LoRA student is loaded in float32, as it is without `dtype`.
         student_4bit, teacher_4bit: whether the frozen weights are NF4.
         keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
         strategy, processes: what the student is trained under ("ddp", "zero2", "zero3" or "fsdp"), and by how many.
@@ -35,6 +36,7 @@ class Workload:
     completion_tokens: int
     gradient_checkpointing: bool = True
     lora_rank: int | None = None
+    base_in_float32: bool = False
     student_4bit: bool = False
     teacher_4bit: bool = False
     keeps_states: bool = True
@@ -119,6 +121,11 @@ def estimate_fine_tuning_memory(
     }
 
 
+def _has_wide_base(load: Workload) -> bool:
+    """DeepSpeed has all weights in half precision."""
+    return load.base_in_float32 and not load.student_4bit and load.strategy in ("ddp", "fsdp")
+
+
 def _is_sharded(load: Workload) -> bool:
     return load.strategy in ("fsdp", "zero3")
 
@@ -129,10 +136,11 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
     if load.lora_rank is None:
         frozen, trained, copied = 0.0, float(size), size * _HALF
     else:
-        frozen = _nf4_bytes(text, size) if load.student_4bit else size * _HALF
+        wide = _has_wide_base(load)
+        frozen = _nf4_bytes(text, size) if load.student_4bit else size * (4.0 if wide else _HALF)
         # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
         trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
-        copied = trained * _HALF + (frozen if _is_sharded(load) else 0.0)
+        copied = trained * _HALF + (size * _HALF if wide or _is_sharded(load) else 0.0)  # half weights are shared
     if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
         updating = trained * (_HALF + 14.0 / load.processes) + frozen
         return updating, updating, 0.0
@@ -178,7 +186,7 @@ def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
     position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
     if not load.gradient_checkpointing:
         return position * layer * text.num_hidden_layers
-    residual = 4.0 if load.lora_rank is None else _HALF
+    residual = 4.0 if load.lora_rank is None or _has_wide_base(load) else _HALF
     return position * (residual * text.num_hidden_layers + layer)
 
 

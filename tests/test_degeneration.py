@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_trainer import make_trainer
-from transformers import PrinterCallback, TrainerCallback
+from test_trainer import make_config, make_trainer
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from minillm_trl import DegenerationWatch, MiniLLMTrainer
 from minillm_trl.degeneration import EVALUATION, RULES, TRAINING, Diagnosis, diagnose, judge
@@ -231,6 +231,16 @@ class TestWatch:
         train(tmp_path, monkeypatch, save_total_limit=None)
         assert f"--resume_from_checkpoint {tmp_path / 'checkpoint-8'}" in caplog.text
         assert not (tmp_path / "healthy").exists()
+
+    @pytest.mark.parametrize(("first", "number"), [(0.05, 1), (0.1, 0)])
+    def test_a_student_that_never_ends_is_told_of_at_the_first_log_alone(self, tmp_path, caplog, first, number):
+        args, watch = make_config(tmp_path), DegenerationWatch()
+        history = [{"step": 0, "eval_loss": 1.0}]
+        for share in (first, 0.0, 0.0):
+            history.append({"step": len(history), "rollout/eos_rate": share})
+            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), {})
+        assert caplog.text.count("of the first completions end by themselves") == number
+        assert ("Only 5%" in caplog.text) == (number == 1)
 
     def test_checkpoints_of_another_run_are_not_named(self, tmp_path, monkeypatch, caplog):
         train(tmp_path, monkeypatch, save_total_limit=None, max_steps=8, seed=1)

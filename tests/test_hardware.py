@@ -107,6 +107,17 @@ class TestMemory:
         sampling = parts["teacher"] + parts["key-value caches while sampling"] + parts["teacher's states of a rollout"]
         assert parts["while sampling"] == (12 + 2) * size + sampling
 
+    @pytest.mark.parametrize(("strategy", "shares"), [("ddp", 1), ("fsdp", 4)])
+    def test_base_of_a_lora_student_in_float32_is_copied_for_rollouts(self, strategy: str, shares: int):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        half = Workload(**{**vars(self.LOAD), "lora_rank": 4, "strategy": strategy, "processes": shares})
+        wide = Workload(**{**vars(half), "base_in_float32": True})
+        before, after = (estimate_memory(config, config, load) for load in (half, wide))
+        size, name = count_parameters(config), "student, gradients and optimizer"
+        assert after[name] - before[name] == pytest.approx(2 * size / shares)
+        copied = 0 if strategy == "fsdp" else 2 * size  # FSDP's rollouts are sampled from a whole copy in any case
+        assert after["copy for rollouts"] - before["copy for rollouts"] == pytest.approx(copied)
+
     def test_activations_by_hand(self):
         sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
         model = Qwen2Config(intermediate_size=160, **sizes)
@@ -114,6 +125,7 @@ class TestMemory:
         for change, expected in (
             ({}, 8 * 512 * 64 * 3 * 4 + layer),
             ({"lora_rank": 4}, 8 * 512 * 64 * 3 * 2 + layer),
+            ({"lora_rank": 4, "base_in_float32": True}, 8 * 512 * 64 * 3 * 4 + layer),
             ({"gradient_checkpointing": False}, 3 * layer),
         ):
             parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), **change}))

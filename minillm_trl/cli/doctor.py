@@ -116,6 +116,8 @@ def choose_strategy(
     configs = [load_config(name, args.trust_remote_code) for name in names]
     buffered = args.per_device_train_batch_size * args.steps_per_generation
     teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}
+    dtype = (args.model_init_kwargs or {}).get("dtype", model.dtype)
+    dtype = configs[0].dtype if dtype == "auto" else dtype
     load = Workload(
         rows=args.per_device_train_batch_size,
         sampled_rows=args.sampling_batch_size or buffered,
@@ -124,6 +126,7 @@ def choose_strategy(
         completion_tokens=args.max_completion_length,
         gradient_checkpointing=args.gradient_checkpointing,
         lora_rank=model.lora_r if model.use_peft else None,
+        base_in_float32=str(dtype).removeprefix("torch.") in ("float32", "None"),
         student_4bit=model.load_in_4bit,
         teacher_4bit=_quantization(teacher_kwargs).get("load_in_4bit", False),
         keeps_states=args.teacher_hidden_states == "device",
@@ -145,7 +148,7 @@ def choose_strategy(
 
 def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) -> list[str]:
     """The memory estimate in lines, beside what the smallest GPU has."""
-    lines = [f"Memory of each process in mixed precision under {strategy}, an estimate:"]
+    lines = [f"Memory of each GPU in mixed precision under {strategy}, an estimate:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
     if machine.gpus:
         smallest = min(gpu.memory for gpu in machine.gpus)
@@ -155,7 +158,8 @@ def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) ->
         if verdict != "fits":
             lines.append(
                 "  To save memory: shard_teacher, offload_teacher or a 4-bit teacher; teacher_hidden_states: cpu; a "
-                "smaller per_device_train_batch_size or sampling_batch_size; an adapter (use_peft)."
+                "smaller per_device_train_batch_size or sampling_batch_size; an adapter (use_peft), its base in 4 "
+                "bits or, by dtype, in half precision."
             )
     return lines
 
