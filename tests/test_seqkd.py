@@ -172,6 +172,14 @@ class TestNothingIsLost:
         with pytest.raises(ValueError, match=r"seed=0; now it is 1.*teacher_data_dir"):
             run(tmp_path, teacher, tokenizer, generation_seed=1)
 
+    def test_completion_that_cannot_be_written_again_is_refused_with_its_line(self, tmp_path, teacher, tokenizer):
+        data = run(tmp_path, teacher, tokenizer)
+        path = data.folder / "completions-0.jsonl"
+        broken = json.loads(path.read_text().splitlines()[0]) | {"completion": "\ud800"}
+        path.write_text(path.read_text() + json.dumps(broken) + "\n")
+        with pytest.raises(ValueError, match=r"completions-0.jsonl:21: no completion of a teacher .*surrogates"):
+            data.read()
+
     def test_nothing_to_learn_from_is_an_error(self, tmp_path, tokenizer):
         prompts = Dataset.from_dict({"prompt": ["a\n"]})
         data = TeacherData(tmp_path, {})

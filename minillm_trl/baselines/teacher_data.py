@@ -79,6 +79,7 @@ class TeacherData:
             for number, line in enumerate(lines, start=1):
                 try:
                     completion = TeacherCompletion(**check(parse_json(line), TeacherCompletion))
+                    completion.completion.encode()  # half a surrogate pair, which JSON can escape, cannot be written again
                 except ValueError as error:
                     raise ValueError(
                         f"{path}:{number}: no completion of a teacher ({error}). Delete this line, and it is "

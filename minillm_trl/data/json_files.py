@@ -76,8 +76,6 @@ def misfit(value: Any, expected: Any, place: str = "") -> str | None:
     accepted = {float: (float, int), tuple: (list,)}.get(kind, (kind,))
     if type(value) not in accepted or (kind is tuple and len(value) != len(parts)):
         return f"{place or 'it'} is {shortened(value)}, not {_NAMES[kind]}"
-    if kind is str and not _is_whole(value):
-        return f"{place or 'it'} is {shortened(value)}, which has half a surrogate pair"
     inside: list[tuple[Any, Any, str]] = []
     if is_record:
         hints = get_type_hints(expected)
@@ -92,11 +90,6 @@ def misfit(value: Any, expected: Any, place: str = "") -> str | None:
     elif kind is dict:
         inside = [(each, parts[1], f"{place}.{name[:40]}".lstrip(".")) for name, each in value.items()]
     return next((problem for each in inside if (problem := misfit(*each)) is not None), None)
-
-
-def _is_whole(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON can escape half a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _optional(record: Any) -> frozenset[str]:
