@@ -79,7 +79,7 @@ class TeacherData:
             for number, line in enumerate(lines, start=1):
                 try:
                     completion = TeacherCompletion(**check(parse_json(line), TeacherCompletion))
-                    completion.completion.encode()  # half a surrogate pair, which JSON can escape, cannot be written again
+                    completion.completion.encode()  # JSON can escape half a surrogate pair, but not write it
                 except ValueError as error:
                     raise ValueError(
                         f"{path}:{number}: no completion of a teacher ({error}). Delete this line, and it is "

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-from rouge_score.rouge_scorer import RougeScorer
+
+if TYPE_CHECKING:  # with BLEU it brings all of nltk, a second of every start
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> "RougeScorer":
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
@@ -121,6 +124,8 @@ def self_bleu(outputs: Sequence[str]) -> float:
     """
     if len(outputs) < 2:
         raise ValueError(f"self_bleu needs at least two outputs, got {len(outputs)}. Sample with more seeds.")
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
     words = [output.split() for output in outputs]
     smoothing = SmoothingFunction().method1
     total = 0.0
