@@ -86,6 +86,11 @@ def test_csv_cells_may_be_long(write):
     assert csv.field_size_limit() == before
 
 
+def test_field_whose_name_arrow_cannot_hold_is_named(write):
+    with pytest.raises(DataError, match=r"a.jsonl:1: the name of the field '\\x00a' has a null character"):
+        load_examples(write("a.jsonl", '{"prompt": "x", "\\u0000a": 1}\n'))
+
+
 def test_surrogate_pairs_load_and_halves_are_refused_in_json_arrays_too(write):
     path = write("a.json", '[{"prompt": "\\ud83d\\ude00"}, {"prompt": "b", "id": ["\\ude00"]}]')
     assert load_examples(path, max_rows=1)["prompt"][:] == ["\N{GRINNING FACE}"]

@@ -81,12 +81,15 @@ class Table:
         """The rows as a [`~datasets.Dataset`], leaving out the column `without`.
 
         Raises:
-            DataError: naming the first row whose value does not fit the type of the rows above it.
+            DataError: naming the first row whose value does not fit the type of the rows above it, or a field whose
+                name Arrow cannot hold.
         """
         if self.dataset is not None:
             return self.dataset.remove_columns([without] if without else [])
         columns = {name: values for name, values in self.columns.items() if name != without}
         for name, values in columns.items():
+            if "\0" in name:  # where Arrow ends it
+                raise DataError(f"{self.place(0)}: the name of the field {name[:60]!r} has a null character. Rename it.")
             reason = _misfit(values)
             if reason:
                 row = bisect_left(
