@@ -87,7 +87,7 @@ def test_csv_cells_may_be_long(write):
 
 
 def test_field_whose_name_arrow_cannot_hold_is_named(write):
-    with pytest.raises(DataError, match=r"a.jsonl:1: the name of the field '\\x00a' has a null character"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: the name of field '\\x00a' has a null character"):
         load_examples(write("a.jsonl", '{"prompt": "x", "\\u0000a": 1}\n'))
 
 

@@ -89,7 +89,7 @@ class Table:
         columns = {name: values for name, values in self.columns.items() if name != without}
         for name, values in columns.items():
             if "\0" in name:  # where Arrow ends it
-                raise DataError(f"{self.place(0)}: the name of the field {name[:60]!r} has a null character. Rename it.")
+                raise DataError(f"{self.place(0)}: the name of field {name[:60]!r} has a null character. Rename it.")
             reason = _misfit(values)
             if reason:
                 row = bisect_left(
