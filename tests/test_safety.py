@@ -176,6 +176,12 @@ class TestPickles:
         (variants / "model.safetensors.index.half.json").write_text("{}")
         refuse_pickled_weights(str(variants), {"variant": "half"})
 
+    def test_variant_beside_a_pickle_is_trained(self, model, tmp_path, data):
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").rename(model / "model.half.safetensors")
+        words = ("sft", "--model_name_or_path", model, "--model_init_kwargs", '{"variant": "half"}')
+        assert status(*words, "--dataset", data, "--output_dir", tmp_path / "out", *TRAINING) == 0
+
     def test_what_the_hub_s_cache_has(self, model, tmp_path, monkeypatch):
         pickled = pickle_weights(model, tmp_path / "pickled")
         repository = tmp_path / "cache" / "models--o--n"
