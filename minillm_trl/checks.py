@@ -41,7 +41,9 @@ def check_arguments(
     if not isinstance(args, MiniLLMConfig):
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
     if not args.allow_pickled_weights:
-        for name, init_kwargs in ((model, args.model_init_kwargs), (teacher_model, args.teacher_model_init_kwargs)):
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        loaded = [(each, args.model_init_kwargs) for each in (model, *rewards)]
+        for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
             if isinstance(name, str):
                 refuse_pickled_weights(name, init_kwargs)
     if model is teacher_model and not isinstance(model, str):

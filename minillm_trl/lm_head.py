@@ -1,6 +1,7 @@
 """The two parts of a causal language model that are run apart: its body, and the head that projects to logits."""
 
 import inspect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -122,7 +123,7 @@ def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -
         ValueError: naming the highest token.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    if (highest := max(map(max, token_ids), default=0)) >= rows:
+    if (highest := max(itertools.chain.from_iterable(token_ids), default=0)) >= rows:
         raise ValueError(
             f"The tokenizer gives the token {highest} in a prompt, a reference or for padding, but the model has "
             f"{rows} embeddings only ({model.name_or_path!r}). Take the model's own tokenizer, or resize its "

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import minillm_trl.trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.cli import main
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.lm_head import LMHead, check_head
 from minillm_trl.quantization import keep_4bit_layout
@@ -182,6 +183,16 @@ class TestSharedBase:
         student.get_parameter(f"base_model.model.model.{trained}").requires_grad_(True)
         with pytest.raises(ValueError, match=f"needs a frozen base, but the student trains .*{re.escape(trained)}"):
             adapter_on_base(student, teacher_adapter)
+
+
+def test_adapter_that_is_named_as_a_student_is_to_be_merged_first(tmp_path, model_dir, capsys):
+    adapter, data = str(tmp_path / "adapter"), tmp_path / "rows.jsonl"
+    adapt(AutoModelForCausalLM.from_pretrained(model_dir("gpt2"))).save_pretrained(adapter)
+    data.write_text('{"prompt": "the mill", "completion": "is cheap"}\n')
+    options = ("--dataset", str(data), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path / "out"))
+    assert main(["sft", "--model_name_or_path", adapter, *options]) == 2
+    assert f"Merge it first (minillm-trl merge --adapter {adapter} --output_dir FOLDER)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_dir, monkeypatch):

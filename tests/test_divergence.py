@@ -10,7 +10,7 @@ from conftest import FAMILIES, build_model
 
 from minillm_trl import fused_head
 from minillm_trl.evaluation.divergence import completion_losses, token_divergences
-from minillm_trl.lm_head import LMHead
+from minillm_trl.lm_head import LMHead, check_embedded
 
 PROMPTS = [[5], [6, 7, 8], [9, 9], [4, 3, 2, 10, 11]]
 COMPLETIONS = [[9, 10, 0], [11], [], [12, 13, 14, 15, 0]]
@@ -148,6 +148,7 @@ def test_prompt_without_tokens_is_refused():
 def test_token_without_an_embedding_is_named():
     with pytest.raises(ValueError, match=r"gives the token 40 in a prompt, a reference .* has 40 embeddings only"):
         completion_losses(build_model("gpt2", 40), [[3, 4], [5]], [[], [40]])
+    check_embedded(build_model("gpt2", 40), [[39], []])  # an empty reference
 
 
 def test_prompts_without_their_completions_are_refused():

@@ -129,6 +129,10 @@ def test_fine_tuning_on_conversations_needs_a_chat_template(tmp_path, model_dir,
     assert main(["sft", "--model_name_or_path", model, *options]) == 2
     expected = f"--model_name_or_path {model}: the prompts are conversations, but its tokenizer has no chat template."
     assert expected in capsys.readouterr().err
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for each in messages %}{{ each['content'] }} {% endfor %}")
+    options += ("--chat_template_path", str(template), "--max_steps", "1", "--report_to", "none")
+    assert main(["sft", "--model_name_or_path", model, *options]) == 0
 
 
 def test_misspelt_folder_of_a_model_is_told_the_nearest(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Verdicts on recorded machines, and the screen of `minillm-trl doctor` on this one."""
 
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -278,6 +279,16 @@ class TestDoctor:
         path = self.write(tmp_path, model_dir, teacher_model_name_or_path=str(other))
         assert main(["doctor", "--config", path]) == 1
         assert "PROBLEM  Student and teacher have different tokenizers" in capsys.readouterr().out
+
+    def test_weights_that_the_run_would_refuse_are_told(self, tmp_path, capsys, model_dir):
+        pickled = tmp_path / "pickled"
+        shutil.copytree(model_dir("gpt2"), pickled)
+        (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+        options: dict[str, object] = {"teacher_model_name_or_path": str(pickled)}
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 1
+        assert f"PROBLEM  {pickled} has its weights as a pickle" in capsys.readouterr().out
+        options["allow_pickled_weights"] = True
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 0
 
     def test_context_without_room_for_a_prompt_is_told(self, tmp_path, capsys, model_dir):
         assert main(["doctor", "--config", self.write(tmp_path, model_dir, max_completion_length=100_000)]) == 1

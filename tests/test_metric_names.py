@@ -25,6 +25,17 @@ def test_misspelt_metric_is_refused_before_anything_is_read(tmp_path, capsys, co
     )
 
 
+def test_kl_to_the_student_as_it_was_needs_beta(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "the mill", "completion": "is cheap"}\n')
+    options = ["--model_name_or_path", "none", "--teacher_model_name_or_path", "none", "--dataset", str(data)]
+    options += ["--metric_for_best_model", "kl", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert main(["minillm", *options, "--bf16", "false"]) == 2
+    assert "metric_for_best_model='kl' is no metric of an evaluation here" in capsys.readouterr().err
+    assert main(["minillm", *options, "--bf16", "false", "--beta", "0.1"]) == 2
+    assert "no tokenizer at 'none'" in capsys.readouterr().err
+
+
 def test_names_of_metrics_are_those_of_the_page():
     page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
     assert [name for name in sorted(MINILLM) if f"`{name}`" not in page] == []
@@ -46,5 +57,4 @@ def test_names_of_metrics_are_those_that_evaluations_log(tmp_path, model_dir):
         (state,) = folder.glob("checkpoint-*/trainer_state.json")
         logged = {name for entry in json.loads(state.read_text())["log_history"] for name in entry}
         evaluated = {name.removeprefix("eval_") for name in logged if name.startswith("eval_")}
-        assert len(evaluated) > 5
-        assert evaluated - known == set()
+        assert evaluated | {"aux_loss"} == known | {"aux_loss"}  # which mixtures of experts have alone

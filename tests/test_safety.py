@@ -155,6 +155,33 @@ class TestPickles:
             load_teacher(str(adapter), None, torch.float32)
         assert status(*words, "--model", pickled, "--allow_pickled_weights") == 0
 
+    def test_adapter_on_another_base_than_the_pickled_one_that_it_names(self, model, tmp_path):
+        pickled = pickle_weights(model, tmp_path / "pickled")
+        adapter = tmp_path / "adapter"
+        get_peft_model(AutoModelForCausalLM.from_pretrained(pickled), LoraConfig(r=2)).save_pretrained(adapter)
+        with pytest.raises(ValueError, match=f"{pickled} has its weights as a pickle"):
+            refuse_pickled_weights(str(adapter))
+        assert status("merge", "--adapter", adapter, "--model", model, "--output_dir", tmp_path / "out") == 0
+
+    def test_files_are_those_that_the_arguments_of_from_pretrained_choose(self, model, tmp_path):
+        pickled = pickle_weights(model, tmp_path / "pickled")
+        shutil.copytree(pickled, model / "inner")
+        with pytest.raises(ValueError, match=r"as a pickle \(inner/pytorch_model.bin\)"):
+            refuse_pickled_weights(str(model), {"subfolder": "inner"})
+        variants = tmp_path / "variants"
+        variants.mkdir()
+        (variants / "pytorch_model.bin.index.half.json").write_text("{}")  # as transformers spells it
+        with pytest.raises(ValueError, match=r"as a pickle \(pytorch_model.bin.index.half.json\)"):
+            refuse_pickled_weights(str(variants), {"variant": "half"})
+        (variants / "model.safetensors.index.half.json").write_text("{}")
+        refuse_pickled_weights(str(variants), {"variant": "half"})
+
+    def test_variant_beside_a_pickle_is_trained(self, model, tmp_path, data):
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").rename(model / "model.half.safetensors")
+        words = ("sft", "--model_name_or_path", model, "--model_init_kwargs", '{"variant": "half"}')
+        assert status(*words, "--dataset", data, "--output_dir", tmp_path / "out", *TRAINING) == 0
+
     def test_what_the_hub_s_cache_has(self, model, tmp_path, monkeypatch):
         pickled = pickle_weights(model, tmp_path / "pickled")
         repository = tmp_path / "cache" / "models--o--n"
@@ -170,6 +197,17 @@ class TestPickles:
         refuse_pickled_weights("o/n", {"revision": "safe"})
         with pytest.raises(ValueError, match="pickle"):
             refuse_pickled_weights("o/n", {"revision": "safe", "use_safetensors": False})
+        (repository / "refs" / "adapter").write_text("adapter" * 6)
+        adapter = repository / "snapshots" / ("adapter" * 6)
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        (adapter / "adapter_model.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"pickle \(adapter_model.bin\)"):
+            refuse_pickled_weights("o/n", {"revision": "adapter"})
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+        refuse_pickled_weights("o/n")
+        with pytest.raises(ValueError, match="o/n has its weights as a pickle"):
+            refuse_pickled_weights("o/n", {"cache_dir": str(tmp_path / "cache")})
 
     def test_trainers_in_python_are_no_exception(self, model, tmp_path):
         pickled = str(pickle_weights(model, tmp_path / "pickled"))
@@ -180,6 +218,9 @@ class TestPickles:
                 MiniLLMTrainer(student, teacher, args=MiniLLMConfig(**config), train_dataset=rows)
             with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
                 KDTrainer(model=student, teacher_model=teacher, args=KDConfig(**config), train_dataset=rows)
+        for rewards in (pickled, [len, pickled]):
+            with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
+                MiniLLMTrainer(str(model), str(model), rewards, args=MiniLLMConfig(**config), train_dataset=rows)
 
     def test_weights_with_anything_else_are_not_unpickled(self, model, tmp_path, data, capsys):
         (model / "model.safetensors").unlink()

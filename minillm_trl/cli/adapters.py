@@ -67,7 +67,7 @@ class Adapter:
             ValueError: if the adapter does not fit the base, cannot be merged, or leaves weights that are not finite.
         """
         if not allow_pickled_weights:
-            refuse_pickled_weights(self.name)
+            refuse_pickled_weights(self.name, with_base=False)  # the base may be another than it names
         check_weights(self.name)
         what = f"the base {self.base!r} of the adapter {self.name!r}"
         options = {"revision": self.revision or "main", "dtype": dtype, "trust_remote_code": trust_remote_code}

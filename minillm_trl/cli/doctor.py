@@ -12,6 +12,7 @@ from trl import ModelConfig
 from ..config import MiniLLMConfig
 from ..hardware import Machine, best_precision, probe, problems
 from ..memory_estimate import Workload, estimate_memory
+from ..pickled_weights import refuse_pickled_weights
 from ..teacher import check_same_tokenizer
 from ..trl_version import TESTED
 from . import minillm
@@ -94,10 +95,14 @@ def check(machine: Machine, model: ModelConfig, teacher: TeacherArguments, args:
 
 
 def check_pair(model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig) -> list[str]:
-    """What stands against a student and a teacher together: other tokenizers, or a context without room."""
+    """What stands against a student and a teacher: pickled weights, other tokenizers, a context without room."""
     names, found = [model.model_name_or_path, teacher.teacher_model_name_or_path], []
     revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
+    student_kwargs = {"revision": model.model_revision, **(args.model_init_kwargs or {})}
     try:
+        if not args.allow_pickled_weights:
+            for name, init_kwargs in zip(names, (student_kwargs, args.teacher_model_init_kwargs), strict=True):
+                refuse_pickled_weights(name, init_kwargs)
         tokenizers = [load_tokenizer(*each, args.trust_remote_code) for each in zip(names, revisions, strict=True)]
         check_same_tokenizer(*tokenizers)
         check_room(

@@ -10,10 +10,11 @@ _TERMINATED = ("mean_terminated_length", "min_terminated_length", "max_terminate
 _SAMPLES = ("rouge_l", "rollout/eos_rate", "rollout/repeated_4grams")
 
 FINE_TUNING = frozenset((*_ALWAYS, *_SAMPLES, "completions/mean_length", "mean_token_accuracy", "aux_loss"))
-KD = FINE_TUNING | {"kd/cross_entropy", "kd/forward_kl"}
+_FROM_LOGITS = {"mean_token_accuracy", "num_tokens", "aux_loss"}  # which KD has no use for
+KD = FINE_TUNING - _FROM_LOGITS | {"kd/cross_entropy", "kd/forward_kl"}
 MINILLM = frozenset(
     (
-        *(*_ALWAYS, *_SAMPLES, "kl", "reward", "reward_std", "frac_reward_zero_std"),
+        *(*_ALWAYS, *_SAMPLES, "kl"),
         *(f"completions/{name}" for name in (*_LENGTHS, *_TERMINATED, "clipped_ratio")),
         *(f"objective/{name}" for name in ("reverse_kl", "single_step", "long_term", "advantage")),
         *(f"importance_weight/{name}" for name in ("mean", "max", "effective_sample_size")),

@@ -97,7 +97,7 @@ def run(argv: list[str]) -> int:
     train = unique_prompts(train).select_columns(["prompt"])
     evaluation = None if evaluation is None else unique_prompts(evaluation)
     source, eval_source = data.dataset, data.eval_dataset or data.dataset
-    _check_metric(args.metric_for_best_model, evaluation, eval_source)
+    _check_metric(args, evaluation, eval_source)
     lm_dataset = corpus.load()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
@@ -129,8 +129,9 @@ def run(argv: list[str]) -> int:
         return train_and_save(trainer, checkpoint, record)
 
 
-def _check_metric(metric: str | None, evaluation: Dataset | None, source: str) -> None:
-    check_metric_name(metric, MINILLM)
+def _check_metric(args: MiniLLMConfig, evaluation: Dataset | None, source: str) -> None:
+    metric = args.metric_for_best_model
+    check_metric_name(metric, MINILLM if args.beta > 0 else MINILLM - {"kl"})
     if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":
         return
     if "references" not in evaluation.column_names or not any(evaluation["references"]):

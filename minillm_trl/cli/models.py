@@ -170,14 +170,22 @@ def check_room(
 
 
 def check_models(names: Sequence[str], args: TrainingArguments) -> None:
-    """Check the files of local models that a trainer will load, before it does.
+    """Check the files of local models, of a student and its teacher if any, that a trainer will load, before it does.
 
     Raises:
         ValueError: naming what is damaged, or may not be loaded.
     """
-    for name in (name for name in names if Path(name).is_dir()):
+    if is_adapter(student := names[0]):
+        raise ValueError(
+            f"--model_name_or_path {student} is an adapter; a student is trained from a whole model. Merge it first "
+            f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
+        )
+    loaded_with = args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)
+    for name, init_kwargs in zip(names, loaded_with, strict=False):
+        if not Path(name).is_dir():
+            continue
         if not args.allow_pickled_weights:
-            refuse_pickled_weights(name)
+            refuse_pickled_weights(name, init_kwargs)
         check_weights(name)
         if not is_adapter(name):
             load_config(name, args.trust_remote_code)

@@ -63,10 +63,12 @@ def trainer_arguments(
     Raises:
         ValueError: if prompts are conversations and the tokenizer has no chat template.
     """
-    if tokenizer.chat_template is None and len(train) and not isinstance(train[0]["prompt"], str):
+    has_template = tokenizer.chat_template is not None or args.chat_template_path is not None
+    if not has_template and len(train) and not isinstance(train[0]["prompt"], str):
         raise ValueError(
             f"--model_name_or_path {model.model_name_or_path}: the prompts are conversations, but its tokenizer has "
-            "no chat template. Save one with the tokenizer (tokenizer.chat_template), or write the prompts as text."
+            "no chat template. Name one (--chat_template_path FILE.jinja), save one with the tokenizer, or write the "
+            "prompts as text."
         )
     return {
         "model": model.model_name_or_path,

@@ -79,7 +79,7 @@ def completion_losses(
         ValueError: if a prompt has no tokens, the numbers of prompts and completions differ, or the model has no
             embedding of a token.
     """
-    check_embedded(model, filter(None, (*prompt_ids, *completion_ids)))
+    check_embedded(model, (*prompt_ids, *completion_ids))
     head = LMHead.of(model)
 
     def losses(request: ScoreRequest) -> torch.Tensor:
