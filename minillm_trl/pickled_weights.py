@@ -8,8 +8,6 @@ from transformers.utils import find_adapter_config_file, has_file
 
 _MODEL = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-
-
 _PLACE = ("revision", "token", "cache_dir", "local_files_only")  # of `from_pretrained`: where it looks for a name
 
 
@@ -35,7 +33,9 @@ def refuse_pickled_weights(name: str, init_kwargs: Mapping[str, Any] | None = No
         file = _pickled_file(name, place, init_kwargs, *_MODEL)
         if is_adapter and not file:
             file = _pickled_file(name, place, {**init_kwargs, "variant": None}, *_ADAPTER)
-    except OSError:  # no such model, or nobody may see it
+    except OSError:  # no such model, or one that only who has its files already may see
+        if not place.get("local_files_only"):
+            refuse_pickled_weights(name, {**init_kwargs, "local_files_only": True}, with_base)
         return
     if file:
         raise ValueError(

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import load_state_dict
+from transformers.utils import has_file
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import KDConfig, KDTrainer
@@ -194,6 +195,16 @@ class TestPickles:
         monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True)
         with pytest.raises(ValueError, match="o/n has its weights as a pickle"):
             load_teacher("o/n", None, torch.float32)
+
+        def gated(*words: str, local_files_only: bool = False, **options: object) -> bool:
+            if not local_files_only:
+                raise OSError("who are you?")
+            return has_file(*words, local_files_only=True, **options)
+
+        with monkeypatch.context() as hub:
+            hub.setattr("minillm_trl.pickled_weights.has_file", gated)
+            with pytest.raises(ValueError, match="o/n has its weights as a pickle"):
+                refuse_pickled_weights("o/n")
         refuse_pickled_weights("o/n", {"revision": "safe"})
         with pytest.raises(ValueError, match="pickle"):
             refuse_pickled_weights("o/n", {"revision": "safe", "use_safetensors": False})
