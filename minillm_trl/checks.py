@@ -40,9 +40,14 @@ def check_arguments(
     """
     if not isinstance(args, MiniLLMConfig):
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
+    has_adapter = has_adapter or hasattr(model, "peft_config")  # without it, the model is what it was
+    loads_reference = args.beta > 0 and not has_adapter
     if not args.allow_pickled_weights:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        loaded = [(each, args.model_init_kwargs) for each in (model, *rewards)]
+        names = [model, *rewards]
+        if loads_reference and not isinstance(model, str) and model.config._name_or_path:
+            names.append(model.config._name_or_path)
+        loaded = [(name, args.model_init_kwargs) for name in names]
         for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
             if isinstance(name, str):
                 refuse_pickled_weights(name, init_kwargs)
@@ -70,8 +75,7 @@ def check_arguments(
                 )
     elif isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
         raise ValueError("lm_dataset is empty.")
-    has_adapter = has_adapter or hasattr(model, "peft_config")  # without it, the model is what it was
-    if args.beta > 0 and not has_adapter and not isinstance(model, str) and not model.config._name_or_path:
+    if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
         raise ValueError(
             f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; this "
             "model was built in process. Save it and pass the folder, or set beta=0.0."

@@ -229,6 +229,9 @@ class TestPickles:
                 MiniLLMTrainer(student, teacher, args=MiniLLMConfig(**config), train_dataset=rows)
             with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
                 KDTrainer(model=student, teacher_model=teacher, args=KDConfig(**config), train_dataset=rows)
+        loaded = AutoModelForCausalLM.from_pretrained(pickled)  # the reference is loaded from where it came from
+        with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
+            MiniLLMTrainer(loaded, str(model), args=MiniLLMConfig(beta=0.1, **config), train_dataset=rows)
         for rewards in (pickled, [len, pickled]):
             with pytest.raises(ValueError, match="set allow_pickled_weights=True"):
                 MiniLLMTrainer(str(model), str(model), rewards, args=MiniLLMConfig(**config), train_dataset=rows)
