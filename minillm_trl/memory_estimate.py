@@ -59,7 +59,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     Weights, optimizer states and, in updates, gradients are counted, and the half-precision copies of weights that
     autocast keeps for the backward pass (with gradient checkpointing only a layer's are there at a time). Activations
     see `_activation_bytes`. What a framework needs besides, and fragmentation, come on top. On one GPU it is within
-    10 % of what was allocated (`benchmarks/memory_estimate.py`); other strategies and NF4 are not compared yet.
+    10 % of what was allocated (`benchmarks/memory_estimate.py`); other strategies, NF4 and bases in
+    float32 are not compared yet.
 
     Returns:
         `dict[str, float]`: rollout and update never run at once; each has its sum.

@@ -31,7 +31,9 @@ def half_precision(accelerator: Accelerator) -> torch.dtype | None:
 
 def keep_adapters_in_float32(model: PreTrainedModel) -> None:
     """Undo GRPOTrainer's cast of the adapters of quantised models to bfloat16, which a V100 does not have; and with
-    eight bits of precision a small update of a weight is lost anywhere."""
+    eight bits of precision a small update of a weight is lost anywhere. Other models are left as they are."""
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()

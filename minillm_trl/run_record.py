@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 import yaml
@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .baselines.seqkd import model_fingerprint
+from .data.json_files import read_json
 from .hardware import probe
 from .redaction import redact, redact_command
 from .whole_files import write_whole
@@ -217,13 +218,19 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
     return None
 
 
+class _Attempt(TypedDict):
+    status: str
+
+
+class _Record(TypedDict):
+    attempts: list[_Attempt]
+
+
 def _earlier_attempts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    try:
-        attempts = json.loads(path.read_text(encoding="utf-8"))["attempts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the record of a training run ({error!r}). Name another output_dir.") from error
+    mend = "It is not the record of a training run. Name another output_dir."
+    attempts = read_json(path, _Record, mend)["attempts"]
     for attempt in attempts:
         if attempt["status"] == "running":
             attempt["status"] = "killed"  # or it still runs, which only the user can know

@@ -154,8 +154,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 del each[0]
             self.reward_weights = self.reward_weights[1:]
         keep_4bit_layout(self.model)
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
-            keep_adapters_in_float32(self.model)
+        keep_adapters_in_float32(self.model)
         check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
             _disable_dropout(self.model)

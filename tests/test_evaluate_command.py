@@ -132,7 +132,7 @@ def test_unfinished_results_of_other_settings_are_refused(tmp_path, rows, model_
     monkeypatch.undo()
     assert main([*command, "--temperature", "0.7"]) == 2
     folder = tmp_path / "out" / "unfinished"
-    assert f"{folder} holds an unfinished evaluation with temperature=1.0, now 0.7" in capsys.readouterr().err
+    assert f"{folder} holds an unfinished evaluation with temperature=1.0; now it is 0.7" in capsys.readouterr().err
     assert main(command) == 0
 
 

@@ -14,6 +14,7 @@ from minillm_trl.cli import main
 from minillm_trl.cli.yaml_file import read_yaml
 from minillm_trl.data import DataError, load_examples
 from minillm_trl.data.json_files import misfit, parse_json, read_json
+from minillm_trl.whole_files import write_whole
 
 DEEP = 100_000
 
@@ -200,6 +201,14 @@ class TestData:
         pyarrow.parquet.write_table(pa.table({"prompt": column}), tmp_path / "x.parquet")
         with pytest.raises(DataError, match=r"x.parquet: cannot be read as Parquet \(Arrow type map"):
             load_examples(tmp_path / "x.parquet")
+
+
+def test_file_that_cannot_be_written_leaves_nothing_beside_its_place(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "taken", "text")
+    write_whole(tmp_path / "free", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "taken"]
 
 
 def test_folders_that_only_look_like_checkpoints_are_passed_over(tmp_path):

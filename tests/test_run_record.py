@@ -210,8 +210,9 @@ class TestRecord:
             pass
         assert [each["status"] for each in record_in(tmp_path)["attempts"]] == ["killed", "finished"]
 
-    def test_record_of_something_else_is_not_overwritten(self, tmp_path):
-        (tmp_path / "run.json").write_text('{"stages": {}}')
+    @pytest.mark.parametrize("content", ['{"stages": {}}', '{"attempts": [3]}', '{"attempts": [{}]}', "{"])
+    def test_record_of_something_else_is_not_overwritten(self, tmp_path, content: str):
+        (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match="not the record of a training run"):
             self.record(tmp_path)
 

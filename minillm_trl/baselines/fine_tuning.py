@@ -108,8 +108,7 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
-            keep_adapters_in_float32(self.model)
+        keep_adapters_in_float32(self.model)
         self._eval_prompts = prompts
         self._whole_copy: RolloutCopy | None = None
         if prompts is not None:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from datasets import Dataset
 
-from ..data.errors import shortened
-from ..data.json_files import check, first_difference, parse_json, read_json
+from ..data.json_files import check, check_unchanged, parse_json, read_json
 from ..evaluation.metrics import rouge_l
 from ..whole_files import write_whole
 
 Job = tuple[int, int]  # number of the prompt, and of its sample
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-_MEND = "Delete this folder, or set teacher_data_dir to another."
+_MEND = "Set teacher_data_dir to another folder, or delete this one."
 
 
 class TeacherCompletion(NamedTuple):
@@ -52,14 +51,9 @@ class TeacherData:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
         path = folder / "settings.json"
-        found = read_json(path, dict[str, Any], _MEND) if path.is_file() else None
-        if found is not None and found != self.settings:
-            name = first_difference(found, self.settings)
-            was, now = shortened(found.get(name)), shortened(self.settings.get(name))
-            raise ValueError(
-                f"{folder} holds completions that were made with {name[:60]}={was}; now it is {now}. Set "
-                "teacher_data_dir to another folder, or delete this one."
-            )
+        if path.is_file():
+            found = read_json(path, dict[str, Any], _MEND)
+            check_unchanged(found, self.settings, f"{folder} holds completions that were made", _MEND)
 
     @property
     def finished_with(self) -> bool | None:

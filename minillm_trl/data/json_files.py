@@ -39,9 +39,20 @@ def read_json(path: Path, expected: Any, how_to_mend: str) -> Any:
         raise ValueError(f"{path}: cannot be used ({error}). {how_to_mend}") from error
 
 
-def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first name under which two different records have different values."""
-    return next(name for name in {**before, **now} if before.get(name) != now.get(name))
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], holds: str, how_to_mend: str) -> None:
+    """Check that settings, JSON values, are those that something was made with.
+
+    Args:
+        before, now (`dict`): the settings.
+        holds (`str`): beginning of the message: what was made with them, and where it is.
+        how_to_mend (`str`): a sentence for the message.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    for name in (name for name in {**before, **now} if before.get(name) != now.get(name)):
+        was, is_now = shortened(before.get(name)), shortened(now.get(name))
+        raise ValueError(f"{holds} with {name[:60]}={was}; now it is {is_now}. {how_to_mend}")
 
 
 def check(value: Any, expected: Any, place: str = "") -> Any:

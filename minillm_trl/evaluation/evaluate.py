@@ -173,8 +173,9 @@ class _Task:
         self.prompts = dataset["prompt"][:]
         self.references = dataset["references"][:] if "references" in dataset.column_names else None
         self.prompt_ids = encode_prompts(tokenizer, self.prompts)
-        references = itertools.chain.from_iterable(self.references or [])
-        check_embedded(model, [*self.prompt_ids, *map(self._reference_ids, references)])  # before hours of sampling
+        self.reference_ids = [list(map(self._reference_ids, each)) for each in self.references or []]
+        # before hours of sampling
+        check_embedded(model, [*self.prompt_ids, *itertools.chain.from_iterable(self.reference_ids)])
         self.rows = own_rows(len(self.prompts))
 
     def measure_samples(self, seed: int | None, bar: tqdm) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ class _Task:
         pairs = []
         for row in self.rows:
             room = None if context is None else context - len(self.prompt_ids[row])
-            pairs += [(row, self._reference_ids(each)[:room]) for each in self.references[row]]
+            pairs += [(row, each[:room]) for each in self.reference_ids[row]]
         values = completion_losses(
             self.model,
             [self.prompt_ids[row] for row, _ in pairs],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:  # with BLEU it brings all of nltk, a second of every start
+if TYPE_CHECKING:  # with BLEU it brings all of nltk, which is slow to import
     from rouge_score.rouge_scorer import RougeScorer
 
 

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import shortened
-from ..data.json_files import first_difference, read_json
+from ..data.json_files import check_unchanged, read_json
 from ..whole_files import write_whole
 
 
@@ -25,12 +24,9 @@ class Parts:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
         found = self.get("settings")
-        if found is not None and found != self.settings:
-            name = first_difference(found, self.settings)
-            raise ValueError(
-                f"{folder} holds an unfinished evaluation with {name[:60]}={shortened(found.get(name))}, "
-                f"now {shortened(self.settings.get(name))}. Delete this folder, or name another with --output_dir."
-            )
+        if found is not None:
+            mend = "Delete this folder, or name another with --output_dir."
+            check_unchanged(found, self.settings, f"{folder} holds an unfinished evaluation", mend)
 
     def get(self, name: str) -> Any:
         """The part of that name, or None."""
