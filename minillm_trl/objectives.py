@@ -90,17 +90,26 @@ def reward_to_go(
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
-    offset = 0 if include_current else 1
-    position = torch.arange(rewards.shape[1], device=rewards.device)
-    distance = position[:, None] - position[None, :] - offset  # (T, T), i - t - offset
-    # float64: the discounted sums of long completions lose digits in half precision and under TF32
-    weights = torch.pow(torch.tensor(gamma, dtype=torch.float64, device=rewards.device), distance.clamp(min=0))
-    weights = weights.masked_fill(distance < 0, 0.0)
-    returns = rewards.detach().double().masked_fill(~mask, 0.0) @ weights  # (B, T)
+    # float64: the discounted sums of long completions lose digits in half precision
+    returns = _sums_ahead(rewards.detach().double().masked_fill(~mask, 0.0), gamma, include_current)
     if length_normalization:
-        total_weight = mask.double() @ (weights if discounted_length else (distance >= 0).double())
+        total_weight = _sums_ahead(mask.double(), gamma if discounted_length else 1.0, include_current)
         returns = returns / total_weight.masked_fill(total_weight == 0, 1.0)
     return returns.masked_fill(~mask, 0.0).to(rewards.dtype)
+
+
+def _sums_ahead(values: torch.Tensor, gamma: float, include_current: bool) -> torch.Tensor:
+    r"""Sum what lies ahead of each position, $\sum_{i \ge t} \gamma^{i-t} x_i$, or $\sum_{i>t} \gamma^{i-t-1} x_i$.
+
+    A scan by doubling: each of the log2(T) rounds adds to the sum over `span` positions that over the next `span`.
+    Memory is O(T). No power of gamma is divided by, which would underflow on long completions.
+    """
+    span = 1
+    while span < values.shape[1]:
+        ahead = torch.zeros_like(values)
+        ahead[:, :-span] = values[:, span:]
+        values, span = values + gamma**span * ahead, 2 * span
+    return values if include_current else torch.nn.functional.pad(values, (0, 1))[:, 1:]
 
 
 def mixture_logps(student_logps: torch.Tensor, teacher_logps: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm_trl import objectives
 from minillm_trl.masking import completion_mask, masked_mean, masked_moments, masked_sum, normalize_loss
@@ -47,6 +48,43 @@ class TestRewardToGo:
         rewards = torch.ones(1, 512)
         actual = objectives.reward_to_go(rewards, torch.ones_like(rewards, dtype=torch.bool), gamma=0.5)
         torch.testing.assert_close(actual[:, :-1], torch.ones(1, 511))
+
+    @pytest.mark.parametrize("options", [{}, {"length_normalization": False}, {"discounted_length": False}], ids=str)
+    @pytest.mark.parametrize("include_current", [False, True])
+    @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.99, 1.0])
+    @pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 65])
+    def test_value_equals_the_sum_written_out(self, length: int, gamma: float, include_current: bool, options: dict):
+        generator = torch.Generator().manual_seed(length)
+        rewards = torch.randn(3, length, generator=generator, dtype=torch.float64)
+        mask = torch.rand(3, length, generator=generator) < 0.7  # with holes, as tools leave them
+        first = 0 if include_current else 1
+        expected = torch.zeros_like(rewards)
+        for row, t in mask.nonzero().tolist():
+            counted = [i for i in range(t + first, length) if mask[row, i]]
+            weights = {i: gamma ** (i - t - first) for i in counted}
+            total = math.fsum(weights[i] * rewards[row, i].item() for i in counted)
+            if options.get("length_normalization", True):
+                norm = math.fsum(weights.values()) if options.get("discounted_length", True) else len(counted)
+                total = total / norm if norm else total
+            expected[row, t] = total
+        options = {"gamma": gamma, "include_current": include_current, **options}
+        actual = objectives.reward_to_go(rewards, mask, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        in_float32 = objectives.reward_to_go(rewards.float(), mask, **options)
+        torch.testing.assert_close(in_float32, expected.float(), rtol=1e-5, atol=1e-5)
+
+    def test_memory_grows_with_the_length_and_not_with_its_square(self):
+        sizes = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+                return result
+
+        with Recorder():
+            objectives.reward_to_go(torch.ones(2, 512), torch.ones(2, 512, dtype=torch.bool), gamma=0.9)
+        assert 2 * 512 <= max(sizes) < 3 * 512
 
     def test_return_carries_no_gradient(self):
         rewards = torch.ones(1, 3, requires_grad=True)
