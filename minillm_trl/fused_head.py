@@ -25,9 +25,8 @@ from .objectives import forward_kl, reverse_kl
 # gigabytes.
 CHUNK_ELEMENTS = 2**24
 
-# Gradients of logits are formed before the loss scale of float16 training is known; this power of two keeps those of
-# tokens with a probability of 1e-9 from vanishing, and leaves room for losses of a few hundred nats a token.
-_GRADIENT_SCALE = 64.0
+# float16 holds numbers below 2^16; the largest entry of a chunk's gradient is brought to just below this power of two.
+_FLOAT16_EXPONENT = 15
 
 
 class TokenScores(NamedTuple):
@@ -125,7 +124,7 @@ def score_hidden_states(
             with torch.enable_grad():
                 inputs = [each.requires_grad_() for each in (scores.logps, scores.divergence) if each is not None]
                 loss = request.loss(scores, rows[part]).sum()
-                found = torch.autograd.grad(loss * _GRADIENT_SCALE, inputs, allow_unused=True, materialize_grads=True)
+                found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
             return loss, scores, gradient(*found)
 
         loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, vocab_size, chunks, loss_of_chunk)
@@ -171,7 +170,8 @@ class _LossThroughHead(torch.autograd.Function):
     """Sum of a loss over chunks of tokens, whose gradient is formed chunk by chunk in the forward pass.
 
     Kept for the backward pass are the gradients of hidden states (N, H) and head (V, H), in float32 at least. Under
-    autocast the products are in its dtype and everything between them in float32.
+    autocast the products are in its dtype and everything between them in float32. These gradients are formed before
+    the loss scale of float16 training is applied, so each chunk brings its own scale to float16.
     """
 
     @staticmethod
@@ -196,7 +196,8 @@ class _LossThroughHead(torch.autograd.Function):
                 logits = head.transform(head.project(states, vocab_size))
                 capped = None if head.softcap is None else logits.clone()
                 loss, scores, gradient = loss_of_chunk(part, logits)
-                _add_gradients(gradients, head.transform_gradient(gradient, capped).to(dtype), states, head, part)
+                of_logits, scale = _cast_gradient(head.transform_gradient(gradient, capped), dtype)
+                _add_gradients(gradients, of_logits, states, head, part, scale)
                 losses.append(loss.detach())
                 pieces.append([None if each is None else each.detach() for each in scores[:3]])
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
@@ -209,10 +210,23 @@ class _LossThroughHead(torch.autograd.Function):
     def backward(ctx, grad_loss, *unused):
         if ctx.gradients is None:
             raise RuntimeError("The gradient of a loss through the head can be taken once; score again for another.")
-        scale = grad_loss / _GRADIENT_SCALE
-        found = {name: each.mul_(scale).to(ctx.dtypes[name]) for name, each in ctx.gradients.items()}
+        found = {name: each.mul_(grad_loss).to(ctx.dtypes[name]) for name, each in ctx.gradients.items()}
         ctx.gradients = None
         return *(found.get(name) for name in ctx.names), None, None, None, None
+
+
+def _cast_gradient(gradient: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of a chunk's logits `(n, V)` in `dtype`, multiplied by a power of two for float16, and that power.
+
+    A weight or an advantage of a thousand is more than float16 holds beside the gradients of tokens with a small
+    probability, so the largest entry decides the scale. bfloat16 has the range of float32 and needs none.
+    """
+    if dtype != torch.float16:
+        return gradient.to(dtype), None
+    largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
+    exponent = (_FLOAT16_EXPONENT - torch.frexp(largest).exponent).clamp(max=100)  # 2^100: of gradients that are 0
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return gradient.mul_(scale).to(dtype), scale
 
 
 def _add_gradients(
@@ -221,25 +235,30 @@ def _add_gradients(
     states: torch.Tensor,
     head: LMHead,
     part: slice,
+    scale: torch.Tensor | None,
 ) -> None:
-    """Add what a chunk's gradient `(n, V)` gives hidden states `(n, H)`, weight and bias."""
+    """Add what a chunk's gradient `(n, V)`, which was multiplied by `scale`, gives hidden states `(n, H)` and head."""
+
+    def add(total: torch.Tensor, scaled: torch.Tensor) -> None:
+        total += scaled if scale is None else scaled / scale
+
     if "hidden" in gradients:
-        gradients["hidden"][part] += _product(of_logits, head.weight)
+        add(gradients["hidden"][part], _product(of_logits, head.weight))
     if "weight" in gradients:  # in blocks of rows, so that no second (V, H) exists
         size, width = head.weight.shape
         rows = max(1, CHUNK_ELEMENTS // width)
         for start in range(0, size, rows):
             block = slice(start, min(start + rows, size))
-            gradients["weight"][block] += _product(of_logits[:, block].T, states)
+            add(gradients["weight"][block], _product(of_logits[:, block].T, states))
     if "bias" in gradients:
-        gradients["bias"][: of_logits.shape[1]] += of_logits.sum(dim=0, dtype=gradients["bias"].dtype)
+        add(gradients["bias"][: of_logits.shape[1]], of_logits.sum(dim=0, dtype=gradients["bias"].dtype))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, on GPUs in float32 at least: float16 may not hold sums over a chunk's tokens, before any loss scale."""
+    """a b, on GPUs and for float16 in float32 at least: float16 may not hold sums over a chunk's tokens."""
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
 def _score_logits(

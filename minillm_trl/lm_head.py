@@ -153,33 +153,54 @@ def completion_hidden_states(
     return hidden_states[:, -completion_length - 1 : -1].to(input_ids.device)
 
 
+def rounding_tolerance(dtype: torch.dtype, roundings: int) -> float:
+    """Return how far apart, relative to the largest, numbers may be that differ by `roundings` roundings in `dtype`.
+
+    It is at least 1e-3, since GPUs may round the factors of float32 products to ten bits (TF32).
+    """
+    return max(1e-3, roundings * torch.finfo(dtype).eps)
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Check on a short input that [`LMHead`] reproduces the model's own logits.
+
+    What the head's module returns is handed on in float32, so that what the model makes of it is compared to far
+    better than the precision of its weights; and once more at many times its size, where a soft cap shows.
 
     Raises:
         ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
             Scoring such a model would be silently wrong. Also if the head is sharded over processes.
     """
-    weight = model.get_output_embeddings().weight
-    if isinstance(weight, DTensor) or weight.is_meta:
-        where = "offloaded by its device_map" if weight.is_meta else "sharded over processes"
+    output = model.get_output_embeddings()
+    if isinstance(output.weight, DTensor) or output.weight.is_meta:
+        where = "offloaded by its device_map" if output.weight.is_meta else "sharded over processes"
         raise ValueError(
             f"The LM head of the {name} ({type(model).__name__}) is {where}, but each process needs all of it. "
             "Keep it on a device; shard the blocks alone (shard_teacher=True does)."
         )
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if accepts_position_ids(model):
+        inputs["position_ids"] = position_ids(inputs["attention_mask"])
     training = model.training
     model.eval()
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    hidden_states = completion_hidden_states(model, ids, mask, ids.shape[1] - 1)
-    actual = LMHead.of(model).logits(hidden_states, expected.shape[-1])
+    head = LMHead.of(model)
+    hidden_states = completion_hidden_states(model, ids, inputs["attention_mask"], ids.shape[1] - 1)
+    for factor in (1.0, 64.0):
+        hook = output.register_forward_hook(lambda module, args, logits, factor=factor: logits.float() * factor)
+        try:
+            expected = model(**inputs).logits[:, :-1].float()
+        finally:
+            hook.remove()
+        projected = head.project(hidden_states, expected.shape[-1])
+        actual = head.transform(projected.float() * factor).to(expected.device)
+        error = (actual - expected).abs().max().item()
+        tolerance = rounding_tolerance(projected.dtype, roundings=2)
+        if not error <= tolerance * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ "
+                f"by up to {error:.2g} where the largest is {expected.abs().max().item():.2g}. Its architecture "
+                "transforms hidden states or logits in a way that is not supported."
+            )
     model.train(training)
-    error = (actual - expected).abs().max().item()
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    if not error <= tolerance * max(1.0, expected.abs().max().item()):
-        raise ValueError(
-            f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ by "
-            f"up to {error:.2g}. Its architecture transforms hidden states or logits in a way that is not supported."
-        )

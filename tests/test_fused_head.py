@@ -1,11 +1,14 @@
 """The chunked scoring head against the plain formulas, values and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
-from conftest import build_model
+from conftest import FAMILIES, build_model
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 import minillm_trl.fused_head
+from minillm_trl.decoding import check_decoding
 from minillm_trl.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.lm_head import LMHead, check_head, completion_hidden_states, position_ids
 from minillm_trl.objectives import forward_kl, reverse_kl
@@ -151,6 +154,47 @@ def test_small_gradients_survive_half_precision(dtype: torch.dtype):
         assert (actual - reference).norm() < 0.02 * reference.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("coefficient", [1e-9, 1.0, 1100.0, 3e5, 1e30])
+def test_gradients_of_losses_of_any_size_survive_half_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, coefficient: float
+):
+    """float16 holds 6e-8 to 65504, and a loss scale comes after the gradient of the head."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(minillm_trl.fused_head, "CHUNK_ELEMENTS", 160)  # four tokens a chunk
+    weight, bias = (0.3 * torch.randn(40, 16)).requires_grad_(), torch.randn(40, requires_grad=True)
+    hidden = torch.randn(2, 6, 16, requires_grad=True)
+    ids = torch.randint(40, (2, 6))
+    request = ScoreRequest(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    # chunks whose sizes differ by far more than float16 can hold
+    coefficients = coefficient * torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6, 1e-6, 1e-6, 1e-6, 1.0, 1.0, 1.0, 1.0])
+
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss / coefficient, [hidden, weight, bias])
+
+    plain = score_hidden_states(hidden, LMHead(weight, bias), request, 40)
+    expected = gradients((coefficients * plain.logps.flatten()).sum())
+    with torch.autocast("cpu", dtype=dtype):
+        halved = request._replace(loss=lambda scores, rows: coefficients[rows] * scores.logps)
+        found = gradients(score_hidden_states(hidden, LMHead(weight, bias), halved, 40).loss)
+    for actual, reference in zip(found, expected, strict=True):
+        assert (actual - reference).norm() < 0.02 * reference.norm()
+    middle, reference = (each[0].flatten(0, 1)[4:8] for each in (found, expected))
+    assert (middle - reference).norm() < 0.02 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_that_is_not_finite_stays_so(dtype: torch.dtype):
+    weight, hidden = torch.ones(5, 4, requires_grad=True), torch.ones(1, 3, 4, requires_grad=True)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    request = ScoreRequest(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+    for value in (torch.nan, torch.inf):
+        with torch.autocast("cpu", dtype=dtype):
+            halved = request._replace(loss=lambda scores, _, value=value: scores.logps * value)
+            loss = score_hidden_states(hidden, LMHead(weight, None), halved, 5).loss
+        assert not torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("with_loss", [False, True])
 def test_only_the_products_with_the_heads_are_in_half_precision(with_loss: bool):
     torch.manual_seed(0)
@@ -227,6 +271,50 @@ SMALL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unknown_transforms_of_logits_are_refused_in_any_precision(monkeypatch: pytest.MonkeyPatch, dtype):
+    """Gemma 2 whose logits are far below its soft cap, so that the cap alone hardly shows in them."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=30.0, **SMALL)).to(dtype).eval()
+    assert model(torch.arange(1, 9)[None]).logits.abs().max() < 3.0
+    check_head(model, "student")
+    read = LMHead.of
+    for change in ({"softcap": None}, {"scale": 1.09}, {"scale": 1.02}):
+        monkeypatch.setattr(LMHead, "of", lambda each, change=change: dataclasses.replace(read(each), **change))
+        with pytest.raises(ValueError, match="LM head of the student .* is not reproduced"):
+            check_head(model, "student")
+    assert not model.get_output_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_unknown_transforms_of_hidden_states_are_refused_in_any_precision(monkeypatch: pytest.MonkeyPatch, dtype):
+    model = build_model("llama", vocab_size=40).to(dtype)
+    monkeypatch.setattr(
+        "minillm_trl.lm_head.completion_hidden_states", lambda *args: completion_hidden_states(*args) * 1.05
+    )
+    with pytest.raises(ValueError, match="transforms hidden states or logits in a way that is not supported"):
+        check_head(model, "teacher")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_and_decoding_of_all_families_are_reproduced_in_half_precision(family: str, dtype: torch.dtype):
+    model = build_model(family, layers=6).to(dtype)
+    check_head(model, "student")
+    check_decoding(model, "student")
+
+
+def test_decoding_that_is_off_is_refused_in_half_precision(monkeypatch: pytest.MonkeyPatch):
+    """Positions that go wrong by one with the cache, of learned positions of a small size."""
+    model = build_model("gpt2").to(torch.float16)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(0.05)
+    check_decoding(model, "student")
+    monkeypatch.setattr("minillm_trl.decoding.position_ids", lambda mask: position_ids(mask) + 1)
+    with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time"):
+        check_decoding(model, "student")
 
 
 @pytest.mark.parametrize(
