@@ -283,7 +283,7 @@ def test_unknown_transforms_of_logits_are_refused_in_any_precision(monkeypatch: 
     read = LMHead.of
     for change in ({"softcap": None}, {"scale": 1.09}, {"scale": 1.02}):
         monkeypatch.setattr(LMHead, "of", lambda each, change=change: dataclasses.replace(read(each), **change))
-        with pytest.raises(ValueError, match="LM head of the student .* is not reproduced"):
+        with pytest.raises(ValueError, match=r"LM head of the student .* is not reproduced"):
             check_head(model, "student")
     assert not model.get_output_embeddings()._forward_hooks
 
