@@ -4,7 +4,7 @@
 
 runs the demo for each seed (or takes the runs that are complete), writes `results/demo_seeds.json` (each seed's table,
 the paired differences on the test prompts, versions, machine and commit) and the curves beside it, and prints the
-README's table.
+table of `benchmarks/README.md`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def summarize(folder: Path) -> dict:
 
 
 def markdown_table(result: dict) -> str:
-    """The README's table: mean over training seeds, in brackets the range over them."""
+    """The table of `benchmarks/README.md`: mean over training seeds, in brackets the range over them."""
     columns = [
         ("rouge_l", "Rouge-L", 1),
         ("reverse_kl", "reverse KL (nats)", 1),

@@ -11,6 +11,7 @@ RESULTS = sorted((BENCHMARKS / "results").rglob("*.json"))
 sys.path.insert(0, str(BENCHMARKS))
 
 import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
+import demo_seeds  # noqa: E402
 import report  # noqa: E402
 
 
@@ -19,6 +20,15 @@ def test_tables_are_those_of_the_results():
     for name, expected in report.tables().items():
         start, end = report.marks(name)
         assert text.split(start)[1].split(end)[0] == expected
+
+
+def test_table_of_the_demo_is_that_of_the_results():
+    result = json.loads(demo_seeds.RESULTS.read_text())
+    assert demo_seeds.markdown_table(result) in (BENCHMARKS / "README.md").read_text()
+    for seed in result["seeds"].values():  # what the text below the table says
+        for gain in seed["minillm_minus"].values():
+            assert gain["rouge_l"]["low"] > 0
+            assert gain["reverse_kl"]["high"] < 0
 
 
 def test_table_of_the_degeneration_page_is_that_of_the_results():

@@ -150,6 +150,12 @@ class TestSite:
         assert len(set(listed)) == len(listed)
         assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(listed)
 
+    def test_front_page_shows_the_picture_and_a_tab_for_each_way_to_begin(self, site: Path):
+        text = (site / "index.html").read_text()
+        assert (site / re.search(r'<img [^>]*src="([^"]+)"', text)[1]).is_file()
+        (labels,) = re.findall(r'<div class="tabbed-labels">(.*?)</div>', text, flags=re.DOTALL)
+        assert re.findall(r">([^<>]+)</label>", labels)[:3] == ["Python", "YAML", "Notebook"]
+
     def test_links_to_code_lead_to_the_reference_and_others_to_copies(self, site: Path):
         method = (site / "method/index.html").read_text()
         assert 'href="../api/objectives/#minillm_trl.objectives.reverse_kl"' in method
