@@ -8,8 +8,6 @@ DeepSpeed, PEFT and autocast treat it like any other forward pass.
 """
 
 import dataclasses
-import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .forward_methods import override_forward
 from .lm_head import LMHead, completion_hidden_states
 from .objectives import forward_kl, reverse_kl
 
@@ -337,21 +336,19 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | 
     Several requests are one forward call, as wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) want one call
     for one backward pass. Without `score_requests` the forward is the one it was. Patch before the model is wrapped,
     as the wrapper's forward is what synchronises gradients and gathers sharded weights. For the same reason the scores
-    are computed inside the call of the head's own module: that is when its weights are whole.
+    are computed inside the call of the head's own module: that is when its weights are whole. A deep copy of the model
+    scores with its own weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
         vocab_size (`int`): number of leading vocabulary rows shared with the teacher.
         teacher_head ([`LMHead`], *optional*): turns `teacher_hidden_states` into the teacher's distribution.
     """
-    head = model.get_output_embeddings()
-    original_forward, project = model.forward, head.forward
+    head, config = model.get_output_embeddings(), model.config
 
-    # `generate` validates its keyword arguments against this signature
-    @functools.wraps(original_forward)
-    def forward(self, *args, score_requests: Sequence[ScoreRequest] | None = None, **kwargs):
+    def forward(self, replaced, *args, score_requests: Sequence[ScoreRequest] | None = None, **kwargs):
         if score_requests is None:
-            return original_forward(*args, **kwargs)
+            return replaced(*args, **kwargs)
         scores = []
         for request in score_requests:
             length = request.completion_mask.shape[1]
@@ -359,11 +356,11 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | 
             scores.append(self.get_output_embeddings()(hidden_states, score_request=request))
         return scores
 
-    @functools.wraps(project)
-    def project_or_score(self, hidden_states, *args, score_request: ScoreRequest | None = None, **kwargs):
+    def project_or_score(self, replaced, hidden_states, *args, score_request: ScoreRequest | None = None, **kwargs):
         if score_request is None:
-            return project(hidden_states, *args, **kwargs)
-        return score_hidden_states(hidden_states, LMHead.of(model), score_request, vocab_size, teacher_head)
+            return replaced(hidden_states, *args, **kwargs)
+        own_head = LMHead.of_projection(self, config)
+        return score_hidden_states(hidden_states, own_head, score_request, vocab_size, teacher_head)
 
-    model.forward = types.MethodType(forward, model)
-    head.forward = types.MethodType(project_or_score, head)
+    override_forward(model, forward)
+    override_forward(head, project_or_score)

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,15 @@ class LMHead:
         Raises:
             ValueError: for adapters on the head that are no linear map of their own, and for a quantised head.
         """
-        config = model.config.get_text_config()
+        return cls.of_projection(model.get_output_embeddings(), model.config)
+
+    @classmethod
+    def of_projection(cls, module: torch.nn.Module, config: PreTrainedConfig) -> "LMHead":
+        """[`LMHead.of`] the model whose output projection is `module`, with the model's configuration."""
+        config = config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        weight, bias = _projection(model.get_output_embeddings())
+        weight, bias = _projection(module)
         return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def frozen(self, device: torch.device) -> "LMHead":

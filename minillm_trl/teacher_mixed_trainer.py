@@ -16,6 +16,7 @@ from .attention import avoid_cudnn_attention
 from .checks import check_prompt_ids
 from .decoding import CompiledDecoding, check_decoding
 from .degeneration_watch import DegenerationWatch
+from .forward_methods import rebind_fused_head
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
 from .masking import masked_mean
@@ -78,6 +79,7 @@ class TeacherMixedTrainer(ResumableRollouts):
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
         self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
+        rebind_fused_head(self._student)
         add_scoring(self._student, self.vocab_size, self._teacher_head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)

@@ -1,6 +1,8 @@
 """The chunked scoring head against the plain formulas, values and gradients."""
 
+import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -252,6 +254,37 @@ def test_forward_without_a_request_is_unchanged():
     add_scoring(model, 40)
     assert torch.equal(model(ids).logits, before)
     assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=1).shape[0] == 1
+
+
+def test_deep_copy_scores_with_weights_of_its_own():
+    model = build_model("gpt2", vocab_size=40)
+    add_scoring(model, 40)
+    ids, mask = torch.tensor([[3, 4, 5, 6]]), torch.ones(1, 2, dtype=torch.bool)
+    request = ScoreRequest(ids, torch.ones_like(ids), mask)
+
+    def outputs(model) -> list[torch.Tensor]:
+        return [model(ids).logits, model(score_requests=[request])[0].logps]
+
+    copied = copy.deepcopy(model)
+    before = outputs(copied)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    for old, new, live in zip(before, outputs(copied), outputs(model), strict=True):
+        assert torch.equal(old, new)
+        assert not torch.allclose(new, live, atol=1e-2)
+    for loss in (each.sum() for each in outputs(copied)):
+        copied.zero_grad()
+        loss.backward()
+        assert all(each.grad is not None for each in copied.parameters())
+        assert all(each.grad is None for each in model.parameters())
+
+
+def test_forward_keeps_the_names_of_its_arguments():
+    model = build_model("gpt2", vocab_size=40)
+    before = list(inspect.signature(model.forward).parameters)
+    add_scoring(model, 40)
+    assert list(inspect.signature(model.forward).parameters) == before
 
 
 def test_position_ids_start_at_the_first_real_token():

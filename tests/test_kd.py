@@ -79,6 +79,16 @@ def make_trainer(folder, teacher=None, ratio=0.5, student=None, peft_config=None
     )
 
 
+@pytest.mark.parametrize("make", [make_fine_tuning, make_trainer], ids=["fine-tuning", "KD"])
+def test_snapshot_of_the_model_keeps_the_weights_of_its_time(tmp_path, make):
+    trainer, ids = make(tmp_path), torch.tensor([[5, 6, 7, 8]])
+    snapshot = copy.deepcopy(trainer.model).eval()
+    before = snapshot(ids).logits
+    trainer.train()
+    assert torch.equal(snapshot(ids).logits, before)
+    assert (trainer.model.eval()(ids).logits - before).abs().max() > 1e-3
+
+
 def batch_of(trainer: KDTrainer, rows: range) -> dict[str, torch.Tensor]:
     return trainer.data_collator([trainer.train_dataset[row] for row in rows])
 

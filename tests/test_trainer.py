@@ -1,5 +1,6 @@
 """Training runs: what is logged, what stays the same however a step is cut into micro-batches, what is refused."""
 
+import copy
 import inspect
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import trl.trainer.utils
 from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
-from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin
+from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin, TrainerCallback
 from trl.kernels import chunked_divergence, chunked_logprob
 
 import minillm_trl.checks
@@ -92,6 +93,29 @@ class TestTraining:
             entry["objective/single_step"] for entry in trainer.state.log_history if "objective/single_step" in entry
         ]
         assert sum(kl[-5:]) < 0.8 * sum(kl[:5])
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"bf16": True}, {"bf16": True, "half_precision_rollouts": True}, {"peft_config": LoraConfig(r=2)}],
+        ids=["float32", "autocast", "rollout copy", "LoRA"],
+    )
+    def test_snapshot_of_the_model_keeps_the_weights_of_its_time(self, tmp_path, options: dict):
+        """Of moving averages and best-so-far copies."""
+        ids, snapshots = torch.tensor([[5, 6, 7, 8]]), []
+
+        class Snapshot(TrainerCallback):
+            def on_step_end(self, args, state, control, model, **unused):
+                snapshot = copy.deepcopy(model).eval()
+                snapshots.append((snapshot, snapshot(ids).logits))
+
+        trainer = make_trainer(tmp_path, max_steps=2, **options)
+        trainer.add_callback(Snapshot())
+        trainer.train()
+        (first, before), (last, _) = snapshots
+        assert torch.equal(first(ids).logits, before)
+        live = trainer.model.eval()(ids).logits
+        assert torch.equal(last(ids).logits, live)
+        assert (before - live).abs().max() > 1e-3
 
     def test_every_metric_is_logged_in_training_and_evaluation(self, tmp_path):
         trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
@@ -227,9 +251,9 @@ class TestBuffer:
         trainer.model.train()
         for batch in trainer._buffered_inputs:
             trainer.compute_loss(trainer.model, batch).backward()
-        for batch, copy in zip(trainer._buffered_inputs, before, strict=True):
-            assert batch.keys() == copy.keys()
-            assert all(torch.equal(batch[key], copy[key]) for key in copy)
+        for batch, kept in zip(trainer._buffered_inputs, before, strict=True):
+            assert batch.keys() == kept.keys()
+            assert all(torch.equal(batch[key], kept[key]) for key in kept)
 
 
 class TestForwardPasses:

@@ -8,11 +8,12 @@ import torch
 import transformers
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
+from conftest import build_model
 from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import RepeatSampler, split_tensor_dict
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, split_tensor_dict
 
 from minillm_trl.config import _OneGeneration
 from minillm_trl.trl_version import TESTED
@@ -52,6 +53,14 @@ def test_scoring_method_is_called_with_the_arguments_that_ours_takes():
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert "old_per_token_logps, _, _ = self._get_per_token_logps_and_entropies(" in source
     assert 'output["old_per_token_logps"] = old_per_token_logps' in source
+
+
+def test_fused_head_keeps_the_method_that_it_replaces_under_the_name_that_ours_reads():
+    model = build_model("gpt2", vocab_size=40)
+    before = model.forward
+    add_fused_lm_head(model)
+    assert inspect.getclosurevars(model.forward.__func__).nonlocals["original_forward"] == before
+    assert "if not fused_lm_head:" in inspect.getsource(add_fused_lm_head)
 
 
 def test_compute_loss_goes_through_our_override():

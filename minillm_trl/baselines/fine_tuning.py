@@ -14,6 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
+from ..forward_methods import rebind_fused_head
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
@@ -109,6 +110,7 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
         keep_adapters_in_float32(self.model)
+        rebind_fused_head(self._student)
         self._eval_prompts = prompts
         self._whole_copy: RolloutCopy | None = None
         if prompts is not None:
