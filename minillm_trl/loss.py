@@ -13,6 +13,11 @@ LOSS_INPUTS = (
     *("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights"),
     *("importance_sampling_ratio", "ref_per_token_logps"),
 )
+# Fields of MiniLLMConfig that are arguments of `loss_terms`
+LOSS_OPTIONS = (
+    *("importance_weighting", "epsilon", "epsilon_high", "delta"),
+    *("single_step_decomposition", "beta", "use_bias_correction_kl"),
+)
 
 
 class ClippedTokens(NamedTuple):

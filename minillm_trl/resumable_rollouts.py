@@ -12,14 +12,16 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from .config import MiniLLMConfig
+from .evaluation_rows import Row
+from .measured_trainer import MeasuredTrainer
 from .mixed_precision import OverflowCounter
-from .reliable_trainer import ReliableTrainer
 from .rollouts import Batch, by_length, deal_rows, trim, window_token_counts
 from .sampling import ROLLOUT_ORDER
 
 logger = logging.get_logger(__name__)
 
 PROMPT_INDEX = "minillm_prompt_index"  # column of the training dataset: where a prompt stands in it
+FILLER = "minillm_filler"  # column of the rows that an evaluation on several processes does not count
 
 # What a rollout buffer was cut by: under other values it cannot be gone on with
 _CUT_BY = (
@@ -28,13 +30,12 @@ _CUT_BY = (
 )
 
 
-class ResumableRollouts(ReliableTrainer, GRPOTrainer):
+class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     """What GRPO does not restore: its rollout buffer and the step within it, its metrics, and the order of prompts."""
 
     args: MiniLLMConfig
     rollout_seconds = 0.0  # spent on rollouts of the training, since the process began
     _overflow_counter: OverflowCounter | None
-    _totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]]
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> "EpochRepeatSampler":
         sampler = super()._get_train_sampler(dataset)
@@ -42,6 +43,13 @@ class ResumableRollouts(ReliableTrainer, GRPOTrainer):
             **{name: getattr(sampler, name) for name in ("data_source", "mini_repeat_count", "batch_size")},
             **{name: getattr(sampler, name) for name in ("repeat_count", "shuffle", "seed")},
         )
+
+    def _blank(self, row: Row) -> Row:
+        return {**row, FILLER: True}
+
+    @property
+    def _repeats_in_evaluation(self) -> int:
+        return self.num_generations_eval
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
         if not self.model.training:
@@ -81,7 +89,6 @@ class ResumableRollouts(ReliableTrainer, GRPOTrainer):
             "cut_by": {name: getattr(self.args, name) for name in _CUT_BY},
             "step": self._step,
             "rollouts": _pack(self._buffered_inputs) if within_buffer else None,
-            "totals": [(list(names), torch.cat(parts).cpu()) for names, parts in self._totals["train"].items()],
             "completions": _plain(self._logs) if self.log_completions else {},
             "overflows": None if self._overflow_counter is None else self._overflow_counter.skipped_steps,
         }
@@ -91,8 +98,6 @@ class ResumableRollouts(ReliableTrainer, GRPOTrainer):
         saved = self._resumed_state
         if saved is None:
             return
-        for names, parts in saved["totals"]:
-            self._totals["train"][tuple(names)] = [parts.to(self.accelerator.device)]
         for name, values in saved["completions"].items():
             _extend(self._logs[name], values)
         if self._overflow_counter is not None and saved["overflows"] is not None:

@@ -1,7 +1,5 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,10 +17,8 @@ from .degeneration_watch import DegenerationWatch
 from .forward_methods import rebind_fused_head
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
-from .masking import masked_mean
+from .measured_rollouts import MeasuredRollouts
 from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
-from .objectives import batch_advantages
-from .resumable_rollouts import ResumableRollouts
 from .rollout_copy import RolloutCopy, shards_student, student_of
 from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
 from .sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, sample_prompts
@@ -35,10 +31,9 @@ from .teacher import (
     shared_vocab_size,
     teacher_hidden_states,
 )
-from .training_metrics import Totals, degeneration, loss_metrics, rouge_l_to_references
 
 
-class TeacherMixedTrainer(ResumableRollouts):
+class TeacherMixedTrainer(MeasuredRollouts):
     """GRPO's generation, scoring, rewards and logs with a teacher: what [`MiniLLMTrainer`] does without an objective.
 
     A subclass calls `_add_teacher` at the end of its constructor.
@@ -54,10 +49,6 @@ class TeacherMixedTrainer(ResumableRollouts):
         self._turn = 0  # calls of generation within a rollout; tools make it several
         self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
         self._wants_old_logps = False
-        self._totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]] = {
-            mode: defaultdict(list) for mode in ("train", "eval")
-        }
-        self._rewards_per_func = torch.empty(0)
         # what the watch finds is logged too, so it comes before the callbacks that report
         self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
         half = half_precision(self.accelerator)
@@ -138,8 +129,9 @@ class TeacherMixedTrainer(ResumableRollouts):
             first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
             keys = [(seed, TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
         else:
+            first_row = process * self.args.eval_batch_size
             keys = [
-                evaluation_key(seed, ids, row % self.num_generations_eval, self._turn)
+                evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, self._turn)
                 for row, ids in enumerate(prompt_ids)
             ]
         max_new_tokens = self.max_completion_length
@@ -306,87 +298,8 @@ class TeacherMixedTrainer(ResumableRollouts):
         )
         return TokenScores(logps, entropy, None)
 
-    # Rewards
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self.reward_funcs:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
-        self._rewards_per_func = rewards
-        return rewards
-
-    def _endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
-        """Mark the completions of this process whose reward is infinite, and leave it out of the others' mean."""
-        start = self.accelerator.process_index * len(faulty)
-        endless = self._rewards_per_func.isinf()
-        self._rewards_per_func = self._rewards_per_func.masked_fill(endless, torch.nan)
-        mine = endless[start : start + len(faulty)]
-        faulty |= mine.any(dim=1)
-        return {
-            row: f"reward function {self.reward_func_names[function]} returned inf"
-            for row, function in mine.nonzero().tolist()
-        }
-
-    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
-        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
-        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
-            return group_advantages
-        advantages = batch_advantages(
-            self._rewards_per_func,
-            self.reward_weights.to(self._rewards_per_func.device),
-            scale=self.scale_rewards != "none",
-            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
-        )
-        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
-
-    # Metrics
-
-    def _log_totals(self, totals: Totals) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(totals.values[None]))
-
-    def _log_means(self) -> None:
-        """Of what the totals since the last log sum up: how they were cut into micro-batches does not matter."""
-        mode = "train" if self.model.training else "eval"
-        for names, gathered in self._totals[mode].items():
-            for name, value in loss_metrics(list(names), torch.cat(gathered)).items():
-                self._metrics[mode][name].append(value)
-        self._totals[mode].clear()
-
-    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
-        mode = "train" if self.model.training else "eval"
-        _, _, mask = sequences(batch)
-        ids = [row[real].tolist() for row, real in zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)]
-        values = degeneration(ids, self.eos_token_ids)
-        if mode == "eval":
-            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-            values["rouge_l"] = rouge_l_to_references(texts, inputs)
-        local = torch.tensor(list(values.values()), device=self.accelerator.device).T
-        for name, rows in zip(values, self.accelerator.gather(local).T.tolist(), strict=True):
-            if known := [value for value in rows if not math.isnan(value)]:
-                self._metrics[mode][name].extend(known)  # an entry a completion, so that each counts the same
-
-        # GRPO has logged metrics of rewards and groups that are not there, and advantages without the teacher's
-        if not self.reward_funcs:
-            self._metrics[mode].pop("reward", None)
-            self._metrics[mode].pop("reward_std", None)
-        if not self.reward_funcs or (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)
-        advantages = self.accelerator.gather(masked_mean(batch["advantages"], mask, dim=1)).tolist()
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the evaluation dataset where there are several, which GRPOTrainer leaves out."""
-        self._log_means()
-        loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
-        name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
-        metrics = self._metrics["eval"]
-        for key in list(metrics) if name else ():
-            metrics[name + key] = metrics.pop(key)
+        """Log, in float16 with the steps that overflowed."""
         if self._overflow_counter is not None and "loss" in logs:
             logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
         super().log(logs, start_time)

@@ -21,15 +21,15 @@ from .checks import (
 from .config import MiniLLMConfig
 from .fused_head import ScoreRequest, TokenScores
 from .language_modeling import LanguageModelingBatches, language_modeling_request
-from .loss import LOSS_INPUTS, loss_terms
+from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
 from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
 from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
 from .quantization import keep_4bit_layout
-from .resumable_rollouts import PROMPT_INDEX, number_prompts
+from .resumable_rollouts import number_prompts
 from .rollouts import Batch, sequences
 from .teacher_mixed_trainer import TeacherMixedTrainer
-from .training_metrics import corpus_totals, loss_totals
+from .training_metrics import loss_totals, token_totals
 
 logger = logging.getLogger(__name__)
 
@@ -274,12 +274,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
-        prompt_index = [row.get(PROMPT_INDEX, -1) for row in inputs]
-        inputs = [{name: value for name, value in row.items() if name != PROMPT_INDEX} for row in inputs]
+        prompt_index, inputs = self._take_rows(inputs)
         self._turn, self._sampled = 0, []
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
+        batch["completion_mask"] = batch["completion_mask"] * self._counts[:, None]
         alpha = self.args.teacher_mixed_alpha if training else 0.0
         behavior_logps = None
         if self.rollout_func is not None:
@@ -298,6 +298,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             logger.warning(f"The same or the like holds for {len(faults) - _MOST_WARNINGS} more completions.")
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
+        if not training:
+            batch["counts"] = self._counts
         self._sampled = []
         self._log_rollouts(inputs, batch)
         return batch
@@ -318,15 +320,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         input_ids, attention_mask, mask = sequences(inputs)
         rollout = {name: inputs[name].expand(mask.shape) for name in LOSS_INPUTS if name in inputs}
         flat = {name: values.reshape(-1) for name, values in rollout.items()}
-        options = {
-            "importance_weighting": self.args.importance_weighting,
-            "epsilon": self.args.epsilon,
-            "epsilon_high": self.args.epsilon_high,
-            "delta": self.args.delta,
-            "single_step_decomposition": self.args.single_step_decomposition,
-            "beta": self.beta,
-            "use_bias_correction_kl": self.args.use_bias_correction_kl,
-        }
+        options = {name: getattr(self.args, name) for name in LOSS_OPTIONS}
 
         def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
             everywhere = torch.ones_like(rows, dtype=torch.bool)
@@ -348,12 +342,15 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         scores, *lm_scores = self._score(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
-        totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask)
+        rows = inputs["counts"].sum() if "counts" in inputs else len(mask)
+        totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask, rows)
         faulty = inputs["faulty"] | ~terms.loss.masked_fill(~mask, 0.0).isfinite().all(dim=1)
         if self.model.training and faulty.any():
             self._faults.append(f"what is scored is not finite with the {_indices(inputs['prompt_index'][faulty])}")
             totals = totals._replace(values=torch.zeros_like(totals.values))  # they would spoil the means
         self._log_totals(totals)
+        if not self.model.training:
+            self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
         loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
@@ -369,7 +366,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         values = {"objective/lm_cross_entropy": -scores.logps}
         if scores.divergence is not None:
             values["objective/lm_forward_kl"] = scores.divergence
-        self._log_totals(corpus_totals(values, lm["loss_mask"]))
+        self._log_totals(token_totals(values, lm["loss_mask"]))
         return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
 
     def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor | float:

@@ -1,4 +1,4 @@
-"""Numbers that describe what the loss does with a batch of rollouts. `docs/metrics.md` explains each."""
+"""The metrics of training and evaluation, which `docs/metrics.md` explains: sums and counts, and means over many."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,9 @@ from .masking import masked_sum
 _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
     f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
 )
+_ROUGE_L = "rouge_l"
+_LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
+_SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
 
 def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, list[float]]:
@@ -39,19 +42,34 @@ def _references(row: Mapping[str, Any]) -> list[str]:
 
 
 class Totals(NamedTuple):
-    """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them."""
+    """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them.
+
+    Of a largest or smallest value the numerator is that value, and the denominator is 0 where there is none.
+    """
 
     names: list[str]
     values: torch.Tensor
 
 
+def make_totals(sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> Totals:
+    """[`Totals`] of a numerator and a denominator by name."""
+    pairs = [
+        torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+        for pair in sums.values()
+    ]
+    return Totals(list(sums), torch.stack(pairs))
+
+
 @torch.no_grad()
-def loss_totals(terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Totals:
-    """What [`loss_metrics`] needs of one process's batch; all tensors of shape `(B, T)`."""
-    tokens, rows = mask.sum().double(), torch.tensor(float(len(mask)), device=mask.device, dtype=torch.float64)
+def loss_totals(
+    terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, rows: int | torch.Tensor
+) -> Totals:
+    """What [`metric_means`] needs of one process's batch; tensors of shape `(B, T)`, and the number of completions."""
+    tokens = mask.sum()
     per_token = {
         "objective/long_term": terms.long_term,
         "objective/single_step": terms.single_step,
+        "objective/reverse_kl_per_token": terms.single_step,
         "objective/advantage": advantages,
         "entropy": entropy,
     }
@@ -65,16 +83,48 @@ def loss_totals(terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tenso
     sums[_MEAN] = (weights.sum(), tokens)
     sums[_MEAN_SQUARE] = (weights.square().sum(), tokens)
     sums[_MAX] = (weights.max(), tokens)
-    return Totals(list(sums), torch.stack([torch.stack([n.double(), d]) for n, d in sums.values()]))
+    return make_totals(sums, mask.device)
 
 
-def corpus_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
-    """The same for a batch of the corpus of L_PT: tensors of shape `(B, L)` by name, and where a token counts."""
-    sums = [torch.stack([masked_sum(values.detach().double(), mask), mask.sum()]) for values in per_token.values()]
-    return Totals(list(per_token), torch.stack(sums))
+@torch.no_grad()
+def token_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
+    """The same of means over tokens: tensors of shape `(B, L)` by name, and where a token counts."""
+    tokens = mask.sum()
+    sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
+    return make_totals(sums, mask.device)
 
 
-def loss_metrics(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
+def completion_totals(
+    lengths: torch.Tensor, ended: torch.Tensor, values: Mapping[str, Sequence[float]], counts: torch.Tensor
+) -> Totals:
+    """The same of completions.
+
+    Args:
+        lengths (`torch.Tensor` of shape `(B,)`): trained tokens of each.
+        ended (`torch.Tensor` of shape `(B,)`): whether it ended by itself.
+        values (`Mapping[str, Sequence[float]]`): a number for each, by name; NaN where there is none.
+        counts (`torch.Tensor` of shape `(B,)`): whether it counts at all.
+    """
+
+    def of_lengths(chosen: torch.Tensor, name: str) -> dict[str, tuple[torch.Tensor | float, int]]:
+        found = lengths[chosen].double()
+        count = len(found)
+        return {
+            f"completions/mean_{name}": (found.sum(), count),
+            f"completions/min_{name}": (found.min() if count else 0.0, count),
+            f"completions/max_{name}": (found.max() if count else 0.0, count),
+        }
+
+    sums = of_lengths(counts, "length") | of_lengths(counts & ended, "terminated_length")
+    sums["completions/clipped_ratio"] = ((counts & ~ended).sum(), counts.sum())
+    for name, each in values.items():
+        known = torch.tensor(each, dtype=torch.float64, device=counts.device)[counts]
+        known = known[~known.isnan()]
+        sums[name] = (known.sum(), len(known))
+    return make_totals(sums, counts.device)
+
+
+def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
     """Metrics of all micro-batches of all processes.
 
     Args:
@@ -82,14 +132,55 @@ def loss_metrics(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
         gathered (`torch.Tensor` of shape `(parts, K, 2)`): values of [`Totals`] of every micro-batch and process.
 
     Returns:
-        `dict`: means over the tokens in nats; `objective/reverse_kl` is the sum over a completion's tokens, mean over
-        completions (states from the behavior policy; in evaluation from the student, so an unbiased estimate of the
-        objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares).
+        `dict`: means over tokens, in nats, or over completions; `objective/reverse_kl` is the sum over a completion's
+        tokens, mean over completions (states from the behavior policy; in evaluation from the student, so an unbiased
+        estimate of the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares).
+        A metric of nothing is 0, but for `rouge_l`, which is left out.
     """
     numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
     metrics = dict(zip(names, (numerators / denominators.clamp(min=1.0)).tolist(), strict=True))
+    for name in metrics.keys() & (_LARGEST | _SMALLEST):
+        values, counts = gathered[:, names.index(name)].unbind(dim=1)
+        known = values[counts > 0]
+        if len(known):
+            metrics[name] = (known.max() if name in _LARGEST else known.min()).item()
+        else:
+            metrics[name] = 0.0
     if _MAX in metrics:
-        metrics[_MAX] = gathered[:, names.index(_MAX), 0].max().item()
         mean_square = metrics.pop(_MEAN_SQUARE)
         metrics[_SHARE] = metrics[_MEAN] ** 2 / mean_square if mean_square else 1.0
+    if _ROUGE_L in metrics and denominators[names.index(_ROUGE_L)] == 0:
+        del metrics[_ROUGE_L]
+    return metrics
+
+
+def reward_metrics(
+    rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], num_generations: int
+) -> dict[str, float]:
+    """GRPO's metrics of reward functions, of all completions of an evaluation.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): NaN where a function does not apply.
+        weights (`torch.Tensor` of shape `(F,)`): of the functions.
+        names (`Sequence[str]`): of the functions.
+        num_generations (`int`): completions of a prompt, which are neighbours.
+
+    Returns:
+        `dict`: mean and standard deviation (of a sample) of each function and of the weighted sum, and the share of
+        prompts whose completions all have one reward; NaN where there is nothing to take them of.
+    """
+
+    def mean_and_deviation(values: torch.Tensor) -> tuple[float, float]:
+        known = values[~values.isnan()].double()
+        return known.mean().item(), known.std().item() if len(known) > 1 else math.nan
+
+    metrics = {}
+    for name, values in zip(names, rewards.unbind(dim=1), strict=True):
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_and_deviation(values)
+    weighted = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    weighted = weighted.masked_fill(rewards.isnan().all(dim=1), math.nan)
+    metrics["reward"], metrics["reward_std"] = mean_and_deviation(weighted)
+    groups = weighted.view(-1, num_generations)
+    same = torch.isclose(groups, groups[:, :1]).all(dim=1)
+    metrics["frac_reward_zero_std"] = same.double().mean().item()
     return metrics

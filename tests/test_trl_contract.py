@@ -1,6 +1,7 @@
 """What minillm_trl relies on in TRL beyond its public interface. These fail first when TRL moves."""
 
 import inspect
+from dataclasses import fields
 from importlib.metadata import version
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, split_tensor_dict
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, split_tensor_dict
 
 from minillm_trl.config import _OneGeneration
 from minillm_trl.trl_version import TESTED
@@ -206,6 +207,38 @@ def test_every_turn_of_a_tool_loop_goes_through_our_sampler():
     assert "self._generate_single_turn(" in inspect.getsource(GRPOTrainer._generate)
 
 
+def test_metrics_of_rollouts_that_ours_replace_are_those_that_grpo_logs():
+    source = inspect.getsource(GRPOTrainer._generate)
+    lengths = [f"{which}_{name}" for name in ("length", "terminated_length") for which in ("mean", "min", "max")]
+    for name in (*lengths, "clipped_ratio"):
+        assert f'self._metrics[mode]["completions/{name}"].append(' in source
+    assert "ids[-1] not in eos_and_pad for ids in completion_ids" in source
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for name in ("rewards/{reward_func_name}/mean", "rewards/{reward_func_name}/std"):
+        assert f'self._metrics[mode][f"{name}"].append(' in source
+    for name in ("reward", "reward_std", "frac_reward_zero_std"):
+        assert f'self._metrics[mode]["{name}"].append(' in source
+    assert "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)" in source
+    for line in (
+        'self._logs["prompt"].extend(gather_object(prompts))',
+        'self._logs["completion"].extend(gather_object(completions))',
+        'self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())',
+        'self._logs["extra"][column].extend(gather_object(values))',
+    ):
+        assert line in source
+
+
+def test_rows_of_an_evaluation_pass_the_method_that_ours_fills_up():
+    expected = ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"]
+    assert parameters(transformers.Trainer._get_dataloader) == expected
+    for trainer in (GRPOTrainer, SFTTrainer):
+        source = inspect.getsource(trainer.get_eval_dataloader)
+        assert "self._get_dataloader(" in source
+        assert "is_training" not in source
+        assert "is_training=True" in inspect.getsource(trainer.get_train_dataloader)
+    assert "mini_repeat_count=self.num_generations_eval" in inspect.getsource(GRPOTrainer._get_eval_sampler)
+
+
 def test_evaluation_metrics_are_prefixed_once():
     assert 'f"eval_{key}": val for key, val in metrics.items()' in inspect.getsource(GRPOTrainer.log)
 
@@ -258,6 +291,13 @@ class TestWhatFineTuningReliesOn:
         source = inspect.getsource(SFTTrainer.compute_loss)
         assert "per_token_loss.sum() / torch.as_tensor(num_tokens)" in source
         assert "loss = loss * (self.accelerator.num_processes // self.get_tp_size())" in source
+
+    def test_metrics_that_ours_replace_come_from_what_the_fused_head_returns(self):
+        source = inspect.getsource(SFTTrainer.compute_loss)
+        assert "outputs = model(**inputs, fused_lm_head=True)" in source
+        for name in ("entropy", "mean_token_accuracy"):
+            assert f'self._metrics[mode]["{name}"].append(' in source
+        assert {"label_mask", "entropy", "is_top1"} <= {each.name for each in fields(FusedCausalLMOutput)}
 
     def test_evaluation_asks_for_the_loss_alone(self):
         assert "self.compute_loss(model, inputs, return_outputs=False)" in inspect.getsource(

@@ -14,16 +14,18 @@ from trl.models.utils import unwrap_model_for_generation
 from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
 from ..evaluation.generation import encode_prompts, end_token_ids
+from ..evaluation_rows import Row
 from ..forward_methods import rebind_fused_head
+from ..measured_trainer import MeasuredTrainer
 from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
-from ..reliable_trainer import ReliableTrainer
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
-from ..training_metrics import degeneration, rouge_l_to_references
+from ..training_metrics import degeneration, rouge_l_to_references, token_totals
 
+_IGNORED = -100  # label of a token without a loss
 _SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
 
 
@@ -77,7 +79,7 @@ class FineTuningConfig(SFTConfig):
             )
 
 
-class FineTuningTrainer(ReliableTrainer, SFTTrainer):
+class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
     r"""[`~trl.SFTTrainer`] that can sample from the student at each evaluation.
 
     Samples are of the student alone at temperature 1, one for each different prompt of the evaluation dataset, with
@@ -132,6 +134,34 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
                 f"{self.args.max_completion_length} is more than the student's context of {context}. Lower "
                 "max_completion_length, or filter the prompts."
             )
+
+    def _blank(self, row: Row) -> Row:
+        return {**row, "labels": [_IGNORED] * len(row["input_ids"])}
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in [`~trl.SFTTrainer`], whose metrics are means of the means of micro-batches."""
+        found: list[Any] = []
+        hook = model.register_forward_hook(lambda module, args, outputs: found.append(outputs))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        scores = next(each for each in reversed(found) if hasattr(each, "label_mask"))
+        mode, mask = "train" if self.model.training else "eval", scores.label_mask.bool()
+        per_token = {"entropy": scores.entropy, "mean_token_accuracy": scores.is_top1}
+        self._log_totals(token_totals(per_token, mask))
+        for name in per_token:
+            self._metrics[mode].pop(name)
+        if mode == "eval":
+            loss = result[0] if return_outputs else result
+            self._add_eval_loss(loss * mask.sum(), mask.sum())
+        return result
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """As in [`~trl.SFTTrainer`]; with `predict_with_generate` the metrics of the samples are among the result."""

@@ -7,12 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checks import check_student
-from ..fused_head import TokenScores, add_scoring
+from ..fused_head import add_scoring
 from ..language_modeling import language_modeling_request
 from ..lm_head import LMHead, check_head
 from ..mixed_precision import half_precision
 from ..teacher import place_new_teacher, shared_vocab_size
-from ..training_metrics import corpus_totals, loss_metrics
+from ..training_metrics import token_totals
 from .fine_tuning import FineTuningConfig, FineTuningTrainer
 
 
@@ -121,18 +121,13 @@ class KDTrainer(FineTuningTrainer):
         with self.accelerator.autocast():
             request = language_modeling_request(batch, self.teacher_model, self.args.kd_ratio)
             (scores,) = model(score_requests=[request])
-        self._log_scores(scores, mask)
+        per_token = {"kd/cross_entropy": -scores.logps, "kd/forward_kl": scores.divergence, "entropy": scores.entropy}
+        self._log_totals(token_totals(per_token, mask))
         if not self.model.training:
+            self._add_eval_loss(-scores.logps.sum(), mask.sum())
             return -scores.logps.sum() / mask.sum().clamp(min=1)
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = scores.loss / torch.as_tensor(tokens, device=mask.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
         return loss
-
-    def _log_scores(self, scores: TokenScores, mask: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        per_token = {"kd/cross_entropy": -scores.logps, "kd/forward_kl": scores.divergence, "entropy": scores.entropy}
-        totals = corpus_totals(per_token, mask)
-        for name, value in loss_metrics(totals.names, self.accelerator.gather(totals.values[None])).items():
-            self._metrics[mode][name].append(value)

@@ -1,0 +1,126 @@
+"""`MeasuredRollouts`: what GRPO logs of rollouts and their rewards, over all completions that count."""
+
+from typing import Any
+
+import torch
+
+from .masking import masked_mean
+from .objectives import batch_advantages
+from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
+from .rollouts import Batch, sequences
+from .training_metrics import completion_totals, degeneration, reward_metrics, rouge_l_to_references
+
+
+class MeasuredRollouts(ResumableRollouts):
+    """The rewards of rollouts, and the metrics of rollouts and rewards: means over all completions since the last log.
+
+    GRPO's own are means of the means of rollouts, and count what fills up the last batch of an evaluation.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._rewards_per_func = torch.empty(0)  # of the last rollout, of all processes
+        self._eval_rewards: list[torch.Tensor] = []
+        self._counts = torch.empty(0, dtype=torch.bool)  # which rows of the last rollout do, of this process
+
+    def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]]]:
+        """Split off what was added to rows: their place in the dataset (-1 if unknown), and whether they count."""
+        self._counts = torch.tensor([FILLER not in row for row in rows], device=self.accelerator.device)
+        prompt_index = [row.get(PROMPT_INDEX, -1) for row in rows]
+        return prompt_index, [{name: row[name] for name in row if name not in (PROMPT_INDEX, FILLER)} for row in rows]
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+        if not self.model.training:  # no mean has a filler in it
+            rewards = rewards.masked_fill(~self.accelerator.gather(self._counts)[:, None], torch.nan)
+        self._rewards_per_func = rewards
+        return rewards
+
+    def _endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
+        """Mark the completions of this process whose reward is infinite, and leave it out of the others' mean."""
+        start = self.accelerator.process_index * len(faulty)
+        endless = self._rewards_per_func.isinf()
+        self._rewards_per_func = self._rewards_per_func.masked_fill(endless, torch.nan)
+        mine = endless[start : start + len(faulty)]
+        faulty |= mine.any(dim=1)
+        return {
+            row: f"reward function {self.reward_func_names[function]} returned inf"
+            for row, function in mine.nonzero().tolist()
+        }
+
+    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
+        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
+            return group_advantages
+        advantages = batch_advantages(
+            self._rewards_per_func,
+            self.reward_weights.to(self._rewards_per_func.device),
+            scale=self.scale_rewards != "none",
+            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
+        )
+        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
+
+    # Metrics
+
+    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
+        mode = "train" if self.model.training else "eval"
+        mask = sequences(batch)[2]
+        completions = zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)
+        ids = [row[real].tolist() for row, real in completions]
+        values = degeneration(ids, self.eos_token_ids)
+        if mode == "eval":
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            values["rouge_l"] = rouge_l_to_references(texts, inputs)
+        ended = self._ended(batch)
+        for name in [name for name in self._metrics[mode] if name.startswith("completions/")]:
+            del self._metrics[mode][name]  # GRPO's, which are means of the means of rollouts
+        self._log_totals(completion_totals(mask.sum(dim=1), ended, values, self._counts))
+        counts = self.accelerator.gather(self._counts)
+        self._log_rewards(mode, counts)
+        self._log_table(batch, counts.tolist())
+
+    def _ended(self, batch: Batch) -> torch.Tensor:
+        """Which completions end by themselves, by GRPO's rule, `(B,)`; an empty one does."""
+        lengths = batch["completion_mask"].sum(dim=1)
+        last = batch["completion_ids"].gather(1, (lengths - 1).clamp(min=0)[:, None].long())[:, 0]
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        return torch.isin(last, ends) | (lengths == 0)
+
+    def _log_rewards(self, mode: str, counts: torch.Tensor) -> None:
+        """Drop what GRPO has logged of rewards and groups that are not there; keep an evaluation's to its end."""
+        one = (self.num_generations if mode == "train" else self.num_generations_eval) == 1
+        dropped = [] if self.reward_funcs else ["reward", "reward_std"]
+        dropped += ["frac_reward_zero_std"] if one or not self.reward_funcs else []
+        for name in dropped:
+            self._metrics[mode].pop(name, None)
+        if mode == "eval" and self.reward_funcs:
+            self._eval_rewards.append(self._rewards_per_func[counts])
+
+    def _log_table(self, batch: Batch, counts: list[bool]) -> None:
+        """Correct the last rows of GRPO's table of completions, which has advantages without the teacher's."""
+        advantages = masked_mean(batch["advantages"], sequences(batch)[2], dim=1)
+        logged = self._logs["advantages"]
+        advantages = self.accelerator.gather(advantages).tolist()
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+        if all(counts):
+            return
+        columns = [self._logs[name] for name in ("prompt", "completion", "advantages")]
+        for column in (*columns, *self._logs["rewards"].values(), *self._logs["extra"].values()):
+            last = [column.pop() for _ in range(min(len(counts), len(column)))]
+            column.extend(value for value, is_real in zip(last, reversed(counts), strict=False) if is_real)
+
+    def _log_means(self) -> None:
+        super()._log_means()
+        if self._eval_rewards and not self.model.training:
+            rewards = torch.cat(self._eval_rewards)
+            metrics = reward_metrics(rewards, self.reward_weights, self.reward_func_names, self.num_generations_eval)
+            for name in metrics.keys() & self._metrics["eval"].keys():
+                self._metrics["eval"][name] = [metrics[name]]
+            self._eval_rewards.clear()
