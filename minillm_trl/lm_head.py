@@ -6,9 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -83,6 +80,12 @@ def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
 
     A teacher may have such an adapter; GRPOTrainer refuses students with one, but for `modules_to_save`.
     """
+    if type(module) is torch.nn.Linear:  # most heads are: generation and evaluation need not wait seconds for peft
+        return module.weight, module.bias
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
     if isinstance(module, ModulesToSaveWrapper):
         trained = not module.disable_adapters and module.active_adapters
         return _projection(module.modules_to_save[module.active_adapters[0]] if trained else module.original_module)

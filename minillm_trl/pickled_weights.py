@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftConfig
 from transformers.utils import find_adapter_config_file, has_file
 
 _MODEL = ("model.safetensors", "pytorch_model.bin")
@@ -44,6 +43,8 @@ def refuse_pickled_weights(name: str, init_kwargs: Mapping[str, Any] | None = No
             "of more than tensors are refused even then."
         )
     if is_adapter and with_base:
+        from peft import PeftConfig  # takes seconds, and most models are no adapters
+
         base = PeftConfig.from_pretrained(name, **place, subfolder=folder or None).base_model_name_or_path
         if base and base != name:
             refuse_pickled_weights(base, init_kwargs, with_base=False)  # transformers takes them for both

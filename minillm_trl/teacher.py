@@ -4,12 +4,11 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
-from peft import PeftConfig, PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,6 +21,9 @@ from .pickled_weights import refuse_pickled_weights
 from .quantization import keep_4bit_layout
 from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.
 _PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
@@ -71,7 +73,7 @@ def load_teacher(
     return teacher_model.eval().requires_grad_(False)
 
 
-def adapter_on_base(student: PeftModel, adapter: str) -> PreTrainedModel:
+def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
     """A teacher that is the adapter `adapter` on the base of `student`, whose weights are there once.
 
     Both have modules of their own around the same tensors, each with its own adapter, so that nothing is switched
@@ -88,6 +90,8 @@ def adapter_on_base(student: PeftModel, adapter: str) -> PreTrainedModel:
         raise ValueError(
             "teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model."
         )
+    from peft import PeftConfig, PeftModel  # takes seconds, and most teachers have no adapter
+
     if not isinstance(student, PeftModel):
         raise ValueError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
     made_for, base = PeftConfig.from_pretrained(adapter).base_model_name_or_path, student.config._name_or_path
@@ -288,6 +292,8 @@ def tokenizer_source(name: str) -> str:
     """Where the tokenizer of a model is: with it, or, for an adapter that was saved without one, with its base."""
     if find_adapter_config_file(name) is None or has_tokenizer(name):
         return name
+    from peft import PeftConfig
+
     return PeftConfig.from_pretrained(name).base_model_name_or_path or name
 
 

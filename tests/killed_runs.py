@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,13 @@ from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-import minillm_trl.cli.generate
-import minillm_trl.cli.kd
-import minillm_trl.cli.minillm
-import minillm_trl.cli.seqkd
-import minillm_trl.cli.sft
-from minillm_trl import checkpoints, reliable_trainer, sampling
+from minillm_trl import MiniLLMTrainer, checkpoints, reliable_trainer, sampling
 from minillm_trl.baselines import FineTuningTrainer, seqkd
 from minillm_trl.checkpoints import newest_whole_checkpoint
 from minillm_trl.cli import main as command_line
+
+for _module in ("generate", "kd", "minillm", "recording", "seqkd", "sft", "training"):
+    import_module(f"minillm_trl.cli.{_module}")  # so that the children, which are forked, need not wait for imports
 
 MOMENTS = (
     "start",
@@ -114,7 +113,7 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
     counted(reliable_trainer.ReliableTrainer, "compute_loss", "loss")
     counted(reliable_trainer.ReliableTrainer, "_get_grad_norm", "step")
     counted(reliable_trainer.ReliableTrainer, "log", "log")
-    counted(minillm_trl.cli.minillm.MiniLLMTrainer, "_score_rollouts", "rollout")
+    counted(MiniLLMTrainer, "_score_rollouts", "rollout")
     open_share = seqkd.TeacherData.open_share
 
     def open_counted(self: seqkd.TeacherData, process: int) -> Any:

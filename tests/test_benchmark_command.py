@@ -276,7 +276,7 @@ class TestBenchmark(OwnTasks):
         assert evaluated == ["answers"]
         assert f"{done}: done before" in capsys.readouterr().out
         assert (done / "results.json").read_bytes() == written
-        monkeypatch.setattr("minillm_trl.cli.benchmark.load_model", no_loading)
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", no_loading)
         assert main(run) == 0
 
     def test_results_of_other_settings_are_not_taken_for_done(self, tmp_path, tasks, model_dir, capsys, monkeypatch):
@@ -284,7 +284,7 @@ class TestBenchmark(OwnTasks):
         run = self.arguments(tmp_path, model_dir("llama"), "choices")
         assert main([*run, "--limit", "2"]) == 0
         assert read(tmp_path / "out" / "choices")["settings"]["prompts"] == 2
-        monkeypatch.setattr("minillm_trl.cli.benchmark.load_model", no_loading)
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", no_loading)
         folder = tmp_path / "out" / "choices"
         for options, change in (
             (["--limit", "3"], "prompts=2, now 3"),
@@ -343,9 +343,7 @@ class TestBenchmark(OwnTasks):
         assert [sample["prompt"] for sample in read_samples(tmp_path / "out" / "both")] == QUESTIONS
         assert list(read_evaluation("m", tmp_path / "out").tasks) == ["both"]  # and not its tasks
         (tmp_path / "out" / "both" / "results.json").unlink()
-        monkeypatch.setattr(
-            "minillm_trl.cli.benchmark.load_model", no_loading
-        )  # all that a model is needed for is there
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", no_loading)  # all that a model is needed for is there
         assert main(run) == 0
         assert read(tmp_path / "out" / "both") == results
         capsys.readouterr()
@@ -530,7 +528,7 @@ class TestBenchmark(OwnTasks):
 class TestRefusals(OwnTasks):
     @pytest.fixture(autouse=True)
     def no_model(self, monkeypatch):
-        monkeypatch.setattr("minillm_trl.cli.benchmark.load_model", no_loading)
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", no_loading)
 
     def refused(self, capsys, tmp_path, model: str, *names: str) -> str:
         assert main(self.arguments(tmp_path, model, *names)) == 2
@@ -562,7 +560,7 @@ class TestRefusals(OwnTasks):
         assert main(run) == 2
         assert "environment variable HF_ALLOW_CODE_EVAL=1" in capsys.readouterr().err
         monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-        monkeypatch.setattr("minillm_trl.cli.benchmark.load_model", load_model)
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", load_model)
         assert main(run) == 0
         assert read(tmp_path / "out" / "program")["settings"]["prompts"] == 5
 

@@ -135,7 +135,7 @@ class TestEvaluate:
     def test_prompt_without_room_in_either_context_is_refused_before_a_model_is_loaded(
         self, tmp_path, model_dir, capsys, monkeypatch
     ):
-        monkeypatch.setattr("minillm_trl.cli.evaluate.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+        monkeypatch.setattr("minillm_trl.cli.models.load_model", lambda *_, **__: pytest.fail("loaded a model"))
         path = write_rows(tmp_path / "rows.jsonl", ["the mill", "the mill " * 20])
         assert main(self.arguments(tmp_path, model_dir("gpt2"), "--max_new_tokens", "100")) == 2
         assert f"{path}: 1 of 2 prompts have more than 28 tokens; the first is row 1" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from trl import ModelConfig
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
-from minillm_trl.cli.models import quantization_config
+from minillm_trl.cli.training import quantization_config
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.mixed_precision import OverflowCounter, choose_precision, configure_wrappers, fsdp_policy
 

@@ -302,7 +302,7 @@ class TestCommandLine:
     def test_keep_unfinished_chooses_anew_among_the_same_answers(self, tmp_path, model_dir, monkeypatch, capsys):
         run = ["seqkd", *arguments(tmp_path, model_dir, tmp_path / "out", "--generate_only", "true")]
         assert main(run) == 0
-        monkeypatch.setattr("minillm_trl.cli.seqkd.load_teacher", lambda *_: pytest.fail("loaded the teacher"))
+        monkeypatch.setattr("minillm_trl.teacher.load_teacher", lambda *_: pytest.fail("loaded the teacher"))
         answers = tmp_path / "out_teacher_data"
         found = [json.loads(line) for line in (answers / "completions-0.jsonl").open()]
         found[0] |= {"finished": True, "completion": "a pub"}

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from ..attention import avoid_cudnn_attention
@@ -17,66 +16,16 @@ from ..evaluation.generation import encode_prompts, end_token_ids
 from ..evaluation_rows import Row
 from ..forward_methods import rebind_fused_head
 from ..measured_trainer import MeasuredTrainer
-from ..mixed_precision import choose_precision, configure_wrappers, half_precision, keep_adapters_in_float32
+from ..mixed_precision import configure_wrappers, half_precision, keep_adapters_in_float32
 from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
 from ..training_metrics import degeneration, rouge_l_to_references, token_totals
+from .configs import FineTuningConfig
 
 _IGNORED = -100  # label of a token without a loss
-_SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
-
-
-@dataclass
-class FineTuningConfig(SFTConfig):
-    r"""Configuration of [`FineTuningTrainer`]: that of [`~trl.SFTTrainer`], with samples at each evaluation.
-
-    The precision, where none is set, is chosen as for MiniLLM.
-
-    Args:
-        predict_with_generate (`bool`, *optional*, defaults to `False`):
-            Whether each evaluation also samples a completion for every prompt and logs its Rouge-L
-            (`eval_rouge_l`), length, end-of-sequence rate and repetition. `metric_for_best_model="eval_rouge_l"` then
-            keeps the checkpoint with the best samples, as the paper does for its baselines; `"eval_loss"` the one
-            with the lowest validation loss, which MiniLLM starts from.
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Length limit of these samples.
-        max_nonfinite_steps (`int`, *optional*, defaults to `8`):
-            Optimizer steps in a row that may be skipped because a loss or gradient is not finite; at that number the
-            run ends.
-        allow_pickled_weights (`bool`, *optional*, defaults to `False`):
-            Whether models that are given by name may have their weights as pickles (`.bin`) alone, as older ones on
-            the hub do. Pickles of more than tensors are refused in any case.
-    """
-
-    predict_with_generate: bool = field(
-        default=False,
-        metadata={"help": "Sample at each evaluation and log Rouge-L, length, end-of-sequence rate and repetition."},
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Length limit of these samples."})
-    max_nonfinite_steps: int = field(
-        default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
-    )
-    allow_pickled_weights: bool = field(
-        default=False, metadata={"help": "Load models that have their weights as pickles (.bin) alone."}
-    )
-
-    def __post_init__(self) -> None:
-        choose_precision(self)
-        super().__post_init__()
-        for name in ("max_completion_length", "max_nonfinite_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.predict_with_generate and self.eval_strategy == "no" and not self.eval_on_start:
-            raise ValueError("predict_with_generate=True needs evaluations: set eval_strategy to 'steps' or 'epoch'.")
-        metric = str(self.metric_for_best_model).removeprefix("eval_")
-        if metric in _SAMPLED_METRICS and not self.predict_with_generate:
-            raise ValueError(
-                f"metric_for_best_model={self.metric_for_best_model!r} is measured on samples: set "
-                "predict_with_generate=True."
-            )
 
 
 class FineTuningTrainer(MeasuredTrainer, SFTTrainer):

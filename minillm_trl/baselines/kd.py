@@ -1,7 +1,6 @@
 """Word-level knowledge distillation, the KD baseline of the paper, on TRL's `SFTTrainer`."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,48 +12,8 @@ from ..lm_head import LMHead, check_head
 from ..mixed_precision import half_precision
 from ..teacher import place_new_teacher, shared_vocab_size
 from ..training_metrics import token_totals
-from .fine_tuning import FineTuningConfig, FineTuningTrainer
-
-
-@dataclass
-class KDConfig(FineTuningConfig):
-    r"""Configuration of [`KDTrainer`].
-
-    Args:
-        kd_ratio (`float`, *optional*, defaults to `0.5`):
-            Share of the forward KL to the teacher in the loss; the rest is the cross-entropy of the data.
-        teacher_model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained` for a teacher that is given by name.
-        shard_teacher (`bool`, *optional*, defaults to `False`):
-            Whether the teacher's blocks are spread over the processes.
-    """
-
-    kd_ratio: float = field(
-        default=0.5, metadata={"help": "Share of the forward KL to the teacher; the rest is cross-entropy."}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained for the teacher."}
-    )
-    shard_teacher: bool = field(default=False, metadata={"help": "Spread the teacher's blocks over the processes."})
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*FineTuningConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must lie in (0, 1], got {self.kd_ratio}. For 0 fine-tune with sft.")
-        unsupported = {
-            "packing": self.packing or bool(self.eval_packing),
-            "padding_free": self.padding_free,
-            "loss_type": self.loss_type != "nll",
-            "label_smoothing_factor": self.label_smoothing_factor > 0,
-            "use_liger_kernel": self.use_liger_kernel,
-        }
-        for name in (name for name, is_set in unsupported.items() if is_set):
-            raise ValueError(
-                f"{name}={getattr(self, name)} has no meaning for KD, whose loss is computed token by token from "
-                f"padded rows. Leave {name} out."
-            )
+from .configs import KDConfig
+from .fine_tuning import FineTuningTrainer
 
 
 class KDTrainer(FineTuningTrainer):

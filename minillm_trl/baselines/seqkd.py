@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -15,7 +14,7 @@ from ..data.json_files import read_json
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..pickled_weights import refuse_pickled_weights
 from ..sampling import sample_prompts
-from .fine_tuning import FineTuningConfig
+from .configs import SeqKDConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
 
 # The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
@@ -27,79 +26,6 @@ _MODEL_FILES = (
     *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
 )
 _BLOCK, _BLOCKS = 4096, 1024
-
-
-@dataclass
-class SeqKDConfig(FineTuningConfig):
-    r"""Configuration of SeqKD: that of the fine-tuning, and how the teacher answers.
-
-    `max_completion_length` limits the teacher's completions too.
-
-    Args:
-        num_generations (`int`, *optional*, defaults to `1`):
-            Completions of each training prompt.
-        generation_temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature of the teacher.
-        generation_seed (`int`, *optional*, defaults to `0`):
-            With the number of a prompt and of its sample, it determines a completion, whatever the batch size and the
-            number of processes (with `transformers`).
-        generation_batch_size (`int`, *optional*, defaults to `32`):
-            Prompts decoded together.
-        keep_unfinished (`bool`, *optional*, defaults to `False`):
-            Whether completions that were cut at `max_completion_length` are learnt from, as if they ended there.
-        use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether vLLM generates, in one process; its completions are others than those of `transformers`.
-        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            GPUs over which vLLM spreads the teacher.
-        teacher_model_init_kwargs (`dict`, *optional*):
-            Keyword arguments of `from_pretrained`, or of `vllm.LLM`, for the teacher.
-        teacher_data_dir (`str`, *optional*):
-            Folder of the teacher's completions, by default `<output_dir>_teacher_data`.
-        generate_only (`bool`, *optional*, defaults to `False`):
-            Whether to stop when the teacher's data is there.
-    """
-
-    num_generations: int = field(default=1, metadata={"help": "Completions of each training prompt."})
-    generation_temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the teacher."})
-    generation_seed: int = field(default=0, metadata={"help": "Seed of the teacher's completions."})
-    generation_batch_size: int = field(default=32, metadata={"help": "Prompts decoded together."})
-    keep_unfinished: bool = field(
-        default=False, metadata={"help": "Learn from completions that were cut at max_completion_length too."}
-    )
-    use_vllm: bool = field(default=False, metadata={"help": "Generate with vLLM, in one process."})
-    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs over which vLLM spreads the teacher."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained, or of vllm.LLM, for the teacher."}
-    )
-    teacher_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the teacher's completions; <output_dir>_teacher_data by default."}
-    )
-    generate_only: bool = field(default=False, metadata={"help": "Stop when the teacher's data is there."})
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*FineTuningConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_generations", "generation_batch_size", "vllm_tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.generation_temperature > 0:
-            raise ValueError(f"generation_temperature must be positive, got {self.generation_temperature}.")
-        if self.generation_seed < 0:
-            raise ValueError(f"generation_seed must not be negative, got {self.generation_seed}.")
-        if self.use_vllm and self.world_size > 1:
-            raise ValueError(
-                f"use_vllm=True with {self.world_size} processes: each would load the whole teacher. Generate in one "
-                "process with vllm_tensor_parallel_size GPUs (generate_only=True), then fine-tune in several."
-            )
-        if not self.use_vllm and self.vllm_tensor_parallel_size > 1:
-            raise ValueError("vllm_tensor_parallel_size has no effect without use_vllm=True.")
-        self.teacher_data_dir = self.teacher_data_dir or default_teacher_data_dir(self.output_dir)
-
-
-def default_teacher_data_dir(output_dir: str) -> str:
-    """Beside the run and not in it, so that another run of the student need not ask the teacher again."""
-    return f"{Path(output_dir)}_teacher_data"
 
 
 def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:

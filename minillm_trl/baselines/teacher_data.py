@@ -5,14 +5,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
-from datasets import Dataset
 
 from ..data.json_files import check, check_unchanged, parse_json, read_json
 from ..evaluation.metrics import rouge_l
 from ..whole_files import write_whole
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Job = tuple[int, int]  # number of the prompt, and of its sample
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -27,6 +29,11 @@ class TeacherCompletion(NamedTuple):
     completion: str
     tokens: int
     finished: bool
+
+
+def default_teacher_data_dir(output_dir: str) -> str:
+    """Beside the run and not in it, so that another run of the student need not ask the teacher again."""
+    return f"{Path(output_dir)}_teacher_data"
 
 
 class _Statistics(TypedDict):
@@ -101,7 +108,7 @@ class TeacherData:
 
         return append
 
-    def finish(self, prompts: Dataset, keep_unfinished: bool) -> dict[str, Any]:
+    def finish(self, prompts: "Dataset", keep_unfinished: bool) -> dict[str, Any]:
         """Write `train.jsonl` (fields `prompt`, `completion`) and `statistics.json`, and return the statistics.
 
         Empty completions and those that say what another one said to the same prompt are left out, and unless

@@ -3,16 +3,20 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..pickled_weights import refuse_pickled_weights
-from ..teacher import has_tokenizer
 from .model_files import check_weights, explained, load_causal_lm
+
+# Functions import peft, and what imports it: it takes seconds, for bitsandbytes and torch's compiler among others, and
+# most models have no adapter.
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 def is_adapter(name: str) -> bool:
@@ -45,6 +49,8 @@ class Adapter:
 
     def tokenizer_source(self) -> tuple[str, str | None]:
         """Name and revision of what has the tokenizer: the adapter, if one was saved with it, or else the base."""
+        from ..teacher import has_tokenizer
+
         return (self.name, None) if has_tokenizer(self.name) else (self.base, self.revision)
 
     def load_merged(
@@ -53,7 +59,7 @@ class Adapter:
         trust_remote_code: bool = False,
         allow_pickled_weights: bool = False,
         progress: bool = False,
-    ) -> PreTrainedModel:
+    ) -> "PreTrainedModel":
         """Load the base and merge the adapter into it.
 
         Args:
@@ -91,7 +97,9 @@ class Adapter:
                 )
         return merged
 
-    def _put_on(self, base: PreTrainedModel) -> PeftModel:
+    def _put_on(self, base: "PreTrainedModel") -> "PeftModel":
+        from peft import PeftModel
+
         try:
             with explained(f"the adapter {self.name!r} cannot be loaded"):
                 model = PeftModel.from_pretrained(base, self.name)
@@ -156,7 +164,9 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
     return Adapter(name, base, base_config, revision)
 
 
-def _read_config(name: str) -> PeftConfig:
+def _read_config(name: str) -> "PeftConfig":
+    from peft import PeftConfig, PeftType
+
     folder = Path(name)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         hint = "Name the folder that training saved to, or one of its checkpoint-N."
@@ -181,11 +191,13 @@ def _is_lost_folder(name: str) -> bool:
     return (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir()
 
 
-def _untie(model: PeftModel) -> None:
+def _untie(model: "PeftModel") -> None:
     """Give the head weights of its own where an adapter changes it, or the embeddings that it is tied to.
 
     Peft merges into the tensor that both share: each would get the change that was learnt for the other.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = (model.get_output_embeddings(), model.get_input_embeddings())
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return

@@ -4,19 +4,21 @@ import argparse
 import copy
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from trl import TrlParser
 
 from ..data.errors import shortened
 from ..data.json_files import check, parse_json, read_json
 from .launch import is_launched, launch_options, read_flags
 from .yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
 
 
 @dataclass
@@ -59,7 +61,7 @@ class EarlyStoppingArguments:
     )
     early_stopping_threshold: float = field(default=0.0, metadata={"help": "How much better counts as better."})
 
-    def callbacks(self, args: TrainingArguments) -> list[TrainerCallback]:
+    def callbacks(self, args: "TrainingArguments") -> "list[TrainerCallback]":
         """The callback that stops, if it is asked for.
 
         Raises:
@@ -76,6 +78,8 @@ class EarlyStoppingArguments:
                 f"early_stopping_patience={self.early_stopping_patience} goes back to the best checkpoint: set "
                 "load_best_model_at_end=true and metric_for_best_model (eval_rouge_l or eval_loss)."
             )
+        from transformers import EarlyStoppingCallback  # takes seconds
+
         return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
@@ -173,7 +177,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     ]
     if "--config" in argv:
         check_config(parser, _config_path(argv))
-    _check_flags(argv, {action.dest for action in parser._actions}, _launch_names())
+    _check_flags(argv, {action.dest for action in parser._actions})
     try:
         *values, from_yaml, from_cli = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -203,11 +207,13 @@ def check_config(parser: Parser, path: Path) -> None:
     # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
     known = {action.dest: action for action in reversed(parser._actions)}
     # `env` is TrlParser's: variables of the environment
-    check_yaml(path, known, _launch_names() | {"env"}, _annotations(parser.dataclass_types))
+    check_yaml(
+        path, known, lambda name: name == "env" or _is_launch_option(name), _annotations(parser.dataclass_types)
+    )
 
 
-def _launch_names() -> set[str]:
-    return {option.removeprefix("--") for option in launch_options()}
+def _is_launch_option(name: str) -> bool:
+    return f"--{name}" in launch_options()
 
 
 def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -267,7 +273,7 @@ def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     # all of them become words of a command line
     annotations = {name: "list | dict | None" if action.nargs == "+" else "None" for name, action in known.items()}
-    check_yaml(path, known, set(), annotations)
+    check_yaml(path, known, lambda name: False, annotations)
 
 
 def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]:
@@ -285,13 +291,15 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
     return words
 
 
-def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], annotations: dict[str, str]) -> None:
-    """Check a YAML file against the options and those of `accelerate launch`.
+def check_yaml(
+    path: Path, known: dict[str, argparse.Action], is_other: Callable[[str], bool], annotations: dict[str, str]
+) -> None:
+    """Check a YAML file against the options.
 
     Args:
         path (`Path`): of the file.
         known (`dict[str, argparse.Action]`): the options by name.
-        launch (`set[str]`): names of `accelerate launch`.
+        is_other (`Callable`): whether a name that no option has may stand there too; nothing is checked of its value.
         annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
 
     Raises:
@@ -304,7 +312,7 @@ def check_yaml(path: Path, known: dict[str, argparse.Action], launch: set[str], 
         raise ValueError(f"{path}:1: expected `name: value` lines.")
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
-        if name not in known and name not in launch:
+        if name not in known and not is_other(name):
             raise ValueError(f"{path}:{line}: unknown option {shortened(name)}.{_nearest(name, known)}")
         elif name in known:
             _check_yaml_value(known[name], value_node, annotations[name], f"{path}:{line}: {name}")
@@ -377,12 +385,12 @@ def _config_path(argv: list[str]) -> Path:
     return Path(argv[index + 1])
 
 
-def _check_flags(argv: list[str], known: set[str], launch: set[str]) -> None:
+def _check_flags(argv: list[str], known: set[str]) -> None:
     for word in argv:
         name = word.removeprefix("--")
-        if not word.startswith("--") or name in known or name.replace("-", "_") in known or name in launch:
+        if not word.startswith("--") or name in known or name.replace("-", "_") in known:
             continue
-        if name.removeprefix("no_") in known:  # argparse's way to switch a flag off
+        if name.removeprefix("no_") in known or _is_launch_option(name):  # `--no_` is argparse's way to switch off
             continue
         raise ValueError(f"unknown option {word!r}.{_nearest(name, known)}")
 

@@ -23,7 +23,6 @@ from ..evaluation.lm_eval_results import TaskOutcome, evaluate_task, pool, wrap_
 from ..evaluation.metrics import MeanInterval
 from ..evaluation.report import format_cell
 from .arguments import parse_with_config
-from .models import load_config, load_model, load_tokenizer
 from .task_results import is_done, weight_files, write_results
 
 if TYPE_CHECKING:
@@ -157,6 +156,8 @@ def _settings(arguments: argparse.Namespace, task: "Task") -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
     from lm_eval.models.utils import resolve_max_length
+
+    from .models import load_config, load_model, load_tokenizer
 
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)

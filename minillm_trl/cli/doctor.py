@@ -5,19 +5,17 @@ import contextlib
 import io
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
 
-from ..config import MiniLLMConfig
-from ..hardware import Machine, best_precision, probe, problems
-from ..memory_estimate import Workload, estimate_memory
-from ..pickled_weights import refuse_pickled_weights
-from ..teacher import check_same_tokenizer
 from ..trl_version import TESTED
-from . import minillm
 from .arguments import TeacherArguments, parse, parse_plain
-from .models import check_room, load_config, load_tokenizer
+
+# Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
+if TYPE_CHECKING:
+    from ..config import MiniLLMConfig
+    from ..hardware import Machine
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
@@ -36,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Print the screen; 0 if nothing stands against the configuration (without one, against any run), else 1."""
     options = parse_plain(build_parser(), argv)
+    from ..hardware import probe, problems
+
     machine = probe()
     print("\n".join(describe(machine)))
     found, strategy = problems(machine), "ddp"
@@ -53,8 +53,10 @@ def run(argv: list[str]) -> int:
     return 1 if found else 0
 
 
-def describe(machine: Machine) -> list[str]:
+def describe(machine: "Machine") -> list[str]:
     """The machine in lines for the screen."""
+    from ..hardware import best_precision
+
     lines = [f"CPU       {machine.cores} cores, {machine.memory / _GIB:.0f} GiB"]
     for gpu in machine.gpus or ():
         lines.append(f"GPU       {gpu.name}, {gpu.architecture}, {gpu.memory / _GIB:.0f} GiB")
@@ -76,8 +78,10 @@ def describe(machine: Machine) -> list[str]:
     return lines
 
 
-def check(machine: Machine, model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig) -> list[str]:
+def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
     """What stands against the settings of a run on a machine."""
+    from ..hardware import problems
+
     return problems(
         machine,
         bf16=args.bf16,
@@ -94,8 +98,12 @@ def check(machine: Machine, model: ModelConfig, teacher: TeacherArguments, args:
     )
 
 
-def check_pair(model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig) -> list[str]:
+def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
     """What stands against a student and a teacher: pickled weights, other tokenizers, a context without room."""
+    from ..pickled_weights import refuse_pickled_weights
+    from ..teacher import check_same_tokenizer
+    from .models import check_room, load_tokenizer
+
     names, found = [model.model_name_or_path, teacher.teacher_model_name_or_path], []
     revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
     student_kwargs = {"revision": model.model_revision, **(args.model_init_kwargs or {})}
@@ -114,9 +122,12 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfi
 
 
 def choose_strategy(
-    machine: Machine, model: ModelConfig, teacher: TeacherArguments, args: MiniLLMConfig, prompt_tokens: int
+    machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig", prompt_tokens: int
 ) -> tuple[str, dict[str, float]]:
     """How to spread the student over the GPUs, with the least communication that fits; and the estimate for it."""
+    from ..memory_estimate import Workload, estimate_memory
+    from .models import load_config
+
     names = model.model_name_or_path, teacher.teacher_model_name_or_path
     configs = [load_config(name, args.trust_remote_code) for name in names]
     buffered = args.per_device_train_batch_size * args.steps_per_generation
@@ -151,7 +162,7 @@ def choose_strategy(
     return chosen, estimates[chosen]
 
 
-def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) -> list[str]:
+def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) -> list[str]:
     """The memory estimate in lines, beside what the smallest GPU has."""
     lines = [f"Memory of each GPU in mixed precision under {strategy}, an estimate:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
@@ -169,8 +180,10 @@ def describe_memory(machine: Machine, strategy: str, parts: dict[str, float]) ->
     return lines
 
 
-def launch_line(machine: Machine, config: str | None, strategy: str = "ddp") -> str:
+def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -> str:
     """The command that starts a run with all GPUs of a machine."""
+    from ..hardware import best_precision
+
     number, precision = len(machine.gpus), best_precision(machine)
     name = {0: "cpu", 1: "single_gpu"}.get(number, strategy)
     if number > 1 or precision == "fp16":
@@ -188,7 +201,9 @@ def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else found.to_dict()
 
 
-def _read(path: str) -> tuple[ModelConfig, TeacherArguments, MiniLLMConfig]:
+def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
+    from . import minillm
+
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
         (_, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
     return model, teacher, args

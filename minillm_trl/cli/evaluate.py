@@ -6,24 +6,23 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from accelerate import PartialState
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..data import DataError, load_examples, unique_prompts
-from ..evaluation.classify import classify_model, find_labels
-from ..evaluation.evaluate import Evaluation, evaluate_model
+from ..data import DataError
 from ..evaluation.parts import Parts
 from ..evaluation.report import format_cell
 from ..evaluation.tasks import NAMED_TASKS, find_tasks
-from ..teacher import check_same_tokenizer
 from .arguments import parse_with_config
 from .launch import hand_over
-from .models import check_room, load_model, load_tokenizer
 from .task_results import is_done, weight_files, write_results
+
+# Functions import what takes seconds (torch, transformers, datasets), so that `--help` need not wait for it.
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..evaluation.evaluate import Evaluation
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 # What says how completions are sampled
@@ -124,24 +123,12 @@ def run(argv: list[str]) -> int:
     ]
     if not todo:
         return 0
+    from accelerate import PartialState
+
     parts = {folder: Parts(folder / "unfinished", settings[folder]) for folder in todo}
     state = PartialState()
     state.wait_for_everyone()  # all have seen the same before one of them writes
-    trust = arguments.trust_remote_code
-    tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
-    has_teacher = arguments.teacher not in (None, arguments.model)
-    if has_teacher:
-        _check_teacher(arguments, tokenizer, [prompts[folder] for folder in todo])
-    names = [arguments.model, arguments.teacher] if has_teacher else [arguments.model]
-    tasks = [(sources[folder], prompts[folder]) for folder in todo]
-    option, length = "max_new_tokens", arguments.max_new_tokens
-    if arguments.label_words is not None:
-        option, length = "label_words", max(len(tokenizer(word)["input_ids"]) for word in arguments.label_words)
-    check_room(names, tasks, tokenizer, option, length, trust)
-    options, teacher = (arguments.dtype, trust, arguments.allow_pickled_weights), None
-    if has_teacher:
-        teacher = load_model(arguments.teacher, None, *options)
-    model = load_model(arguments.model, arguments.adapter, *options)
+    tokenizer, model, teacher = _load_models(arguments, [(sources[folder], prompts[folder]) for folder in todo])
     for folder in todo:
         evaluation = _evaluate(arguments, model, tokenizer, prompts[folder], teacher, parts[folder])
         if state.is_main_process:
@@ -151,14 +138,40 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _load_models(
+    arguments: argparse.Namespace, tasks: "list[tuple[str, Dataset]]"
+) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]":
+    """Tokenizer, model and teacher (None without one, and for the teacher's own row), checked against the prompts."""
+    from .models import check_room, load_model, load_tokenizer
+
+    trust = arguments.trust_remote_code
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
+    has_teacher = arguments.teacher not in (None, arguments.model)
+    if has_teacher:
+        _check_teacher(arguments, tokenizer, [prompts for _, prompts in tasks])
+    names = [arguments.model, arguments.teacher] if has_teacher else [arguments.model]
+    option, length = "max_new_tokens", arguments.max_new_tokens
+    if arguments.label_words is not None:
+        option, length = "label_words", max(len(tokenizer(word)["input_ids"]) for word in arguments.label_words)
+    check_room(names, tasks, tokenizer, option, length, trust)
+    options = arguments.dtype, trust, arguments.allow_pickled_weights
+    teacher = load_model(arguments.teacher, None, *options) if has_teacher else None
+    return tokenizer, load_model(arguments.model, arguments.adapter, *options), teacher
+
+
 def _evaluate(
     arguments: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    teacher: PreTrainedModel | None,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: "Dataset",
+    teacher: "PreTrainedModel | None",
     parts: Parts,
-) -> Evaluation:
+) -> "Evaluation":
+    from accelerate import PartialState
+
+    from ..evaluation.classify import classify_model
+    from ..evaluation.evaluate import evaluate_model
+
     if arguments.label_words is not None:
         words, size = arguments.label_words, arguments.batch_size
         return classify_model(model, tokenizer, prompts, label_words=words, batch_size=size)
@@ -179,7 +192,7 @@ def _evaluate(
     )
 
 
-def _print(folder: Path, evaluation: Evaluation) -> None:
+def _print(folder: Path, evaluation: "Evaluation") -> None:
     for name, interval in evaluation.summary.items():
         print(f"{name:<22} {format_cell(interval, _DIGITS.get(name, 3))}")
     if (calibration := evaluation.calibration) is not None:
@@ -237,7 +250,9 @@ def _check_classification(arguments: argparse.Namespace) -> None:
     arguments.seeds = []
 
 
-def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
+def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":
+    from ..data import load_examples, unique_prompts
+
     examples = load_examples(
         dataset,
         split=arguments.split,
@@ -250,6 +265,8 @@ def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
     _check_references(prompts, examples, dataset)
     if arguments.label_words is not None:
+        from ..evaluation.classify import find_labels
+
         try:
             find_labels(prompts, arguments.label_words)
         except ValueError as error:
@@ -257,7 +274,7 @@ def _load(arguments: argparse.Namespace, dataset: str) -> Dataset:
     return prompts
 
 
-def _check_references(prompts: Dataset, examples: Dataset, source: str) -> None:
+def _check_references(prompts: "Dataset", examples: "Dataset", source: str) -> None:
     if "references" not in prompts.column_names or all(prompts["references"]):
         return
     prompt = prompts["prompt"][[bool(each) for each in prompts["references"]].index(False)]
@@ -267,13 +284,18 @@ def _check_references(prompts: Dataset, examples: Dataset, source: str) -> None:
     )
 
 
-def _check_teacher(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tasks: list[Dataset]) -> None:
+def _check_teacher(
+    arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", tasks: "list[Dataset]"
+) -> None:
+    from ..teacher import check_same_tokenizer
+    from .models import load_tokenizer
+
     conversational = any(not isinstance(prompts[0]["prompt"], str) for prompts in tasks)
     teacher_tokenizer = load_tokenizer(arguments.teacher, trust_remote_code=arguments.trust_remote_code)
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational)
 
 
-def _settings(arguments: argparse.Namespace, dataset: str, prompts: Dataset) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, dataset: str, prompts: "Dataset") -> dict[str, Any]:
     return {
         **{name: getattr(arguments, name) for name in _SAMPLING},
         "label_words": arguments.label_words,
@@ -292,7 +314,7 @@ def _settings(arguments: argparse.Namespace, dataset: str, prompts: Dataset) -> 
     }
 
 
-def _digest(prompts: Dataset) -> str:
+def _digest(prompts: "Dataset") -> str:
     """Of all prompts and references."""
     digest = hashlib.sha256()
     for row in prompts.select_columns([name for name in ("prompt", "references") if name in prompts.column_names]):
@@ -306,7 +328,7 @@ def _files(arguments: argparse.Namespace, dataset: str) -> list[Path]:
     return files + weight_files((arguments.model, arguments.adapter, arguments.teacher))
 
 
-def _save(folder: Path, settings: dict[str, Any], evaluation: Evaluation) -> None:
+def _save(folder: Path, settings: dict[str, Any], evaluation: "Evaluation") -> None:
     exposure, calibration = evaluation.exposure_bias, evaluation.calibration
     results = {
         "settings": settings,

@@ -2,8 +2,7 @@
 
 from datasets import Dataset
 
-from ..data import load_examples
-from ..data.load import has_splits
+from ..data.load import has_splits, load_examples
 from .arguments import DataArguments
 
 

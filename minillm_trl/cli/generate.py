@@ -7,11 +7,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data import load_examples, unique_prompts
-from ..evaluation.generation import generate_completions
 from ..whole_files import write_whole
 from .arguments import parse_plain
-from .models import load_model, load_tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,9 +52,19 @@ def run(argv: list[str]) -> int:
         )
     if arguments.greedy and arguments.num_samples > 1:
         raise ValueError("--greedy gives the same completion each time: drop --num_samples, or sample.")
+    return _generate(arguments)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    # torch and transformers take seconds to import, which `--help` need not wait for
+    from ..evaluation.generation import generate_completions
+    from .models import load_model, load_tokenizer
+
     if arguments.prompt:
         prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]
     else:
+        from ..data import load_examples, unique_prompts
+
         examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
         prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
     tokenizer = load_tokenizer(

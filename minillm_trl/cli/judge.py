@@ -17,7 +17,6 @@ from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
 from ..whole_files import write_whole
 from .arguments import parse_plain
 from .compare import named_folder
-from .models import load_tokenizer
 
 Place = tuple[str, str]  # task and model
 
@@ -183,6 +182,8 @@ def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: 
     if tokenizer_name is None:
         prompt_tokens, how = sum(map(len, texts)) // _CHARACTERS_PER_TOKEN, f"characters / {_CHARACTERS_PER_TOKEN}"
     else:
+        from .models import load_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
+
         tokenizer = load_tokenizer(tokenizer_name)
         prompt_tokens, how = sum(map(len, tokenizer(texts)["input_ids"])), f"tokenizer of {tokenizer_name}"
     limits = [body.get("max_completion_tokens", body.get("max_tokens")) for body in bodies]

@@ -49,6 +49,8 @@ def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, s
     Raises:
         ValueError: for a word that is neither an option nor the value of one.
     """
+    if not from_yaml and not from_cli:
+        return {}
     options, flags = launch_options(), {}
     for option, value in zip(from_yaml[::2], from_yaml[1::2], strict=True):
         if options[option]:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from .adapters import Adapter, find_adapter
 from .arguments import parse_plain
-from .model_files import explained
-from .models import read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .adapters import Adapter
 
 _NOTE = (
     "An adapter that was trained on quantised weights (QLoRA) is merged into the full-precision ones: what comes out "
@@ -49,7 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments, check adapter, base and folders before any model is loaded, merge, and save."""
-    arguments = parse_plain(build_parser(), argv)
+    return _merge(parse_plain(build_parser(), argv))
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    # torch and peft take seconds to import, which `--help` need not wait for
+    import torch
+
+    from .adapters import find_adapter
+    from .model_files import explained
+
     adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
     output = arguments.output_dir.resolve()
     _check_output(output, adapter, arguments.overwrite)
@@ -73,7 +82,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _check_output(output: Path, adapter: Adapter, overwrite: bool) -> None:
+def _check_output(output: Path, adapter: "Adapter", overwrite: bool) -> None:
     for role, other in (("adapter", Path(adapter.name)), ("base", Path(adapter.base))):
         if not other.is_dir():
             continue
@@ -96,8 +105,12 @@ def _check_output(output: Path, adapter: Adapter, overwrite: bool) -> None:
         )
 
 
-def _find_tokenizer(adapter: Adapter, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+def _find_tokenizer(
+    adapter: "Adapter", trust_remote_code: bool
+) -> "tuple[PreTrainedTokenizerBase | None, str | None]":
     """The tokenizer of the adapter or its base, or why there is none, which is not refused: weights do without one."""
+    from .models import read_tokenizer
+
     name, revision = adapter.tokenizer_source()
     try:
         return read_tokenizer(name, revision, trust_remote_code), None

@@ -1,30 +1,18 @@
 """`minillm-trl minillm`: distil a teacher into a student with MiniLLM."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, IterableDataset
-from transformers import TrainerCallback
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from ..config import MiniLLMConfig
-from ..data import load_corpus, unique_prompts
-from ..degeneration_watch import DegenerationWatch
-from ..trainer import MiniLLMTrainer
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
-from .examples import load_splits
 from .launch import hand_over
 from .metric_names import MINILLM, check_metric_name
-from .models import (
-    check_models,
-    check_room,
-    check_teacher_tokenizer,
-    checkpoint_to_resume,
-    load_tokenizer,
-    quantization_config,
-    set_model_init_kwargs,
-    train_and_save,
-)
-from .recording import add_models, record_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import TrainerCallback
 
 
 @dataclass
@@ -46,10 +34,12 @@ class CorpusArguments:
     )
     lm_max_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
 
-    def load(self) -> Dataset | IterableDataset | None:
+    def load(self) -> "Dataset | IterableDataset | None":
         """Load and check the corpus, if one is named."""
         if self.lm_dataset is None:
             return None
+        from ..data import load_corpus
+
         return load_corpus(
             self.lm_dataset,
             split=self.lm_dataset_split,
@@ -73,8 +63,10 @@ class DegenerationArguments:
         },
     )
 
-    def callbacks(self) -> list[TrainerCallback]:
+    def callbacks(self) -> "list[TrainerCallback]":
         """The watch, if it is wanted."""
+        from ..degeneration_watch import DegenerationWatch
+
         return [] if self.on_degeneration == "ignore" else [DegenerationWatch(stop=self.on_degeneration == "stop")]
 
 
@@ -91,6 +83,18 @@ def run(argv: list[str]) -> int:
     parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("minillm", argv, launch)
+    return _train(argv, parser, parsed)
+
+
+def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
+    # the trainer takes seconds to import, which `--help` need not wait for
+    from trl import get_peft_config
+
+    from ..data import unique_prompts
+    from ..trainer import MiniLLMTrainer
+    from . import models, recording, training
+    from .examples import load_splits
+
     data, teacher, corpus, stopping, degeneration, args, model = parsed
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
@@ -99,20 +103,20 @@ def run(argv: list[str]) -> int:
     source, eval_source = data.dataset, data.eval_dataset or data.dataset
     _check_metric(args, evaluation, eval_source)
     lm_dataset = corpus.load()
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
-    tokenizer = load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
-    check_teacher_tokenizer(teacher_name, args, tokenizer, train)
+    tokenizer = models.load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
+    training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
     tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
     length, names = args.max_completion_length, [student_name, teacher_name]
-    check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
-    check_models(names, args)
-    set_model_init_kwargs(args, model)
-    with record_run("minillm", argv, parser, parsed, checkpoint) as record:
+    models.check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
+    training.check_models(names, args)
+    training.set_model_init_kwargs(args, model)
+    with recording.record_run("minillm", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", source, train)
         record.add_data("evaluation", eval_source, evaluation)
         record.add_data("corpus", corpus.lm_dataset, lm_dataset)
-        add_models(record, args, student_name, teacher_name)
+        recording.add_models(record, args, student_name, teacher_name)
         trainer = MiniLLMTrainer(
             model=student_name,
             teacher_model=teacher_name,
@@ -123,13 +127,13 @@ def run(argv: list[str]) -> int:
             callbacks=[*callbacks, record],
             peft_config=get_peft_config(model),
             lm_dataset=lm_dataset,
-            quantization_config=quantization_config(model, args),
+            quantization_config=training.quantization_config(model, args),
         )
         record.add_clock("rollouts", lambda: trainer.rollout_seconds)
-        return train_and_save(trainer, checkpoint, record)
+        return training.train_and_save(trainer, checkpoint, record)
 
 
-def _check_metric(args: MiniLLMConfig, evaluation: Dataset | None, source: str) -> None:
+def _check_metric(args: MiniLLMConfig, evaluation: "Dataset | None", source: str) -> None:
     metric = args.metric_for_best_model
     check_metric_name(metric, MINILLM if args.beta > 0 else MINILLM - {"kl"})
     if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":

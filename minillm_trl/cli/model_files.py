@@ -5,13 +5,16 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ..pickled_weights import refuse_pickled_weights
+
+if TYPE_CHECKING:  # its module takes seconds to import, which reading a tokenizer need not wait for
+    from transformers import PreTrainedModel
 
 _PICKLED = (
     "the file with the weights (.bin) is a pickle that is damaged or holds more than tensors. It was not unpickled, "
@@ -67,7 +70,7 @@ def explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {reason}") from error
 
 
-def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **options: Any) -> PreTrainedModel:
+def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **options: Any) -> "PreTrainedModel":
     """Load a causal language model, refusing one whose files lack weights: transformers makes those up.
 
     Args:

@@ -11,16 +11,8 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data import DataError
-from ..data.corpus import corpus_files
 from ..data.errors import listing, nearest, shortened
-from ..data.instructions import (
-    natural_instructions_files,
-    read_instructions,
-    read_natural_instructions,
-    read_vicuna,
-)
 from ..data.json_files import read_json
-from ..data.load import local_files
 from ..data.prepare import (
     Filters,
     Length,
@@ -34,9 +26,7 @@ from ..data.prepare import (
     token_counter,
     write_prepared,
 )
-from ..data.rows import instruction_rows, read_example_rows, read_text_rows
 from .arguments import Parser, make_parser, parse
-from .models import read_tokenizer
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
 _SPLIT = ("dolly", "instructions", "examples")  # the others are test sets, and text is all for training
@@ -150,6 +140,10 @@ class PreparationArguments:
 
     def files(self) -> dict[str, list[Path]]:
         """The local files that are read, by the option that names them."""
+        from ..data.corpus import corpus_files
+        from ..data.instructions import natural_instructions_files
+        from ..data.load import local_files
+
         found = {}
         for name in filter(None, (self.source, self.answers)):
             if self.is_repository:
@@ -184,7 +178,11 @@ def run(argv: list[str]) -> int:
     if _is_done(folder, settings, arguments.overwrite):
         print(f"{folder} was prepared with these settings before.")
         return 0
-    tokenizer = None if arguments.tokenizer is None else read_tokenizer(arguments.tokenizer)
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        from .models import read_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
+
+        tokenizer = read_tokenizer(arguments.tokenizer)
     length = token_counter(tokenizer)
     prepared = _prepare(arguments, length)
     stats = statistics(prepared, length)
@@ -221,6 +219,9 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
 
 
 def _read(arguments: PreparationArguments) -> list[Row]:
+    from ..data.instructions import read_instructions, read_natural_instructions, read_vicuna
+    from ..data.rows import instruction_rows, read_example_rows, read_text_rows
+
     source = arguments.source or _HUB_NAMES[arguments.task]
     options = {"split": arguments.dataset_split, "dataset_config": arguments.dataset_config}
     if arguments.task == "text":

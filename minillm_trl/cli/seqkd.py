@@ -3,37 +3,23 @@
 import gc
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from trl import ModelConfig
 
-from ..baselines import FineTuningTrainer
-from ..baselines.seqkd import (
-    SeqKDConfig,
-    generate,
-    generation_settings,
-    sample_with_transformers,
-    sample_with_vllm,
-)
-from ..baselines.teacher_data import Job, TeacherData
-from ..data import DataError, load_examples, unique_prompts
-from ..teacher import load_teacher, place_teacher, whole_weights
+from ..baselines import SeqKDConfig
+from ..data import DataError
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
-from .examples import load_splits
 from .launch import hand_over
 from .metric_names import FINE_TUNING, check_metric_name
-from .models import (
-    check_models,
-    check_room,
-    checkpoint_to_resume,
-    load_tokenizer,
-    set_model_init_kwargs,
-    train_and_save,
-)
-from .recording import add_models, record_run
 from .sft import trainer_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..baselines.teacher_data import Job, TeacherData
 
 
 def build_parser() -> Parser:
@@ -48,21 +34,31 @@ def run(argv: list[str]) -> int:
     parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("seqkd", argv, launch)
+    return _train(argv, parser, parsed)
+
+
+def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
+    # the trainer takes seconds to import, which `--help` need not wait for
+    from ..baselines import FineTuningTrainer
+    from ..data import load_examples, unique_prompts
+    from . import models, recording, training
+    from .examples import load_splits
+
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:
         _check_completions(evaluation, data.eval_dataset or data.dataset)
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
-    set_model_init_kwargs(args, model)
+    checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    training.check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
+    training.set_model_init_kwargs(args, model)
     prompts = unique_prompts(train)
-    with record_run("seqkd", argv, parser, parsed, checkpoint) as record:
+    with recording.record_run("seqkd", argv, parser, parsed, checkpoint) as record:
         record.add_data("prompts", data.dataset, prompts)
         record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
-        add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
+        recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         with record.timing("teacher_answers"):
             folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset)
         if args.generate_only:
@@ -74,10 +70,10 @@ def run(argv: list[str]) -> int:
             callbacks=[*callbacks, record],
             **trainer_arguments(model, args, tokenizer, answers, evaluation),
         )
-        return train_and_save(trainer, checkpoint, record)
+        return training.train_and_save(trainer, checkpoint, record)
 
 
-def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, source: str) -> Path:
+def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: "Dataset", source: str) -> Path:
     """Generate what is missing in `teacher_data_dir`, on all processes, and let go of the teacher.
 
     Args:
@@ -86,6 +82,9 @@ def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, sou
         prompts ([`~datasets.Dataset`]): one row a prompt.
         source (`str`): what the user called the data.
     """
+    from ..baselines.seqkd import generation_settings
+    from ..baselines.teacher_data import TeacherData
+
     state = PartialState()
     data = TeacherData(Path(args.teacher_data_dir), generation_settings(teacher, args, prompts))
     found, finished_with = data.read(), data.finished_with
@@ -103,13 +102,17 @@ def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: Dataset, sou
 
 
 def _generate_missing(
-    data: TeacherData,
-    found: Collection[Job],
+    data: "TeacherData",
+    found: "Collection[Job]",
     teacher: str,
     args: SeqKDConfig,
-    prompts: Dataset,
+    prompts: "Dataset",
     source: str,
 ) -> None:
+    from ..baselines.seqkd import generate, sample_with_transformers, sample_with_vllm
+    from ..teacher import load_teacher, place_teacher, whole_weights
+    from .models import check_room, load_tokenizer
+
     state = PartialState()
     revision = (args.teacher_model_init_kwargs or {}).get("revision")
     tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
@@ -142,7 +145,7 @@ def _generate_missing(
         torch.cuda.empty_cache()
 
 
-def _check_completions(evaluation: Dataset, source: str) -> None:
+def _check_completions(evaluation: "Dataset", source: str) -> None:
     """The teacher answers the prompts to train on alone."""
     completions = evaluation["completion"][:] if "completion" in evaluation.column_names else [None]
     if None in completions:

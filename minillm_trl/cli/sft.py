@@ -1,25 +1,17 @@
 """`minillm-trl sft`: supervised fine-tuning of a teacher or a student."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
-from ..baselines import FineTuningConfig, FineTuningTrainer
+from ..baselines import FineTuningConfig
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
-from .examples import load_splits
 from .launch import hand_over
 from .metric_names import FINE_TUNING, check_metric_name
-from .models import (
-    check_models,
-    checkpoint_to_resume,
-    load_tokenizer,
-    quantization_config,
-    set_model_init_kwargs,
-    train_and_save,
-)
-from .recording import add_models, record_run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 def build_parser() -> Parser:
@@ -33,36 +25,49 @@ def run(argv: list[str]) -> int:
     parsed, launch = parse(parser, argv)
     if launch:
         return hand_over("sft", argv, launch)
+    return _train(argv, parser, parsed)
+
+
+def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
+    # the trainer takes seconds to import, which `--help` need not wait for
+    from ..baselines import FineTuningTrainer
+    from . import models, recording, training
+    from .examples import load_splits
+
     data, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
-    check_models([model.model_name_or_path], args)
-    set_model_init_kwargs(args, model)
-    with record_run("sft", argv, parser, parsed, checkpoint) as record:
+    checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    training.check_models([model.model_name_or_path], args)
+    training.set_model_init_kwargs(args, model)
+    with recording.record_run("sft", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.dataset, train)
         record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
-        add_models(record, args, model.model_name_or_path)
+        recording.add_models(record, args, model.model_name_or_path)
         trainer = FineTuningTrainer(
             args=args, callbacks=[*callbacks, record], **trainer_arguments(model, args, tokenizer, train, evaluation)
         )
-        return train_and_save(trainer, checkpoint, record)
+        return training.train_and_save(trainer, checkpoint, record)
 
 
 def trainer_arguments(
     model: ModelConfig,
     args: FineTuningConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    evaluation: Dataset | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    train: "Dataset",
+    evaluation: "Dataset | None",
 ) -> dict[str, Any]:
     """What all trainers that learn from prompts and completions are given.
 
     Raises:
         ValueError: if prompts are conversations and the tokenizer has no chat template.
     """
+    from trl import get_peft_config
+
+    from .training import quantization_config
+
     has_template = tokenizer.chat_template is not None or args.chat_template_path is not None
     if not has_template and len(train) and not isinstance(train[0]["prompt"], str):
         raise ValueError(

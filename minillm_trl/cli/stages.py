@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 import yaml
 
-from ..baselines.seqkd import default_teacher_data_dir
+from ..baselines.teacher_data import default_teacher_data_dir
 from ..data.json_files import read_json
 from ..whole_files import write_whole
 from .arguments import Parser, check_config, check_plain_yaml

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from accelerate import PartialState
-
 from ..data.errors import shortened
 from ..data.json_files import read_json
 from ..whole_files import write_whole
@@ -47,6 +45,8 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
     ]
     if problems:
         raise ValueError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
+    from accelerate import PartialState  # takes seconds, for torch
+
     PartialState().print(f"{folder}: done before")
     return True
 

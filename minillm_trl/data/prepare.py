@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError, shortened
 from .templates import is_empty, message_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -52,7 +54,7 @@ class Length(Protocol):
     def __call__(self, value: Any, is_answer: bool = False) -> int: ...
 
 
-def token_counter(tokenizer: PreTrainedTokenizerBase | None) -> Length:
+def token_counter(tokenizer: "PreTrainedTokenizerBase | None") -> Length:
     """The function that measures lengths: in tokens, a conversation through the chat template; else in characters.
 
     Answers (completions and references) are counted without the tokenizer's special tokens and without the template's:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets.exceptions import DatasetsError
-
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
@@ -113,6 +111,8 @@ def _check_leave(name: str, run_unsafe_code: bool) -> None:
 
 
 def _load(name: str, manager: "TaskManager") -> list[Benchmark]:
+    from datasets.exceptions import DatasetsError
+
     try:
         loaded = manager.load([name])
     except (DatasetsError, ImportError, KeyError, OSError, ValueError) as error:

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from .general_benchmarks import max_new_tokens
 from .metrics import MeanInterval, bootstrap_interval
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOOTSTRAP = "bootstrap over documents"
 STANDARD_ERROR = "1.96 standard errors of lm-eval"
@@ -44,7 +43,7 @@ class TaskOutcome:
     truncated_prompts: int
 
 
-def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> "HFLM":
+def wrap_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int | str) -> "HFLM":
     """The model as lm-eval takes it.
 
     Args:

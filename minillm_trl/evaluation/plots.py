@@ -4,16 +4,15 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from .calibration import CalibrationBin
 from .metrics import MeanInterval
+
+if TYPE_CHECKING:  # functions import matplotlib, which a table without plots need not wait for
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # After Okabe and Ito, told apart by the colour-blind and dark enough for white; `style.py` has the same ones for the
 # light scheme and lighter ones for the dark
@@ -57,9 +56,9 @@ class Curve:
             if len(x) != len(y):
                 raise ValueError(f"Series {name!r} of curve {self.title!r} has {len(x)} x and {len(y)} y values.")
 
-    def draw(self, ink: str) -> Figure:
+    def draw(self, ink: str) -> "Figure":
         """The plot, with axes and texts in the colour `ink`."""
-        figure = Figure(layout="constrained")
+        figure = _new_figure()
         axes = figure.add_subplot()
         for name, (x, y) in self.series.items():
             style = _line_style(self.order or list(self.series), name)
@@ -104,9 +103,9 @@ class Intervals:
                     f"Series {name!r} of {self.title!r} has {len(means)} values for {len(self.categories)} categories."
                 )
 
-    def draw(self, ink: str) -> Figure:
+    def draw(self, ink: str) -> "Figure":
         """The plot, with axes and texts in the colour `ink`."""
-        figure = Figure(layout="constrained")
+        figure = _new_figure()
         axes = figure.add_subplot()
         pitch = len(self.series) + 1  # rows of a group, and one between it and the next
         for number, (name, means) in enumerate(self.series.items()):
@@ -148,9 +147,9 @@ class Reliability:
     def __post_init__(self) -> None:
         _check_names(self.title, self.order)
 
-    def draw(self, ink: str) -> Figure:
+    def draw(self, ink: str) -> "Figure":
         """The plot, with axes and texts in the colour `ink`."""
-        figure = Figure(layout="constrained")
+        figure = _new_figure()
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         style = _line_style(self.order or [self.name], self.name)
         above.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.1, alpha=0.75, label="calibrated")
@@ -186,6 +185,8 @@ def plot_svg(plot: Plot, name: str) -> str:
         plot (`Plot`): what to draw.
         name (`str`): prefix of the element's ids, which must be unique within a page.
     """
+    import matplotlib
+
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         plot.draw(_INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -226,6 +227,12 @@ def plot_png(plot: Plot) -> bytes:
     return buffer.getvalue()
 
 
+def _new_figure() -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained")
+
+
 def _check_names(title: str, names: Iterable[str]) -> None:
     number, most = len(list(names)), math.lcm(len(COLOURS), len(_MARKERS))
     if number > most:
@@ -248,8 +255,10 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else f"{name[:half]}…{name[-half:]}"
 
 
-def _finish(figure: Figure, ink: str, height: float, grid: str = "both") -> None:
+def _finish(figure: "Figure", ink: str, height: float, grid: str = "both") -> None:
     """Ink, grid, spines and, below all axes and so never over the lines, the legend."""
+    from matplotlib.text import Text
+
     for axes in figure.axes:
         _finish_axes(axes, ink, grid)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -265,7 +274,7 @@ def _finish(figure: Figure, ink: str, height: float, grid: str = "both") -> None
         text.set_parse_math(False)  # a name with dollar signs is a name, not a formula
 
 
-def _finish_axes(axes: Axes, ink: str, grid: str) -> None:
+def _finish_axes(axes: "Axes", ink: str, grid: str) -> None:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=10)
     axes.tick_params(colors=ink, labelsize=9)

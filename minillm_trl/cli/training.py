@@ -1,0 +1,151 @@
+"""What the training subcommands share: checks before a model is loaded, training and saving, resuming."""
+
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
+from trl import ModelConfig, get_quantization_config
+
+from ..checkpoints import newest_whole_checkpoint
+from ..data.json_files import read_json
+from ..degeneration_watch import DegenerationWatch
+from ..pickled_weights import refuse_pickled_weights
+from ..reliable_trainer import ReliableTrainer
+from ..run_record import RunRecord
+from ..teacher import check_same_tokenizer
+from .adapters import is_adapter
+from .model_files import check_weights
+from .models import load_config, load_tokenizer
+
+DEGENERATED = 3  # exit status
+
+
+def check_teacher_tokenizer(
+    teacher: str, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
+) -> None:
+    """Check that the teacher has the student's tokenizer, before either model is loaded; see [`check_same_tokenizer`].
+
+    Args:
+        teacher (`str`): name or folder of the teacher.
+        args ([`~transformers.TrainingArguments`]): with `teacher_model_init_kwargs` and `trust_remote_code`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
+        train ([`~datasets.Dataset`]): with a column `prompt`; for conversations the chat templates must agree too.
+    """
+    revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
+    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
+
+
+def check_models(names: Sequence[str], args: TrainingArguments) -> None:
+    """Check the files of local models, of a student and its teacher if any, that a trainer will load, before it does.
+
+    Raises:
+        ValueError: naming what is damaged, or may not be loaded.
+    """
+    if is_adapter(student := names[0]):
+        raise ValueError(
+            f"--model_name_or_path {student} is an adapter; a student is trained from a whole model. Merge it first "
+            f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
+        )
+    loaded_with = args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)
+    for name, init_kwargs in zip(names, loaded_with, strict=False):
+        if not Path(name).is_dir():
+            continue
+        if not args.allow_pickled_weights:
+            refuse_pickled_weights(name, init_kwargs)
+        check_weights(name)
+        if not is_adapter(name):
+            load_config(name, args.trust_remote_code)
+
+
+def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
+    """Let the trainer load the student as `model` says; what `args.model_init_kwargs` says comes first."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "use_safetensors": None if args.allow_pickled_weights else True,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def quantization_config(model: ModelConfig, args: TrainingArguments) -> BitsAndBytesConfig | None:
+    """What `load_in_4bit` and `load_in_8bit` ask for; 4-bit layers compute in the run's precision or in `dtype`."""
+    config = get_quantization_config(model)
+    if config is not None and config.load_in_4bit and model.dtype in (None, "auto"):  # bitsandbytes takes float32
+        config.bnb_4bit_compute_dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+    return config
+
+
+def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, record: RunRecord) -> int:
+    """Train, from `checkpoint` on if there is one, and save the model to `output_dir`.
+
+    Returns:
+        `int`: exit status: 0, or 3 if the training was stopped because the student degenerated. Then a model is saved
+        only if it is that of the best checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint holds pickles of more than tensors and numbers.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) holds more than a trainer saves. "
+            "It was not unpickled, since that can run any code. Resume from a checkpoint that your own run wrote."
+        ) from error
+    watches = (each for each in trainer.callback_handler.callbacks if isinstance(each, DegenerationWatch))
+    kinds = {found.kind for watch in watches for found in watch.stopped_for}
+    folder = trainer.args.output_dir
+    if kinds:
+        record.stop(f"degeneration: {', '.join(sorted(kinds))}")
+    if kinds and not (trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint):
+        trainer.accelerator.print(f"Stopped; the degenerate model was not saved to {folder}")
+        return DEGENERATED
+    trainer.save_whole_model()
+    trainer.accelerator.print(f"Saved to {folder}")
+    return DEGENERATED if kinds else 0
+
+
+def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | bool | None:
+    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the newest whole checkpoint of a run, if any.
+
+    Raises:
+        ValueError: if there is no such folder or a file of it is damaged, or if `output_dir` holds a run that would be
+            written over.
+    """
+    if value is None or str(value).lower() == "false":
+        if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
+            raise ValueError(
+                f"--output_dir {output_dir} holds a run that came to {found}. Go on with it by "
+                "--resume_from_checkpoint true, or choose another --output_dir, or delete it."
+            )
+        return None
+    if str(value).lower() == "true":
+        return True
+    if not Path(value).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
+        )
+    check_checkpoint(Path(value))
+    return str(value)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that the files of a checkpoint are whole, as far as that can be told without reading them.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    check_weights(str(folder))
+    mend = "Resume from an earlier checkpoint."
+    if (state := folder / "trainer_state.json").is_file():
+        read_json(state, dict[str, Any], mend)
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+        if not zipfile.is_zipfile(path):  # what torch.save writes
+            raise ValueError(f"{path}: damaged, or not written whole. {mend}")
