@@ -1,0 +1,309 @@
+"""MiniLLM's optimizer step written out a second time: full log-softmax, loops over rows and tokens, no padding.
+
+Nothing of the package is imported and nothing here is fast. It follows the paper, `docs/method.md`, and the table of
+importance weights in `docs/configuration.md`. All values are float64, in nats.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# Every option that the loss and the scores of a rollout depend on, at its default.
+DEFAULTS = {
+    "teacher_mixed_alpha": 0.2,
+    "temperature": 1.0,
+    "kd_temperature": None,
+    "gamma": 1.0,
+    "include_current_reward": None,
+    "length_normalization": True,
+    "discounted_length": True,
+    "reward_scale": 1.0,
+    "reward_clip": None,
+    "whiten_advantages": "none",
+    "rkl_advantage": True,
+    "single_step_decomposition": True,
+    "importance_weighting": "token",
+    "importance_weight_cap": None,
+    "epsilon": 0.2,
+    "epsilon_high": None,
+    "delta": None,
+    "beta": 0.0,
+    "use_bias_correction_kl": True,
+    "loss_reduction": "token_mean",
+    "lm_coef": 1.0,
+    "lm_kd_ratio": 0.0,
+    "lm_max_length": 512,
+    "num_generations": 1,
+    "reward_weights": None,
+    "scale_rewards": "group",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "max_completion_length": 512,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its completion. `trained` is False on tokens that a tool or an environment wrote."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    trained: tuple[bool, ...]
+    behavior_logps: tuple[float, ...] | None = None  # if the rollout came with them
+
+    @property
+    def positions(self) -> list[int]:
+        return [t for t, counts in enumerate(self.trained) if counts]
+
+
+# The logits `(T, V)` that predict the completion of each row
+Logits = Mapping[Row, torch.Tensor]
+
+
+@dataclass
+class Constants:
+    """What a rollout fixes for the steps on it, by position in the completion."""
+
+    old: dict[int, float] = field(default_factory=dict)  # log q_old
+    behavior: dict[int, float] = field(default_factory=dict)  # log mu
+    reference: dict[int, float] = field(default_factory=dict)
+    advantage: dict[int, float] = field(default_factory=dict)
+    long_weight: dict[int, float] = field(default_factory=dict)
+    single_weight: dict[int, float] = field(default_factory=dict)
+
+
+def next_token_logits(model: torch.nn.Module, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
+    """One unpadded forward pass for each row."""
+    logits = {}
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.completion]])
+        logits[row] = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
+    return logits
+
+
+class SlowMiniLLM:
+    """MiniLLM under one setting of its options.
+
+    Args:
+        options: values that differ from the default; options that do not concern the loss are passed over.
+        vocab_size: leading rows of the vocabulary that student and teacher share.
+        reward_funcs: functions of a completion's tokens.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, object],
+        vocab_size: int,
+        reward_funcs: Sequence[Callable[[Sequence[int]], float]] = (),
+    ):
+        o = self.options = {name: options.get(name, default) for name, default in DEFAULTS.items()}
+        if o["include_current_reward"] is None:
+            o["include_current_reward"] = not o["single_step_decomposition"]
+        high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
+        self.range = 1 - o["epsilon"], 1 + high
+        self.most = math.inf if o["delta"] is None else o["delta"]
+        self.vocab_size = vocab_size
+        self.reward_funcs = reward_funcs
+
+    def log_probs(self, logits: torch.Tensor, temperature: float | None = None) -> torch.Tensor:
+        logits = logits[:, : self.vocab_size].double() / (temperature or self.options["temperature"])
+        return torch.log_softmax(logits, dim=-1)
+
+    def kd_log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.log_probs(logits, self.options["kd_temperature"])
+
+    # Constants of a rollout
+
+    def constants(
+        self, rows: Sequence[Row], student: Logits, teacher: Logits, reference: Logits | None = None
+    ) -> dict[Row, Constants]:
+        """Score a whole buffer: `rows` of all processes and of all optimizer steps of a pass."""
+        found = {}
+        for row in set(rows):
+            constants = found[row] = Constants()
+            q, p = self.log_probs(student[row]), self.log_probs(teacher[row])
+            q_kd, p_kd = self.kd_log_probs(student[row]), self.kd_log_probs(teacher[row])
+            rewards = {}
+            for t in row.positions:
+                token = row.completion[t]
+                constants.old[t] = q[t, token].item()
+                constants.behavior[t] = self._behavior(row, t, p[t, token].item(), q[t, token].item())
+                if reference is not None:
+                    constants.reference[t] = self.log_probs(reference[row])[t, token].item()
+                rewards[t] = self._reward(p_kd[t, token].item() - q_kd[t, token].item())
+            constants.advantage = {t: self._return(rewards, t) for t in row.positions}
+            self._weigh(row, constants)
+        if self.options["rkl_advantage"] and self.options["whiten_advantages"] != "none":
+            self._whiten(rows, found)
+        advantages = dict(zip(rows, self._reward_advantages(rows), strict=True))
+        for row, constants in found.items():
+            constants.advantage = {t: value + advantages[row] for t, value in constants.advantage.items()}
+        return found
+
+    def _behavior(self, row: Row, t: int, log_p: float, log_q: float) -> float:
+        if row.behavior_logps is not None:
+            return row.behavior_logps[t]
+        alpha = self.options["teacher_mixed_alpha"]
+        return math.log(alpha * math.exp(log_p) + (1 - alpha) * math.exp(log_q))
+
+    def _reward(self, log_ratio: float) -> float:
+        reward = log_ratio / self.options["reward_scale"]
+        clip = self.options["reward_clip"]
+        return reward if clip is None else max(-clip, min(clip, reward))
+
+    def _return(self, rewards: Mapping[int, float], t: int) -> float:
+        if not self.options["rkl_advantage"]:
+            return 0.0
+        first = t if self.options["include_current_reward"] else t + 1
+        total = length = 0.0
+        for i, reward in rewards.items():
+            if i >= first:
+                weight = self.options["gamma"] ** (i - first)
+                total += weight * reward
+                length += weight if self.options["discounted_length"] else 1.0
+        return total / length if self.options["length_normalization"] and length > 0 else total
+
+    def _whiten(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
+        values = [value for row in rows for value in found[row].advantage.values()]
+        if self.options["whiten_advantages"] == "padding":  # a slot for every token that a completion might have had
+            values += [0.0] * (len(rows) * self.options["max_completion_length"] - len(values))
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        for constants in found.values():
+            for t, value in constants.advantage.items():
+                constants.advantage[t] = (value - mean) / math.sqrt(variance + 1e-8)
+
+    def _weigh(self, row: Row, constants: Constants) -> None:
+        ratio = {t: math.exp(constants.old[t] - constants.behavior[t]) for t in row.positions}
+        cap = self.options["importance_weight_cap"] or math.inf
+        whole, before = math.prod(ratio.values()), 1.0
+        for t in row.positions:
+            through = before * ratio[t]
+            long_weight, single_weight = {
+                "token": (1.0, 1.0),
+                "decoupled": (ratio[t], 1.0),
+                "prefix": (through, before),
+                "sequence": (whole, whole),
+            }[self.options["importance_weighting"]]
+            constants.long_weight[t], constants.single_weight[t] = min(long_weight, cap), min(single_weight, cap)
+            before = through
+
+    def _reward_advantages(self, rows: Sequence[Row]) -> list[float]:
+        """GRPO's: among the completions of a prompt, or of the whole buffer where each prompt has one."""
+        if not self.reward_funcs:
+            return [0.0] * len(rows)
+        weights = self.options["reward_weights"] or [1.0] * len(self.reward_funcs)
+        scores = [[function(row.completion) for function in self.reward_funcs] for row in rows]
+        grouped = self.options["num_generations"] > 1
+        groups = [[j for j, other in enumerate(rows) if not grouped or other.prompt == row.prompt] for row in rows]
+        if self.options["multi_objective_aggregation"] == "normalize_then_sum":
+            columns = list(zip(*scores, strict=True))
+            totals = [
+                sum(
+                    weight * _normalized(column[i], [column[j] for j in groups[i]])
+                    for weight, column in zip(weights, columns, strict=True)
+                )
+                for i in range(len(rows))
+            ]
+            return [_normalized(total, totals) for total in totals]
+        totals = [sum(w * score for w, score in zip(weights, row, strict=True)) for row in scores]
+        advantages = []
+        for total, members in zip(totals, groups, strict=True):
+            group = [totals[j] for j in members]
+            centered = total - sum(group) / len(group)
+            spread = {"none": None, "group": group, "batch": totals}[self.options["scale_rewards"]]
+            advantages.append(centered if spread is None else centered / (_deviation(spread) + 1e-4))
+        return advantages
+
+    # The loss of an optimizer step
+
+    def loss(
+        self, rows: Sequence[Row], student: Logits, teacher: Logits, constants: Mapping[Row, Constants]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of an optimizer step on `rows`, without L_PT, and the metrics of docs/metrics.md."""
+        tokens = [token for row in rows for token in self._tokens(row, student[row], teacher[row], constants[row])]
+        count = len(tokens) if self.options["loss_reduction"] == "token_mean" else len(rows)
+        return sum(token["loss"] for token in tokens) / count, _metrics(tokens, len(rows))
+
+    def _tokens(self, row: Row, student: torch.Tensor, teacher: torch.Tensor, constants: Constants) -> list[dict]:
+        q, q_kd, p_kd = self.log_probs(student), self.kd_log_probs(student), self.kd_log_probs(teacher)
+        # PPO's ratio is to the behavior policy, or, where weights stand for that, to the student that sampled
+        base = constants.behavior if self.options["importance_weighting"] == "token" else constants.old
+        tokens = []
+        for t in row.positions:
+            logp, advantage, weight = q[t, row.completion[t]], constants.advantage[t], constants.long_weight[t]
+            ratio = (logp - base[t]).exp()
+            single_step = (q_kd[t].exp() * (q_kd[t] - p_kd[t])).sum()
+            long_term = weight * self._clipped(ratio, advantage)
+            by_mixing = self._is_clipped(math.exp(constants.old[t] - base[t]), advantage)
+            token = {
+                "objective/long_term": long_term,
+                "objective/single_step": single_step,
+                "objective/advantage": advantage,
+                "entropy": -(q[t].exp() * q[t]).sum(),
+                "clip_ratio/mixing": by_mixing,
+                "clip_ratio/drift": self._is_clipped(ratio.item(), advantage) and not by_mixing,
+                "importance_weight/mean": weight * ratio,
+                "loss": long_term,
+            }
+            if self.options["single_step_decomposition"]:
+                token["loss"] = token["loss"] + constants.single_weight[t] * single_step
+            if self.options["beta"] > 0:
+                difference = constants.reference[t] - logp
+                token["kl"] = difference.exp() - difference - 1
+                corrected = token["kl"] * (weight * ratio if self.options["use_bias_correction_kl"] else 1.0)
+                token["loss"] = token["loss"] + self.options["beta"] * corrected
+            tokens.append(token)
+        return tokens
+
+    def _clipped(self, ratio: torch.Tensor, advantage: float) -> torch.Tensor:
+        low, high = self.range
+        terms = ratio.clamp(max=self.most) * advantage, ratio.clamp(low, high) * advantage
+        return -min(terms, key=lambda term: term.item())
+
+    def _is_clipped(self, ratio: float, advantage: float) -> bool:
+        low, high = self.range
+        if advantage > 0:
+            return ratio > high
+        return advantage < 0 and (ratio < low or ratio > self.most)
+
+    def corpus_loss(
+        self, rows: Sequence[Row], student: Logits, teacher: Logits
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """`lm_coef` L_PT over the sequences of an optimizer step, at temperature 1."""
+        cross_entropy, forward_kl = [], []
+        for row in rows:
+            q, p = self.log_probs(student[row], 1.0), self.log_probs(teacher[row], 1.0)
+            for t in row.positions:
+                if len(row.prompt) + t < self.options["lm_max_length"]:
+                    cross_entropy.append(-q[t, row.completion[t]])
+                    forward_kl.append((p[t].exp() * (p[t] - q[t])).sum())
+        entropy, kl = sum(cross_entropy) / len(cross_entropy), sum(forward_kl) / len(forward_kl)
+        share = self.options["lm_kd_ratio"]
+        metrics = {"objective/lm_cross_entropy": entropy.item()}
+        if share > 0:
+            metrics["objective/lm_forward_kl"] = kl.item()
+        return self.options["lm_coef"] * ((1 - share) * entropy + share * kl), metrics
+
+
+def _metrics(tokens: Sequence[Mapping], num_rows: int) -> dict[str, float]:
+    names = tokens[0].keys() - {"loss"}
+    metrics = {name: sum(float(token[name]) for token in tokens) / len(tokens) for name in names}
+    metrics["objective/reverse_kl_per_token"] = metrics["objective/single_step"]
+    metrics["objective/reverse_kl"] = metrics["objective/single_step"] * len(tokens) / num_rows
+    weights = [float(token["importance_weight/mean"]) for token in tokens]
+    metrics["importance_weight/max"] = max(weights)
+    squares = sum(weight**2 for weight in weights)
+    metrics["importance_weight/effective_sample_size"] = sum(weights) ** 2 / (len(weights) * squares)
+    return metrics
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The unbiased standard deviation."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _normalized(value: float, group: Sequence[float]) -> float:
+    return (value - sum(group) / len(group)) / (_deviation(group) + 1e-4)
