@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "files.json"
 STATE = "trainer_state.json"
+UNFINISHED = "unfinished"  # folder of a run: what is written there has no final name yet
+_REPLACED = ".replaced"
 _BLOCK = 1 << 20
 
 
@@ -77,11 +79,33 @@ def newest_whole_checkpoint(folder: Path, *, checksums: bool = False) -> str | N
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Give a finished folder its final name; a folder of that name goes first."""
+    """Give a finished folder its final name; a folder of that name goes first.
+
+    A crash between the two renames leaves both folders beside `source`, see [`finish_replacements`].
+    """
     if target.exists():  # one that was damaged, or a later one than the run was taken back to
-        replaced = source.with_name(f"{source.name}.replaced")
-        os.rename(target, replaced)
+        os.rename(target, source.with_name(source.name + _REPLACED))
     os.rename(source, target)
+
+
+def finish_replacements(run: Path) -> None:
+    """Finish what a crash has interrupted between the two renames of [`replace_folder`].
+
+    The new checkpoint gets its name, or, if it is damaged, the one that it was to replace gets its name back. Without
+    this step both would be removed with the rest of the unfinished folder. Several processes may call it at once.
+    """
+    for replaced in sorted((run / UNFINISHED).glob(f"checkpoint-*{_REPLACED}")):
+        new = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        target = run / new.name
+        if target.exists():
+            continue
+        damage = find_damage(new) if (new / RECORD).exists() else None  # a node's own part has no record
+        try:
+            os.rename(new if new.is_dir() and damage is None else replaced, target)
+        except FileNotFoundError:
+            if not target.exists():  # otherwise another process was faster
+                raise
+        logger.warning(f"{target} was being replaced when the run ended: the replacement is finished.")
 
 
 def _number(checkpoint: Path) -> int:

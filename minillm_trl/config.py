@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
 
@@ -313,6 +314,7 @@ class MiniLLMConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         choose_precision(self)
+        self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         single = self.num_generations == 1
         if single:
             self.num_generations = _OneGeneration(1)

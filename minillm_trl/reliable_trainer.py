@@ -21,13 +21,20 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from .checkpoints import STATE, CheckpointError, find_damage, newest_whole_checkpoint, record_files, replace_folder
+from .checkpoints import (
+    STATE,
+    UNFINISHED,
+    CheckpointError,
+    find_damage,
+    finish_replacements,
+    newest_whole_checkpoint,
+    record_files,
+    replace_folder,
+)
 from .interruption import Terminated, note_sigterm
 from .random_state import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
-
-UNFINISHED = "unfinished"  # what is written in a run's folder before it has its final name
 
 
 class ReliableTrainer(Trainer):
@@ -63,6 +70,7 @@ class ReliableTrainer(Trainer):
             FloatingPointError: after `max_nonfinite_steps` in a row.
             Terminated: after SIGTERM.
         """
+        self._finish_replacements(resume_from_checkpoint)
         self._check_output_dir()
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._resumed_state = None if checkpoint is None else self._read_run_state(Path(checkpoint))
@@ -76,6 +84,15 @@ class ReliableTrainer(Trainer):
         finally:
             self.remove_callback(restore)
             self.args.eval_on_start = eval_on_start
+
+    def _finish_replacements(self, asked: str | bool | None) -> None:
+        runs = {Path(self.args.output_dir)}
+        if isinstance(asked, str | os.PathLike):
+            runs.add(Path(asked).parent)
+        if self.args.local_process_index == 0:
+            for run in runs:
+                finish_replacements(run)
+        self.accelerator.wait_for_everyone()
 
     def _check_output_dir(self) -> None:
         if not self.args.should_save:

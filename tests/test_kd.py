@@ -312,7 +312,7 @@ class TestCommandLine:
         assert "different tokenizers" in capsys.readouterr().err
 
 
-# Of two evaluations the first has the higher loss, which is made the better one: what is saved is not the last model
+# The entropy of the first of two evaluations is made the better one: what is saved is not the last model
 RUN = """
 import json, pathlib, sys
 output, folder, batch_size, kind, config = sys.argv[1:]
@@ -322,7 +322,7 @@ options = dict(
     fsdp_on_cpu="fsdp" in config, per_device_train_batch_size=int(batch_size), eval_strategy="steps", eval_steps=2,
     predict_with_generate=True, max_completion_length=6, per_device_eval_batch_size=2, max_steps=4,
     save_strategy="steps", save_steps=2, load_best_model_at_end=True,
-    metric_for_best_model="eval_loss", greater_is_better=True,
+    metric_for_best_model="eval_entropy", greater_is_better=kind == "sft",
 )
 if kind == "kd":
     trainer = make_trainer(output, shard_teacher=config != "", **options)
@@ -366,7 +366,8 @@ def test_two_processes_reach_what_one_does(tmp_path, kind, config):
         facts.append(json.loads((output / "facts.json").read_text()))
     assert moves[0].norm() > 1e-3
     assert (moves[0] - moves[1]).norm() < 1e-3 * moves[0].norm()
-    for name in ("eval_rouge_l", "eval_completions/mean_length", "eval_rollout/repeated_4grams"):
+    names = ("eval_loss", "eval_entropy", "eval_rouge_l", "eval_completions/mean_length")
+    for name in (*names, "eval_rollout/repeated_4grams"):
         assert facts[0]["first"][name] == pytest.approx(facts[1]["first"][name], rel=1e-3), name
     expected = "FSDP" if "fsdp" in config else "DEEPSPEED" if "zero" in config else "MULTI_CPU"
     assert facts[1]["strategy"] == f"DistributedType.{expected}"

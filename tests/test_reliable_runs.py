@@ -23,8 +23,9 @@ from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
-from minillm_trl.checkpoints import CheckpointError, find_damage, newest_whole_checkpoint
+from minillm_trl.checkpoints import CheckpointError, find_damage, finish_replacements, newest_whole_checkpoint
 from minillm_trl.cli.launch import accelerate_config_path
+from minillm_trl.cli.training import checkpoint_to_resume
 from minillm_trl.interruption import Terminated
 
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_iterations": 2, "logging_steps": 3}
@@ -294,6 +295,65 @@ class TestCheckpoints:
         message = "model.safetensors has .* bytes and not .*The newest whole one is .*checkpoint-2"
         with pytest.raises(CheckpointError, match=message):
             make_trainer(tmp_path, **SAVED).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+    def crash_between_renames(self, tmp_path, monkeypatch):
+        """Take a run back to step 4, and end it while it replaces its checkpoint of step 6. Return the whole run."""
+        options = {**SAVED, "max_steps": 6}
+        whole = make_trainer(tmp_path, **options)
+        whole.train()
+        rename = os.rename
+
+        def crash(source, target):
+            if Path(source).parent.name == "unfinished":
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        again = make_trainer(tmp_path, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", crash)
+            with pytest.raises(KeyboardInterrupt):
+                again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert not (tmp_path / "checkpoint-6").exists()
+        return whole, options
+
+    @pytest.mark.parametrize("asked", [True, "checkpoint-6", "checkpoint-4", None])
+    def test_crash_while_one_is_replaced_loses_neither(self, tmp_path, monkeypatch, caplog, asked):
+        whole, options = self.crash_between_renames(tmp_path, monkeypatch)
+        again = make_trainer(tmp_path, **options)
+        with monkeypatch.context() as patched:  # what is there before the first step
+            patched.setattr(again, "_inner_training_loop", lambda *args, **kwargs: None)
+            again.train(resume_from_checkpoint=str(tmp_path / asked) if isinstance(asked, str) else asked)
+        assert find_damage(tmp_path / "checkpoint-6") is None
+        assert "checkpoint-6 was being replaced when the run ended" in caplog.text
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_run(resumed, whole)
+        assert "The run had ended at step 6" in caplog.text
+
+    @pytest.mark.parametrize("how", ["torn", "missing", "one bit"])
+    def test_crash_that_leaves_the_new_one_damaged_keeps_the_old_one(self, tmp_path, monkeypatch, how: str):
+        self.crash_between_renames(tmp_path, monkeypatch)
+        unfinished = tmp_path / "unfinished"
+        old = (unfinished / "checkpoint-6.replaced" / "files.json").stat().st_ino
+        self.damage(unfinished / "checkpoint-6" / "model.safetensors", how)
+        finish_replacements(tmp_path)
+        finish_replacements(tmp_path)
+        assert find_damage(tmp_path / "checkpoint-6") is None
+        assert (tmp_path / "checkpoint-6" / "files.json").stat().st_ino == old
+
+    @pytest.mark.parametrize("asked", ["true", "false", "checkpoint-6"])
+    def test_command_line_finishes_the_replacement_too(self, tmp_path, monkeypatch, asked: str):
+        self.crash_between_renames(tmp_path, monkeypatch)
+        shutil.rmtree(tmp_path / "checkpoint-2")
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        if asked == "false":
+            with pytest.raises(ValueError, match=r"holds a run that came to .*checkpoint-6"):
+                checkpoint_to_resume(asked, str(tmp_path))
+        elif asked == "true":
+            assert checkpoint_to_resume(asked, str(tmp_path)) is True
+        else:
+            assert checkpoint_to_resume(str(tmp_path / asked), str(tmp_path / "other")) == str(tmp_path / asked)
+        assert find_damage(tmp_path / "checkpoint-6") is None
 
     def test_name_comes_when_all_is_written(self, tmp_path):
         seen = []

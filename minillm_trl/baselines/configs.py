@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
 from .teacher_data import default_teacher_data_dir
 
@@ -47,6 +48,7 @@ class FineTuningConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         choose_precision(self)
+        self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
         for name in ("max_completion_length", "max_nonfinite_steps"):
             if getattr(self, name) < 1:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
-from ..checkpoints import newest_whole_checkpoint
+from ..checkpoints import finish_replacements, newest_whole_checkpoint
 from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
 from ..pickled_weights import refuse_pickled_weights
@@ -119,6 +119,7 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
         ValueError: if there is no such folder or a file of it is damaged, or if `output_dir` holds a run that would be
             written over.
     """
+    finish_replacements(Path(output_dir))
     if value is None or str(value).lower() == "false":
         if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
             raise ValueError(
@@ -128,6 +129,7 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
         return None
     if str(value).lower() == "true":
         return True
+    finish_replacements(Path(value).parent)
     if not Path(value).is_dir():
         raise ValueError(
             f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
