@@ -11,7 +11,7 @@ _EXPORTS = {
     "DegenerationWatch": ".degeneration_watch",
     "MiniLLMConfig": ".config",
     "MiniLLMTrainer": ".trainer",
-    "TeacherMixedLogitsProcessor": ".sampling",
+    "TeacherMixedLogitsProcessor": ".logits_processor",
     "objectives": ".objectives",
 }
 __all__ = [
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from . import objectives
     from .config import MiniLLMConfig
     from .degeneration_watch import DegenerationWatch
-    from .sampling import TeacherMixedLogitsProcessor
+    from .logits_processor import TeacherMixedLogitsProcessor
     from .trainer import MiniLLMTrainer
 
 

@@ -97,10 +97,15 @@ def deal_rows(num_rows: int, num_steps: int, first_row: int, *key: int) -> torch
     """
     first_block = first_row // num_steps
     dealt = [
-        keyed_uniforms(num_steps, *key, first_block + block).argsort() + block * num_steps
+        keyed_uniforms(num_steps, *_trim_zeros((*key, first_block + block))).argsort() + block * num_steps
         for block in range(num_rows // num_steps)
     ]
     return torch.from_numpy(np.stack(dealt, axis=1).reshape(-1))
+
+
+def _trim_zeros(key: tuple[int, ...]) -> tuple[int, ...]:
+    """Cut off the zeros at the end of a key: runs that began when they made no difference are dealt rows as before."""
+    return _trim_zeros(key[:-1]) if key[-1:] == (0,) else key
 
 
 def window_token_counts(batches: Sequence[Batch], accumulation_steps: int) -> torch.Tensor:

@@ -9,13 +9,14 @@ row, ...). So a sample does not depend on the rows beside it, on the number of p
 numbers, and an interrupted run resumes with the samples it would have drawn.
 """
 
+import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import without_cudnn_attention
 from .decoding import CompiledDecoding, LazyDecoder
@@ -24,8 +25,35 @@ from .ngram_block import NgramBlock
 
 
 def keyed_uniforms(length: int, *key: int) -> np.ndarray:
-    """`length` uniform numbers in [0, 1), float64, a pure function of the non-negative integers in `key`."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(length)
+    """Return `length` uniform numbers in [0, 1), float64, a pure function of the non-negative integers in `key`.
+
+    Different keys give independent numbers, also where one is the other followed by zeros.
+
+    Raises:
+        ValueError: if a number of the key is negative.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(_entropy(key)))).random(length)
+
+
+def _entropy(key: Sequence[int]) -> Sequence[int]:
+    """Return what seeds the numbers of a key, different for different keys.
+
+    `SeedSequence` cuts large numbers into words of 32 bits and fills up to four words with zeros. So that no two keys
+    have the same words, only keys of two numbers may end in 0 or be filled up; of others the digest is taken.
+    """
+    if any(number < 0 for number in key):
+        raise ValueError(f"A key of random numbers must be of non-negative integers, got {tuple(key)}.")
+    unique = len(key) == 2 or len(key) > 4 or (len(key) > 2 and key[-1] != 0)
+    return key if unique and all(number < 2**32 for number in key) else (_digest(key),)
+
+
+def _digest(key: Iterable[object]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(list(map(str, key))).encode()).digest())
+
+
+def draw_seed() -> int:
+    """Draw a seed from torch's generator: what is not told a seed does not repeat its random numbers."""
+    return int(torch.randint(2**63 - 1, ()))
 
 
 # Second element of the keys of the noise, after the seed: what it is for
@@ -36,6 +64,11 @@ def evaluation_key(seed: int, prompt_ids: Sequence[int], sample: int = 0, turn: 
     """Key of the noise of a completion in evaluation: the same at every evaluation and for every trainer, so that
     their curves differ by the student alone."""
     return seed, EVAL_TOKENS, zlib.crc32(repr(list(prompt_ids)).encode()), sample, turn
+
+
+def sample_key(seed: int, prompt: int, sample: int = 0) -> tuple[int, ...]:
+    """Key of the noise of a completion outside training, by the numbers of its prompt and of the prompt's sample."""
+    return (seed, prompt, sample) if sample else (seed, prompt)
 
 
 def toss_coins(length: int, alpha: float, *key: int) -> np.ndarray:
@@ -124,8 +157,9 @@ def sample_completions(
             neither model has to run again to score the completions. Needs heads that [`~lm_head.check_head`]
             accepts.
         on_every_process (`Callable[[bool], bool]`, *optional*): whether its argument is True on every process. To be
-            given where a model is sharded over processes, whose calls are then the same on all: a process goes on
-            until all rows of all processes have finished. Shared coins must be the same on all.
+            given where a model is sharded over processes, whose calls are then the same on all: a model that one
+            process needs at a step is called by all, and all go on until the rows of all have finished. Shared coins
+            that are the same on all spare calls. The number of batches and `max_new_tokens` must be the same on all.
         compiled ([`CompiledDecoding`], *optional*): of the student, whose steps then run compiled.
         no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no row may repeat an n-gram of its own
             or of its prompt, see [`NgramBlock`]; 0 for none.
@@ -154,8 +188,10 @@ def sample_completions(
     for step in range(max_new_tokens):
         tokens = torch.full((batch_size,), pad_token_id, device=device)
         for decoder, chosen in zip(decoders, (~coins[:, step], coins[:, step]), strict=False):
-            # a sharded model is called by all processes or none, whatever the coins of single rows
-            if not chosen.any() and (len(coins) == 1 or on_every_process is None):
+            idle = not chosen.any()
+            if on_every_process is not None and teacher_coins is not None:
+                idle = on_every_process(idle)  # a sharded model is called by all processes or by none
+            if idle:
                 continue
             decoder.drop(finished, last)
             logits = decoder.next_logits(ids, mask)
@@ -199,7 +235,7 @@ def sample_prompts(
     batch_size: int | None = None,
     teacher: PreTrainedModel | None = None,
     alpha: float = 0.0,
-    coin_key: tuple[int, ...] = (),
+    coin_key: tuple[int, ...] | None = None,
     shared_coins: bool = True,
     vocab_size: int | None = None,
     on_every_process: Callable[[bool], bool] | None = None,
@@ -218,7 +254,8 @@ def sample_prompts(
         batch_size (`int`, *optional*): rows decoded together; all by default.
         alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
         coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it, or with a
-            coin for each row the row's key.
+            coin for each row the row's key. None derives the coins from `keys`, apart from the numbers that draw the
+            tokens; without `keys` they come from torch's generator.
         shared_coins (`bool`, *optional*, defaults to `True`): whether rows decoded together share their coins, so that
             only one of the models runs at a step. `False` makes all rows independent, and a completion a function of
             its key alone.
@@ -244,7 +281,8 @@ def sample_prompts(
             uniforms = torch.from_numpy(noise).to(device)
         coins = None
         if alpha > 0:
-            coin_keys = [(*coin_key, number)] if shared_coins else [(*coin_key, *keys[row]) for row in rows]
+            own_keys = [None if keys is None else keys[row] for row in rows]
+            coin_keys = _coin_keys(coin_key, number, own_keys, shared_coins)
             coins = np.stack([toss_coins(max_new_tokens, alpha, *key) for key in coin_keys])
         sampled = sample_completions(
             student,
@@ -270,6 +308,29 @@ def sample_prompts(
     return completions
 
 
+def _coin_keys(
+    coin_key: tuple[int, ...] | None, batch: int, keys: Sequence[tuple[int, ...] | None], shared: bool
+) -> list[tuple[int, ...]]:
+    """Return the key of the coins that the rows of a batch share, or of each row's.
+
+    Args:
+        coin_key (`tuple[int, ...]`, *optional*): what the caller gave.
+        batch (`int`): number of the batch.
+        keys (`Sequence[tuple[int, ...] | None]`): key of each row's tokens; None for greedy decoding.
+        shared (`bool`): whether the rows share their coins.
+    """
+    if coin_key and shared:
+        return [(*coin_key, batch)]
+    if coin_key:
+        return [(*coin_key, batch, row) if key is None else (*coin_key, *key) for row, key in enumerate(keys)]
+    tossed_for = [keys] if shared else [[key] for key in keys]
+    # a digest, so that no coin ever has the number that draws a token
+    return [
+        (draw_seed() if None in group else _digest(["coins", *(tuple(map(int, key)) for key in group)]),)
+        for group in tossed_for
+    ]
+
+
 def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), width), pad_token_id)
@@ -278,55 +339,3 @@ def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[to
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = True
     return ids, mask
-
-
-class TeacherMixedLogitsProcessor(LogitsProcessor):
-    r"""Teacher-mixed sampling for `student.generate(..., do_sample=True, logits_processor=[processor])`.
-
-    At each step a coin decides whether the scores are the student's or the teacher's; `generate` then draws from them.
-    So each sequence follows $\alpha p + (1-\alpha) q$ (Eq. 4) at any `temperature`, which `generate` applies after its
-    custom processors. The coin is shared by the batch, and the teacher runs only at its own steps. One processor
-    serves one call of `generate`; beams and anything that reshapes the scores (top-k, top-p, penalties) do not mix
-    with it.
-
-    Args:
-        teacher ([`~transformers.PreTrainedModel`]): the teacher, in eval mode, with the student's tokenizer.
-        alpha (`float`): the teacher's share, in [0, 1].
-        attention_mask (`torch.Tensor` of shape `(B, P)`): mask of the left-padded prompts given to `generate`.
-        seed (`int`, *optional*, defaults to `0`): seed of the coins.
-
-    Raises:
-        ValueError: if `alpha` lies outside [0, 1], or the rows do not match those of `attention_mask`, or the
-            processor is used for a second call of `generate`.
-    """
-
-    def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int = 0):
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
-        self.alpha = alpha
-        self.attention_mask = attention_mask
-        self.seed = seed
-        rows = teacher.get_output_embeddings().weight.shape[0]
-        self._decoder = LazyDecoder(teacher, rows, len(attention_mask))
-        self._length = attention_mask.shape[1]
-
-    @torch.no_grad()
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[0] != self.attention_mask.shape[0] or input_ids.shape[1] != self._length:
-            raise ValueError(
-                f"Expected input_ids of shape {(self.attention_mask.shape[0], self._length)}, got "
-                f"{tuple(input_ids.shape)}. Make one TeacherMixedLogitsProcessor for each call of generate, with the "
-                "attention_mask of that call and without beams or num_return_sequences."
-            )
-        step = self._length - self.attention_mask.shape[1]
-        self._length += 1
-        shared = min(self._decoder.vocab_size, scores.shape[1])
-        if keyed_uniforms(1, self.seed, step)[0] >= self.alpha:
-            mixed = scores.clone()
-            mixed[:, shared:] = -torch.inf  # rows that the teacher lacks are excluded from both
-            return mixed
-        generated = self.attention_mask.new_ones(input_ids.shape[0], step)
-        mask = torch.cat([self.attention_mask, generated], dim=1).bool()
-        mixed = torch.full_like(scores, -torch.inf)
-        mixed[:, :shared] = self._decoder.next_logits(input_ids, mask)[:, :shared].to(scores)
-        return mixed

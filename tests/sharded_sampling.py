@@ -1,6 +1,8 @@
 """Samples with a teacher that is sharded over two processes; started by test_sharded_teacher.py."""
 
+import datetime
 import sys
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,11 @@ from minillm_trl.teacher import is_sharded, shard_blocks
 PROMPTS = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]  # of each process
 # Keys are chosen so that the completions of the first process end long before those of the second
 KEYS = [[(0, 10), (0, 24)], [(0, 46), (0, 16)]]
+# Shared coins and batch size: a batch of one row has one row of coins too, which the processes do not share
+CASES = list(product((True, False), (2, 1)))
 
 
-def sample(rank: int, teacher, shared_coins: bool, on_every_process=None) -> list[list[int]]:
+def sample(rank: int, teacher, shared_coins: bool, batch_size: int, on_every_process=None) -> list[list[int]]:
     return sample_prompts(
         build_model("gpt2", vocab_size=40, seed=0),
         PROMPTS[rank],
@@ -22,6 +26,7 @@ def sample(rank: int, teacher, shared_coins: bool, on_every_process=None) -> lis
         max_new_tokens=20,
         eos_token_ids=[0, 3],
         pad_token_id=1,
+        batch_size=batch_size,
         teacher=teacher,
         alpha=0.4,
         coin_key=(5,),
@@ -36,7 +41,7 @@ def build_teacher():
 
 
 def main(folder: str) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, world = dist.get_rank(), dist.get_world_size()
     teacher = build_teacher()
     assert is_sharded(shard_blocks(teacher, "cpu"))
@@ -46,7 +51,7 @@ def main(folder: str) -> None:
         dist.all_reduce(flags)
         return int(flags) == world
 
-    result = [sample(rank, teacher, shared, on_every_process) for shared in (True, False)]
+    result = [sample(rank, teacher, *case, on_every_process) for case in CASES]
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

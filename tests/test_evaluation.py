@@ -1,5 +1,6 @@
 """Evaluating a model: the same numbers for any batch size."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset
 
 from minillm_trl.cli import main
 from minillm_trl.evaluation.evaluate import evaluate_model
+from minillm_trl.evaluation.exposure_bias import excess_accumulated_error, sample_divergences
 from minillm_trl.evaluation.generation import encode_prompts, end_token_ids, generate_completions
 
 TOKENIZER = build_tokenizer()
@@ -69,6 +71,17 @@ def test_forward_kl_is_the_reverse_kl_of_the_teacher_to_the_student():
         assert one["reverse_kl"] != pytest.approx(two["reverse_kl"], rel=1e-3)
 
 
+def test_exposure_bias_is_measured_on_samples_of_the_first_seed():
+    student, teacher = build_model("gpt2", len(TOKENIZER)), build_model("gpt2", len(TOKENIZER), seed=1)
+    options = {"samples": 2, "max_new_tokens": 8, "batch_size": 7}
+    first, second = (
+        excess_accumulated_error(*sample_divergences(student, teacher, TOKENIZER, PROMPTS, seed=seed, **options))
+        for seed in (3, 4)
+    )
+    assert evaluate(7, exposure_bias_samples=2).exposure_bias == first
+    assert evaluate(7, exposure_bias_samples=2, seeds=[4]).exposure_bias == second != first
+
+
 def test_nothing_to_evaluate_is_refused():
     with pytest.raises(ValueError, match="Nothing to evaluate: 7 prompts and 0 seeds"):
         evaluate(4, seeds=[])
@@ -82,6 +95,27 @@ class TestGeneration:
         assert first == generate_completions(model, TOKENIZER, PROMPTS, seed=1, batch_size=2, **options)
         assert first[:3] == generate_completions(model, TOKENIZER, PROMPTS[:3], seed=1, **options)
         assert first != generate_completions(model, TOKENIZER, PROMPTS, seed=2, **options)
+
+    def test_seeds_share_no_sample_and_no_seed_repeats_none(self):
+        model = build_model("gpt2", len(TOKENIZER))
+        options = {"max_new_tokens": 12}
+        found = [
+            tuple(each.text for each in generate_completions(model, TOKENIZER, PROMPTS, **options, **choice))
+            for choice in ({}, {}, *({"seed": seed, "sample": sample} for seed in range(3) for sample in range(3)))
+        ]
+        assert len(set(found)) == 11
+        torch.manual_seed(0)
+        first = generate_completions(model, TOKENIZER, PROMPTS, **options)
+        torch.manual_seed(0)
+        assert generate_completions(model, TOKENIZER, PROMPTS, **options) == first
+
+    def test_command_line_gives_neighbouring_seeds_other_samples(self, tmp_path, model_dir):
+        found, output = [], tmp_path / "out.jsonl"
+        for seed in ("0", "1"):
+            options = ("--num_samples", "3", "--max_new_tokens", "12", "--seed", seed, "--output", str(output))
+            assert main(["generate", "--model", model_dir("gpt2"), "--prompt", "the mill", *options]) == 0
+            found += [json.loads(line)["completion"] for line in output.read_text().splitlines()]
+        assert len(set(found)) == len(found) == 6
 
     def test_greedy_completions_do_not_depend_on_the_seed(self):
         model = build_model("gpt2", len(TOKENIZER))

@@ -155,6 +155,14 @@ def test_student_that_equals_its_teacher_has_no_error_and_no_excess():
     assert actual.excess_error == [None] * len(actual.student)
 
 
+def test_without_a_seed_no_two_measurements_share_their_samples():
+    student, teacher = models()
+    torch.manual_seed(0)
+    first, second = (measure(student, teacher, seed=None).student for _ in range(2))
+    torch.manual_seed(0)
+    assert measure(student, teacher, seed=None).student == first != second
+
+
 def test_samples_of_a_prompt_differ():
     student, teacher = models()
     assert measure(student, teacher, PROMPTS[:1], samples=1).student != measure(student, teacher, PROMPTS[:1]).student

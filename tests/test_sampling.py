@@ -8,9 +8,17 @@ import torch
 from conftest import FAMILIES, build_model
 from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
-from minillm_trl import TeacherMixedLogitsProcessor
+import minillm_trl.sampling
 from minillm_trl.decoding import CompiledDecoding, check_decoding
-from minillm_trl.sampling import draw_tokens, keyed_uniforms, sample_completions, sample_prompts, toss_coins
+from minillm_trl.rollouts import deal_rows
+from minillm_trl.sampling import (
+    ROLLOUT_ORDER,
+    draw_tokens,
+    keyed_uniforms,
+    sample_completions,
+    sample_prompts,
+    toss_coins,
+)
 
 VOCAB, HORIZON, EOS = 3, 3, 0
 PROMPTS = [[1], [2, 1, 2, 2]]
@@ -106,38 +114,6 @@ def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool):
     assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05
     assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 0.0, 1.0)) > 0.08
     assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 1.0, 1.0)) > 0.08
-
-
-@torch.no_grad()
-def test_logits_processor_follows_the_mixture_at_any_temperature():
-    student, teacher = tiny(0), tiny(1)
-    alpha, temperature, calls, rows = 0.5, 2.0, 250, 8
-    prompt = PROMPTS[1]
-    ids, mask = torch.tensor([[1, 1, *prompt]] * rows), torch.tensor([[0, 0, *[1] * len(prompt)]] * rows)
-    config = GenerationConfig(
-        max_new_tokens=HORIZON, do_sample=True, temperature=temperature, eos_token_id=EOS, pad_token_id=1, top_k=0
-    )
-    counts: dict[tuple, float] = {}
-    torch.manual_seed(0)
-    for call in range(calls):  # rows of one call share their coins; calls are independent
-        processor = TeacherMixedLogitsProcessor(teacher, alpha, mask, seed=call)
-        output = student.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[processor]
-        )
-        for row in output[:, ids.shape[1] :].tolist():
-            key = tuple(row[: row.index(EOS) + 1] if EOS in row else row[:HORIZON])
-            counts[key] = counts.get(key, 0.0) + 1 / (calls * rows)
-    assert distance(counts, mixture_law(student, teacher, prompt, alpha, temperature)) < 0.06
-    assert distance(counts, mixture_law(student, teacher, prompt, alpha, 1.0)) > 0.08
-    assert distance(counts, mixture_law(student, teacher, prompt, 0.0, temperature)) > 0.08
-
-
-@pytest.mark.parametrize("rows", [2, 5])
-def test_logits_processor_refuses_a_second_call_of_generate(rows: int):
-    processor = TeacherMixedLogitsProcessor(tiny(1), 0.5, torch.ones(2, 2))
-    processor(torch.ones(2, 2, dtype=torch.long), torch.zeros(2, VOCAB))
-    with pytest.raises(ValueError, match="Make one TeacherMixedLogitsProcessor for each call"):
-        processor(torch.ones(rows, 2, dtype=torch.long), torch.zeros(rows, VOCAB))
 
 
 def sample(prompts: list[list[int]], batch_size: int | None, family: str = "gpt2", alpha: float = 0.0, **options):
@@ -389,9 +365,93 @@ class TestKeyedUniforms:
         assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(5, 1, 2)).all()
         assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(9, 1, 2)[:5]).all()  # a longer limit keeps the first tokens
         assert (keyed_uniforms(5, 1, 2) != keyed_uniforms(5, 2, 1)).all()
+        assert (keyed_uniforms(5, np.int64(7), 0) == keyed_uniforms(5, 7, 0)).all()
+
+    def test_different_keys_never_share_numbers(self):
+        """`SeedSequence` fills keys up with zeros, and takes a large number for several small ones."""
+        values = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**64)
+        keys = [key for length in range(5) for key in product(values, repeat=length)]
+        keys += [(*key, *more) for key in product((0, 1), repeat=4) for more in ((0,), (1,), (0, 0), (1, 0))]
+        assert len({tuple(keyed_uniforms(2, *key)) for key in keys}) == len(set(keys)) == len(keys)
+
+    def test_keys_of_the_package_keep_the_numbers_that_they_had(self):
+        """A run that is resumed, or repeated with a later version, samples what it did."""
+        keys = [(5, 7), (5, 0), (3, 0, 1, 2, 0), (3, 2, 4, 0, 1, 0), (3, 3, 1, 1), (3, 0, 2)]
+        found = [keyed_uniforms(2, *key).tolist() for key in keys]
+        expected = [np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(2) for key in keys]
+        expected = [numbers.tolist() for numbers in expected]
+        assert found == expected
+
+    def test_rows_are_dealt_by_the_numbers_that_they_had(self):
+        for step in (0, 4):
+            keys = [(1, ROLLOUT_ORDER, step, block) for block in (0, 1)]
+            orders = [np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(3) for key in keys]
+            expected = np.stack([orders[0].argsort(), orders[1].argsort() + 3], axis=1).reshape(-1)
+            assert deal_rows(6, 3, 0, 1, ROLLOUT_ORDER, step).tolist() == expected.tolist()
+
+    def test_negative_number_is_refused(self):
+        with pytest.raises(ValueError, match=r"non-negative integers, got \(1, -1\)"):
+            keyed_uniforms(3, 1, -1)
 
     def test_coins_come_up_with_probability_alpha(self):
         tosses = [coin for seed in range(200) for coin in toss_coins(50, 0.2, seed)]
         assert sum(tosses) / len(tosses) == pytest.approx(0.2, abs=0.015)
         assert not any(toss_coins(50, 0.0, 1))
         assert all(toss_coins(50, 1.0, 1))
+
+
+class TestDefaultCoins:
+    """Of `sample_prompts` that is not told a `coin_key`."""
+
+    @staticmethod
+    def coins(monkeypatch: pytest.MonkeyPatch, keys, shared: bool) -> list[tuple[int, ...]]:
+        found = []
+
+        def recorded(length: int, alpha: float, *key: int) -> np.ndarray:
+            found.append(key)
+            return toss_coins(length, alpha, *key)
+
+        monkeypatch.setattr(minillm_trl.sampling, "toss_coins", recorded)
+        with torch.random.fork_rng(devices=[]):  # it is seeded for each model
+            models = [build_model("gpt2", vocab_size=10, seed=seed, width=8, layers=1) for seed in (0, 1)]
+        options = {"max_new_tokens": 3, "eos_token_ids": [], "pad_token_id": 1, "batch_size": 2}
+        sample_prompts(models[0], [[5]] * 4, keys=keys, teacher=models[1], alpha=0.5, shared_coins=shared, **options)
+        return found
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_they_are_a_function_of_the_keys_and_share_no_number_with_the_tokens(self, monkeypatch, shared: bool):
+        keys = [[(call, row) for row in range(4)] for call in (0, 1)]
+        first, again, second = (self.coins(monkeypatch, each, shared) for each in (keys[0], keys[0], keys[1]))
+        assert first == again
+        assert len({*first, *second}) == (4 if shared else 8)
+        assert not {*first, *second} & {*keys[0], *keys[1]}
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_without_keys_they_come_from_the_generator_of_torch(self, monkeypatch, shared: bool):
+        torch.manual_seed(0)
+        first, second = (self.coins(monkeypatch, None, shared) for _ in range(2))
+        torch.manual_seed(0)
+        assert self.coins(monkeypatch, None, shared) == first
+        assert len({*first, *second}) == (4 if shared else 8)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_samples_follow_the_law_of_the_mixture(self, shared: bool):
+        student, teacher = tiny(0), tiny(1)
+        alpha, calls, rows = 0.4, 300, 8
+        counts: dict[tuple, float] = {}
+        for call in range(calls):
+            completions = sample_prompts(
+                student,
+                [PROMPTS[1]] * rows,
+                keys=[(call, row) for row in range(rows)],
+                max_new_tokens=HORIZON,
+                eos_token_ids=[EOS],
+                pad_token_id=1,
+                teacher=teacher,
+                alpha=alpha,
+                shared_coins=shared,
+            )
+            for completion in completions:
+                counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / (calls * rows)
+        assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.json_files import read_json
 from ..evaluation.generation import encode_prompts, end_token_ids
 from ..pickled_weights import refuse_pickled_weights
-from ..sampling import sample_prompts
+from ..sampling import sample_key, sample_prompts
 from .configs import SeqKDConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
 
@@ -139,7 +139,7 @@ def sample_with_transformers(
             sampled = sample_prompts(
                 teacher,
                 [prompt_ids[number] for number in numbers],
-                keys=[(args.generation_seed, *jobs[number]) for number in numbers],
+                keys=[sample_key(args.generation_seed, *jobs[number]) for number in numbers],
                 max_new_tokens=args.max_completion_length,
                 eos_token_ids=ends,
                 pad_token_id=pad_token_id,

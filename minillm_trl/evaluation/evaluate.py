@@ -100,7 +100,8 @@ def evaluate_model(
         forward_kl (`bool`, *optional*, defaults to `False`): sample from the teacher too, once a prompt and seed, for
             `forward_kl`.
         exposure_bias_samples (`int`, *optional*, defaults to `0`): samples of model and teacher for each prompt, with
-            which `exposure_bias` is measured; 0 leaves it out. The paper has 10. N-grams are not blocked in them.
+            which `exposure_bias` is measured, drawn with the first of the seeds; 0 leaves it out. The paper has 10.
+            N-grams are not blocked in them.
         parts ([`Parts`], *optional*): where each seed's results are kept as soon as they are there, and taken from.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
@@ -135,7 +136,7 @@ def evaluate_model(
         losses = _kept(parts, "loss", task.measure_losses)
     exposure_bias = None
     if exposure_bias_samples:
-        errors = _kept(parts, "exposure_bias", lambda: task.measure_errors(exposure_bias_samples, progress))
+        errors = _kept(parts, "exposure_bias", lambda: task.measure_errors(exposure_bias_samples, runs[0], progress))
         exposure_bias = excess_accumulated_error(*errors)
     settings = {
         "seeds": [seed for seed in runs if seed is not None],
@@ -218,7 +219,7 @@ class _Task:
             by_row[row] += each
         return gather_rows([sum(each) / len(each) for each in by_row.values()], len(self.prompts))
 
-    def measure_errors(self, samples: int, progress: bool) -> list[list[list[float]]]:
+    def measure_errors(self, samples: int, seed: int, progress: bool) -> list[list[list[float]]]:
         """The student's errors at each token of samples of the student, and of the teacher."""
         mine = sample_divergences(
             self.model,
@@ -226,6 +227,7 @@ class _Task:
             self.tokenizer,
             [self.prompts[row] for row in self.rows],
             samples=samples,
+            seed=seed,
             max_new_tokens=self.decoding["max_new_tokens"],
             temperature=self.decoding["temperature"],
             batch_size=self.decoding["batch_size"],

@@ -8,7 +8,7 @@ from itertools import accumulate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..sampling import evaluation_key, sample_prompts
+from ..sampling import draw_seed, evaluation_key, sample_prompts
 from ..teacher import shared_vocab_size
 from .divergence import token_divergences
 from .generation import encode_prompts, end_token_ids
@@ -88,7 +88,7 @@ def sample_divergences(
     samples: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[list[list[float]], list[list[float]]]:
@@ -104,7 +104,7 @@ def sample_divergences(
         samples (`int`): samples of each model for each prompt; the paper has 10.
         max_new_tokens (`int`): length limit, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`): of sampling and of the distributions that are compared.
-        seed (`int`, *optional*, defaults to `0`): seed of the samples.
+        seed (`int`, *optional*): seed of the samples. None draws one from torch's generator.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass.
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
@@ -120,6 +120,7 @@ def sample_divergences(
     vocab_size = shared_vocab_size(student, teacher, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     prompt_ids = [ids for ids in encode_prompts(tokenizer, prompts) for _ in range(samples)]
+    seed = draw_seed() if seed is None else seed
     keys = [evaluation_key(seed, ids, number % samples) for number, ids in enumerate(prompt_ids)]
     divergences = []
     with tqdm(total=2 * len(keys), desc="Exposure bias", unit=" samples", disable=not progress) as bar:

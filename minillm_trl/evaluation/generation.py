@@ -1,4 +1,4 @@
-"""Completions of a model on its own: the same for any batch size, given the seed and the prompt's index."""
+"""Completions of a model on its own: the same for any batch size, given seed, prompt's index and sample."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..lm_head import check_embedded
-from ..sampling import sample_prompts
+from ..sampling import draw_seed, sample_key, sample_prompts
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def generate_completions(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | None = None,
+    sample: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int = 64,
     greedy: bool = False,
@@ -88,8 +89,10 @@ def generate_completions(
         prompts (`Sequence`): texts or conversations.
         max_new_tokens (`int`): length limit, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature.
-        seed (`int`, *optional*, defaults to `0`): together with a prompt's index it determines the completion,
-            whatever the batch size.
+        seed (`int`, *optional*): together with a prompt's index and `sample` it determines the completion, whatever
+            the batch size. None draws one from torch's generator.
+        sample (`int`, *optional*, defaults to `0`): number of the sample, for several completions of each prompt.
+            Seeds share none.
         indices (`Sequence[int]`, *optional*): the prompts' indices, where they are a share of all; their positions by
             default.
         batch_size (`int`, *optional*, defaults to `64`): prompts decoded together.
@@ -105,6 +108,7 @@ def generate_completions(
         ValueError: if a prompt has no tokens, or one that the model has no embedding of.
     """
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    seed = draw_seed() if seed is None and not greedy else seed
     ends = end_token_ids(model, tokenizer)
     indices = range(len(prompts)) if indices is None else indices
     prompt_ids = encode_prompts(tokenizer, prompts)
@@ -112,7 +116,7 @@ def generate_completions(
     sampled = sample_prompts(
         model.eval(),
         prompt_ids,
-        keys=None if greedy else [(seed, index) for index in indices],
+        keys=None if greedy else [sample_key(seed, index, sample) for index in indices],
         max_new_tokens=max_new_tokens,
         eos_token_ids=ends,
         pad_token_id=pad_token_id,
