@@ -16,7 +16,7 @@ help:
 	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
 	@echo "make test      lint and all tests"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
-	@echo "make lint      ruff alone"
+	@echo "make lint      ruff, and the ban list of the style guide"
 	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
 	@echo "make clean     remove .venv and caches"
 
@@ -39,6 +39,7 @@ test-trl: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/words.py
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
