@@ -163,7 +163,7 @@ class TestProtocol:
     def test_page_says_how_long_the_prompt_is(self):
         (request,) = Protocol("judge", 64, {}, swap=False).requests(Pair(0, "", "", ""))
         length = sum(len(message["content"]) for message in request.body["messages"])
-        assert f"The prompt is {length:,} characters" in (Path(__file__).parents[1] / "docs" / "judge.md").read_text()
+        assert f" {length:,} characters" in (Path(__file__).parents[1] / "docs" / "judge.md").read_text()
 
     def test_wording_is_that_of_recorded_verdicts(self):
         # a change makes verdicts incomparable with those before it: change it on purpose only

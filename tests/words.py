@@ -25,6 +25,7 @@ COVERED = (
     "docs/**/*.md",
     "recipes/**/*.md",
     "notebooks/**/*.md",
+    "notebooks/**/*.ipynb",
     "benchmarks/**/*.md",
     ".github/**/*.md",
     ".github/**/*.yml",
