@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTTrainer
 
 from .config import MiniLLMConfig
+from .encoding import holds_conversations
+from .end_tokens import check_eos, find_end_tokens, read_generation_config
 from .hardware import probe, problems
 from .pickled_weights import refuse_pickled_weights
 from .teacher import check_same_tokenizer, tokenizer_source
@@ -31,8 +33,11 @@ def check_arguments(
     lm_dataset: Dataset | IterableDataset | None = None,
     has_environment: bool = False,
     has_adapter: bool = False,
-) -> None:
-    """Check the arguments of [`MiniLLMTrainer`] against each other.
+) -> PreTrainedTokenizerBase | None:
+    """Check the arguments of [`MiniLLMTrainer`] against each other, and return the teacher's tokenizer.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`], None for a teacher that was built in process or came without one.
 
     Raises:
         TypeError: if `args` is no [`MiniLLMConfig`].
@@ -80,8 +85,8 @@ def check_arguments(
             f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; this "
             "model was built in process. Save it and pass the folder, or set beta=0.0."
         )
-    conversational = train_dataset is None or not isinstance(next(iter(train_dataset))["prompt"], str)
-    _check_tokenizers(model, teacher_model, processing_class, conversational)
+    conversational = train_dataset is None or holds_conversations(train_dataset)
+    return _check_tokenizers(model, teacher_model, processing_class, conversational, args)
 
 
 def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
@@ -270,12 +275,22 @@ def _check_tokenizers(
     teacher_model: str | PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | None,
     conversational: bool,
-) -> None:
+    args: MiniLLMConfig,
+) -> PreTrainedTokenizerBase | None:
+    """Check the student's tokenizer, and compare it with the teacher's, which is returned."""
     student_name, teacher_name = (
         each if isinstance(each, str) else each.config._name_or_path for each in (model, teacher_model)
     )
+    tokenizer = processing_class
+    if tokenizer is None and student_name:
+        tokenizer = AutoTokenizer.from_pretrained(student_name)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        options = {"conversational": conversational, "chat_template_kwargs": args.chat_template_kwargs}
+        generation_config = read_generation_config(model, trust_remote_code=args.trust_remote_code)
+        ends = find_end_tokens(tokenizer, student=generation_config, eos_tokens=args.eos_tokens, **options)
+        check_eos(tokenizer, ends)
     if not teacher_name:  # built in process: its vocabulary's size is all that can be checked, once it is placed
-        return
+        return None
     try:
         teacher_tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(teacher_name))
     except (OSError, ValueError) as error:
@@ -287,12 +302,9 @@ def _check_tokenizers(
             f"The teacher's tokenizer could not be loaded from {teacher_name!r}, so it was not compared. "
             "Make sure that it is the student's."
         )
-        return
-    check_same_tokenizer(
-        processing_class or AutoTokenizer.from_pretrained(student_name),
-        teacher_tokenizer,
-        conversational=conversational,
-    )
+        return None
+    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=conversational)
+    return teacher_tokenizer
 
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:

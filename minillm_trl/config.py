@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
@@ -145,6 +146,10 @@ class MiniLLMConfig(GRPOConfig):
             `"token_mean"`: mean over the completion tokens of an optimizer step (all processes and accumulation
             steps).
             `"sequence_sum"`: sum over tokens, mean over completions.
+        eos_tokens (`list[str]`, *optional*):
+            The tokens that end a completion, such as `["<|im_end|>"]`. By default all of these: the tokenizer's EOS,
+            those of the generation configs of student and teacher and, where prompts are conversations, what the chat
+            template writes after an assistant's turn. The student is saved with them.
         sampling_batch_size (`int`, *optional*):
             Rows that are decoded together on a process; all rows of a rollout by default.
         shared_coins (`bool`, *optional*, defaults to `True`):
@@ -255,6 +260,7 @@ class MiniLLMConfig(GRPOConfig):
             "choices": ["token_mean", "sequence_sum"],
         },
     )
+    eos_tokens: list[str] | None = field(default=None, metadata={"help": EOS_TOKENS_HELP})
     sampling_batch_size: int | None = field(
         default=None, metadata={"help": "Rows decoded together on a process; all rows of a rollout if not given."}
     )
@@ -321,6 +327,7 @@ class MiniLLMConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
+        self.eos_tokens = check_eos_tokens(self.eos_tokens)
         if isinstance(self.whiten_advantages, bool):
             self.whiten_advantages = "tokens" if self.whiten_advantages else "none"
         if self.half_precision_rollouts is None:

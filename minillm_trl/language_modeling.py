@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .encoding import Prompt, encode_pair, encode_prompts, encode_texts
 from .fused_head import ScoreRequest, TokenScores
 from .lm_head import completion_hidden_states
 from .objectives import forward_kl, language_modeling_loss
@@ -166,7 +167,7 @@ def encode_corpus(
 
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:
         if is_text:
-            ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
+            ids = [*encode_texts(tokenizer, [row["text"]])[0], tokenizer.eos_token_id]
             return {"input_ids": ids, "counts": [1] * len(ids)}
         prompt, ids = _encode_pair(row["prompt"], row["completion"], tokenizer, chat_template_kwargs)
         counts = [0] * prompt + [1] * (len(ids) - prompt)
@@ -200,24 +201,22 @@ def _pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[
 
 
 def _encode_pair(
-    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
+    prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> tuple[int, list[int]]:
     """Number of tokens of the prompt, and the tokens of prompt and completion."""
     if isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(prompt + completion)["input_ids"]
+        prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
         if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; sampling starts from the prompt's tokens
             ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
         return len(prompt_ids), ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-    options = {"tokenize": True, "return_dict": False, **chat_template_kwargs}
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-    ids = tokenizer.apply_chat_template(prompt + completion, **options)
-    if ids[: len(prompt_ids)] != prompt_ids:
+    (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
+    context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
+    if context != prompt_ids:
         raise ValueError(
             "lm_dataset: the chat template renders a prompt differently once its completion follows, so that its end "
             f"cannot be found. Give the pairs as text. The prompt is {str(prompt)[:80]}."
         )
-    return len(prompt_ids), ids
+    return len(prompt_ids), context + learnt
 
 
 def _endless(rows: IterableDataset) -> Iterator[dict[str, list[int]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -256,6 +257,12 @@ class ReliableTrainer(Trainer):
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and isinstance(model, PeftModel):  # PEFT leaves out what the student ends with
+            model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def save_whole_model(self) -> None:
         """Save the model to `output_dir`, each file under its name once it is whole."""

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils import cached_file, find_adapter_config_file
 
+from .encoding import encode_texts
+from .end_tokens import adopt_generation_config
 from .lm_head import completion_hidden_states
 from .pickled_weights import refuse_pickled_weights
 from .quantization import keep_4bit_layout
@@ -64,7 +66,10 @@ def load_teacher(
         if isinstance(quantization, dict) and quantization.get("load_in_4bit") and kwargs["dtype"] != "auto":
             # 4-bit layers would compute in float32
             kwargs["quantization_config"] = {"bnb_4bit_compute_dtype": kwargs["dtype"], **quantization}
-        teacher_model = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
+        if find_adapter_config_file(teacher_model) is not None:
+            adopt_generation_config(loaded, teacher_model)
+        teacher_model = loaded
     elif init_kwargs:
         raise ValueError(
             f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is loaded already. Pass "
@@ -116,7 +121,9 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
             f"teacher_shares_base=True needs a frozen base, but the student trains {left[0]!r}. Set bias='none' in "
             "peft_config, or teacher_shares_base=False."
         )
-    return teacher.get_base_model().eval()
+    base = teacher.get_base_model().eval()
+    adopt_generation_config(base, adapter)
+    return base
 
 
 @contextmanager
@@ -263,8 +270,10 @@ def check_same_tokenizer(
             f"the first difference is the token {token!r}, id {student_vocab.get(token)} for the student and "
             f"{teacher_vocab.get(token)} for the teacher. {advice}"
         )
-    student_ids = student_tokenizer(_PROBE_TEXT)["input_ids"]
-    teacher_ids = teacher_tokenizer(_PROBE_TEXT)["input_ids"]
+    # without what either appends: that is switched off for training
+    (student_ids,), (teacher_ids,) = (
+        encode_texts(each, [_PROBE_TEXT]) for each in (student_tokenizer, teacher_tokenizer)
+    )
     if student_ids != teacher_ids:
         pairs = enumerate(zip(student_ids, teacher_ids, strict=False))
         position = next((i for i, (a, b) in pairs if a != b), min(len(student_ids), len(teacher_ids)))

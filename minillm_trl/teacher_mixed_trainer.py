@@ -14,6 +14,7 @@ from .attention import avoid_cudnn_attention
 from .checks import check_prompt_ids
 from .decoding import CompiledDecoding, check_decoding
 from .degeneration_watch import DegenerationWatch
+from .encoding import added_tokens, without_extra_tokens
 from .forward_methods import rebind_fused_head
 from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
 from .lm_head import LMHead, check_head
@@ -115,6 +116,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str):
+            prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
         check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
         return prompt_ids, images, multimodal_fields
 

@@ -19,6 +19,7 @@ from .checks import (
     explain_faults,
 )
 from .config import MiniLLMConfig
+from .ends_of_run import settle_ends
 from .fused_head import ScoreRequest, TokenScores
 from .language_modeling import LanguageModelingBatches, language_modeling_request
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
@@ -117,7 +118,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MiniLLMConfig(f"{name.rstrip('/').split('/')[-1]}-MiniLLM")
-        check_arguments(
+        teacher_tokenizer = check_arguments(
             model,
             teacher_model,
             reward_funcs,
@@ -159,6 +160,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if args.disable_dropout:
             _disable_dropout(self.model)
         self._add_teacher(teacher_model)
+        settle_ends(self, teacher_tokenizer)
         self._lm_window: list[Batch] = []
         self._lm_batches = None
         if lm_dataset is not None:

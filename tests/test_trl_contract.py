@@ -12,6 +12,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_
 from conftest import build_model
 from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, split_tensor_dict
@@ -117,6 +118,13 @@ def test_constructor_sets_what_ours_reads():
         assert line in source, line
 
 
+def test_samplers_of_trl_read_what_ends_a_completion_when_they_sample():
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "self.generation_config" in source
+    assert "self.generation_kwargs = generation_kwargs" in inspect.getsource(GRPOTrainer.__init__)
+    assert inspect.getsource(VLLMGeneration.generate).count("self.generation_kwargs") == 2  # server, colocated
+
+
 def test_constructor_refuses_to_work_without_a_reward_source():
     # the reason for the placeholder; if this goes, the placeholder can go
     assert "No reward source provided" in inspect.getsource(GRPOTrainer.__init__)
@@ -147,6 +155,7 @@ def test_rollout_has_what_ours_takes_from_it():
     [
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
         ("_get_output_dir", ["self", "trial"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
@@ -278,6 +287,21 @@ class TestWhatFineTuningReliesOn:
         arguments = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
         assert parameters(SFTTrainer.compute_loss) == arguments
         assert parameters(SFTTrainer.evaluate) == ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]
+
+    def test_data_is_encoded_once_tokenizer_and_template_are_what_they_will_be(self):
+        arguments = ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
+        assert parameters(SFTTrainer._prepare_dataset) == ["self", *arguments]
+        source = inspect.getsource(SFTTrainer.__init__)
+        encoded = source.index("train_dataset = self._prepare_dataset(")
+        for before in (
+            "self._tokenizer = processing_class",
+            "self._tokenizer.eos_token = args.eos_token",
+            "processing_class.chat_template = chat_template_file.read()",
+        ):
+            assert source.index(before) < encoded
+        source = inspect.getsource(SFTTrainer._prepare_dataset)
+        assert '**example.get("chat_template_kwargs", {})' in source
+        assert '"eos_token": self._tokenizer.eos_token' in source
 
     def test_metrics_of_an_evaluation_reach_its_result(self):
         log = inspect.getsource(SFTTrainer.log)

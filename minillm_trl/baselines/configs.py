@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
 from .teacher_data import default_teacher_data_dir
@@ -26,6 +27,14 @@ class FineTuningConfig(SFTConfig):
             with the lowest validation loss, which MiniLLM starts from.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Length limit of these samples.
+        eos_tokens (`list[str]`, *optional*):
+            The tokens that end a completion, as in [`MiniLLMConfig`]. Texts are learnt with the tokenizer's EOS at
+            their end, which is the first of these unless it is one of them; conversations as the chat template ends
+            them. The student is saved with them.
+        eos_token (`str`, *optional*):
+            The tokenizer's EOS, as in [`~trl.SFTConfig`]: what texts end with. It is one of `eos_tokens`.
+        chat_template_kwargs (`dict`, *optional*):
+            What else the chat template is given, as in [`MiniLLMConfig`].
         max_nonfinite_steps (`int`, *optional*, defaults to `8`):
             Optimizer steps in a row that may be skipped because a loss or gradient is not finite; at that number the
             run ends.
@@ -39,6 +48,14 @@ class FineTuningConfig(SFTConfig):
         metadata={"help": "Sample at each evaluation and log Rouge-L, length, end-of-sequence rate and repetition."},
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length limit of these samples."})
+    eos_tokens: list[str] | None = field(default=None, metadata={"help": EOS_TOKENS_HELP})
+    eos_token: str | None = field(
+        default=None,
+        metadata={"help": "The tokenizer's EOS, which texts are learnt with; to end with several, see eos_tokens."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "What else the chat template is given, as JSON."}
+    )
     max_nonfinite_steps: int = field(
         default=8, metadata={"help": "End the run when so many steps in a row were skipped for numbers not finite."}
     )
@@ -46,10 +63,18 @@ class FineTuningConfig(SFTConfig):
         default=False, metadata={"help": "Load models that have their weights as pickles (.bin) alone."}
     )
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
     def __post_init__(self) -> None:
         choose_precision(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
+        self.eos_tokens = check_eos_tokens(self.eos_tokens)
+        if self.eos_tokens and self.eos_token is not None and self.eos_token not in self.eos_tokens:
+            raise ValueError(
+                f"eos_token={self.eos_token!r} is none of eos_tokens={self.eos_tokens}, which end a completion. Add "
+                "it there, or leave it out."
+            )
         for name in ("max_completion_length", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

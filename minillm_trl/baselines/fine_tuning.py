@@ -12,7 +12,9 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
-from ..evaluation.generation import encode_prompts, end_token_ids
+from ..encoding import encode_prompts, holds_conversations
+from ..end_tokens import EndTokens, carry, read_generation_config
+from ..ends_of_run import settle_tokenizer
 from ..evaluation_rows import Row
 from ..forward_methods import rebind_fused_head
 from ..measured_trainer import MeasuredTrainer
@@ -24,6 +26,7 @@ from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
 from ..training_metrics import degeneration, rouge_l_to_references, token_totals
 from .configs import FineTuningConfig
+from .training_data import with_chat_template_kwargs, without_bos
 
 _IGNORED = -100  # label of a token without a loss
 
@@ -56,7 +59,21 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         if isinstance(kwargs["model"], str) and not args.allow_pickled_weights:
             refuse_pickled_weights(kwargs["model"], args.model_init_kwargs)
+        self._ends: EndTokens | None = None
+        self._generation_config = read_generation_config(
+            kwargs["model"], (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code
+        )
+        tokenizer = kwargs.get("processing_class")
+        chosen_by_trl = args.eos_token is not None or args.chat_template_path is not None
+        if tokenizer is not None and tokenizer.eos_token is None and not chosen_by_trl:
+            self._tokenizer = tokenizer  # its EOS is the padding that TRL looks for
+            self._settle_ends(args, holds_conversations(kwargs["train_dataset"]))
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        if self._ends is None:  # the data holds token ids
+            self._settle_ends(args, conversational=False)
+        carry(self._ends, self.model)
+        if self.accelerator.is_main_process:
+            self._ends.announce(self._tokenizer)
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
@@ -70,13 +87,40 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
                 self._whole_copy = self._copy_student()
                 self._whole_copy.release()
 
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        # TRL encodes the data here, so this is the last moment to settle how a text begins and ends
+        if self._ends is None:
+            self._settle_ends(args, holds_conversations(dataset))
+        dataset = with_chat_template_kwargs(dataset, args.chat_template_kwargs)
+        dataset = without_bos(dataset, self._tokenizer, args.dataset_text_field)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _settle_ends(self, args: FineTuningConfig, conversational: bool) -> None:
+        """Find what ends a completion of the training data, and give the tokenizer its EOS."""
+        self._ends = settle_tokenizer(
+            self._tokenizer,
+            keep_eos=args.eos_token is not None,
+            conversational=conversational,
+            student=self._generation_config,
+            eos_tokens=args.eos_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        if conversational and self._ends.turn_end is None:
+            self._ends.doubts.append(
+                "The chat template writes no special token after an assistant's turn, so the student is not taught to "
+                f"end. Let it write {self._tokenizer.eos_token!r} there: tokenizer.chat_template, or "
+                "chat_template_path."
+            )
+        self._learnt_end = self._ends.turn_end if conversational else self._ends.eos
+
     @property
     def _student(self) -> PreTrainedModel:
         return student_of(self.model, self.accelerator)
 
     def _check_room(self, prompts: Dataset) -> None:
         context = max_context(self._student)
-        longest = max(map(len, encode_prompts(self.processing_class, prompts["prompt"])))
+        encoded = encode_prompts(self.processing_class, prompts["prompt"], self.args.chat_template_kwargs)
+        longest = max(map(len, encoded))
         if context is not None and longest + self.args.max_completion_length > context:
             raise ValueError(
                 f"The longest prompt of eval_dataset has {longest} tokens, which with max_completion_length="
@@ -152,11 +196,10 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
     @torch.no_grad()
     def _sample_metrics(self) -> dict[str, float]:
         """Means over the samples of all processes."""
-        tokenizer, processes = self.processing_class, self.accelerator.num_processes
+        tokenizer, processes, ends = self.processing_class, self.accelerator.num_processes, self._ends.ids
         rows = self._eval_prompts.select(range(self.accelerator.process_index, len(self._eval_prompts), processes))
-        prompt_ids = encode_prompts(tokenizer, rows["prompt"])
+        prompt_ids = encode_prompts(tokenizer, rows["prompt"], self.args.chat_template_kwargs)
         with self._sampling_model() as student:
-            ends = end_token_ids(student, tokenizer)
             completions = sample_prompts(
                 student,
                 prompt_ids,

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checks import check_student
+from ..end_tokens import declared_ends, token_name
 from ..fused_head import add_scoring
 from ..language_modeling import language_modeling_request
 from ..lm_head import LMHead, check_head
@@ -14,6 +16,8 @@ from ..teacher import place_new_teacher, shared_vocab_size
 from ..training_metrics import token_totals
 from .configs import KDConfig
 from .fine_tuning import FineTuningTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class KDTrainer(FineTuningTrainer):
@@ -55,11 +59,28 @@ class KDTrainer(FineTuningTrainer):
             trust_remote_code=args.trust_remote_code,
             allow_pickled_weights=args.allow_pickled_weights,
         )
+        if self.accelerator.is_main_process:
+            self._compare_ends()
         check_head(self.teacher_model, "teacher")
         with self._whole_student() as student:
             vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
             check_head(student, "student")
         add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
+
+    def _compare_ends(self) -> None:
+        """Warn if the teacher ends completions otherwise than the data does."""
+        tokenizer = self.processing_class
+        ends = [
+            id_ for id_ in declared_ends(self.teacher_model.generation_config, "the teacher") if id_ < len(tokenizer)
+        ]
+        if self._learnt_end is None or not ends or self._learnt_end in ends:
+            return
+        logger.warning(
+            f"The data ends completions with {token_name(tokenizer, self._learnt_end)}, the teacher with "
+            f"{' or '.join(token_name(tokenizer, id_) for id_ in ends)} (its generation config). Unless it knows the "
+            "data's end too, it takes an answer for unfinished where it ends. Fine-tune the teacher on the data, or "
+            "for texts set eos_token to its end."
+        )
 
     def compute_loss(
         self,

@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.json_files import read_json
-from ..evaluation.generation import encode_prompts, end_token_ids
+from ..encoding import encode_prompts
+from ..end_tokens import find_turn_end
+from ..evaluation.generation import end_token_ids
 from ..pickled_weights import refuse_pickled_weights
 from ..sampling import sample_key, sample_prompts
 from .configs import SeqKDConfig
@@ -36,6 +38,7 @@ def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> di
     return {
         "teacher": teacher,
         **{name: getattr(args, name) for name in names},
+        "chat_template_kwargs": args.chat_template_kwargs,
         "prompts": digest.hexdigest(),
         "teacher_files": model_fingerprint(Path(teacher)),
     }
@@ -78,6 +81,7 @@ def generate(
     process: int = 0,
     num_processes: int = 1,
     progress: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Generate this process's share of what is missing, and append it batch by batch.
 
@@ -92,8 +96,9 @@ def generate(
         num_generations (`int`): samples of each prompt.
         process, num_processes (`int`): of the distributed run.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
     """
-    prompt_ids = encode_prompts(tokenizer, prompts["prompt"])
+    prompt_ids = encode_prompts(tokenizer, prompts["prompt"], chat_template_kwargs)
     missing = [
         (row, sample_number)
         for row in sorted(range(len(prompts)), key=lambda row: -len(prompt_ids[row]))  # shares of like length
@@ -127,10 +132,13 @@ def _text(
 
 
 def sample_with_transformers(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig, conversational: bool = False
 ) -> Sampler:
-    """Sample with the package's own decoding: a completion depends on seed, prompt and sample alone."""
-    ends = end_token_ids(teacher, tokenizer)
+    """Sample with the package's own decoding: a completion depends on seed, prompt and sample alone.
+
+    The teacher ends with tokens of its own (see [`find_end_tokens`]); `args.eos_tokens` are the student's.
+    """
+    ends = end_token_ids(teacher, tokenizer, conversational, None, args.chat_template_kwargs)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
@@ -151,8 +159,17 @@ def sample_with_transformers(
     return sample
 
 
-def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig, chunk: int = 256) -> Sampler:
+def sample_with_vllm(
+    teacher: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SeqKDConfig,
+    chunk: int = 256,
+    conversational: bool = False,
+) -> Sampler:
     """Sample with vLLM, `chunk` prompts at a time so that what is done is kept.
+
+    vLLM ends with the tokens of the teacher's generation config and tokenizer; conversations also end with what the
+    chat template writes after an assistant's turn.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -174,6 +191,9 @@ def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: Seq
         **init_kwargs,
     )
 
+    turn_end = find_turn_end(tokenizer, args.chat_template_kwargs) if conversational else None
+    stop = {} if turn_end is None else {"stop_token_ids": [turn_end]}
+
     def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
         for start in range(0, len(jobs), chunk):
             numbers = range(start, min(start + chunk, len(jobs)))
@@ -184,6 +204,7 @@ def sample_with_vllm(teacher: str, tokenizer: PreTrainedTokenizerBase, args: Seq
                         temperature=args.generation_temperature,
                         max_tokens=args.max_completion_length,
                         seed=_request_seed(args.generation_seed, jobs[number]),
+                        **stop,
                     )
                     for number in numbers
                 ],

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from ..end_tokens import adopt_generation_config
 from ..pickled_weights import refuse_pickled_weights
 from .model_files import check_weights, explained, load_causal_lm
 
@@ -89,6 +90,7 @@ class Adapter:
                 merged = model.merge_and_unload(safe_merge=True, progressbar=progress)
             except (RuntimeError, ValueError) as error:  # a method without merge raises NotImplementedError
                 raise ValueError(f"the adapter {self.name!r} cannot be merged into {self.base!r}: {error}") from error
+        adopt_generation_config(merged, self.name)
         for name, parameter in merged.named_parameters():  # safe_merge does not look at modules_to_save
             if not parameter.isfinite().all():
                 raise ValueError(

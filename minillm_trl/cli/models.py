@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -108,6 +108,7 @@ def check_room(
     option: str,
     length: int,
     trust_remote_code: bool,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Check that prompts and completions fit in the models' contexts, before a model is loaded.
 
@@ -118,6 +119,7 @@ def check_room(
         option (`str`): name of the length limit.
         length (`int`): the limit, in tokens.
         trust_remote_code (`bool`): whether a configuration's code may run.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
 
     Raises:
         ValueError: if there is no room for a prompt, or ([`DataError`]) none for one of them.
@@ -134,4 +136,6 @@ def check_room(
             f"{option}={length} leaves no room for a prompt in a context of {min(limits)} tokens. Lower it."
         )
     for source, dataset in tasks:
-        check_prompt_lengths(dataset, tokenizer, max_prompt_tokens=room, source=source)
+        check_prompt_lengths(
+            dataset, tokenizer, max_prompt_tokens=room, source=source, chat_template_kwargs=chat_template_kwargs
+        )

@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from ..baselines import SeqKDConfig
 from ..data import DataError
+from ..encoding import holds_conversations
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
 from .metric_names import FINE_TUNING, check_metric_name
@@ -116,17 +117,18 @@ def _generate_missing(
     state = PartialState()
     revision = (args.teacher_model_init_kwargs or {}).get("revision")
     tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
-    length = args.max_completion_length
-    check_room([teacher], [(source, prompts)], tokenizer, "max_completion_length", length, args.trust_remote_code)
+    length, conversational = args.max_completion_length, holds_conversations(prompts)
+    options = {"trust_remote_code": args.trust_remote_code, "chat_template_kwargs": args.chat_template_kwargs}
+    check_room([teacher], [(source, prompts)], tokenizer, "max_completion_length", length, **options)
     if args.use_vllm:
-        sample = sample_with_vllm(teacher, tokenizer, args)
+        sample = sample_with_vllm(teacher, tokenizer, args, conversational=conversational)
     else:
         dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
         with whole_weights(args.deepspeed_plugin):
             loaded = load_teacher(
                 teacher, args.teacher_model_init_kwargs, dtype, args.trust_remote_code, args.allow_pickled_weights
             )
-        sample = sample_with_transformers(place_teacher(loaded, args.device), tokenizer, args)
+        sample = sample_with_transformers(place_teacher(loaded, args.device), tokenizer, args, conversational)
         del loaded
     generate(
         data,
@@ -138,6 +140,7 @@ def _generate_missing(
         state.process_index,
         state.num_processes,
         progress=state.is_main_process and not args.disable_tqdm,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
     del sample
     gc.collect()

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from ..encoding import encode_prompts
 from .e2e import load_e2e
 from .errors import DataError, listing, nearest, shortened
 from .examples import check_examples, find_columns
@@ -117,7 +119,12 @@ def unique_prompts(dataset: Dataset) -> Dataset:
 
 
 def check_prompt_lengths(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, source: str
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    source: str,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Check that every prompt leaves room for its completion, before a model is loaded.
 
@@ -130,6 +137,7 @@ def check_prompt_lengths(
         max_prompt_tokens (`int`): the most tokens a prompt may have, usually the models' context less
             `max_completion_length`.
         source (`str`): what the user called the dataset; errors begin with it.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
 
     Raises:
         DataError: with the number of longer prompts, the first of them and its length; or if prompts are conversations
@@ -138,16 +146,12 @@ def check_prompt_lengths(
     prompts = list(dataset["prompt"])
     if not prompts:
         return
-    if isinstance(prompts[0], str):
-        encoded = tokenizer(text=prompts)
-    elif tokenizer.chat_template is None:
+    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
         raise DataError(
             f"{source}: its prompts are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat "
             "template. Set tokenizer.chat_template, or write the prompts as text."
         )
-    else:
-        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=True, return_dict=True)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
+    lengths = list(map(len, encode_prompts(tokenizer, prompts, chat_template_kwargs)))
     too_long = [row for row, length in enumerate(lengths) if length > max_prompt_tokens]
     if too_long:
         raise DataError(

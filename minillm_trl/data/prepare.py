@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..encoding import encode_prompts
 from .errors import DataError, shortened
 from .templates import is_empty, message_text
 
@@ -54,7 +55,9 @@ class Length(Protocol):
     def __call__(self, value: Any, is_answer: bool = False) -> int: ...
 
 
-def token_counter(tokenizer: "PreTrainedTokenizerBase | None") -> Length:
+def token_counter(
+    tokenizer: "PreTrainedTokenizerBase | None", chat_template_kwargs: dict[str, Any] | None = None
+) -> Length:
     """The function that measures lengths: in tokens, a conversation through the chat template; else in characters.
 
     Answers (completions and references) are counted without the tokenizer's special tokens and without the template's:
@@ -66,14 +69,12 @@ def token_counter(tokenizer: "PreTrainedTokenizerBase | None") -> Length:
             return len(message_text(value))
         if is_answer:
             return len(tokenizer(message_text(value), add_special_tokens=False)["input_ids"])
-        if isinstance(value, str):
-            return len(tokenizer(value)["input_ids"])
-        if tokenizer.chat_template is None:
+        if not isinstance(value, str) and tokenizer.chat_template is None:
             raise DataError(
                 f"prompts are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template to "
                 "measure them with. Name one that has, or write the prompts as text."
             )
-        return len(tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return len(encode_prompts(tokenizer, [value], chat_template_kwargs)[0])
 
     return length
 

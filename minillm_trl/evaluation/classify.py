@@ -1,6 +1,7 @@
 """Evaluate a model as a zero-shot classifier: accuracy and calibration of its label words."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ def classify_model(
     *,
     label_words: Sequence[str],
     batch_size: int = 64,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Evaluation:
     """Take the most probable label word of each prompt (see [`label_probabilities`]).
 
@@ -48,6 +50,7 @@ def classify_model(
         dataset ([`~datasets.Dataset`]): with columns `prompt` and `references`, which holds the right label word.
         label_words (`Sequence[str]`): the words, with the space before them where the prompts end without one.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
 
     Returns:
         [`Evaluation`] with the measures `accuracy` (in [0, 100]) and `confidence` (probability of the word that was
@@ -61,7 +64,8 @@ def classify_model(
     mine = []
     if len(rows):
         prompts = dataset.select(rows)["prompt"][:]
-        mine = label_probabilities(model, tokenizer, prompts, label_words, batch_size=batch_size).tolist()
+        options = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+        mine = label_probabilities(model, tokenizer, prompts, label_words, **options).tolist()
     probabilities = gather_rows(mine, len(dataset))
     taken = [max(range(len(label_words)), key=each.__getitem__) for each in probabilities]
     confidences = [each[index] for each, index in zip(probabilities, taken, strict=True)]

@@ -1,6 +1,5 @@
 """Evaluate a model on prompts with references: several sampling seeds, intervals over prompts."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +10,14 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.templates import make_completion
+from ..encoding import Prompt, encode_pair, encode_prompts
 from ..lm_head import check_embedded
 from ..teacher import max_context, shared_vocab_size
 from .calibration import Calibration
 from .divergence import completion_losses, token_divergences
 from .exposure_bias import ExposureBias, excess_accumulated_error, sample_divergences
-from .generation import Completion, encode_prompts, generate_completions
+from .generation import Completion, generate_completions
 from .metrics import (
     MeanInterval,
     bootstrap_interval,
@@ -75,6 +76,8 @@ def evaluate_model(
     teacher: PreTrainedModel | None = None,
     forward_kl: bool = False,
     exposure_bias_samples: int = 0,
+    eos_tokens: Sequence[str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     parts: Parts | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -102,6 +105,7 @@ def evaluate_model(
         exposure_bias_samples (`int`, *optional*, defaults to `0`): samples of model and teacher for each prompt, with
             which `exposure_bias` is measured, drawn with the first of the seeds; 0 leaves it out. The paper has 10.
             N-grams are not blocked in them.
+        eos_tokens, chat_template_kwargs (*optional*): see [`generate_completions`].
         parts ([`Parts`], *optional*): where each seed's results are kept as soon as they are there, and taken from.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
@@ -118,7 +122,14 @@ def evaluate_model(
         raise ValueError("Divergences are measured on samples: give seeds, or no teacher.")
     if teacher is None and (forward_kl or exposure_bias_samples):
         raise ValueError("forward_kl and exposure_bias_samples need a teacher.")
-    task = _Task(model, teacher, tokenizer, dataset, max_new_tokens, temperature, no_repeat_ngram_size, batch_size)
+    decoding = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "eos_tokens": eos_tokens,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    task = _Task(model, teacher, tokenizer, dataset, decoding, no_repeat_ngram_size)
     runs: list[int | None] = [None] if seeds is None else list(seeds)
     records = []
     total = len(dataset) * len(runs) * (2 if forward_kl else 1)
@@ -159,24 +170,21 @@ class _Task:
         teacher: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         dataset: Dataset,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: dict[str, Any],
         no_repeat_ngram_size: int,
-        batch_size: int,
     ):
         self.model, self.teacher, self.tokenizer = model, teacher, tokenizer
-        self.decoding = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "no_repeat_ngram_size": no_repeat_ngram_size,
-            "batch_size": batch_size,
-        }
+        self.decoding, self.no_repeat_ngram_size = decoding, no_repeat_ngram_size
         self.prompts = dataset["prompt"][:]
         self.references = dataset["references"][:] if "references" in dataset.column_names else None
-        self.prompt_ids = encode_prompts(tokenizer, self.prompts)
-        self.reference_ids = [list(map(self._reference_ids, each)) for each in self.references or []]
+        self.prompt_ids = encode_prompts(tokenizer, self.prompts, decoding["chat_template_kwargs"])
+        # of each prompt, its references as training encodes them: the context, and what is learnt
+        self.pairs = [
+            [self._encode_reference(prompt, each) for each in references]
+            for prompt, references in zip(self.prompts, self.references or (), strict=self.references is not None)
+        ]
         # before hours of sampling
-        check_embedded(model, [*self.prompt_ids, *itertools.chain.from_iterable(self.reference_ids)])
+        check_embedded(model, [*self.prompt_ids, *(ids for row in self.pairs for pair in row for ids in pair)])
         self.rows = own_rows(len(self.prompts))
 
     def measure_samples(self, seed: int | None, bar: tqdm) -> list[dict[str, Any]]:
@@ -203,21 +211,19 @@ class _Task:
 
         References are cut where the model's context ends.
         """
-        context = max_context(self.model)
-        pairs = []
-        for row in self.rows:
-            room = None if context is None else context - len(self.prompt_ids[row])
-            pairs += [(row, each[:room]) for each in self.reference_ids[row]]
+        limit = max_context(self.model)
+        rows = [row for row in self.rows for _ in self.pairs[row]]
+        pairs = [pair for row in self.rows for pair in self.pairs[row]]
         values = completion_losses(
             self.model,
-            [self.prompt_ids[row] for row, _ in pairs],
-            [each for _, each in pairs],
+            [context for context, _ in pairs],
+            [learnt[: None if limit is None else max(limit - len(context), 0)] for context, learnt in pairs],
             batch_size=self.decoding["batch_size"],
         )
         by_row: dict[int, list[float]] = {row: [] for row in self.rows}
-        for (row, _), each in zip(pairs, values, strict=True):
-            by_row[row] += each
-        return gather_rows([sum(each) / len(each) for each in by_row.values()], len(self.prompts))
+        for row, losses in zip(rows, values, strict=True):
+            by_row[row] += losses
+        return gather_rows([sum(losses) / len(losses) for losses in by_row.values()], len(self.prompts))
 
     def measure_errors(self, samples: int, seed: int, progress: bool) -> list[list[list[float]]]:
         """The student's errors at each token of samples of the student, and of the teacher."""
@@ -228,19 +234,16 @@ class _Task:
             [self.prompts[row] for row in self.rows],
             samples=samples,
             seed=seed,
-            max_new_tokens=self.decoding["max_new_tokens"],
-            temperature=self.decoding["temperature"],
-            batch_size=self.decoding["batch_size"],
             progress=progress,
+            **self.decoding,
         )
         by_prompt = [[each[i : i + samples] for i in range(0, len(each), samples)] for each in mine]
         gathered = [gather_rows(each, len(self.prompts)) for each in by_prompt]
         return [[errors for prompt in each for errors in prompt] for each in gathered]
 
-    def _reference_ids(self, reference: str) -> list[int]:
-        ids = self.tokenizer(reference.strip(), add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return [*ids, end] if end is not None else ids
+    def _encode_reference(self, prompt: Prompt, reference: str) -> tuple[list[int], list[int]]:
+        completion = reference if isinstance(prompt, str) else make_completion(reference, "chat")
+        return encode_pair(self.tokenizer, prompt, completion, self.decoding["chat_template_kwargs"])
 
     def reference_length(self, row: int) -> int:
         """Tokens of the first reference."""
@@ -255,6 +258,7 @@ class _Task:
             indices=self.rows,
             seed=seed or 0,
             greedy=seed is None,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
             on_batch=lambda count: bar.update(count * processes),
             **self.decoding,
         )

@@ -4,14 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..encoding import Prompt, encode_prompts
 from ..sampling import draw_seed, evaluation_key, sample_prompts
 from ..teacher import shared_vocab_size
 from .divergence import token_divergences
-from .generation import encode_prompts, end_token_ids
+from .generation import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,15 @@ def sample_divergences(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     *,
     samples: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int | None = None,
     batch_size: int = 64,
+    eos_tokens: Sequence[str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Sample from student and teacher, and measure the student's errors on both.
@@ -106,6 +110,7 @@ def sample_divergences(
         temperature (`float`, *optional*, defaults to `1.0`): of sampling and of the distributions that are compared.
         seed (`int`, *optional*): seed of the samples. None draws one from torch's generator.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass.
+        eos_tokens, chat_template_kwargs (*optional*): see [`generate_completions`].
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
     Returns:
@@ -119,7 +124,9 @@ def sample_divergences(
         raise ValueError(f"Exposure bias needs at least one sample of each prompt, got samples={samples}.")
     vocab_size = shared_vocab_size(student, teacher, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    prompt_ids = [ids for ids in encode_prompts(tokenizer, prompts) for _ in range(samples)]
+    encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
+    prompt_ids = [ids for ids in encoded for _ in range(samples)]
+    conversational = any(not isinstance(prompt, str) for prompt in prompts)
     seed = draw_seed() if seed is None else seed
     keys = [evaluation_key(seed, ids, number % samples) for number, ids in enumerate(prompt_ids)]
     divergences = []
@@ -130,7 +137,7 @@ def sample_divergences(
                 prompt_ids,
                 keys=keys,
                 max_new_tokens=max_new_tokens,
-                eos_token_ids=end_token_ids(model, tokenizer),
+                eos_token_ids=end_token_ids(model, tokenizer, conversational, eos_tokens, chat_template_kwargs),
                 pad_token_id=pad_token_id,
                 temperature=temperature,
                 batch_size=batch_size,

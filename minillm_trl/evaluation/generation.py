@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..encoding import Prompt, encode_prompts
+from ..end_tokens import find_end_tokens
 from ..lm_head import check_embedded
 from ..sampling import draw_seed, sample_key, sample_prompts
 
@@ -25,51 +27,32 @@ class Completion:
     finished: bool
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, str]]]
-) -> list[list[int]]:
-    """Token ids of texts, or of conversations through the chat template with the generation prompt.
+def end_token_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversational: bool = False,
+    eos_tokens: Sequence[str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Return every id that ends a completion of a model on its own, see [`find_end_tokens`].
 
     Raises:
-        ValueError: if a prompt has no tokens, naming its index, or the tokenizer lacks a chat template.
+        ValueError: if the generation config, or `eos_tokens`, names something that is no token.
     """
-    encoded: list[list[int]] = []
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt)["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise ValueError(
-                f"Prompt {index} is a conversation, but the tokenizer has no chat template. Set "
-                "tokenizer.chat_template, or give the prompts as text."
-            )
-        else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        if not ids:
-            raise ValueError(f"Prompt {index} ({prompt!r}) has no tokens. Drop it.")
-        encoded.append(list(ids))
-    return encoded
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: those of the model's generation config and the tokenizer's.
-
-    Raises:
-        ValueError: if that of the generation config is no token.
-    """
-    declared = model.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    if astray := [id_ for id_ in ids if not (id_ is None or (type(id_) is int and abs(id_) < 2**31))]:
-        raise ValueError(
-            f"The generation configuration of {model.name_or_path!r} has the eos_token_id {astray[0]!r}, which is no "
-            "token. Mend its generation_config.json."
-        )
-    return sorted({id_ for id_ in [*ids, tokenizer.eos_token_id] if id_ is not None})
+    ends = find_end_tokens(
+        tokenizer,
+        conversational=conversational,
+        student=model.generation_config,
+        eos_tokens=eos_tokens,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    return ends.ids
 
 
 def generate_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -79,6 +62,8 @@ def generate_completions(
     batch_size: int = 64,
     greedy: bool = False,
     no_repeat_ngram_size: int = 0,
+    eos_tokens: Sequence[str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Completion]:
     """Sample one completion for each prompt from `model` alone.
@@ -99,6 +84,9 @@ def generate_completions(
         greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead.
         no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no completion may repeat an n-gram, see
             [`NgramBlock`]; 0 for none.
+        eos_tokens (`Sequence[str]`, *optional*): the tokens that end a completion; by default those of tokenizer and
+            generation config and, for conversations, what the chat template writes after an assistant's turn.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
         on_batch (`Callable`, *optional*): called after each batch with the number of its prompts.
 
     Returns:
@@ -109,9 +97,10 @@ def generate_completions(
     """
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     seed = draw_seed() if seed is None and not greedy else seed
-    ends = end_token_ids(model, tokenizer)
+    conversational = any(not isinstance(prompt, str) for prompt in prompts)
+    ends = end_token_ids(model, tokenizer, conversational, eos_tokens, chat_template_kwargs)
     indices = range(len(prompts)) if indices is None else indices
-    prompt_ids = encode_prompts(tokenizer, prompts)
+    prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     check_embedded(model, [*prompt_ids, [pad_token_id]])
     sampled = sample_prompts(
         model.eval(),

@@ -2,24 +2,26 @@
 
 from collections.abc import Sequence
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..encoding import Prompt, encode_prompts, encode_texts
 from ..lm_head import LMHead, completion_hidden_states
 from .divergence import completion_losses, score_requests
-from .generation import encode_prompts
 
 
 @torch.no_grad()
 def label_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     label_words: Sequence[str],
     *,
     batch_size: int = 64,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> np.ndarray:
     r"""Probability of each label word as what follows a prompt, among the label words.
 
@@ -38,6 +40,7 @@ def label_probabilities(
         prompts (`Sequence`): N texts or conversations.
         label_words (`Sequence[str]`): L words, at least two.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
 
     Returns:
         `np.ndarray` of shape `(N, L)`, float64; rows sum to 1. Where all words are single tokens, each prompt runs
@@ -52,9 +55,9 @@ def label_probabilities(
     if isinstance(label_words, str) or len(label_words) < 2:
         raise ValueError(f"Classification needs a list of at least two label words, got {label_words!r}.")
     model.eval()
-    prompt_ids = encode_prompts(tokenizer, prompts)
+    prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     label_ids = [
-        _label_ids(tokenizer, index, prompt, ids, label_words)
+        _label_ids(tokenizer, index, prompt, ids, label_words, chat_template_kwargs or {})
         for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
     ]
     if all(len(ids) == 1 for row in label_ids for ids in row):
@@ -71,15 +74,19 @@ def label_probabilities(
 def _label_ids(
     tokenizer: PreTrainedTokenizerBase,
     index: int,
-    prompt: str | list[dict[str, str]],
+    prompt: Prompt,
     prompt_ids: list[int],
     label_words: Sequence[str],
+    chat_template_kwargs: dict[str, Any],
 ) -> list[list[int]]:
     """Tokens of each label word behind the prompt's."""
-    is_text = isinstance(prompt, str)
-    # a template's text has its special tokens already
-    text = prompt if is_text else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    joined = tokenizer([text + word for word in label_words], add_special_tokens=is_text)["input_ids"]
+    if isinstance(prompt, str):
+        joined = encode_texts(tokenizer, [prompt + word for word in label_words])
+    else:
+        options = {"add_generation_prompt": True, "tokenize": False, **chat_template_kwargs}
+        text = tokenizer.apply_chat_template(prompt, **options)
+        # a template's text has its special tokens already
+        joined = tokenizer([text + word for word in label_words], add_special_tokens=False)["input_ids"]
     labels = []
     for word, ids in zip(label_words, joined, strict=True):
         if ids[: len(prompt_ids)] != prompt_ids:
