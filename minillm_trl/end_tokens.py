@@ -248,10 +248,10 @@ def carry(ends: EndTokens, model: "PreTrainedModel") -> None:
     """Let a model have the tokens, so that what is saved ends with them in `transformers.generate` too."""
     if set(ends.ids) != ends.declared:
         others = [id_ for id_ in ends.ids if id_ != ends.eos]
-        model.generation_config.eos_token_id = [ends.eos, *others] if others else ends.eos
+        model.generation_config.eos_token_id = [*_listed(ends.eos), *others] if others else ends.eos
     config: "PreTrainedConfig" = model.config.get_text_config()
     known = config.eos_token_id
-    if ends.eos not in _listed(known):
+    if ends.eos is not None and ends.eos not in _listed(known):
         config.eos_token_id = [ends.eos, *known] if isinstance(known, list) else ends.eos
 
 

@@ -520,7 +520,10 @@ def test_bad_rows_are_refused_by_file_line_and_field(tmp_path, capsys, rows, tas
         (("--task", "text", "--source", "x", "--validation_rows", "1"), "validation_rows has no meaning for text"),
         (("--task", "text", "--source", "x", "--max_length", "9"), "max_length has no meaning for text"),
         (("--task", "text", "--source", "x", "--template", "alpaca"), "template has no meaning for text"),
-        (("--task", "examples", "--source", "x", "--template", "chat"), "template has no meaning for examples"),
+        (
+            ("--task", "examples", "--source", "x", "--chat_template_kwargs", "{}"),
+            "conversations in tokens: set tokenizer",
+        ),
         (("--task", "dolly", "--instances_per_task", "100"), "instances_per_task has no meaning for dolly"),
         (("--task", "sni", "--source", "x.jsonl", "--instances_per_task", "5"), "instances_per_task has no meaning"),
         (("--task", "dolly", "--prompt_column", "q"), "prompt_column has no meaning for dolly"),

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -37,7 +38,10 @@ class DataArguments:
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Source of the evaluation split, if it is not `dataset`."}
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt."})
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column with the prompt; without one, whole conversations are taken from `messages`."},
+    )
     completion_column: str = field(default="completion", metadata={"help": "Column with the completion."})
     references_column: str = field(default="references", metadata={"help": "Column with reference texts."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
@@ -144,6 +148,11 @@ def _mapping(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {shortened(text)} ({error})") from error
     return text.strip()
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that takes a JSON object, or in YAML a mapping."""
+    return parse_json(_mapping(text))
 
 
 def _mapping_or_file(text: str) -> str:
@@ -272,7 +281,10 @@ def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     """
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     # all of them become words of a command line
-    annotations = {name: "list | dict | None" if action.nargs == "+" else "None" for name, action in known.items()}
+    annotations = {
+        name: "list | dict | None" if action.nargs == "+" else "dict | None" if action.type is json_object else "None"
+        for name, action in known.items()
+    }
     check_yaml(path, known, lambda name: False, annotations)
 
 
@@ -282,6 +294,8 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
     for name, value in values.items():
         if value is None or value is False:
             continue
+        if known[name].type is json_object:
+            value = json.dumps(value)
         if isinstance(value, dict):
             value = [f"{key}={each}" for key, each in value.items()]
         if known[name].nargs == "+":
@@ -366,7 +380,12 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
     try:
         action.type(node.value)
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        names = {"string_to_bool": "true or false", "_mapping": "a mapping", "_mapping_or_file": "a mapping or file"}
+        names = {
+            "string_to_bool": "true or false",
+            "_mapping": "a mapping",
+            "json_object": "a mapping",
+            "_mapping_or_file": "a mapping or file",
+        }
         expected = names.get(kind, kind)
         raise ValueError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
 

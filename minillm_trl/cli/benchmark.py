@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..end_tokens import carry, find_end_tokens
 from ..evaluation.general_benchmarks import (
     SUITES,
     Benchmark,
@@ -22,7 +23,7 @@ from ..evaluation.general_benchmarks import (
 from ..evaluation.lm_eval_results import TaskOutcome, evaluate_task, pool, wrap_model
 from ..evaluation.metrics import MeanInterval
 from ..evaluation.report import format_cell
-from .arguments import parse_with_config
+from .arguments import json_object, parse_with_config
 from .task_results import is_done, weight_files, write_results
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N documents of each task only")
     parser.add_argument("--batch_size", default="8", help="requests run together, or auto (default: 8)")
     parser.add_argument("--apply_chat_template", action="store_true", help="put prompts into the chat template")
+    parser.add_argument(
+        "--chat_template_kwargs", type=json_object, metavar="JSON", help="what else the chat template is given"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tasks' folders")
     parser.add_argument(
         "--dtype",
@@ -118,6 +122,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be positive, got {arguments.limit}.")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise ValueError(f"--num_fewshot must not be negative, got {arguments.num_fewshot}.")
+    if arguments.chat_template_kwargs is not None and not arguments.apply_chat_template:
+        raise ValueError("--chat_template_kwargs has no effect without --apply_chat_template. Add it.")
     size = arguments.batch_size
     if size != "auto" and not (size.isdecimal() and int(size) > 0):
         raise ValueError(f"--batch_size must be a positive number or auto, got {size!r}.")
@@ -149,6 +155,7 @@ def _settings(arguments: argparse.Namespace, task: "Task") -> dict[str, Any]:
         "teacher": None,
         "dtype": arguments.dtype,
         "apply_chat_template": arguments.apply_chat_template,
+        "chat_template_kwargs": arguments.chat_template_kwargs,
         "exposure_bias_samples": 0,
         "label_words": None,
     }
@@ -168,8 +175,12 @@ def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
         for _, task, _ in job.to_do:
             check_room(task, context)
     model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust, arguments.allow_pickled_weights)
-    size = arguments.batch_size
-    return wrap_model(model, tokenizer, size if size == "auto" else int(size))
+    if arguments.apply_chat_template:  # answers end with their turn, whatever the model was saved with
+        template = arguments.chat_template_kwargs
+        declared = model.generation_config
+        carry(find_end_tokens(tokenizer, conversational=True, student=declared, chat_template_kwargs=template), model)
+    size = arguments.batch_size if arguments.batch_size == "auto" else int(arguments.batch_size)
+    return wrap_model(model, tokenizer, size, arguments.chat_template_kwargs)
 
 
 def _save(folder: Path, settings: dict[str, Any], outcome: TaskOutcome, lm: "HFLM") -> None:

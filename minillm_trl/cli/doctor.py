@@ -48,6 +48,7 @@ def run(argv: list[str]) -> int:
             found = check(machine, *settings) + check_pair(*settings)
             strategy, parts = choose_strategy(machine, *settings, prompt_tokens=options.prompt_tokens)
             print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
+            print("\n" + "\n".join(describe_ends(*settings)))
     print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
     print("\n" + ("\n".join(f"PROBLEM  {each}" for each in found) or "Nothing found that stands against it."))
     return 1 if found else 0
@@ -119,6 +120,38 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
     except ValueError as error:
         found.append(str(error))
     return found
+
+
+def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
+    """What ends completions, in lines for the screen; none where a tokenizer cannot be read."""
+    from ..end_tokens import check_eos, find_end_tokens, read_generation_config
+    from .models import generation_source, load_tokenizer
+
+    revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
+    names = model.model_name_or_path, teacher.teacher_model_name_or_path
+    lines = {}
+    try:
+        tokenizers = [load_tokenizer(*each, args.trust_remote_code) for each in zip(names, revisions, strict=True)]
+        configs = [
+            read_generation_config(*generation_source(*each), args.trust_remote_code)
+            for each in zip(names, revisions, strict=True)
+        ]
+        for conversational in (False, True) if tokenizers[0].chat_template is not None else (False,):
+            ends = find_end_tokens(
+                tokenizers[0],
+                conversational=conversational,
+                student=configs[0],
+                teacher=configs[1],
+                teacher_tokenizer=tokenizers[1],
+                eos_tokens=args.eos_tokens,
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+            check_eos(tokenizers[0], ends)
+            kind = "Conversations" if conversational else "Texts"
+            lines |= dict.fromkeys([f"{kind} end with {ends.describe(tokenizers[0])}", *ends.doubts])
+    except ValueError as error:
+        lines[str(error)] = None
+    return list(lines)
 
 
 def choose_strategy(

@@ -14,6 +14,7 @@ from ..evaluation.parts import Parts
 from ..evaluation.report import format_cell
 from ..evaluation.tasks import NAMED_TASKS, find_tasks
 from .arguments import parse_with_config
+from .chat import add_chat_options, as_conversations, chat_options, check_chat
 from .launch import hand_over
 from .task_results import is_done, weight_files, write_results
 
@@ -96,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of model and teacher (default: auto, that of their files, which of a trained model is often float32)",
     )
+    add_chat_options(parser)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
         "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
@@ -142,6 +144,9 @@ def _load_models(
     arguments: argparse.Namespace, tasks: "list[tuple[str, Dataset]]"
 ) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]":
     """Tokenizer, model and teacher (None without one, and for the teacher's own row), checked against the prompts."""
+    from accelerate import PartialState
+
+    from ..encoding import encode_texts
     from .models import check_room, load_model, load_tokenizer
 
     trust = arguments.trust_remote_code
@@ -152,8 +157,11 @@ def _load_models(
     names = [arguments.model, arguments.teacher] if has_teacher else [arguments.model]
     option, length = "max_new_tokens", arguments.max_new_tokens
     if arguments.label_words is not None:
-        option, length = "label_words", max(len(tokenizer(word)["input_ids"]) for word in arguments.label_words)
-    check_room(names, tasks, tokenizer, option, length, trust)
+        option, length = "label_words", max(map(len, encode_texts(tokenizer, arguments.label_words)))
+    if PartialState().is_main_process:
+        for _, prompts in tasks:
+            check_chat(tokenizer, arguments, prompts["prompt"])
+    check_room(names, tasks, tokenizer, option, length, trust, arguments.chat_template_kwargs)
     options = arguments.dtype, trust, arguments.allow_pickled_weights
     teacher = load_model(arguments.teacher, None, *options) if has_teacher else None
     return tokenizer, load_model(arguments.model, arguments.adapter, *options), teacher
@@ -173,8 +181,10 @@ def _evaluate(
     from ..evaluation.evaluate import evaluate_model
 
     if arguments.label_words is not None:
-        words, size = arguments.label_words, arguments.batch_size
-        return classify_model(model, tokenizer, prompts, label_words=words, batch_size=size)
+        options = {"label_words": arguments.label_words, "batch_size": arguments.batch_size}
+        return classify_model(
+            model, tokenizer, prompts, chat_template_kwargs=arguments.chat_template_kwargs, **options
+        )
     return evaluate_model(
         model,
         tokenizer,
@@ -189,6 +199,7 @@ def _evaluate(
         exposure_bias_samples=arguments.exposure_bias_samples if teacher is not None else 0,
         parts=parts,
         progress=PartialState().is_main_process,
+        **chat_options(arguments),
     )
 
 
@@ -244,7 +255,7 @@ def _check_classification(arguments: argparse.Namespace) -> None:
     if len({word.strip() for word in arguments.label_words} - {""}) < max(2, len(arguments.label_words)):
         raise ValueError(f"--label_words needs at least two different words, got {arguments.label_words}.")
     parser = build_parser()
-    for name in (*_SAMPLING, "teacher"):
+    for name in (*_SAMPLING, "teacher", "eos_tokens"):
         if getattr(arguments, name) != parser.get_default(name):
             raise ValueError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")
     arguments.seeds = []
@@ -263,6 +274,9 @@ def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":
     prompts = unique_prompts(examples)
     if arguments.max_rows is not None:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
+    if arguments.chat:
+        conversations = as_conversations(prompts["prompt"])
+        prompts = prompts.remove_columns("prompt").add_column("prompt", conversations)
     _check_references(prompts, examples, dataset)
     if arguments.label_words is not None:
         from ..evaluation.classify import find_labels
@@ -310,6 +324,8 @@ def _settings(arguments: argparse.Namespace, dataset: str, prompts: "Dataset") -
         "dtype": arguments.dtype,
         "dataset": dataset,
         "split": arguments.split,
+        "chat": arguments.chat or None,  # None, so that results from before there were these options still count
+        **chat_options(arguments),
         "data_sha256": _digest(prompts),
     }
 

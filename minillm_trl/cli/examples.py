@@ -6,13 +6,16 @@ from ..data.load import has_splits, load_examples
 from .arguments import DataArguments
 
 
-def load_splits(data: DataArguments, eval_strategy: str, require_completion: bool) -> tuple[Dataset, Dataset | None]:
+def load_splits(
+    data: DataArguments, eval_strategy: str, require_completion: bool, text_column: str | None = None
+) -> tuple[Dataset, Dataset | None]:
     """Load and check what to train on and, if it is asked for, what to evaluate on.
 
     Args:
         data ([`DataArguments`]): sources, splits and columns.
         eval_strategy (`str`): `"no"`, or when the trainer evaluates.
         require_completion (`bool`): whether each row must have a completion.
+        text_column (`str`, *optional*): column of plain text, where it may take the place of prompts.
 
     Raises:
         ValueError: if evaluation is asked for without data for it, or on a split of what has none: a single
@@ -35,6 +38,7 @@ def load_splits(data: DataArguments, eval_strategy: str, require_completion: boo
             completion_column=data.completion_column,
             references_column=data.references_column,
             require_completion=require_completion,
+            text_column=text_column,
             max_rows=max_rows,
             # of `dataset`: other data to evaluate on may be a file
             dataset_config=data.dataset_config if source == data.dataset else None,

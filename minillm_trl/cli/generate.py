@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..whole_files import write_whole
 from .arguments import parse_plain
+from .chat import add_chat_options, as_conversations, chat_options, check_chat
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=int, default=1, help="completions for each prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
+    add_chat_options(parser)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
         "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
@@ -67,9 +69,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 
         examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
         prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
+    if arguments.chat:
+        prompts = as_conversations(prompts)
     tokenizer = load_tokenizer(
         arguments.model, trust_remote_code=arguments.trust_remote_code, adapter=arguments.adapter
     )
+    check_chat(tokenizer, arguments, prompts)
     model = load_model(
         arguments.model,
         arguments.adapter,
@@ -90,6 +95,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             greedy=arguments.greedy,
             on_batch=bar.update,
+            **chat_options(arguments),
         )
         lines += [
             json.dumps(

@@ -35,7 +35,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, KD)
-    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
+    train, evaluation = load_splits(data, args.eval_strategy.value, True, args.dataset_text_field)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)

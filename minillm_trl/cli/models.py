@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.errors import nearest
+from ..end_tokens import find_turn_end, has_generation_config
 from ..quantization import keep_4bit_layout
 from .adapters import Adapter, find_adapter, is_adapter
 from .model_files import explained, load_causal_lm
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # these take seconds to import, which reading a tokenizer nee
 def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False, adapter: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer for left-padded generation; the padding token falls back to the end-of-sequence token.
+    """Load a tokenizer for left-padded generation; the padding token falls back to the EOS, or the end of a turn.
 
     Where there is an adapter, the tokenizer that was saved with it comes before that of its base.
 
@@ -31,9 +32,13 @@ def load_tokenizer(
         name, revision = found.tokenizer_source()
     tokenizer = read_tokenizer(name, revision, trust_remote_code, padding_side="left", truncation_side="left")
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {name!r} has neither a padding nor an end-of-sequence token. Set one.")
-        tokenizer.pad_token = tokenizer.eos_token
+        end = tokenizer.eos_token_id if tokenizer.eos_token is not None else find_turn_end(tokenizer)
+        if end is None:
+            raise ValueError(
+                f"the tokenizer of {name!r} has neither a padding nor an end-of-sequence token. Set eos_token in its "
+                "tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
@@ -99,6 +104,14 @@ def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adap
     if adapter is not None:
         return find_adapter(adapter, name, trust_remote_code)
     return find_adapter(name, None, trust_remote_code) if is_adapter(name) else None
+
+
+def generation_source(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Name and revision of what has the generation config: a model, an adapter that brings one, or its base."""
+    if is_adapter(name) and not has_generation_config(name):
+        found = find_adapter(name)
+        return found.base, found.revision
+    return name, revision
 
 
 def check_room(

@@ -26,7 +26,7 @@ from ..data.prepare import (
     token_counter,
     write_prepared,
 )
-from .arguments import Parser, make_parser, parse
+from .arguments import Parser, json_object, make_parser, parse
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
 _SPLIT = ("dolly", "instructions", "examples")  # the others are test sets, and text is all for training
@@ -71,10 +71,16 @@ class PreparationArguments:
     )
     template: Literal["alpaca", "chat"] | None = field(
         default=None,
-        metadata={"help": "Wrapper of instructions: alpaca, the paper's text (default), or chat, a conversation."},
+        metadata={
+            "help": "Wrapper of instructions: alpaca, the paper's text (default), or chat, a conversation. For "
+            "`examples` prompts that are texts stay as they are by default."
+        },
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer that lengths are counted with; without one, in characters."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "What else the tokenizer's chat template is given, as JSON."}
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Drop rows whose prompt has more tokens (the paper's code: 256)."}
@@ -105,6 +111,10 @@ class PreparationArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.tokenizer is None and any(getattr(self, name) is not None for name in _LIMITS):
             raise ValueError(f"{' and '.join(_LIMITS)} count tokens: set tokenizer (a model's name or folder).")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json_object(self.chat_template_kwargs)
+        if self.tokenizer is None and self.chat_template_kwargs is not None:
+            raise ValueError("chat_template_kwargs is for measuring conversations in tokens: set tokenizer.")
         for name in _DOLLY_ROWS:
             if getattr(self, name) is None:
                 setattr(self, name, _DOLLY_ROWS[name] if self.task == "dolly" else 0)
@@ -112,7 +122,7 @@ class PreparationArguments:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         # what stands in statistics.json, also for tasks that have none: folders are compared by it
         self.instances_per_task = self.instances_per_task or _INSTANCES_PER_TASK
-        self.template = self.template or "alpaca"
+        self.template = self.template or (None if self.task == "examples" else "alpaca")
 
     def _refuse_what_has_no_meaning(self) -> None:
         reasons = dict.fromkeys(_EXAMPLE_COLUMNS, "task=examples") if self.task != "examples" else {}
@@ -120,8 +130,8 @@ class PreparationArguments:
             reasons["text_column"] = "task=text"
         else:
             reasons |= dict.fromkeys(_LIMITS, "data with prompts and completions")
-        if self.task in ("examples", "text"):
-            reasons["template"] = "instructions"
+        if self.task == "text":
+            reasons["template"] = "instructions and examples"
         if self.task not in _SPLIT:
             kind = "for training" if self.task == "text" else "a test set"
             reasons |= dict.fromkeys(_DOLLY_ROWS, f"data that are split, and this is all {kind}")
@@ -183,7 +193,7 @@ def run(argv: list[str]) -> int:
         from .models import read_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
 
         tokenizer = read_tokenizer(arguments.tokenizer)
-    length = token_counter(tokenizer)
+    length = token_counter(tokenizer, arguments.chat_template_kwargs)
     prepared = _prepare(arguments, length)
     stats = statistics(prepared, length)
     unit = "characters" if tokenizer is None else "tokens"
@@ -228,7 +238,8 @@ def _read(arguments: PreparationArguments) -> list[Row]:
         return read_text_rows(source, arguments.text_column or "text", **options)
     if arguments.task == "examples":
         named = {name.removesuffix("_column"): getattr(arguments, name) for name in _EXAMPLE_COLUMNS}
-        return read_example_rows(source, {role: name for role, name in named.items() if name is not None}, **options)
+        columns = {role: name for role, name in named.items() if name is not None}
+        return read_example_rows(source, columns, template=arguments.template, **options)
     if arguments.task == "vicuna":
         instructions = read_vicuna(source, arguments.answers)
     elif arguments.is_repository:

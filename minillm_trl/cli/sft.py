@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig
 
 from ..baselines import FineTuningConfig
+from ..encoding import holds_conversations
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .launch import hand_over
 from .metric_names import FINE_TUNING, check_metric_name
@@ -37,7 +38,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     data, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
-    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=True)
+    train, evaluation = load_splits(data, args.eval_strategy.value, True, args.dataset_text_field)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_models([model.model_name_or_path], args)
@@ -69,7 +70,7 @@ def trainer_arguments(
     from .training import quantization_config
 
     has_template = tokenizer.chat_template is not None or args.chat_template_path is not None
-    if not has_template and len(train) and not isinstance(train[0]["prompt"], str):
+    if not has_template and holds_conversations(train):
         raise ValueError(
             f"--model_name_or_path {model.model_name_or_path}: the prompts are conversations, but its tokenizer has "
             "no chat template. Name one (--chat_template_path FILE.jinja), save one with the tokenizer, or write the "
@@ -77,7 +78,7 @@ def trainer_arguments(
         )
     return {
         "model": model.model_name_or_path,
-        "train_dataset": train.select_columns(["prompt", "completion"]),
+        "train_dataset": train.select_columns(["prompt", "completion"]) if "prompt" in train.column_names else train,
         "eval_dataset": evaluation,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(model),

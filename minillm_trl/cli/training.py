@@ -14,6 +14,7 @@ from trl import ModelConfig, get_quantization_config
 from ..checkpoints import finish_replacements, newest_whole_checkpoint
 from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
+from ..encoding import holds_conversations
 from ..pickled_weights import refuse_pickled_weights
 from ..reliable_trainer import ReliableTrainer
 from ..run_record import RunRecord
@@ -38,7 +39,7 @@ def check_teacher_tokenizer(
     """
     revision = (args.teacher_model_init_kwargs or {}).get("revision")
     teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
-    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=not isinstance(train[0]["prompt"], str))
+    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=holds_conversations(train))
 
 
 def check_models(names: Sequence[str], args: TrainingArguments) -> None:

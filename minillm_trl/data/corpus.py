@@ -6,8 +6,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .errors import DataError, listing, nearest, shortened
-from .files import EXTENSIONS, TEXT_EXTENSIONS, read_text_file
+from .conversations import MESSAGES
+from .errors import DataError, listing, nearest
+from .files import EXTENSIONS, TEXT_EXTENSIONS, plain_texts, read_text_file
 from .load import load_examples, local_files, read_table, refuse_configuration
 
 
@@ -25,7 +26,7 @@ def load_corpus(
     Args:
         source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document a line, a folder with `<split>.txt`, or
             any source of [`load_examples`]. One with the column `text_column` is plain text; any other is read as
-            prompts and completions.
+            prompts and completions, or `messages`.
         split, max_rows, dataset_config: see [`load_examples`].
         text_column (`str`, *optional*, defaults to `"text"`): the column with the text; another than the default must
             exist.
@@ -53,26 +54,17 @@ def load_corpus(
                 f"{table.source}: no column {text_column!r}; its columns are {listing(table.columns)}."
                 f"{nearest(text_column, table.columns)} Name the one with the text."
             )
-        if not {"prompt", "completion"} <= set(table.columns):
+        if not {"prompt", "completion"} <= set(table.columns) and MESSAGES not in table.columns:
             raise DataError(
-                f"{table.source}: neither a column 'text' nor the columns 'prompt' and 'completion'; its columns are "
-                f"{listing(table.columns)}. Name the one with the text, or rename them."
+                f"{table.source}: neither a column 'text' nor 'prompt' and 'completion', or 'messages'; its "
+                f"columns are {listing(table.columns)}. Name the one with the text, or rename them."
             )
         examples = load_examples(
             source, split=split, require_completion=True, max_rows=max_rows, dataset_config=dataset_config
         )
         return examples.select_columns(["prompt", "completion"])
-    texts = []
-    for index, text in enumerate(table.columns[text_column]):
-        if not isinstance(text, str):
-            raise DataError(
-                f"{table.place(index)}: field {text_column!r} is {shortened(text)}. Make it text or drop the row."
-            )
-        if text.strip():
-            texts.append(text)
-    if not texts:
-        raise DataError(f"{table.source}: all texts of the field {text_column!r} are empty. Check the file.")
-    return Dataset.from_dict({"text": texts})
+    texts = plain_texts(table, text_column)
+    return texts if text_column == "text" else texts.rename_column(text_column, "text")
 
 
 def corpus_files(source: str, split: str) -> list[Path]:

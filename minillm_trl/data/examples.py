@@ -29,6 +29,7 @@ def find_columns(
             raise DataError(
                 f"{table.source}: no column {name!r}; its columns are {listing(table.columns)}."
                 f"{nearest(name, table.columns)} Name the right one with {role}_column, or rename it."
+                + (_hint(table) if role == "prompt" else "")
             )
     for role, name in found.items():
         if list(found.values()).count(name) > 1:
@@ -39,6 +40,16 @@ def find_columns(
                 f"the columns are {listing(table.columns)}. Drop or rename {role!r}, or leave {role}_column out."
             )
     return found
+
+
+def _hint(table: Table) -> str:
+    """What to do with columns that other tools know, with a leading space."""
+    hints = {
+        "text": "Plain text is for sft and kd, or for lm_dataset.",
+        "conversations": "For whole conversations, name it `messages`, each with `role` and `content`.",
+        "instruction": "`minillm-trl prepare-data --task instructions` makes prompts of instructions.",
+    }
+    return "".join(f" {hint}" for name, hint in hints.items() if name in table.columns)
 
 
 def check_examples(table: Table, found: dict[str, str], require_completion: bool) -> list[list[str]] | None:

@@ -102,6 +102,25 @@ class Table:
         return Dataset.from_dict(columns)
 
 
+def plain_texts(table: Table, column: str) -> Dataset:
+    """Return a column of texts alone, without those that are empty.
+
+    Raises:
+        DataError: if a value is no text, or all are empty.
+    """
+    texts = []
+    for index, text in enumerate(table.columns[column]):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{table.place(index)}: field {column!r} is {shortened(text)}. Make it text or drop the row."
+            )
+        if text.strip():
+            texts.append(text)
+    if not texts:
+        raise DataError(f"{table.source}: all texts of the field {column!r} are empty. Check the file.")
+    return Dataset.from_dict({column: texts})
+
+
 def _misfit(values: Sequence) -> str | None:
     """Why the values cannot be one Arrow column, or None if they can."""
     try:

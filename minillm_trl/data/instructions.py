@@ -55,7 +55,7 @@ def read_instructions(
         raise DataError(
             f"{table.source}: no column 'instruction'; its columns are {listing(table.columns)}."
             f"{nearest('instruction', table.columns)} Rename the right one, or take --task examples for data with "
-            "prompts."
+            "prompts or `messages`."
         )
     rows = []
     for index, instruction in enumerate(table.columns["instruction"]):

@@ -11,10 +11,11 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from ..encoding import encode_prompts
+from .conversations import MESSAGES, holds_whole_conversations, split_conversations
 from .e2e import load_e2e
 from .errors import DataError, listing, nearest, shortened
 from .examples import check_examples, find_columns
-from .files import EXTENSIONS, Table, read_file
+from .files import EXTENSIONS, Table, plain_texts, read_file
 
 # what `load_from_disk` makes of state.json and dataset_info.json with other values than it wrote
 _DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, TypeError)
@@ -31,8 +32,12 @@ def load_examples(
     require_completion: bool = False,
     max_rows: int | None = None,
     dataset_config: str | None = None,
+    text_column: str | None = None,
 ) -> Dataset:
     """Load and check prompts, with their completions and references where there are any.
+
+    A column `messages` in place of `prompt` (or another that `prompt_column` names) may hold whole conversations, as
+    TRL has them: the last message, the assistant's, is the completion, those before it are the prompt.
 
     Args:
         source (`str` or `Path`): one of
@@ -50,6 +55,8 @@ def load_examples(
             training must.
         max_rows (`int`, *optional*): read the first rows only; what comes after them is not checked.
         dataset_config (`str`, *optional*): configuration of a hub dataset.
+        text_column (`str`, *optional*): a column of plain text, which is all that is returned of a source that has it
+            and no prompts.
 
     Returns:
         [`~datasets.Dataset`] with the columns
@@ -68,6 +75,14 @@ def load_examples(
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
     table = read_table(str(source), split, dataset_config, max_rows)
+    if prompt_column == "prompt" and "prompt" not in table.columns:
+        if MESSAGES in table.columns:
+            prompt_column = MESSAGES
+        elif text_column in table.columns:
+            return plain_texts(table, text_column)
+    if holds_whole_conversations(table, prompt_column, completion_column):
+        table = split_conversations(table, prompt_column, require_completion)
+        completion_column = "completion"
     found = find_columns(table, prompt_column, completion_column, references_column, require_completion)
     return make_examples(table, found, require_completion)
 

@@ -3,17 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .conversations import MESSAGES, refuse_tool_calls, refuse_tools, split_conversations
 from .corpus import load_corpus
-from .errors import DataError, shortened
+from .errors import DataError
 from .examples import check_examples, find_columns
 from .files import Table
 from .instructions import Instruction
 from .load import make_examples, read_table
 from .prepare import Row
 from .templates import Template, is_empty, make_completion, make_prompt
-
-_TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
-_NO_TOOLS = "Tools are not supported: no subcommand shows them to the model. Drop the row, or write them as text."
 
 
 def instruction_rows(instructions: Sequence[Instruction], template: Template) -> list[Row]:
@@ -38,13 +36,21 @@ def instruction_rows(instructions: Sequence[Instruction], template: Template) ->
     return rows
 
 
-def read_example_rows(source: str, columns: dict[str, str], *, split: str, dataset_config: str | None) -> list[Row]:
+def read_example_rows(
+    source: str,
+    columns: dict[str, str],
+    *,
+    split: str,
+    dataset_config: str | None,
+    template: Template | None = None,
+) -> list[Row]:
     """Read prompts with what they have of completions and references, or `messages`, of which the last is learnt.
 
     Args:
         source (`str`): file, folder or name on the hub, see [`load_examples`].
         columns (`dict[str, str]`): names of the columns `prompt`, `completion` and `references`, where they differ.
         split, dataset_config: see [`load_examples`].
+        template (`str`, *optional*): what prompts and completions that are texts are put into; as they are by default.
 
     Returns:
         `list[dict]`, in the source's order. A row whose completion is empty is not checked, as it will be dropped; all
@@ -54,17 +60,15 @@ def read_example_rows(source: str, columns: dict[str, str], *, split: str, datas
         DataError: naming file and line, field and fix.
     """
     table = read_table(source, split, dataset_config, None)
-    for index, tools in enumerate(table.columns.get("tools", ())):
-        if tools:
-            raise DataError(f"{table.place(index)}: field 'tools' is {shortened(tools)}. {_NO_TOOLS}")
-    if not columns and "prompt" not in table.columns and "messages" in table.columns:
-        return _conversation_rows(table)
+    refuse_tools(table)
+    if not columns and "prompt" not in table.columns and MESSAGES in table.columns:
+        return _in_template(_conversation_rows(table), template, table)
     names = {role: columns.get(role, role) for role in ("prompt", "completion", "references")}
     found = find_columns(table, names["prompt"], names["completion"], names["references"], require_completion=False)
     completions = table.columns[found["completion"]] if "completion" in found else []
     for role in found.keys() - {"references"}:
         for index, value in enumerate(table.columns[found[role]]):
-            _refuse_tool_calls(value, table.place(index), found[role])
+            refuse_tool_calls(value, table.place(index), found[role])
     # without a single one they are prompts to sample from, and not rows that lack something
     has_completions = any(each is not None for each in completions)
     unused = set() if has_completions else {"completion"} | ({"references"} - found.keys())
@@ -75,7 +79,8 @@ def read_example_rows(source: str, columns: dict[str, str], *, split: str, datas
         index: {name: value for name, value in row.items() if name not in unused}
         for index, row in zip(filled, checked, strict=True)
     }
-    return [made.get(index, {"completion": ""}) for index in range(len(filled) + len(empty))]
+    rows = [made.get(index, {"completion": ""}) for index in range(len(filled) + len(empty))]
+    return _in_template(rows, template, table)
 
 
 def read_text_rows(source: str, text_column: str, *, split: str, dataset_config: str | None) -> list[Row]:
@@ -93,45 +98,31 @@ def read_text_rows(source: str, text_column: str, *, split: str, dataset_config:
     return corpus.to_list()
 
 
-def _conversation_rows(table: Table) -> list[Row]:
-    rows = [_split(messages, table.place(index)) for index, messages in enumerate(table.columns["messages"])]
-    _check(rows, table.place, "messages")
+def _in_template(rows: list[Row], template: Template | None, table: Table) -> list[Row]:
+    if template is None:
+        return rows
+    for index, row in enumerate(rows):
+        if "prompt" not in row:  # its completion is empty, so it will be dropped
+            continue
+        if not isinstance(row["prompt"], str):
+            raise DataError(
+                f"{table.place(index)}: the prompt is a conversation, and template={template!r} is for texts. Leave "
+                "template out."
+            )
+        row["prompt"] = make_prompt(row["prompt"], "", template)
+        if row.get("completion") is not None:
+            row["completion"] = make_completion(row["completion"], template)
     return rows
 
 
-def _split(messages: Any, place: str) -> Row:
-    """The last message is the completion, all before it the prompt."""
-    fix = "Make it a list of messages with texts, of which the last is the assistant's."
-    if not isinstance(messages, list):
-        raise DataError(f"{place}: field 'messages' is {shortened(messages)}. {fix}")
-    _refuse_tool_calls(messages, place, "messages")
-    roles = [each.get("role") if isinstance(each, dict) else None for each in messages]
-    if len(roles) < 2 or roles[-1] != "assistant":
-        raise DataError(f"{place}: field 'messages' has the roles {roles}. {fix}")
-    if not isinstance(messages[-1].get("content"), str):
-        raise DataError(f"{place}: field 'messages' ends with {shortened(messages[-1])}. {fix}")
-    if roles[-2] == "assistant":
-        raise DataError(
-            f"{place}: field 'messages' ends with two messages of the assistant, {shortened(messages[-2:])}. Join "
-            "them, or put the user's between them."
-        )
-    # Arrow gives every message the fields of all others, as null
-    messages = [_without_nulls(each) if isinstance(each, dict) else each for each in messages]
-    return {"prompt": messages[:-1], "completion": messages[-1:], "references": [messages[-1]["content"]]}
-
-
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
-
-
-def _refuse_tool_calls(value: Any, place: str, field: str) -> None:
-    for position, message in enumerate(value if isinstance(value, list) else []):
-        for name in _TOOL_FIELDS if isinstance(message, dict) else ():
-            if message.get(name):
-                raise DataError(
-                    f"{place}: field {field!r}, message {position} (counting from 0) has {name!r}, "
-                    f"{shortened(message[name])}. {_NO_TOOLS}"
-                )
+def _conversation_rows(table: Table) -> list[Row]:
+    columns = split_conversations(table, MESSAGES).columns
+    rows = [
+        {"prompt": prompt, "completion": completion, "references": [completion[0]["content"]]}
+        for prompt, completion in zip(columns[MESSAGES], columns["completion"], strict=True)
+    ]
+    _check(rows, table.place, MESSAGES)
+    return rows
 
 
 def _check(rows: Sequence[Row], place: Callable[[int], str], field: str) -> None:

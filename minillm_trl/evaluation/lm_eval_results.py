@@ -43,19 +43,26 @@ class TaskOutcome:
     truncated_prompts: int
 
 
-def wrap_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int | str) -> "HFLM":
+def wrap_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int | str,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> "HFLM":
     """The model as lm-eval takes it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): on its device.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         batch_size (`int` or `str`): requests run together, or `"auto"` for as many as fit.
+        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
     """
     from lm_eval.models.huggingface import HFLM
 
     # it warns that the model is loaded already, and of each truncated batch; documents are counted here
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    options = {"batch_size": batch_size, "chat_template_args": chat_template_kwargs}
+    return HFLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
 def evaluate_task(
