@@ -87,12 +87,12 @@ class TestGenerate:
         assert (seen["eos_token_ids"], rows[0]["finished"]) == ([0], False)
         assert len(seen["prompt_ids"][0]) < len(before[0])
 
-    @pytest.mark.parametrize(
-        ("option", "problem"), [("--eos_tokens=<|eot|>", "is no token"), ("--chat_template_kwargs=[1]", "JSON object")]
-    )
-    def test_bad_value_is_refused(self, capsys, model, option, problem):
-        assert main(["generate", "--model", model, "--prompt", "a", option]) == 2
-        assert problem in capsys.readouterr().err
+    def test_bad_value_is_refused(self, capsys, model):
+        assert main(["generate", "--model", model, "--prompt", "a", "--eos_tokens", "<|eot|>"]) == 2
+        assert "is no token" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["generate", "--model", model, "--prompt", "a", "--chat_template_kwargs", "[1]"])
+        assert "JSON object" in capsys.readouterr().err
 
 
 class TestEvaluate:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.templates import make_prompt, split_instruction
-from ..end_tokens import EOS_TOKENS_HELP
+from ..end_tokens import EOS_TOKENS_HELP, special_ids
 from .arguments import json_object
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def check_chat(
     first = next(iter(prompts), None)
     if not isinstance(first, str) or split_instruction(first) is not None:
         return
-    if not any(token in first for token in tokenizer.all_special_tokens):
+    special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    if not any(token in first for token in special):
         print(
             f"{arguments.model} has a chat template, and the prompts are texts, which do not go through it. For a "
             "chat model add --chat.",
