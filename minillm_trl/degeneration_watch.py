@@ -145,8 +145,8 @@ def _warn_of_unending_text(args: TrainingArguments, first: Mapping[str, Any]) ->
         logger.warning(
             f"Only {first[_EOS_RATE]:.0%} of the first completions end by themselves. Unless max_completion_length="
             f"{args.max_completion_length} is too short for the task, the student does not know it yet: fine-tune it "
-            "first (minillm-trl sft), and the teacher too if it writes so. If both are fine-tuned, see which tokens end "
-            "a completion (minillm-trl doctor --config FILE) and set eos_tokens."
+            "first (minillm-trl sft), and the teacher too if it writes so. If both are fine-tuned, see which tokens "
+            "end a completion (minillm-trl doctor --config FILE) and set eos_tokens."
         )
 
 
