@@ -56,8 +56,8 @@ def load_corpus(
             )
         if not {"prompt", "completion"} <= set(table.columns) and MESSAGES not in table.columns:
             raise DataError(
-                f"{table.source}: neither a column 'text' nor 'prompt' and 'completion', or 'messages'; its "
-                f"columns are {listing(table.columns)}. Name the one with the text, or rename them."
+                f"{table.source}: neither a column 'text' nor the columns 'prompt' and 'completion', nor 'messages'; "
+                f"its columns are {listing(table.columns)}. Name the one with the text, or rename them."
             )
         examples = load_examples(
             source, split=split, require_completion=True, max_rows=max_rows, dataset_config=dataset_config
