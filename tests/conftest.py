@@ -72,7 +72,7 @@ FAMILIES = list(family_options(32))
 
 
 def build_model(
-    family: str, vocab_size: int = 300, seed: int = 0, width: int = 32, layers: int = 2
+    family: str, vocab_size: int = 300, seed: int = 0, width: int = 32, layers: int = 2, positions: int = 128
 ) -> PreTrainedModel:
     """A model with random weights that are large enough for its distributions to be far from uniform."""
     torch.manual_seed(seed)
@@ -82,7 +82,7 @@ def build_model(
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": positions,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 1,

@@ -243,6 +243,36 @@ class TestTraining:
         batch = trainer._generate_and_score_completions([{"prompt": PROMPTS[0]}] * 4)
         assert len({tuple(row) for row in batch["completion_ids"].tolist()}) > 1
 
+    def test_completions_of_a_prompt_differ_in_evaluation_too(self, tmp_path):
+        trainer = make_trainer(tmp_path, num_generations_eval=4, per_device_eval_batch_size=8)
+        trainer.model.eval()
+        prompts = [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(4)]
+        completions = trainer._generate_and_score_completions(prompts)["completion_ids"].tolist()
+        assert len(set(map(tuple, completions))) == 8
+
+    def test_prompts_come_in_another_order_in_each_epoch(self, tmp_path):
+        seen = []
+
+        def rollout(prompts, trainer):
+            seen.append(prompts)
+            ids = trainer.processing_class(prompts)["input_ids"]
+            return {"prompt_ids": ids, "completion_ids": [[8, 9, 0]] * len(ids), "logprobs": None}
+
+        data = DATASET.select(range(8))  # as many as a rollout has
+        make_trainer(tmp_path, dataset=data, rollout_func=rollout, max_steps=6).train()
+        assert [sorted(prompts) for prompts in seen] == [sorted(PROMPTS[:8])] * 3
+        assert len(set(map(tuple, seen))) == 3
+
+    def test_outside_training_a_batch_is_one_step_whatever_the_accumulation(self, tmp_path):
+        losses = {}
+        for reduction in ("token_mean", "sequence_sum"):
+            trainer = make_trainer(tmp_path, loss_reduction=reduction, gradient_accumulation_steps=2)
+            ids = torch.tensor([[8, 9, 10, 0], [8, 0, 1, 1], [11, 12, 0, 1]])
+            prompts = torch.full((3, 2), 7), torch.ones(3, 2, dtype=torch.long)
+            batch = trainer.score_rollouts(*prompts, ids, (ids != 1).long())
+            losses[reduction] = trainer.compute_loss(trainer.model, batch).item()
+        assert losses["sequence_sum"] == pytest.approx(losses["token_mean"] * 9 / 3, rel=1e-5)
+
 
 class TestBuffer:
     def test_buffered_batches_are_not_written_to(self, tmp_path):

@@ -69,6 +69,7 @@ COMMON = {
     "lm_max_length": 9,
     "sampling_batch_size": 3,
     "num_iterations": 2,
+    "max_completion_length": MAX_LENGTH,
 }
 
 
@@ -92,7 +93,7 @@ class Case:
 
     @property
     def all_options(self) -> dict:
-        return {**COMMON, **self.options, "max_completion_length": MAX_LENGTH}
+        return {**COMMON, **self.options}
 
 
 CASES = {
@@ -158,9 +159,15 @@ CASES = {
         idle=("max_completion_length", "scale_rewards"),
     ),
     "rollout function": Case(
-        {"importance_weighting": "prefix", "importance_weight_cap": 1.5, "teacher_mixed_alpha": 0.2},
+        {
+            "importance_weighting": "prefix",
+            "importance_weight_cap": 1.5,
+            "teacher_mixed_alpha": 0.2,
+            "whiten_advantages": "padding",
+            "max_completion_length": MAX_LENGTH + 4,  # longer than the longest of the buffer
+        },
         rollout_func=True,
-        idle=("max_completion_length", "scale_rewards"),
+        idle=("scale_rewards",),
     ),
 }
 

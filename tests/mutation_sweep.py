@@ -1,0 +1,369 @@
+"""Do the tests see a fault? Makes small faults in the core one at a time, and runs the tests that execute the place.
+
+    python tests/mutation_sweep.py [--modules objectives loss] [--share 0.3] [--seed 0] [--results FILE]
+
+1. `trace`: runs the tests in-process once, and notes which lines of `MODULES` each executes and how long it takes.
+2. For each mutant (see `mutants.py`) a fork of a process that has imported torch and TRL, but not the package, imports
+   the package with the fault in it and runs the tests of that line, quickest first, until one fails.
+3. The results are written after each mutant, so that the same command goes on where it was stopped. A mutant whose
+   function has changed since is run again; `--again survived` runs those again that no test saw.
+
+Tests that start processes of their own do not take part: their processes would not have the fault. What survives is to
+be looked at: is it equivalent, harmless (a message, a speed), or a hole in the tests? `--verdicts FILE` (a JSON of ids
+and words) puts the answers into the results.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.machinery
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutants import Mutant, apply, mutants
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minillm_trl"
+
+# What is mutated; files of a name may move. Which tests cover a line is traced, not listed.
+MODULES = (
+    *("objectives", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "rollouts", "teacher"),
+    *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
+    *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
+)
+# Tests that run the core in their own process
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "teacher", "language_modeling"),
+        *(
+            "degeneration",
+            "metrics",
+            "trainer_gradient",
+            "whole_steps",
+            "rollout_scores",
+            "trainer",
+            "trainer_options",
+        ),
+        *("exact_metrics", "families", "adapters", "reliable_runs", "distributed", "mixed_precision", "drop_in"),
+        *("divergence", "exposure_bias", "evaluation", "tool_scores"),
+    )
+)
+NOT_THOSE = "not distributed and not cli and not notebooks"
+PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
+SECONDS_A_MUTANT = 90.0  # of tests, by their time in the trace
+PATIENCE = 8.0  # times its time in the trace that a test may take; other processes may be at work
+
+Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
+
+
+def source_files(modules: Iterable[str]) -> dict[str, Path]:
+    """The file of each module, wherever in the package it lies."""
+    files = {}
+    for name in modules:
+        (files[name],) = PACKAGE.rglob(f"{name}.py")
+    return files
+
+
+class Tracer:
+    """A pytest plugin that notes which lines each test executes, those of its fixtures included."""
+
+    def __init__(self, files: dict[str, Path]):
+        self.modules = {str(path): name for name, path in files.items()}
+        self.found: Trace = {}
+        self._lines: list[set[tuple[str, int]]] = []
+        self._of_fixture: dict[tuple[str, str], set[tuple[str, int]]] = {}
+        self._passed = True
+
+    def _call(self, frame: Any, event: str, argument: Any) -> Callable | None:
+        return self._line if frame.f_code.co_filename in self.modules else None
+
+    def _line(self, frame: Any, event: str, argument: Any) -> Callable:
+        self._lines[-1].add((self.modules[frame.f_code.co_filename], frame.f_lineno))
+        return self._line
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        self._lines, self._passed = [set()], True
+        start = time.perf_counter()
+        sys.settrace(self._call)
+        try:
+            result = yield
+        finally:
+            sys.settrace(None)
+        (lines,) = self._lines
+        for name in getattr(item, "fixturenames", ()):
+            for (argument, base), of_fixture in self._of_fixture.items():
+                if argument == name and item.nodeid.startswith(base):
+                    lines |= of_fixture
+        if self._passed and lines:
+            by_module: dict[str, list[int]] = {}
+            for module, line in sorted(lines):
+                by_module.setdefault(module, []).append(line)
+            self.found[item.nodeid] = {"seconds": round(time.perf_counter() - start, 3), "lines": by_module}
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any):
+        if fixturedef.scope == "function":
+            return (yield)
+        self._lines.append(set())
+        try:
+            return (yield)
+        finally:
+            lines = self._lines.pop()
+            self._of_fixture[fixturedef.argname, fixturedef.baseid] = lines
+            self._lines[-1] |= lines
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._passed = self._passed and report.outcome == "passed"
+
+
+class FirstFailure:
+    """A pytest plugin that remembers what failed first, and ends the process if a test hangs."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.name: str | None = None
+        self._trace = trace
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        signal.alarm(int(30 + PATIENCE * self._trace[item.nodeid]["seconds"]))
+        try:
+            return (yield)
+        finally:
+            signal.alarm(0)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and self.name is None:
+            self.name = f"import of {report.nodeid}"
+
+
+def in_fork(work: Callable[[], Any], seconds: float) -> Any:
+    """The JSON-able result of `work` in a fork; None if it takes longer or dies."""
+    with tempfile.NamedTemporaryFile("r") as answer:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setpgid(0, 0)
+                quiet = os.open(os.devnull, os.O_RDWR)
+                for stream in (0, 1, 2):
+                    os.dup2(quiet, stream)
+                result = json.dumps(work())
+                Path(answer.name).write_text(result)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + seconds
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.05)
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+def preload(tests: Sequence[str]) -> None:
+    """Import what the tests import, but the package and the tests themselves."""
+
+    def names() -> list[str]:
+        pytest.main([*PYTEST, "--collect-only", *tests])
+        own = ("minillm_trl", "conftest", "test_", "__main__")
+        outside = [
+            name
+            for name, module in sys.modules.items()
+            if not name.startswith(own) and not str(getattr(module, "__file__", "")).startswith(str(ROOT / "tests"))
+        ]
+        return outside
+
+    for name in in_fork(names, 600) or ():
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except Exception:  # a module that is made, not found
+                continue
+
+
+def trace_tests(files: dict[str, Path], tests: Sequence[str]) -> Trace:
+    found: Trace = {}
+    for test in tests:
+        start = time.monotonic()
+
+        def run(test: str = test) -> Trace:
+            tracer = Tracer(files)
+            options = [option for option in PYTEST if option != "-x"]
+            pytest.main([*options, test], plugins=[tracer])
+            return tracer.found
+
+        traced = in_fork(run, 3600) or {}
+        print(f"{test}: {len(traced)} tests, {time.monotonic() - start:.0f} s", flush=True)
+        found |= traced
+    return found
+
+
+def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
+    """The trace in `path`, made where there is none or the code has changed."""
+    digest = hashlib.sha1()
+    for source in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]):
+        digest.update(source.read_bytes())
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        if stored["code"] == digest.hexdigest() and stored["tests"] == list(tests):
+            return stored["trace"]
+    trace = trace_tests(files, tests)
+    path.write_text(json.dumps({"code": digest.hexdigest(), "tests": list(tests), "trace": trace}))
+    return trace
+
+
+def tests_of(mutant: Mutant, module: str, trace: Trace) -> list[str]:
+    """The tests that run the mutant's place, quickest first, within the time of a mutant."""
+    first, last = mutant.lines
+    covering = [
+        (entry["seconds"], name)
+        for name, entry in trace.items()
+        if any(first <= line <= last for line in entry["lines"].get(module, ()))
+    ]
+    chosen, total = [], 0.0
+    for seconds, name in sorted(covering):
+        total += seconds
+        if chosen and total > SECONDS_A_MUTANT:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def install(path: Path, mutant: Mutant) -> None:
+    """Let imports of `path` find the mutant."""
+    original = importlib.machinery.SourceFileLoader.get_code
+
+    def get_code(self: importlib.machinery.SourceFileLoader, fullname: str) -> Any:
+        if Path(self.path) != path:
+            return original(self, fullname)
+        return compile(apply(path.read_text(), mutant), str(path), "exec")
+
+    importlib.machinery.SourceFileLoader.get_code = get_code
+
+
+def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -> dict[str, Any]:
+    """Whether a test sees the fault, and which."""
+    if not tests:
+        return {"outcome": "not run by any test"}
+
+    def run() -> dict[str, Any]:
+        install(path, mutant)
+        failure = FirstFailure(trace)
+        quick = max(1, sum(total < 3 for total in accumulate(trace[name]["seconds"] for name in tests)))
+        for part in (tests[:quick], tests[quick:]):  # collecting all tests takes longer than most faults live
+            if part and failure.name is None:
+                code = pytest.main([*PYTEST, *part], plugins=[failure])
+                if code != 0 and failure.name is None:
+                    failure.name = f"pytest ended with {code!s}"
+        return {"outcome": "killed", "by": failure.name} if failure.name else {"outcome": "survived"}
+
+    expected = sum(trace[name]["seconds"] for name in tests)
+    result = in_fork(run, 60 + PATIENCE * expected)
+    if result is None:
+        return {"outcome": "killed", "by": "the time limit, or the end of the process"}
+    return result | ({"tests": len(tests)} if result["outcome"] == "survived" else {})
+
+
+def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    files = source_files(arguments.modules)
+    preload(TESTS)
+    trace = load_trace(arguments.trace, source_files(MODULES), [test for test in TESTS if (ROOT / test).exists()])
+    results: dict[str, dict[str, Any]] = {}
+    if arguments.results.is_file():
+        results = json.loads(arguments.results.read_text())["results"]
+    for module, path in files.items():
+        found = mutants(path.read_text(), module)
+        known = {mutant.id for mutant in found}
+        for identity in [name for name in results if name.split("::")[0] == module and name not in known]:
+            del results[identity]
+        for mutant in found:
+            draw = random.Random(f"{arguments.seed} {mutant.id}").random()  # so that a larger share adds to a smaller
+            stored = results.get(mutant.id, {})
+            current = stored.get("function_hash") == mutant.function_hash
+            if draw >= arguments.share or (current and stored["outcome"] not in arguments.again):
+                continue
+            start = time.monotonic()
+            outcome = try_mutant(mutant, path, tests_of(mutant, module, trace), trace)
+            results[mutant.id] = {
+                "line": mutant.lines[0],
+                "before": mutant.before[:200],
+                "after": mutant.after[:200],
+                **outcome,
+                "function_hash": mutant.function_hash,
+            }
+            print(f"{time.monotonic() - start:5.1f} s  {outcome['outcome']:9}  {mutant.id}", flush=True)
+            write(arguments, results)
+    return results
+
+
+def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """Write the results at once or not at all."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from measurement import commit, machine, version
+
+    if arguments.verdicts:
+        verdicts = json.loads(arguments.verdicts.read_text())
+        for identity, result in results.items():
+            if result["outcome"] != "killed" and identity in verdicts:
+                result["verdict"] = verdicts[identity]
+    record = {
+        "command": f"python tests/mutation_sweep.py --seed {arguments.seed} --share {arguments.share}",
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "pytest")},
+        "settings": {"seconds_a_mutant": SECONDS_A_MUTANT},
+        "results": dict(sorted(results.items())),
+    }
+    part = arguments.results.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, arguments.results)
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """A table of the modules, and a list of what survived."""
+    lines = ["| module | mutants | killed | survived | not run by any test |", "|---|---|---|---|---|"]
+    for module in sorted({name.split("::")[0] for name in results}):
+        outcomes = Counter(entry["outcome"] for name, entry in results.items() if name.startswith(f"{module}::"))
+        counts = [sum(outcomes.values()), *(outcomes[name] for name in ("killed", "survived", "not run by any test"))]
+        lines.append(f"| {module} | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", default=MODULES, choices=MODULES, metavar="MODULE")
+    parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", nargs="+", default=(), help="outcomes to run again, such as survived")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "mutation_sweep.json")
+    parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "__pycache__" / "mutation_trace.json")
+    parser.add_argument("--verdicts", type=Path, help="JSON of what survivors are, by id")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(ROOT))
+    print(markdown(sweep(arguments)))
+
+
+if __name__ == "__main__":
+    main()
