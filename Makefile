@@ -3,20 +3,26 @@ PYTHON ?= python3.11
 VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
+SWEEP_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-trl lint docs clean
+.PHONY: help demo test test-trl mutation-sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
 	@echo "make test      lint and all tests"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
+<<<<<<< HEAD
 	@echo "make lint      ruff, and the ban list of the style guide"
+=======
+	@echo "make mutation-sweep  small faults in the core, and which test sees each (SWEEP_ARGS='--share 0.1' for some; hours)"
+	@echo "make lint      ruff alone"
+>>>>>>> 92a71c6 (make mutation-sweep, and a paragraph on it)
 	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
 	@echo "make clean     remove .venv and caches"
 
@@ -35,6 +41,9 @@ test: lint
 
 test-trl: $(INSTALLED)
 	$(BIN)/python tests/trl_matrix.py $(TRL_VERSIONS)
+
+mutation-sweep: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python tests/mutation_sweep.py $(SWEEP_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

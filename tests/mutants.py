@@ -172,8 +172,9 @@ def _is_passed_over(node: ast.AST) -> bool:
     """Messages, imports, and what only a type checker reads."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return True
-    if isinstance(node, ast.Call):
-        root = node.func
+    call = node.value if isinstance(node, ast.Expr) else node
+    if isinstance(call, ast.Call):
+        root = call.func
         while isinstance(root, ast.Attribute):
             root = root.value
         return isinstance(root, ast.Name) and root.id in MESSAGES

@@ -232,7 +232,7 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
     return trace
 
 
-def tests_of(mutant: Mutant, module: str, trace: Trace) -> list[str]:
+def covering_tests(mutant: Mutant, module: str, trace: Trace) -> list[str]:
     """The tests that run the mutant's place, quickest first, within the time of a mutant."""
     first, last = mutant.lines
     covering = [
@@ -303,7 +303,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             if draw >= arguments.share or (current and stored["outcome"] not in arguments.again):
                 continue
             start = time.monotonic()
-            outcome = try_mutant(mutant, path, tests_of(mutant, module, trace), trace)
+            outcome = try_mutant(mutant, path, covering_tests(mutant, module, trace), trace)
             results[mutant.id] = {
                 "line": mutant.lines[0],
                 "before": mutant.before[:200],
