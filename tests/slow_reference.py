@@ -289,10 +289,11 @@ class SlowMiniLLM:
 
 def _metrics(tokens: Sequence[Mapping], num_rows: int) -> dict[str, float]:
     names = tokens[0].keys() - {"loss"}
-    metrics = {name: sum(float(token[name]) for token in tokens) / len(tokens) for name in names}
+    tokens = [{name: float(torch.as_tensor(token[name]).detach()) for name in names} for token in tokens]
+    metrics = {name: sum(token[name] for token in tokens) / len(tokens) for name in names}
     metrics["objective/reverse_kl_per_token"] = metrics["objective/single_step"]
     metrics["objective/reverse_kl"] = metrics["objective/single_step"] * len(tokens) / num_rows
-    weights = [float(token["importance_weight/mean"]) for token in tokens]
+    weights = [token["importance_weight/mean"] for token in tokens]
     metrics["importance_weight/max"] = max(weights)
     squares = sum(weight**2 for weight in weights)
     metrics["importance_weight/effective_sample_size"] = sum(weights) ** 2 / (len(weights) * squares)
