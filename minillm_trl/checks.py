@@ -1,4 +1,4 @@
-"""What the trainer refuses: arguments before any weight is loaded, and rewards that are no numbers."""
+"""What the trainer refuses: arguments before any weight is loaded, models and rollouts before they are used."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -238,36 +238,6 @@ def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
             f"{given.max().item()}. Return the log-probs of the sampled tokens under the policy that sampled them, at "
             "the sampling temperature; or None if the student sampled as it is."
         )
-
-
-def explain_faults(
-    teacher_logps: torch.Tensor,
-    student_logps: torch.Tensor,
-    weights: torch.Tensor,
-    mask: torch.Tensor,
-    completion_ids: torch.Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[int, str]:
-    """Say of scored rollouts, all `(B, T)`, what is not finite first in a row where `mask` is True: by its number."""
-    checked = (("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights))
-    faults: dict[int, str] = {}
-    for what, values in checked:
-        bad = ~values.isfinite() & mask
-        for row in bad.any(dim=1).nonzero().flatten().tolist():
-            position = int(bad[row].int().argmax())
-            token, value = completion_ids[row, position].item(), values[row, position].item()
-            place = f"at token {token} ({tokenizer.decode([token])!r}), position {position} of the completion"
-            if what == "weight":
-                fault = (
-                    f"the importance weight is {value} {place}: a product of q / mu has overflowed (set "
-                    "importance_weight_cap, or importance_weighting='token')"
-                )
-            elif value == -torch.inf:
-                fault = f"{what} gives probability zero {place}, where the reverse KL is infinite"
-            else:
-                fault = f"{what}'s log-prob is {value} {place}"
-            faults.setdefault(row, fault)
-    return faults
 
 
 def _check_tokenizers(

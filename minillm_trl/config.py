@@ -194,8 +194,8 @@ class MiniLLMConfig(GRPOConfig):
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether the student's dropout is off in training. The teacher's always is.
         max_nonfinite_steps (`int`, *optional*, defaults to `8`):
-            Optimizer steps in a row that may be skipped because a loss, log-prob, reward or gradient is not finite; at
-            that number the run ends.
+            Optimizer steps in a row that may be skipped because a loss, a gradient or every completion's score is not
+            finite; at that number the run ends. Single completions whose score is not finite are left out.
         allow_pickled_weights (`bool`, *optional*, defaults to `False`):
             Whether models that are given by name may have their weights as pickles (`.bin`) alone, as older ones on
             the hub do. Pickles of more than tensors are refused in any case.

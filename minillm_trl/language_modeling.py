@@ -155,7 +155,8 @@ def encode_corpus(
     """Encode a corpus to rows of `input_ids` and `counts` (where a token counts), see [`LanguageModelingBatches`].
 
     Raises:
-        ValueError: if the columns are not those of a corpus, or nothing is left to learn from.
+        ValueError: if the columns are not those of a corpus, a row has no text (naming it), or nothing is left to
+            learn from.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     is_text = "text" in columns
@@ -165,7 +166,8 @@ def encode_corpus(
             "ones."
         )
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+    def encode(row: dict[str, Any], number: int) -> dict[str, list[int]]:
+        _check_row(row, number, ("text",) if is_text else ("prompt", "completion"))
         if is_text:
             ids = [*encode_texts(tokenizer, [row["text"]])[0], tokenizer.eos_token_id]
             return {"input_ids": ids, "counts": [1] * len(ids)}
@@ -176,7 +178,7 @@ def encode_corpus(
     features = Features({"input_ids": List(Value("int32")), "counts": List(Value("bool"))})
     progress = {"desc": "Encoding lm_dataset"} if isinstance(dataset, Dataset) else {}
     with PartialState().main_process_first():  # the others find its cache
-        encoded = dataset.map(encode, remove_columns=columns, features=features, **progress)
+        encoded = dataset.map(encode, with_indices=True, remove_columns=columns, features=features, **progress)
         if is_text:
             encoded = encoded.map(_pack, batched=True, fn_kwargs={"max_length": max_length}, features=features)
         usable = encoded.filter(lambda row: any(row["counts"][1:]))  # the first token is predicted from nothing
@@ -191,6 +193,21 @@ def encode_corpus(
             "data."
         )
     return usable
+
+
+def _check_row(row: dict[str, Any], number: int, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = row[name]
+        if not isinstance(value, str) and (name == "text" or not isinstance(value, list) or not value):
+            expected = "a text" if name == "text" else "a text or a conversation of at least one message"
+            raise ValueError(
+                f"lm_dataset: row {number}: {name} is {value!r}, where {expected} is needed. Mend the row."
+            )
+    if len({type(row[name]) for name in names}) > 1:
+        raise ValueError(
+            f"lm_dataset: row {number}: of prompt and completion one is a text, the other a conversation. Make both "
+            "the same."
+        )
 
 
 def _pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
@@ -208,7 +225,7 @@ def _encode_pair(
         prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
         if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; sampling starts from the prompt's tokens
             ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return len(prompt_ids), ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        return len(prompt_ids), ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
     context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
     if context != prompt_ids:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .masking import masked_mean
-from .objectives import batch_advantages
+from .objectives import batch_advantages, replace_by_group_mean
 from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
 from .rollouts import Batch, sequences
 from .training_metrics import completion_totals, degeneration, reward_metrics, rouge_l_to_references
@@ -20,6 +20,7 @@ class MeasuredRollouts(ResumableRollouts):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._rewards_per_func = torch.empty(0)  # of the last rollout, of all processes
+        self._endless_rewards = torch.empty(0)  # where they were infinite
         self._eval_rewards: list[torch.Tensor] = []
         self._counts = torch.empty(0, dtype=torch.bool)  # which rows of the last rollout do, of this process
 
@@ -38,15 +39,14 @@ class MeasuredRollouts(ResumableRollouts):
             rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
         if not self.model.training:  # no mean has a filler in it
             rewards = rewards.masked_fill(~self.accelerator.gather(self._counts)[:, None], torch.nan)
-        self._rewards_per_func = rewards
-        return rewards
+        self._endless_rewards = rewards.isinf()
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        self._rewards_per_func = replace_by_group_mean(rewards, self._endless_rewards, group)
+        return self._rewards_per_func
 
-    def _endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
-        """Mark the completions of this process whose reward is infinite, and leave it out of the others' mean."""
-        start = self.accelerator.process_index * len(faulty)
-        endless = self._rewards_per_func.isinf()
-        self._rewards_per_func = self._rewards_per_func.masked_fill(endless, torch.nan)
-        mine = endless[start : start + len(faulty)]
+    def _mark_endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
+        """Mark the completions of this process whose reward is infinite."""
+        mine = self._endless_rewards[self.accelerator.process_index * len(faulty) :][: len(faulty)]
         faulty |= mine.any(dim=1)
         return {
             row: f"reward function {self.reward_func_names[function]} returned inf"

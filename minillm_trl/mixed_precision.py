@@ -1,6 +1,7 @@
 """Mixed precision: which one, what stays in float32, and the steps that overflow in float16."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ def configure_wrappers(accelerator: Accelerator) -> None:
         accelerator.ddp_handler.gradient_as_bucket_view = True
 
 
+def zero_loss_scaler(engine: Any) -> dict[str, Any]:
+    """The numbers of the loss scaler of DeepSpeed's ZeRO optimizers, to read and to write; empty for other optimizers.
+
+    DeepSpeed takes a step within the backward pass, where its scaler takes all that is not finite for an overflow.
+    """
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {} if scaler is None else vars(scaler)
+
+
 class OverflowCounter(TrainerCallback):
     """Counts the optimizer steps that were skipped because a gradient overflowed in float16.
 
@@ -70,10 +80,13 @@ class OverflowCounter(TrainerCallback):
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        skipped_otherwise (`Callable`, *optional*): whether the step was skipped for another reason, which is counted
+            elsewhere.
     """
 
-    def __init__(self, accelerator: Any):
+    def __init__(self, accelerator: Any, skipped_otherwise: Callable[[], bool] = lambda: False):
         self.accelerator = accelerator
+        self._skipped_otherwise = skipped_otherwise
         self.skipped_steps = 0
         self._scale = 0.0
 
@@ -94,7 +107,7 @@ class OverflowCounter(TrainerCallback):
         accelerate takes each step of a fused optimizer for taken, which skips by itself.
         """
         if self.accelerator.scaler is None:  # DeepSpeed
-            self.skipped_steps += self.accelerator.optimizer_step_was_skipped
+            self.skipped_steps += self.accelerator.optimizer_step_was_skipped and not self._skipped_otherwise()
             return
         before, self._scale = self._scale, self.accelerator.scaler.get_scale()
         self.skipped_steps += self._scale < before

@@ -212,6 +212,23 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor) -> t
     return whitened.masked_fill(~mask, 0.0).to(values.dtype)
 
 
+def replace_by_group_mean(rewards: torch.Tensor, replaced: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Replace rewards by the mean of the others in their group, which leaves the group's mean to the others.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): rewards by function; groups are `group_size` rows in a row. NaN
+            where a function does not apply.
+        replaced (`torch.Tensor` of shape `(N, F)`): True on those to replace.
+        group_size (`int`): completions of a prompt.
+
+    Returns:
+        `torch.Tensor` of shape `(N, F)`; NaN where no other reward of the group is left.
+    """
+    kept = rewards.masked_fill(replaced, torch.nan)
+    mean = kept.view(-1, group_size, rewards.shape[1]).nanmean(dim=1).repeat_interleave(group_size, dim=0)
+    return torch.where(replaced, mean, rewards)
+
+
 def batch_advantages(
     rewards: torch.Tensor, weights: torch.Tensor, scale: bool = True, normalize_each: bool = False
 ) -> torch.Tensor:

@@ -33,6 +33,7 @@ from .checkpoints import (
     replace_folder,
 )
 from .interruption import Terminated, note_sigterm
+from .mixed_precision import zero_loss_scaler
 from .random_state import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
@@ -60,6 +61,7 @@ class ReliableTrainer(Trainer):
         self._faults: list[str] = []  # of this process, since the last optimizer step
         self._nonfinite_steps = 0
         self._nonfinite_in_row = 0
+        self._scaler_before: dict[str, Any] = {}
 
     # Resuming
 
@@ -305,10 +307,12 @@ class ReliableTrainer(Trainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return result
+        if self.is_deepspeed_enabled:
+            self._scaler_before = dict(zero_loss_scaler(self.model_wrapped))
         loss = result[0] if isinstance(result, tuple) else result
         if not self._faults and not loss.isfinite():
             self._faults.append(self._explain_loss(loss.item(), inputs))
-        if self._faults and not isinstance(result, tuple):  # so that float16's scaler and DeepSpeed see it too
+        if self._faults and not isinstance(result, tuple):  # so that DeepSpeed sees it too, and the mean loss does not
             return loss * torch.nan
         return result
 
@@ -356,9 +360,16 @@ class ReliableTrainer(Trainer):
                 f"{self._nonfinite_in_row} optimizer steps in a row were skipped (max_nonfinite_steps), the last one, "
                 f"{step}, because {explained[0]}. The weights are those of the last step that was taken. {_REMEDY}"
             )
-        if self.accelerator.scaler is None:  # an optimizer passes over weights without a gradient
-            for parameter in self.model.parameters():
-                parameter.grad = None
+        if self.accelerator.scaler is not None:
+            # It would take what is not finite for an overflow and halve its scale. So it forgets this step, and
+            # neither scaler nor optimizer are called in it.
+            self.accelerator.scaler.update(self.accelerator.scaler.get_scale())
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return
+        if self.is_deepspeed_enabled:
+            zero_loss_scaler(self.model_wrapped).update(self._scaler_before)
+        for parameter in self.model.parameters():  # an optimizer passes over weights without a gradient
+            parameter.grad = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the number of steps that were skipped so far."""

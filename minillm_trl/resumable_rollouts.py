@@ -15,7 +15,8 @@ from .config import MiniLLMConfig
 from .evaluation_rows import Row
 from .measured_trainer import MeasuredTrainer
 from .mixed_precision import OverflowCounter
-from .rollouts import Batch, by_length, deal_rows, trim, window_token_counts
+from .nonfinite_rows import leave_out_faulty
+from .rollouts import Batch, by_length, deal_rows, trim, window_counts
 from .sampling import ROLLOUT_ORDER
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     """What GRPO does not restore: its rollout buffer and the step within it, its metrics, and the order of prompts."""
 
     args: MiniLLMConfig
+    _nonfinite_completions = 0  # that the training has left out so far, on all processes
     rollout_seconds = 0.0  # spent on rollouts of the training, since the process began
     _overflow_counter: OverflowCounter | None
 
@@ -60,9 +62,19 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
             started = time.perf_counter()
-            self._buffered_inputs = self._deal(self._generate_and_score_completions(generation_batch))
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = self._deal(self._leave_out_faulty(batch))
             self.rollout_seconds += time.perf_counter() - started
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _leave_out_faulty(self, batch: Batch) -> Batch:
+        """A rollout without the tokens of faulty rows, which are counted over all processes."""
+        flags = self.accelerator.gather(batch["faulty"])
+        if count := int(flags.sum()):
+            self._nonfinite_completions += count
+            if self.accelerator.is_main_process:
+                logger.warning(f"{count} of {len(flags)} completions are left out of the update.")
+        return leave_out_faulty(batch)
 
     def _deal(self, batch: Batch) -> list[Batch]:
         """Deal the rows of a rollout to its micro-batches."""
@@ -73,14 +85,17 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()
         order = order[by_length(lengths[order], num_steps)]
         dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-        return self._count_window_tokens(
-            [trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)]
-        )
+        return self._count_windows([trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)])
 
-    def _count_window_tokens(self, batches: list[Batch]) -> list[Batch]:
+    def _count_windows(self, batches: list[Batch]) -> list[Batch]:
         window = self.args.gradient_accumulation_steps
-        counts = self.accelerator.reduce(window_token_counts(batches, window), reduction="sum")
-        return [{**batch, "window_tokens": counts[i // window]} for i, batch in enumerate(batches)]
+        counts = {
+            name: self.accelerator.reduce(each, reduction="sum")
+            for name, each in window_counts(batches, window).items()
+        }
+        return [
+            {**batch, **{name: each[i // window] for name, each in counts.items()}} for i, batch in enumerate(batches)
+        ]
 
     def _run_state(self) -> dict[str, Any]:
         within_buffer = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
@@ -90,6 +105,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             "step": self._step,
             "rollouts": _pack(self._buffered_inputs) if within_buffer else None,
             "completions": _plain(self._logs) if self.log_completions else {},
+            "nonfinite_completions": self._nonfinite_completions,
             "overflows": None if self._overflow_counter is None else self._overflow_counter.skipped_steps,
         }
 
@@ -98,6 +114,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         saved = self._resumed_state
         if saved is None:
             return
+        self._nonfinite_completions = saved["nonfinite_completions"]
         for name, values in saved["completions"].items():
             _extend(self._logs[name], values)
         if self._overflow_counter is not None and saved["overflows"] is not None:

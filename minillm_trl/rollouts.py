@@ -108,7 +108,14 @@ def _trim_zeros(key: tuple[int, ...]) -> tuple[int, ...]:
     return _trim_zeros(key[:-1]) if key[-1:] == (0,) else key
 
 
-def window_token_counts(batches: Sequence[Batch], accumulation_steps: int) -> torch.Tensor:
-    """Trained tokens in each accumulation window of this process, `(len(batches) / accumulation_steps,)`."""
-    counts = torch.stack([sequences(batch)[2].sum() for batch in batches])
-    return counts.view(-1, accumulation_steps).sum(dim=1)
+def window_counts(batches: Sequence[Batch], accumulation_steps: int) -> dict[str, torch.Tensor]:
+    """Tokens and rows that are trained in each accumulation window of this process.
+
+    Returns:
+        `dict` of `torch.Tensor` of shape `(len(batches) / accumulation_steps,)`: `window_tokens` and `window_rows`.
+        Rows that are marked as `faulty` count for nothing, empty completions as rows.
+    """
+    tokens = torch.stack([sequences(batch)[2].sum() for batch in batches])
+    rows = torch.stack([(~batch["faulty"]).sum() for batch in batches])
+    counts = {"window_tokens": tokens, "window_rows": rows}
+    return {name: each.view(-1, accumulation_steps).sum(dim=1) for name, each in counts.items()}

@@ -55,7 +55,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         half = half_precision(self.accelerator)
         self._overflow_counter = None
         if half is torch.float16:
-            self._overflow_counter = OverflowCounter(self.accelerator)
+            self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
             self.add_callback(self._overflow_counter)
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
@@ -302,7 +302,9 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return TokenScores(logps, entropy, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, in float16 with the steps that overflowed."""
+        """Log, with the completions that were left out, and in float16 the steps that overflowed."""
+        if "loss" in logs:
+            logs = {**logs, "nonfinite_completions": float(self._nonfinite_completions)}
         if self._overflow_counter is not None and "loss" in logs:
             logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
         super().log(logs, start_time)

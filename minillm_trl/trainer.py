@@ -1,6 +1,5 @@
 """`MiniLLMTrainer`: MiniLLM wired into TRL's `GRPOTrainer`. Formulas are in `objectives` and `fused_head`."""
 
-import logging
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,6 @@ from .checks import (
     check_machine,
     check_model,
     check_rollout_logps,
-    explain_faults,
 )
 from .config import MiniLLMConfig
 from .ends_of_run import settle_ends
@@ -25,16 +23,21 @@ from .language_modeling import LanguageModelingBatches, language_modeling_reques
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
 from .masking import masked_moments, normalize_loss
 from .mixed_precision import keep_adapters_in_float32
+from .nonfinite_rows import (
+    explain_empty_step,
+    explain_faults,
+    explain_losses,
+    explain_values,
+    name_rows,
+    trained_rows,
+    warn_of_faults,
+)
 from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
 from .quantization import keep_4bit_layout
 from .resumable_rollouts import number_prompts
 from .rollouts import Batch, sequences
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import loss_totals, token_totals
-
-logger = logging.getLogger(__name__)
-
-_MOST_WARNINGS = 4  # of a rollout: a broken teacher spoils every completion
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
@@ -200,7 +203,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
         Raises:
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN, or an
-                importance weight overflows. In training these rows are marked, and the steps with them skipped.
+                importance weight overflows. In training these rows are left out of the update.
         """
         batch = {
             "prompt_ids": prompt_ids,
@@ -221,7 +224,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         student_logps: torch.Tensor | None = None,
         behavior_logps: torch.Tensor | None = None,
     ) -> tuple[Batch, dict[int, str]]:
-        """The training batch, and what is wrong with rows that are not finite, whose scores are without effect."""
+        """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
         mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
         scores = self._score_rollout(batch, student_logps)
@@ -239,7 +242,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         batch = {
             **batch,
             "faulty": faulty,
-            "advantages": self._advantages(rewards.masked_fill(faulty[:, None], 0.0), mask),
+            "advantages": self._advantages(rewards.masked_fill(faulty[:, None], 0.0), mask, faulty),
             "old_per_token_logps": behavior_logps.detach(),
             "student_logps": scores.student_logps,
             "long_term_weights": long_term_weights,
@@ -250,9 +253,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         return batch, faults
 
     def _explain_loss(self, loss: float, inputs: Batch) -> str:
-        return f"the loss is {loss} with the {_indices(inputs['prompt_index'])}"
+        return f"the loss is {loss} with {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
 
-    def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor, faulty: torch.Tensor) -> torch.Tensor:
         if not self.args.rkl_advantage:
             return torch.zeros_like(rewards)
         advantages = reward_to_go(
@@ -265,9 +268,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         )
         if self.args.whiten_advantages == "none":
             return advantages
+        mask = mask & ~faulty[:, None]
         moments = masked_moments(advantages, mask)
         if self.args.whiten_advantages == "padding":
-            moments[0] = len(mask) * self.max_completion_length
+            moments[0] = (~faulty).sum() * self.max_completion_length
         return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
@@ -291,18 +295,17 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
         batch, faults = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
         if self.reward_funcs:
-            faults |= self._endless_rewards(batch["faulty"])
+            faults |= self._mark_endless_rewards(batch["faulty"])
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
-        for row, fault in list(faults.items())[:_MOST_WARNINGS]:
-            logger.warning(f"{_name_prompt(prompt_index[row], inputs[row]['prompt'])}: {fault}.")
-        if len(faults) > _MOST_WARNINGS:
-            logger.warning(f"The same or the like holds for {len(faults) - _MOST_WARNINGS} more completions.")
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
         if not training:
             batch["counts"] = self._counts
         self._sampled = []
+        faults |= explain_values(batch)
+        batch["faulty"][list(faults)] = True
+        warn_of_faults(faults, [row["prompt"] for row in inputs], prompt_index)
         self._log_rollouts(inputs, batch)
         return batch
 
@@ -319,6 +322,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     # Loss
 
     def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
+        if self.model.training:
+            self._faults += explain_empty_step(inputs)
+            inputs = trained_rows(inputs, self._tokenizer.pad_token_id)
         input_ids, attention_mask, mask = sequences(inputs)
         rollout = {name: inputs[name].expand(mask.shape) for name in LOSS_INPUTS if name in inputs}
         flat = {name: values.reshape(-1) for name, values in rollout.items()}
@@ -346,10 +352,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             terms = loss_terms(rollout, scores, mask, **options)
         rows = inputs["counts"].sum() if "counts" in inputs else len(mask)
         totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask, rows)
-        faulty = inputs["faulty"] | ~terms.loss.masked_fill(~mask, 0.0).isfinite().all(dim=1)
-        if self.model.training and faulty.any():
-            self._faults.append(f"what is scored is not finite with the {_indices(inputs['prompt_index'][faulty])}")
-            totals = totals._replace(values=torch.zeros_like(totals.values))  # they would spoil the means
+        if self.model.training:
+            self._faults += (late := explain_losses(terms.loss, inputs))
+            if late or inputs["faulty"].any():  # the latter is a row of padding; either would spoil the means
+                totals = totals._replace(values=torch.zeros_like(totals.values))
         self._log_totals(totals)
         if not self.model.training:
             self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
@@ -371,20 +377,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self._log_totals(token_totals(values, lm["loss_mask"]))
         return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
 
-    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor | float:
-        in_window = "window_tokens" in inputs  # otherwise the batch counts as one optimizer step
-        if self.args.loss_reduction == "sequence_sum":
-            return len(mask) * (self.args.gradient_accumulation_steps if in_window else 1)
-        tokens = inputs["window_tokens"] if in_window else self.accelerator.reduce(mask.sum(), reduction="sum")
-        return tokens / self.accelerator.num_processes
-
-
-def _name_prompt(index: int, prompt: Any) -> str:
-    return f"Prompt{'' if index < 0 else f' {index}'} {str(prompt)[:80]!r}"
-
-
-def _indices(prompts: torch.Tensor) -> str:
-    return f"prompts {sorted(set(prompts.tolist()))} of train_dataset"
+    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor:
+        of_sequences = self.args.loss_reduction == "sequence_sum"
+        total = inputs.get("window_rows" if of_sequences else "window_tokens")
+        if total is None:  # the batch counts as one optimizer step
+            own = torch.tensor(len(mask), device=mask.device) if of_sequences else mask.sum()
+            total = self.accelerator.reduce(own, reduction="sum")
+        return total / self.accelerator.num_processes
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""Trains while one process of several meets a number that is not finite; started in several processes by the tests."""
+"""Trains while one process of several meets numbers that are not finite; started in several processes by the tests.
+
+A completion of the second step has one, and the losses of the third and the fourth.
+"""
 
 import json
 import sys
@@ -9,6 +12,7 @@ import torch
 from test_trainer import make_trainer
 from transformers import TrainerCallback
 
+import minillm_trl.trainer
 from minillm_trl import MiniLLMTrainer
 
 
@@ -19,14 +23,25 @@ def whole_weights(trainer: MiniLLMTrainer) -> torch.Tensor:
 
 
 def main(output: str, options: str = "{}") -> None:
-    trainer = make_trainer(Path(output), max_steps=4, steps_per_generation=1, **json.loads(options))
-    rank, seen = trainer.accelerator.process_index, []
-    score = trainer._score_rollout
+    # float16 is refused on CPUs, which have no scaler of torch's; DeepSpeed's own runs on some
+    minillm_trl.trainer.check_machine = lambda *unused: None
+    trainer = make_trainer(Path(output), max_steps=5, steps_per_generation=1, **json.loads(options))
+    rank, seen, scales = trainer.accelerator.process_index, [], []
+    score_rollout, score = trainer._score_rollout, trainer._score
 
-    def broken(batch, *args):
-        scores = score(batch, *args)
-        if rank == 1 and trainer.state.global_step == 2:
+    def is_due(*steps: int) -> bool:
+        return rank == 1 and trainer.state.global_step in steps and trainer.model.training
+
+    def broken_rollout(batch, *args):
+        scores = score_rollout(batch, *args)
+        if is_due(1):
             scores.teacher_kd_logps[0, 0] = torch.nan
+        return scores
+
+    def broken(model, *requests):
+        scores = score(model, *requests)
+        if is_due(2, 3) and scores[0].loss is not None:
+            scores[0] = scores[0]._replace(loss=scores[0].loss * torch.nan)
         return scores
 
     class Note(TrainerCallback):
@@ -35,12 +50,20 @@ def main(output: str, options: str = "{}") -> None:
 
         def on_step_end(self, args, state, control, **unused):
             seen.append(whole_weights(trainer))
+            scales.append(getattr(getattr(trainer.model_wrapped, "optimizer", None), "cur_scale", None))
 
-    trainer._score_rollout = broken
+    trainer._score_rollout, trainer._score = broken_rollout, broken
     trainer.add_callback(Note())
     trainer.train()
     moved = [not torch.equal(one, other) for one, other in pairwise(seen)]
-    facts = {"moved": moved, "skipped": trainer._nonfinite_steps, "sum": seen[-1].double().sum().item()}
+    facts = {
+        "moved": moved,
+        "skipped": trainer._nonfinite_steps,
+        "left_out": trainer._nonfinite_completions,
+        "scales": scales,
+        "overflows": None if trainer._overflow_counter is None else trainer._overflow_counter.skipped_steps,
+        "sum": seen[-1].double().sum().item(),
+    }
     Path(output, f"facts-{rank}.json").write_text(json.dumps(facts))
 
 

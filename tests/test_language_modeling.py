@@ -1,5 +1,6 @@
 """The corpus of L_PT: which tokens count, which examples a step sees, and what they add to the loss."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -77,6 +78,21 @@ class TestEncoding:
         rows = {"prompt": ["the mill " * 20, "the"], "completion": ["a", "b"]}
         assert len(encode_corpus(Dataset.from_dict(rows), TOKENIZER, 8, {})) == 1
         assert "1 of 2 rows of lm_dataset were dropped" in caplog.text
+
+    @pytest.mark.parametrize("make", [lambda dataset: dataset, stream], ids=["dataset", "stream"])
+    def test_pair_with_both_sides_empty_is_dropped(self, make):
+        rows = make(Dataset.from_dict({"prompt": ["", "the mill"], "completion": ["", " is cheap"]}))
+        assert len(list(encode_corpus(rows, TOKENIZER, 64, {}))) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("prompt", None), ("completion", None), ("completion", []), ("prompt", []), ("text", None)]
+    )
+    def test_row_without_a_text_is_refused_by_number_and_field(self, name: str, value):
+        good = "a" if value is None else [{"role": "user", "content": "a"}]
+        columns = ["text"] if name == "text" else ["prompt", "completion"]
+        rows = Dataset.from_dict({each: [value if each == name else good, good] for each in columns})
+        with pytest.raises(ValueError, match=rf"lm_dataset: row 0: {name} is {re.escape(str(value))}"):
+            encode_corpus(rows, TOKENIZER, 64, {})
 
     def test_corpus_without_a_token_to_learn_is_refused(self):
         rows = {"prompt": ["the mill " * 20], "completion": ["a"]}

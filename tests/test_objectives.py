@@ -217,6 +217,21 @@ class TestBatchAdvantages:
         assert objectives.batch_advantages(torch.tensor([[3.0]]), torch.ones(1)).tolist() == [0.0]
 
 
+class TestReplaceByGroupMean:
+    def test_leaves_the_mean_of_a_group_to_the_others(self):
+        rewards = torch.tensor(
+            [[1.0, 1.0], [math.inf, 2.0], [3.0, NAN], [4.0, -math.inf], [5.0, 6.0], [math.inf, 7.0]]
+        )
+        expected = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, NAN], [4.0, 6.5], [5.0, 6.0], [4.5, 7.0]])
+        found = objectives.replace_by_group_mean(rewards, rewards.isinf(), 3)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_is_nan_where_no_other_is_left(self, size: int):
+        rewards = torch.tensor([[math.inf], [-math.inf]])
+        assert objectives.replace_by_group_mean(rewards, rewards.isinf(), size).isnan().all()
+
+
 class TestMixtureLogps:
     def test_value_is_the_log_of_the_mixture(self):
         student, teacher = torch.tensor([0.5, 0.1]).log(), torch.tensor([0.25, 0.9]).log()

@@ -15,19 +15,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, build_model, run_module
+from conftest import ENVIRONMENT, build_model, build_tokenizer, run_module
 from datasets import Dataset
 from killed_runs import STEPS, make_inputs
 from test_distributed import needs_deepspeed
 from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
+from trl import SFTTrainer
 
+from minillm_trl import MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
 from minillm_trl.checkpoints import CheckpointError, find_damage, finish_replacements, newest_whole_checkpoint
 from minillm_trl.cli.launch import accelerate_config_path
 from minillm_trl.cli.training import checkpoint_to_resume
 from minillm_trl.interruption import Terminated
 
+needs_float16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    reason="DeepSpeed trains in float16 on CPUs with AVX512-FP16 alone",
+)
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "num_iterations": 2, "logging_steps": 3}
 EVALUATED = {
     "eval_dataset": DATASET.select(range(4)),
@@ -48,6 +54,20 @@ class AtStep(TrainerCallback):
     def on_step_begin(self, args, state, control, **unused):
         if state.global_step == self.step:
             self.function()
+
+
+def make_fine_tuning(tmp_path, **options) -> FineTuningTrainer:
+    rows = {"prompt": DATASET["prompt"][:16], "completion": [f" {i} cheap pubs" for i in range(16)]}
+    settings = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
+    args = FineTuningConfig(
+        str(tmp_path), **settings, **{"save_strategy": "no", "gradient_checkpointing": False, **options}
+    )
+    return FineTuningTrainer(
+        model=build_model("llama"),
+        args=args,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=build_tokenizer(),
+    )
 
 
 def history(trainer) -> list[dict]:
@@ -467,36 +487,177 @@ class TestNotFinite:
     def moved(self, seen: list[torch.Tensor]) -> list[bool]:
         return [not torch.equal(one, other) for one, other in itertools.pairwise(seen)]
 
-    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-    def test_log_prob_of_one_completion_skips_the_steps_that_have_it_and_names_its_prompt(
-        self, tmp_path, caplog, value: float
-    ):
-        trainer, seen = self.watched(tmp_path, whiten_advantages="tokens")
+    def break_row(self, trainer, step: int, value: float = torch.nan, rows: tuple[int, ...] = (1,)) -> list[str]:
+        """Let the teacher's log-prob of a token be `value` in rows of the rollout of a step; returns their prompts."""
         score, faulty = trainer._score_rollout, []
 
         def broken(batch, *args):
             scores = score(batch, *args)
-            if trainer.state.global_step == 2:
-                scores.teacher_kd_logps[1, 3] = value
-                faulty.append(batch["prompt_ids"][1])
+            if trainer.state.global_step == step and trainer.model.training:
+                for row in rows:
+                    scores.teacher_kd_logps[row, 3] = value
+                    faulty.append(trainer._tokenizer.decode(batch["prompt_ids"][row], skip_special_tokens=True))
             return scores
 
         trainer._score_rollout = broken
+        return faulty
+
+    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    def test_log_prob_of_one_completion_leaves_it_out_and_names_its_prompt(self, tmp_path, caplog, value: float):
+        trainer, seen = self.watched(tmp_path, whiten_advantages="tokens", per_device_train_batch_size=2)
+        faulty = self.break_row(trainer, 2, value)
         with caplog.at_level(logging.WARNING):
             trainer.train()
-        moved = self.moved(seen)
-        assert sorted(moved[2:4]) == [False, True]  # one step of the buffer's two has the completion
-        assert all(moved[:2] + moved[4:])
+        assert all(self.moved(seen))
         assert seen[-1].isfinite().all()
-        assert trainer.state.log_history[-2]["nonfinite_steps"] == 1
-        logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
-        assert all(math.isfinite(value) for name, value in logged.items() if name != "grad_norm")
-        text = trainer._tokenizer.decode(faulty[0], skip_special_tokens=True)
-        index = DATASET["prompt"][:].index(text)
+        logs = [each for each in trainer.state.log_history if "loss" in each]
+        assert [each["nonfinite_completions"] for each in logs] == [0, 0, 1, 1, 1, 1]
+        assert logs[-1]["nonfinite_steps"] == 0
+        assert all(math.isfinite(value) for each in trainer.state.log_history for value in each.values())
+        index = DATASET["prompt"][:].index(faulty[0])
         named = "probability zero" if value == -torch.inf else "the teacher's log-prob is nan"
-        assert f"Prompt {index} {text!r}: the teacher" in caplog.text
+        assert f"Prompt {index} {faulty[0]!r}: the teacher" in caplog.text
         assert named in caplog.text
-        assert f"not finite with the prompts [{index}] of train_dataset" in caplog.text
+        assert "1 of 4 completions are left out of the update" in caplog.text
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"loss_reduction": "sequence_sum"},
+            {"whiten_advantages": "tokens"},
+            {"whiten_advantages": "padding"},
+            {"teacher_hidden_states": "recompute"},
+        ],
+        ids=str,
+    )
+    def test_step_without_a_row_is_that_of_the_other_rows(self, tmp_path, options: dict):
+        """Loss and gradient of a step of four rows, of which one is left out, against those of three rows alone."""
+        trainer = make_trainer(
+            tmp_path, steps_per_generation=1, max_steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0, **options
+        )
+        self.break_row(trainer, 0)
+        batches, before = [], weights(trainer)
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, batch: batches.append(batch) or compute(model, batch)
+        trainer.train()
+        (batch,) = batches
+        kept = (~batch["faulty"]).nonzero().squeeze(1)
+        assert len(kept) == 3
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "old_per_token_logps")
+        rows = {name: batch[name][kept] for name in names}
+        alone = make_trainer(tmp_path, steps_per_generation=1, max_grad_norm=0.0, **options)
+        alone.model.train()
+        # mixed sampling has another behavior policy where tokens are the teacher's than where scores are anew
+        loss = alone.compute_loss(alone.model, alone.score_rollouts(*rows.values()))
+        loss.backward()
+        gradient = torch.cat([each.grad.flatten() for each in alone.model.parameters()])
+        torch.testing.assert_close(before - weights(trainer), gradient, rtol=1e-3, atol=1e-6)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+    @pytest.mark.parametrize("cut", [(4, 1), (2, 2), (1, 4)], ids=str)
+    def test_cut_into_micro_batches_does_not_matter_where_rows_are_left_out(self, tmp_path, cut: tuple[int, int]):
+        """Also where a micro-batch has no row left, and rows of which even the forward pass is not finite."""
+        found = []
+        for size, accumulation in ((4, 1), cut):
+            trainer = make_trainer(
+                tmp_path,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                steps_per_generation=accumulation,
+                max_steps=2,
+                optim="sgd",
+            )
+            self.break_row(trainer, 1, rows=(0, 2))
+            trainer.train()
+            found.append((weights(trainer), history(trainer)))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+        for one, other in zip(found[0][1], found[1][1], strict=True):
+            assert {name: one[name] for name in one if "/" in name and "completions" not in name} == pytest.approx(
+                {name: other[name] for name in one if "/" in name and "completions" not in name}, rel=1e-4, abs=1e-6
+            )
+
+    def test_row_whose_forward_pass_is_not_finite_does_not_reach_the_gradient(self, tmp_path, caplog):
+        """A student that has NaN for a token of one prompt: even a loss of 0 would have a gradient of NaN."""
+        prompts = [*DATASET["prompt"][:3], "Z"]
+        student = build_model("llama")
+        row = make_trainer(tmp_path)._tokenizer("Z")["input_ids"][0]
+        with torch.no_grad():
+            student.model.embed_tokens.weight[row] = torch.nan
+        options = {"student": student, "family": "llama", "dataset": Dataset.from_dict({"prompt": prompts})}
+        trainer = make_trainer(tmp_path, max_steps=2, steps_per_generation=1, **options)
+        head = trainer.model.lm_head.weight.detach().clone()
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert "Prompt 3 'Z': the student's log-prob is nan" in caplog.text
+        assert not torch.equal(trainer.model.lm_head.weight, head)
+        bad = {name: (~each.isfinite()).sum().item() for name, each in trainer.model.named_parameters()}
+        assert {name: count for name, count in bad.items() if count} == {"model.embed_tokens.weight": 32}
+        assert 1 <= trainer.state.log_history[0]["nonfinite_completions"] < 4  # the token may be sampled too
+
+    def test_batch_of_given_rollouts_whose_loss_is_not_finite_names_its_rows(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        ids = torch.tensor([[5, 6, 7]] * 2)
+        batch = trainer.score_rollouts(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch)
+        assert trainer._faults == []
+        batch["old_per_token_logps"][1, 2] = -torch.inf
+        assert trainer.compute_loss(trainer.model, batch).isnan()
+        assert trainer._faults == ["what is scored is not finite with the rows [1] of the batch"]
+        trainer._faults.clear()
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(torch.nan)
+        trainer.compute_loss(trainer.model, batch)
+        assert trainer._faults == ["what is scored is not finite with the rows [0, 1] of the batch"]
+
+    def test_step_that_has_lost_all_its_rows_is_skipped_as_if_the_optimizer_had_not_been_called(self, tmp_path):
+        trainer, seen = self.watched(tmp_path, steps_per_generation=1, weight_decay=0.1)
+        self.break_row(trainer, 3, rows=(0, 1, 2, 3))
+        trainer.train()
+        assert self.moved(seen) == [True, True, True, False, True, True]
+        assert trainer.optimizer.state[next(trainer.model.parameters())]["step"] == 5
+        logs = [each for each in trainer.state.log_history if "loss" in each]
+        assert (logs[-1]["nonfinite_steps"], logs[-1]["nonfinite_completions"]) == (1, 4)
+        finite = [value for each in logs for name, value in each.items() if name != "grad_norm"]
+        assert all(map(math.isfinite, finite))
+
+    def test_counts_go_on_in_a_resumed_run(self, tmp_path):
+        trainer = make_trainer(tmp_path, **SAVED)
+        self.break_row(trainer, 0)
+        trainer.train()
+        resumed = make_trainer(tmp_path, **SAVED)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert_same_run(resumed, trainer)
+        assert resumed.state.log_history[-2]["nonfinite_completions"] == 1
+
+    @pytest.mark.parametrize("kind", [MiniLLMTrainer, FineTuningTrainer])
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    def test_loss_that_is_not_finite_keeps_the_loss_scale(
+        self, tmp_path, monkeypatch: pytest.MonkeyPatch, kind: type, max_grad_norm: float
+    ):
+        options = {"max_steps": 6, "max_grad_norm": max_grad_norm, "logging_steps": 1}
+        if kind is MiniLLMTrainer:
+            base, name, trainer = MiniLLMTrainer, "_compute_loss", make_trainer(tmp_path, **options)
+        else:
+            base, name, trainer = SFTTrainer, "compute_loss", make_fine_tuning(tmp_path, **options)
+        compute, seen = getattr(base, name), []
+
+        def broken(self, *args, **kwargs):
+            return compute(self, *args, **kwargs) * (torch.nan if self.state.global_step in (1, 2) else 1.0)
+
+        class Note(TrainerCallback):
+            def on_step_end(self, args, state, control, **unused):
+                seen.append((trainer.accelerator.scaler.get_scale(), weights(trainer)))
+
+        monkeypatch.setattr(base, name, broken)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        trainer.add_callback(Note())
+        trainer.train()
+        assert [scale for scale, _ in seen] == [2.0**10] * 5 + [2.0**11]  # four steps were taken by then
+        assert self.moved([each for _, each in seen]) == [False, False, True, True, True]
+        assert trainer.optimizer.state[next(trainer.model.parameters())]["step"] == 4
+        assert trainer.state.log_history[-2]["nonfinite_steps"] == 2
 
     def test_skipped_step_leaves_the_others_as_they_are(self, tmp_path):
         """A step whose gradient is not finite is as if the optimizer had not been called."""
@@ -518,21 +679,27 @@ class TestNotFinite:
         [
             ("ddp_bf16", "no"),
             pytest.param("zero2_bf16", "bf16", marks=needs_deepspeed),
+            pytest.param("v100_zero2_fp16", "fp16", marks=[needs_deepspeed, needs_float16]),
             pytest.param("v100_zero3_fp16", "no", marks=needs_deepspeed),
         ],
     )
-    def test_on_one_process_of_two_skips_the_step_on_both(self, tmp_path, config: str, precision: str):
+    def test_on_one_process_of_two_leaves_out_the_row_or_skips_the_step_on_both(
+        self, tmp_path, config: str, precision: str
+    ):
         script = Path(__file__).with_name("nonfinite_run.py")
         launch = ("accelerate.commands.launch", "--config_file", accelerate_config_path(config), "--num_processes", 2)
-        options = json.dumps({"bf16": precision == "bf16"})
+        options = json.dumps({name: True for name in ("bf16", "fp16") if name == precision})
         done = run_module(*launch, "--mixed_precision", precision, script, tmp_path, options)
         assert done.returncode == 0, done.stderr[-3000:]
         facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
-        assert facts[0]["moved"] == [True, True, False, True]
-        assert [each["skipped"] for each in facts] == [1, 1]
+        assert facts[0]["moved"] == [True, True, False, False, True]
+        assert [(each["left_out"], each["skipped"]) for each in facts] == [(1, 2)] * 2
+        assert len(set(facts[0]["scales"])) == 1  # DeepSpeed lowers its scale at the second overflow
+        assert facts[0]["overflows"] in (None, 0)
         if "zero3" not in config:  # whose weights are gathered on the first process
             assert facts[0] == facts[1]
-        assert "Optimizer step 2 is skipped: what is scored is not finite with the prompts [" in done.stderr
+        assert "1 of 8 completions are left out of the update" in done.stderr
+        assert "Optimizer step 2 is skipped: the loss is nan with the prompts [" in done.stderr
 
     def test_teacher_that_is_nan_everywhere_ends_the_run_with_a_diagnosis(self, tmp_path, caplog):
         trainer, seen = self.watched(tmp_path, max_nonfinite_steps=3)
@@ -544,17 +711,31 @@ class TestNotFinite:
         assert caplog.text.count("the teacher's log-prob is nan at token") == 2 * 4  # two rollouts, of each the first
         assert "holds for 4 more completions" in caplog.text
 
+    @pytest.mark.parametrize("scale_rewards", ["group", "batch"])
     @pytest.mark.parametrize("num_generations", [1, 2])
-    def test_reward_function_that_is_not_finite(self, tmp_path, caplog, num_generations: int):
+    def test_reward_that_is_not_finite_leaves_its_completion_out(
+        self, tmp_path, caplog, num_generations: int, scale_rewards: str
+    ):
         def endless(completions, **unused):
             return [float("inf") if i == 3 else float(i) for i in range(len(completions))]
 
-        trainer, seen = self.watched(tmp_path, reward_funcs=endless, max_steps=2, num_generations=num_generations)
+        trainer, seen = self.watched(
+            tmp_path,
+            reward_funcs=endless,
+            max_steps=2,
+            num_generations=num_generations,
+            scale_rewards=scale_rewards,
+        )
         with caplog.at_level(logging.WARNING):
             trainer.train()
-        assert sorted(self.moved(seen)) == [False, True] if num_generations == 1 else not all(self.moved(seen))
+        assert self.moved(seen) == [True, True]
         assert seen[-1].isfinite().all()
         assert "reward function endless returned inf" in caplog.text
+        logs = [each for each in trainer.state.log_history if "loss" in each]
+        assert logs[-1]["nonfinite_completions"] == 1
+        assert all(math.isfinite(value) for each in logs for value in each.values())
+        mean = 25 / 7 if num_generations == 1 else 27 / 8  # the third of a group of two stands for the other
+        assert logs[0]["rewards/endless/mean"] == pytest.approx(mean)
 
     def test_faults_apart_do_not_end_the_run(self, tmp_path):
         trainer, _ = self.watched(tmp_path, max_nonfinite_steps=2, max_steps=8, steps_per_generation=1)

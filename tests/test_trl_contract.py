@@ -7,6 +7,8 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
 from conftest import build_model
@@ -369,6 +371,40 @@ class TestWhatShardingReliesOn:
     def test_adapters_of_quantised_students_are_cast_by_grpo(self):
         source = inspect.getsource(GRPOTrainer.__init__)
         assert "param.data = param.data.to(torch.bfloat16)" in source
+
+
+class TestWhatSkippedStepsRelyOn:
+    """In transformers, accelerate and torch; tests/test_reliable_runs.py runs it."""
+
+    def test_gradients_are_checked_between_clipping_and_the_step(self):
+        source = inspect.getsource(transformers.Trainer._run_epoch)
+        places = ["self._clip_grad_norm(model)", "self._get_grad_norm(model", "self.optimizer.step()"]
+        assert [source.index(each) for each in places] == sorted(source.index(each) for each in places)
+        assert (
+            "self.accelerator.gradient_state._set_sync_gradients(do_sync_step)" in source
+        )  # anew in each micro-batch
+
+    def test_optimizer_and_schedule_do_nothing_in_steps_that_are_not_synchronised(self):
+        assert "if self.gradient_state.sync_gradients:" in inspect.getsource(AcceleratedOptimizer.step)
+        assert "if not self.gradient_state.sync_gradients:" in inspect.getsource(AcceleratedScheduler.step)
+
+    def test_scaler_forgets_a_step_when_it_is_told_its_scale(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scaler.scale(weight.sum() * torch.nan).backward()
+        scaler.unscale_(optimizer)
+        scaler.update(scaler.get_scale())
+        assert scaler.get_scale() == 8.0
+        weight.grad = None
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)  # would raise if the scaler still had the step before
+        assert weight.item() == 0.0
+
+    def test_scalers_of_zero_keep_their_state_in_plain_attributes(self):
+        loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+        scaler = loss_scaler.DynamicLossScaler(8.0, 100, 1.0, 1, False)
+        assert {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"} <= vars(scaler).keys()
 
 
 class DeepSpeedPluginStandIn:
