@@ -83,8 +83,10 @@ class MeasuredTrainer(ReliableTrainer):
     # Metrics
 
     def _log_totals(self, totals: Totals) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(totals.values[None]))
+        mode, values = "train" if self.model.training else "eval", totals.values
+        if self.model.training:  # what is not finite would spoil the means, and its step is skipped
+            values = torch.where(values.isfinite().all(), values, 0.0)
+        self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(values[None]))
 
     def _log_means(self) -> None:
         """Take the means of what the totals since the last log sum up."""

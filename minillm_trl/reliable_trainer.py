@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,14 +31,14 @@ from .checkpoints import (
     record_files,
     replace_folder,
 )
+from .finite_steps import FiniteSteps
 from .interruption import Terminated, note_sigterm
-from .mixed_precision import zero_loss_scaler
 from .random_state import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
 
 
-class ReliableTrainer(Trainer):
+class ReliableTrainer(FiniteSteps):
     """What the trainers of this package share beyond transformers' `Trainer`.
 
     - A run that was stopped at any moment, and resumed from its newest checkpoint, has the weights and the logged
@@ -57,11 +56,6 @@ class ReliableTrainer(Trainer):
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._resumed_state: dict[str, Any] | None = None
         self._epoch_random_state: dict[str, Any] | None = None
-        self._sigterm_received = False
-        self._faults: list[str] = []  # of this process, since the last optimizer step
-        self._nonfinite_steps = 0
-        self._nonfinite_in_row = 0
-        self._scaler_before: dict[str, Any] = {}
 
     # Resuming
 
@@ -299,89 +293,6 @@ class ReliableTrainer(Trainer):
             self.accelerator.print(f"SIGTERM: saved {checkpoint}; resume_from_checkpoint=True goes on from it.")
             raise Terminated(checkpoint)
         return super()._finalize_training(*args, **kwargs)
-
-    # Numbers that are not finite
-
-    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in the TRL trainer; a loss that is not finite makes the optimizer step one to be skipped."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self.model.training:
-            return result
-        if self.is_deepspeed_enabled:
-            self._scaler_before = dict(zero_loss_scaler(self.model_wrapped))
-        loss = result[0] if isinstance(result, tuple) else result
-        if not self._faults and not loss.isfinite():
-            self._faults.append(self._explain_loss(loss.item(), inputs))
-        if self._faults and not isinstance(result, tuple):  # so that DeepSpeed sees it too, and the mean loss does not
-            return loss * torch.nan
-        return result
-
-    def _explain_loss(self, loss: float, inputs: Any) -> str:
-        """What is known of a micro-batch whose loss is not finite."""
-        text = self.processing_class.decode(inputs["input_ids"][0][:32])
-        return f"the loss is {loss} in a micro-batch whose first row begins with {text!r}"
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._agree_on_step(norm)
-        return norm
-
-    def _agree_on_step(self, grad_norm: Any) -> None:
-        """Before each optimizer step: skip it everywhere if a number is not finite anywhere; hear of SIGTERM."""
-        scaler = self.accelerator.scaler
-        scales = scaler is not None or self.args.fp16  # an overflow now and then is how a loss scale finds its size
-        gradient_is_bad = not scales and grad_norm is not None and not torch.as_tensor(grad_norm).isfinite().item()
-        if scaler is not None and scaler.get_scale() < 1.0:
-            self._faults.append(f"the loss scale is down to {scaler.get_scale():.2g}: gradients overflow at any scale")
-        flags = bool(self._faults), gradient_is_bad, self._sigterm.is_set()
-        faulty, gradient_is_bad, self._sigterm_received = self._on_any_process(*flags)
-        if not (faulty or gradient_is_bad):
-            self._nonfinite_in_row = 0
-            return
-        explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
-        if faulty:
-            explained, self._faults = gather_object(self._faults), []
-        # DeepSpeed steps within the backward pass; its ZeRO optimizers pass over a gradient that is not finite
-        if self.is_deepspeed_enabled and not self.optimizer.step_was_skipped:
-            raise FloatingPointError(f"Step {self.state.global_step} spoiled the weights: {explained[0]}. {_REMEDY}")
-        self._skip_step(explained)
-
-    def _on_any_process(self, *flags: bool) -> list[bool]:
-        counts = self.accelerator.reduce(torch.tensor(flags, device=self.args.device).long(), reduction="sum")
-        return counts.bool().tolist()
-
-    def _skip_step(self, explained: list[str]) -> None:
-        self._nonfinite_steps += 1
-        self._nonfinite_in_row += 1
-        step = self.state.global_step
-        logger.warning(f"Optimizer step {step} is skipped: {'; '.join(explained[:4])}.")
-        if self._nonfinite_in_row >= self.args.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"{self._nonfinite_in_row} optimizer steps in a row were skipped (max_nonfinite_steps), the last one, "
-                f"{step}, because {explained[0]}. The weights are those of the last step that was taken. {_REMEDY}"
-            )
-        if self.accelerator.scaler is not None:
-            # It would take what is not finite for an overflow and halve its scale. So it forgets this step, and
-            # neither scaler nor optimizer are called in it.
-            self.accelerator.scaler.update(self.accelerator.scaler.get_scale())
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            return
-        if self.is_deepspeed_enabled:
-            zero_loss_scaler(self.model_wrapped).update(self._scaler_before)
-        for parameter in self.model.parameters():  # an optimizer passes over weights without a gradient
-            parameter.grad = None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the number of steps that were skipped so far."""
-        if "loss" in logs:
-            logs = {**logs, "nonfinite_steps": float(self._nonfinite_steps)}
-        super().log(logs, start_time)
-
-
-_REMEDY = (
-    "Check the teacher in float32 on the prompts that are named; lower learning_rate; in float16 use bf16=True where "
-    "the device has it, or a student and teacher whose activations fit in float16."
-)
 
 
 class _OnTrainBegin(TrainerCallback):

@@ -21,10 +21,9 @@ from killed_runs import STEPS, make_inputs
 from test_distributed import needs_deepspeed
 from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
-from trl import SFTTrainer
 
 from minillm_trl import MiniLLMTrainer
-from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
+from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, KDTrainer
 from minillm_trl.checkpoints import CheckpointError, find_damage, finish_replacements, newest_whole_checkpoint
 from minillm_trl.cli.launch import accelerate_config_path
 from minillm_trl.cli.training import checkpoint_to_resume
@@ -56,17 +55,16 @@ class AtStep(TrainerCallback):
             self.function()
 
 
-def make_fine_tuning(tmp_path, **options) -> FineTuningTrainer:
+def make_fine_tuning(tmp_path, kind: type = FineTuningTrainer, **options) -> FineTuningTrainer:
     rows = {"prompt": DATASET["prompt"][:16], "completion": [f" {i} cheap pubs" for i in range(16)]}
     settings = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
-    args = FineTuningConfig(
-        str(tmp_path), **settings, **{"save_strategy": "no", "gradient_checkpointing": False, **options}
-    )
-    return FineTuningTrainer(
+    settings |= {"save_strategy": "no", "gradient_checkpointing": False}
+    return kind(
         model=build_model("llama"),
-        args=args,
+        args=(KDConfig if kind is KDTrainer else FineTuningConfig)(str(tmp_path), **settings, **options),
         train_dataset=Dataset.from_dict(rows),
         processing_class=build_tokenizer(),
+        **({"teacher_model": build_model("llama", seed=1)} if kind is KDTrainer else {}),
     )
 
 
@@ -631,33 +629,36 @@ class TestNotFinite:
         assert_same_run(resumed, trainer)
         assert resumed.state.log_history[-2]["nonfinite_completions"] == 1
 
-    @pytest.mark.parametrize("kind", [MiniLLMTrainer, FineTuningTrainer])
+    @pytest.mark.parametrize("kind", [MiniLLMTrainer, FineTuningTrainer, KDTrainer])
     @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
     def test_loss_that_is_not_finite_keeps_the_loss_scale(
         self, tmp_path, monkeypatch: pytest.MonkeyPatch, kind: type, max_grad_norm: float
     ):
         options = {"max_steps": 6, "max_grad_norm": max_grad_norm, "logging_steps": 1}
-        if kind is MiniLLMTrainer:
-            base, name, trainer = MiniLLMTrainer, "_compute_loss", make_trainer(tmp_path, **options)
-        else:
-            base, name, trainer = SFTTrainer, "compute_loss", make_fine_tuning(tmp_path, **options)
-        compute, seen = getattr(base, name), []
+        trainer, seen = make_trainer(tmp_path, **options), []
+        if kind is not MiniLLMTrainer:
+            trainer = make_fine_tuning(tmp_path, kind, **options)
 
-        def broken(self, *args, **kwargs):
-            return compute(self, *args, **kwargs) * (torch.nan if self.state.global_step in (1, 2) else 1.0)
+        def broken(module, inputs, output):
+            """NaN in what the head gives, in the forward passes of two steps."""
+            if trainer.model.training and trainer.state.global_step in (1, 2):
+                output.mul_(torch.nan)
+
+        trainer.model.get_decoder().register_forward_hook(lambda m, i, output: broken(m, i, output.last_hidden_state))
 
         class Note(TrainerCallback):
             def on_step_end(self, args, state, control, **unused):
                 seen.append((trainer.accelerator.scaler.get_scale(), weights(trainer)))
 
-        monkeypatch.setattr(base, name, broken)
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
         trainer.add_callback(Note())
         trainer.train()
         assert [scale for scale, _ in seen] == [2.0**10] * 5 + [2.0**11]  # four steps were taken by then
         assert self.moved([each for _, each in seen]) == [False, False, True, True, True]
         assert trainer.optimizer.state[next(trainer.model.parameters())]["step"] == 4
-        assert trainer.state.log_history[-2]["nonfinite_steps"] == 2
+        logs = [each for each in trainer.state.log_history if "loss" in each]
+        assert logs[-1]["nonfinite_steps"] == 2
+        assert all(math.isfinite(value) for each in logs for name, value in each.items() if name != "grad_norm")
 
     def test_skipped_step_leaves_the_others_as_they_are(self, tmp_path):
         """A step whose gradient is not finite is as if the optimizer had not been called."""

@@ -110,4 +110,4 @@ class KDTrainer(FineTuningTrainer):
         loss = scores.loss / torch.as_tensor(tokens, device=mask.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
-        return loss
+        return self._check_loss(loss, inputs)
