@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import xxhash
 
 from .data.json_files import read_json
+from .errors import FileError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class _File(TypedDict):
     xxh3_128: str
 
 
-class CheckpointError(OSError):
+class CheckpointError(FileError):
     """A checkpoint that could not be written, or is not as it was written."""
 
 

@@ -14,6 +14,7 @@ from trl import GRPOTrainer, SFTTrainer
 from .config import MiniLLMConfig
 from .encoding import holds_conversations
 from .end_tokens import check_eos, find_end_tokens, read_generation_config
+from .errors import UserError
 from .hardware import probe, problems
 from .pickled_weights import refuse_pickled_weights
 from .teacher import check_same_tokenizer, tokenizer_source
@@ -57,14 +58,14 @@ def check_arguments(
             if isinstance(name, str):
                 refuse_pickled_weights(name, init_kwargs)
     if model is teacher_model and not isinstance(model, str):
-        raise ValueError("model and teacher_model are the same object; training it would move the teacher.")
+        raise UserError("model and teacher_model are the same object; training it would move the teacher.")
     if not (has_environment and train_dataset is None):  # an environment may bring its own prompts
         _check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if dataset is not None:
             _check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
     if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs or has_environment):
-        raise ValueError(
+        raise UserError(
             "rkl_advantage=False, single_step_decomposition=False and no reward_funcs leave nothing to train on."
         )
     if rollout_func is not None and args.teacher_mixed_alpha > 0:
@@ -75,13 +76,13 @@ def check_arguments(
     if lm_dataset is None:
         for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
             if getattr(args, name) != default:
-                raise ValueError(
+                raise UserError(
                     f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
                 )
     elif isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
-        raise ValueError("lm_dataset is empty.")
+        raise UserError("lm_dataset is empty.")
     if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
-        raise ValueError(
+        raise UserError(
             f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; this "
             "model was built in process. Save it and pass the folder, or set beta=0.0."
         )
@@ -108,7 +109,7 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
             use_cpu=args.use_cpu,
             compile_rollouts=args.compile_rollouts,
         ):
-            raise ValueError(problem)
+            raise UserError(problem)
 
 
 def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
@@ -118,20 +119,20 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
         ValueError: naming what is not supported, and what to do instead.
     """
     if isinstance(trainer.processing_class, ProcessorMixin):
-        raise ValueError("Vision-language students are not supported: the teacher is scored on text alone.")
+        raise UserError("Vision-language students are not supported: the teacher is scored on text alone.")
     adapter = getattr(trainer.model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
-        raise ValueError(
+        raise UserError(
             f"{type(adapter).__name__} is not supported: student and teacher are scored on the same tokens, without "
             "virtual ones before them. Use LoRA."
         )
     if trainer.aux_loss_enabled:
-        raise ValueError(
+        raise UserError(
             "Mixture-of-experts students with a router loss are not supported. Set output_router_logits or "
             "router_aux_loss_coef to 0 in the model's config to train without it."
         )
     if trainer.args.n_gpu > 1:
-        raise ValueError(
+        raise UserError(
             f"One process sees {trainer.args.n_gpu} GPUs, over which transformers would spread each batch with "
             "nn.DataParallel; scores are not computed in its copies. Start a process for each GPU "
             "(--accelerate_config ddp_bf16 or v100_ddp_fp16), or let it see one: CUDA_VISIBLE_DEVICES=0."
@@ -140,7 +141,7 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
     half = [name for name, each in trained if each.dtype.itemsize == 2]
     # DeepSpeed keeps float32 weights of its own
     if half and trainer.accelerator.mixed_precision == "fp16" and not trainer.is_deepspeed_enabled:
-        raise ValueError(
+        raise UserError(
             f"fp16=True with trained weights in half precision ({half[0]}): their updates would be lost in rounding, "
             "and the gradient scaler refuses them. Load the student in float32 (dtype='float32'), or train an adapter."
         )
@@ -158,7 +159,7 @@ def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
     check_student(trainer)
     checkpointing = trainer.args.gradient_checkpointing and (trainer.args.gradient_checkpointing_kwargs or {})
     if has_corpus and checkpointing and checkpointing.get("use_reentrant") and trainer.accelerator.num_processes > 1:
-        raise ValueError(
+        raise UserError(
             "lm_dataset with reentrant gradient checkpointing on several processes is not supported: the two losses "
             "share one backward pass, in which it would reduce each gradient twice. Set use_reentrant=False in "
             "gradient_checkpointing_kwargs. TRL sets it to True for adapters under ZeRO-3: use ZeRO-2 or FSDP there."
@@ -177,9 +178,9 @@ def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool])
     is_zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
     if trainer.is_fsdp_enabled:
         if state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("fsdp_version: 1 is not supported. Set fsdp_version: 2 in the accelerate configuration.")
+            raise UserError("fsdp_version: 1 is not supported. Set fsdp_version: 2 in the accelerate configuration.")
         if state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise ValueError(
+            raise UserError(
                 "fsdp_cpu_ram_efficient_loading: true leaves the weights of all processes but the first empty until "
                 "training starts, before which student and teacher are checked. Set it to false."
             )
@@ -187,7 +188,7 @@ def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool])
         return
     strategy = "ZeRO-3" if is_zero3 else "FSDP"
     for what in (what for what, is_so in refused.items() if is_so):
-        raise ValueError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
+        raise UserError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
 
 
 def check_prompt_ids(
@@ -200,9 +201,9 @@ def check_prompt_ids(
     """
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if len(ids) == 0:
-            raise ValueError(f"The prompt {prompt!r} has no tokens, so nothing predicts its completion's first token.")
+            raise UserError(f"The prompt {prompt!r} has no tokens, so nothing predicts its completion's first token.")
         if max_context is not None and len(ids) + max_completion_length > max_context:
-            raise ValueError(
+            raise UserError(
                 f"A prompt of {len(ids)} tokens and max_completion_length={max_completion_length} exceed the models' "
                 f"context of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, or "
                 "lower max_completion_length."
@@ -217,7 +218,7 @@ def check_completion_ids(completion_ids: torch.Tensor, mask: torch.Tensor, vocab
     """
     largest = completion_ids.masked_fill(~mask, 0).max().item() if mask.any() else 0
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"A completion has the token {largest}, but student and teacher share the rows 0 to {vocab_size - 1} of "
             "their vocabularies. Exclude it where the completions are sampled."
         )
@@ -233,7 +234,7 @@ def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
         return
     given = logps[mask]
     if not given.isfinite().all() or given.max() > 1e-3 or (given == 0).all():
-        raise ValueError(
+        raise UserError(
             f"rollout_func returned logprobs that are none: their range is {given.min().item()} to "
             f"{given.max().item()}. Return the log-probs of the sampled tokens under the policy that sampled them, at "
             "the sampling temperature; or None if the student sampled as it is."
@@ -265,7 +266,7 @@ def _check_tokenizers(
         teacher_tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(teacher_name))
     except (OSError, ValueError) as error:
         if isinstance(teacher_model, str):
-            raise ValueError(
+            raise UserError(
                 f"teacher_model={teacher_name!r}: no tokenizer could be loaded from there: {error}"
             ) from error
         logger.warning(
@@ -279,10 +280,10 @@ def _check_tokenizers(
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
     if dataset is None or next(iter(dataset), None) is None:
-        raise ValueError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
+        raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
     _check_columns(dataset, "train_dataset")
     if isinstance(dataset, Dataset) and len(dataset) * args.num_generations < args.generation_batch_size:
-        raise ValueError(
+        raise UserError(
             f"train_dataset has {len(dataset)} prompts, too few for one rollout of generation_batch_size="
             f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
             "steps_per_generation or per_device_train_batch_size, or raise num_generations."
@@ -291,7 +292,7 @@ def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLL
 
 def _check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"{name} is empty.")
+        raise UserError(f"{name} is empty.")
     columns = dataset.column_names  # None for a stream of unknown features
     if columns is not None and "prompt" not in columns:
-        raise ValueError(f"{name} has no column 'prompt'; its columns are {columns}. Rename the right one.")
+        raise UserError(f"{name} has no column 'prompt'; its columns are {columns}. Rename the right one.")

@@ -7,6 +7,7 @@ import torch
 from trl import GRPOConfig
 
 from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
+from .errors import UserError
 from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
@@ -340,7 +341,7 @@ class MiniLLMConfig(GRPOConfig):
         self._check_sampling()
         self._check_inherited()
         if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
+            raise UserError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: an optimizer step is normalised by the tokens of one rollout "
                 "buffer. Raise steps_per_generation (or generation_batch_size), or lower gradient_accumulation_steps."
@@ -348,55 +349,55 @@ class MiniLLMConfig(GRPOConfig):
 
     def _check_values(self) -> None:
         if self.max_completion_length is None:
-            raise ValueError("max_completion_length must be set: it is the horizon of the objective.")
+            raise UserError("max_completion_length must be set: it is the horizon of the objective.")
         for name in ("teacher_mixed_alpha", "gamma", "lm_kd_ratio"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+                raise UserError(f"{name} must lie in [0, 1], got {value}.")
         for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
+                raise UserError(f"{name} must be positive, got {value}.")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+                raise UserError(f"{name} must be one of {choices}, got {value!r}.")
         if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}.")
+            raise UserError(f"beta must not be negative, got {self.beta}.")
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.delta is not None and not self.delta > 1 + high:
-            raise ValueError(f"delta must be above the clip range, which ends at {1 + high}, got {self.delta}.")
+            raise UserError(f"delta must be above the clip range, which ends at {1 + high}, got {self.delta}.")
         if self.importance_weight_cap is not None and self.importance_weighting == "token":
-            raise ValueError(
+            raise UserError(
                 f"importance_weight_cap={self.importance_weight_cap} has no effect on importance_weighting='token', "
                 "whose ratio is clipped: set epsilon, or delta for negative advantages, or another weighting."
             )
 
     def _check_memory(self) -> None:
         if self.half_precision_rollouts and not (self.fp16 or self.bf16):
-            raise ValueError(
+            raise UserError(
                 "half_precision_rollouts=True takes its precision from mixed precision: set fp16=True or bf16=True, "
                 "or half_precision_rollouts=False."
             )
         for name in ("offload_teacher", "shard_teacher"):
             if self.teacher_shares_base and getattr(self, name):
-                raise ValueError(
+                raise UserError(
                     f"{name}=True and teacher_shares_base=True: the teacher's weights are the student's, so they stay "
                     "where they are. Drop one of them."
                 )
         if self.teacher_shares_base and self.teacher_model_init_kwargs:
-            raise ValueError(
+            raise UserError(
                 f"teacher_model_init_kwargs={self.teacher_model_init_kwargs} has no effect with "
                 "teacher_shares_base=True, as only an adapter is loaded. Drop one of them."
             )
         if self.offload_teacher and self.shard_teacher:
-            raise ValueError(
+            raise UserError(
                 "offload_teacher=True and shard_teacher=True: tensors that are spread over processes cannot be moved "
                 "one by one. Drop offload_teacher: a sharded teacher takes little memory as it is."
             )
         for name, value in (("teacher_hidden_states", "recompute"), ("lm_kd_ratio", self.lm_kd_ratio or None)):
             if self.offload_teacher and getattr(self, name) == value:
-                raise ValueError(
+                raise UserError(
                     "offload_teacher=True keeps the teacher on the CPU in the inner passes, in which "
                     f"{name}={value!r} needs it. Drop one of them."
                 )
@@ -405,12 +406,12 @@ class MiniLLMConfig(GRPOConfig):
         if self.teacher_mixed_alpha == 0.0:
             return
         if self.use_vllm:
-            raise ValueError(
+            raise UserError(
                 "use_vllm=True cannot sample from the teacher-student mixture: set teacher_mixed_alpha=0.0 to use "
                 "vLLM, or use_vllm=False to keep teacher-mixed sampling."
             )
         for name in self.reshaping_fields():
-            raise ValueError(
+            raise UserError(
                 f"{name}={getattr(self, name)!r} reshapes the sampling distribution, which then is not the mixture "
                 f"that the importance weights assume. Drop {name}, or set teacher_mixed_alpha=0.0."
             )
@@ -422,12 +423,12 @@ class MiniLLMConfig(GRPOConfig):
             if name == "pad_to_multiple_of":  # "auto" has been resolved to None by now
                 defaults[name] = None
             if value != defaults[name]:
-                raise ValueError(
+                raise UserError(
                     f"{name}={value!r} is not supported by MiniLLM: {reason}. Leave it at {defaults[name]!r}."
                 )
 
         if self.accelerator_config.split_batches:
-            raise ValueError(
+            raise UserError(
                 "accelerator_config.split_batches=True would split a rollout's prompts a second time over the "
                 "processes. Leave it at False."
             )

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from .errors import UserError
 from .lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance
 
 # Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
@@ -155,7 +156,7 @@ def check_decoding(model: PreTrainedModel, name: str, compiled: CompiledDecoding
     """
     advice = "Sample without this decode loop (use_vllm=True with teacher_mixed_alpha=0.0, or a rollout_func)."
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
-        raise ValueError(
+        raise UserError(
             f"The {name} ({type(model).__name__}) has recurrent layers, whose state cannot be fed a few tokens at a "
             f"time as teacher-mixed sampling does. {advice}"
         )
@@ -171,7 +172,7 @@ def check_decoding(model: PreTrainedModel, name: str, compiled: CompiledDecoding
     error = (logits[:1].float() - expected.float()).abs().max().item()
     # several, as caches and left padding round otherwise in every layer
     if not error <= rounding_tolerance(expected.dtype, roundings=12) * max(1.0, expected.abs().max().item()):
-        raise ValueError(
+        raise UserError(
             f"The {name} ({type(model).__name__}) cannot be decoded a few tokens at a time: logits differ by up to "
             f"{error:.2g} from those of a plain forward pass. {advice}"
         )

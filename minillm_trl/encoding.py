@@ -7,6 +7,8 @@ end-of-sequence token (EOS) that it appends does not: it would end the answer be
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError
+
 if TYPE_CHECKING:  # these take seconds to import
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
@@ -74,14 +76,14 @@ def encode_prompts(
         if isinstance(prompt, str):
             ids = next(texts)
         elif tokenizer.chat_template is None:
-            raise ValueError(
+            raise UserError(
                 f"Prompt {index} is a conversation, but the tokenizer has no chat template. Set "
                 "tokenizer.chat_template, or give the prompts as text."
             )
         else:
             ids = _render(tokenizer, prompt, chat_template_kwargs, add_generation_prompt=True)
         if not ids:
-            raise ValueError(f"Prompt {index} ({prompt!r}) has no tokens. Drop it.")
+            raise UserError(f"Prompt {index} ({prompt!r}) has no tokens. Drop it.")
         encoded.append(ids)
     return encoded
 
@@ -140,7 +142,7 @@ def stop_appending(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if not after:
         return []
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer {tokenizer.name_or_path!r} appends {tokenizer.decode(after)!r} to every text, which would "
             "end answers before they begin. Load it with add_eos_token=False."
         )

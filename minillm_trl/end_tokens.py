@@ -4,17 +4,19 @@ A model's generation config, its tokenizer and its chat template may each name a
 on conversations ends with what the chat template writes after the assistant's turn, whatever its tokenizer's EOS is.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers.utils import cached_file, logging
+
+from .errors import UserError
 
 if TYPE_CHECKING:  # these take seconds to import, which a configuration need not wait for
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 EOS_TOKENS_HELP = (
     "Tokens that end a completion, such as '<|im_end|>'; by default those of tokenizers, generation configs and, for "
@@ -137,7 +139,7 @@ def check_eos_tokens(value: str | Sequence[str] | None) -> list[str] | None:
         return None
     tokens = [value] if isinstance(value, str) else list(value)
     if not tokens or not all(isinstance(token, str) and token for token in tokens):
-        raise ValueError(f"eos_tokens must be a list of tokens such as ['<|im_end|>'], got {value!r}.")
+        raise UserError(f"eos_tokens must be a list of tokens such as ['<|im_end|>'], got {value!r}.")
     return tokens
 
 
@@ -174,7 +176,7 @@ def declared_ends(config: "GenerationConfig | None", who: str = "the model") -> 
     ids = _listed(None if config is None else config.eos_token_id)
     for id_ in ids:
         if type(id_) is not int or abs(id_) >= 2**31:
-            raise ValueError(
+            raise UserError(
                 f"The generation config of {who} has the eos_token_id {id_!r}, which is no token. Fix its "
                 "generation_config.json."
             )
@@ -218,6 +220,8 @@ def has_generation_config(model: str, revision: str = "main") -> bool:
     """Return whether a generation config is with the model or adapter of that name."""
     flags = ("gated_repo", "missing_entries", "connection_errors")
     quiet = {f"_raise_exceptions_for_{flag}": False for flag in flags}
+    from transformers.utils import cached_file  # takes a second, which options need not wait for
+
     return cached_file(model, "generation_config.json", revision=revision, **quiet) is not None
 
 
@@ -238,7 +242,7 @@ def check_eos(tokenizer: "PreTrainedTokenizerBase", ends: EndTokens) -> None:
     if ends.eos is not None:
         return
     named = f"several tokens are named: {ends.describe(tokenizer)}" if ends.sources else "nothing names one"
-    raise ValueError(
+    raise UserError(
         f"The tokenizer {tokenizer.name_or_path!r} has no eos_token, and {named}. Say which ends a completion: "
         "eos_tokens=['<|im_end|>'], for example."
     )
@@ -295,7 +299,7 @@ def _doubt_ordinary(tokenizer: "PreTrainedTokenizerBase", who: str, id_: int, co
 
 def _id_of(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
     if token not in (vocabulary := tokenizer.get_vocab()):
-        raise ValueError(
+        raise UserError(
             f"eos_tokens: {token!r} is no token of {tokenizer.name_or_path!r}, whose special tokens are "
             f"{tokenizer.all_special_tokens}. Name one of its tokens."
         )

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .encoding import Prompt, encode_pair, encode_prompts, encode_texts
+from .errors import UserError
 from .fused_head import ScoreRequest, TokenScores
 from .lm_head import completion_hidden_states
 from .objectives import forward_kl, language_modeling_loss
@@ -161,7 +162,7 @@ def encode_corpus(
     columns = dataset.column_names or list(next(iter(dataset), {}))
     is_text = "text" in columns
     if not is_text and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
+        raise UserError(
             f"lm_dataset has the columns {columns}; it needs 'text', or 'prompt' and 'completion'. Rename the right "
             "ones."
         )
@@ -188,7 +189,7 @@ def encode_corpus(
             f"counts within lm_max_length={max_length}."
         )
     if isinstance(usable, Dataset) and len(usable) == 0:
-        raise ValueError(
+        raise UserError(
             f"lm_dataset has no row with a token to learn within lm_max_length={max_length}. Raise it, or check the "
             "data."
         )
@@ -229,7 +230,7 @@ def _encode_pair(
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
     context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
     if context != prompt_ids:
-        raise ValueError(
+        raise UserError(
             "lm_dataset: the chat template renders a prompt differently once its completion follows, so that its end "
             f"cannot be found. Give the pairs as text. The prompt is {str(prompt)[:80]}."
         )
@@ -245,5 +246,5 @@ def _endless(rows: IterableDataset) -> Iterator[dict[str, list[int]]]:
             empty = False
             yield row
         if empty:
-            raise ValueError("lm_dataset yields no row with a token to learn. Check the stream and lm_max_length.")
+            raise UserError("lm_dataset yields no row with a token to learn. Check the stream and lm_max_length.")
         epoch += 1

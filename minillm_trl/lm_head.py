@@ -9,6 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -91,7 +93,7 @@ def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
         return _projection(module.modules_to_save[module.active_adapters[0]] if trained else module.original_module)
     if not isinstance(module, BaseTunerLayer):
         if not module.weight.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"The LM head is quantised ({type(module).__name__}). Exclude it from quantisation: add its name to "
                 "llm_int8_skip_modules of the quantization_config."
             )
@@ -101,7 +103,7 @@ def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
         return weight, bias
     for adapter in module.active_adapters:
         if not isinstance(module, LoraLinear) or module.use_dora.get(adapter) or module.lora_bias.get(adapter):
-            raise ValueError(
+            raise UserError(
                 f"The adapter {adapter!r} on the LM head ({type(module).__name__}) is not supported: the head is "
                 "computed in chunks from its weights, which plain LoRA changes by a product of two matrices. Take the "
                 "head out of target_modules, or put it into modules_to_save."
@@ -132,7 +134,7 @@ def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(itertools.chain.from_iterable(token_ids), default=0)) >= rows:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer gives the token {highest} in a prompt, a reference or for padding, but the model has "
             f"{rows} embeddings only ({model.name_or_path!r}). Take the model's own tokenizer, or resize its "
             "embeddings."
@@ -183,7 +185,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     output = model.get_output_embeddings()
     if isinstance(output.weight, DTensor) or output.weight.is_meta:
         where = "offloaded by its device_map" if output.weight.is_meta else "sharded over processes"
-        raise ValueError(
+        raise UserError(
             f"The LM head of the {name} ({type(model).__name__}) is {where}, but each process needs all of it. "
             "Keep it on a device; shard the blocks alone (shard_teacher=True does)."
         )
@@ -206,7 +208,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         error = (actual - expected).abs().max().item()
         tolerance = rounding_tolerance(projected.dtype, roundings=2)
         if not error <= tolerance * max(1.0, expected.abs().max().item()):
-            raise ValueError(
+            raise UserError(
                 f"The LM head of the {name} ({type(model).__name__}) is not reproduced by minillm_trl: logits differ "
                 f"by up to {error:.2g} where the largest is {expected.abs().max().item():.2g}. Its architecture "
                 "transforms hidden states or logits in a way that is not supported."

@@ -7,6 +7,7 @@ from transformers import LogitNormalization, LogitsProcessor, LogitsProcessorLis
 from transformers.generation import logits_process
 
 from .decoding import LazyDecoder
+from .errors import UserError
 from .sampling import keyed_uniforms
 
 # What rescales all scores of a row alike, so that what is drawn from is the mixture at that temperature
@@ -44,7 +45,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
 
     def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int | None = None):
         if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
+            raise UserError(f"alpha must lie in [0, 1], got {alpha}.")
         self.alpha = alpha
         self.attention_mask = attention_mask
         self.seed = seed
@@ -55,7 +56,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the model whose turn it is, -inf where only one of the models has a token."""
         if input_ids.shape[0] != self.attention_mask.shape[0] or input_ids.shape[1] != self._length:
-            raise ValueError(
+            raise UserError(
                 f"Expected input_ids of shape {(self.attention_mask.shape[0], self._length)}, got "
                 f"{tuple(input_ids.shape)}. Make one TeacherMixedLogitsProcessor for each call of generate, with the "
                 "attention_mask of that call and without beams or num_return_sequences."
@@ -94,7 +95,7 @@ def _check_others() -> None:
     own = [processor for processor in processors if type(processor).__module__ == logits_process.__name__]
     reshaping = [type(processor).__name__ for processor in own if not isinstance(processor, _HARMLESS)]
     if reshaping:
-        raise ValueError(
+        raise UserError(
             f"generate reshapes the scores by {', '.join(reshaping)}, so its samples would not follow the mixture of "
             "teacher and student. Switch that off, in the call or in the student's generation_config: top_k=0 (50 by "
             "default), top_p=1.0, repetition_penalty=1.0, min_new_tokens=None."

@@ -6,6 +6,8 @@ highest reverse KL.
 
 import re
 
+from .errors import UserError
+
 _LARGER = (
     *("rouge_l", "mean_token_accuracy", "objective/advantage", "rollout/eos_rate"),
     *("importance_weight/effective_sample_size", "reward", "rewards/[^/]*/mean"),
@@ -45,13 +47,13 @@ def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
         return given
     direction = _DIRECTIONS[known]
     if direction is None and given is None:
-        raise ValueError(
+        raise UserError(
             f"metric_for_best_model={metric!r}: neither larger nor smaller values are better in themselves. Set "
             "greater_is_better, or take a metric such as eval_rouge_l or eval_loss."
         )
     if None not in (direction, given) and direction != given:
         better = "larger" if direction else "smaller"
-        raise ValueError(
+        raise UserError(
             f"greater_is_better={given} contradicts metric_for_best_model={metric!r}, of which {better} values are "
             "better: the worst checkpoint would be kept. Leave greater_is_better out."
         )

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.utils import find_adapter_config_file, has_file
 
+from .errors import UserError
+
 _MODEL = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _PLACE = ("revision", "token", "cache_dir", "local_files_only")  # of `from_pretrained`: where it looks for a name
@@ -37,7 +39,7 @@ def refuse_pickled_weights(name: str, init_kwargs: Mapping[str, Any] | None = No
             refuse_pickled_weights(name, {**init_kwargs, "local_files_only": True}, with_base)
         return
     if file:
-        raise ValueError(
+        raise UserError(
             f"{name} has its weights as a pickle ({file}) alone, which may hold code. Take a model with .safetensors; "
             "or, where you trust whoever made it, set allow_pickled_weights=True (--allow_pickled_weights). Pickles "
             "of more than tensors are refused even then."

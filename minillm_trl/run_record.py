@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+from traceback import format_exception
 from typing import Any, Self, TypedDict
 
 import torch
@@ -24,9 +25,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from . import __version__
 from .baselines.seqkd import model_fingerprint
 from .data.json_files import read_json
+from .errors import UserError
 from .hardware import probe
 from .redaction import redact, redact_command
-from .whole_files import write_whole
+from .whole_files import make_folder, write_whole
 
 RECORD, RECIPE = "run.json", "run.yaml"
 
@@ -90,6 +92,8 @@ class RunRecord(TrainerCallback):
         if error is not None:
             self.attempt["status"] = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             self.attempt["error"] = f"{kind.__name__}: {error}"
+        if isinstance(error, Exception) and not isinstance(error, UserError):  # a message of ours says it all
+            self.attempt["traceback"] = "".join(format_exception(error))
         self.attempt["ended"] = _now()
         self._write()
 
@@ -168,7 +172,7 @@ class RunRecord(TrainerCallback):
             return
         clocks = {name: seconds() for name, seconds in self._clocks.items()}
         self.attempt["seconds"] |= clocks | {"total": time.perf_counter() - self._started}
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         record = {"subcommand": self._subcommand, "attempts": [*self._attempts, redact(self.attempt)]}
         write_whole(self._folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         head = f"# minillm-trl {self._subcommand} --config {RECIPE} --output_dir ANOTHER_FOLDER\n"

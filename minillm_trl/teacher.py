@@ -18,6 +18,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from .encoding import encode_texts
 from .end_tokens import adopt_generation_config
+from .errors import UserError
 from .lm_head import completion_hidden_states
 from .pickled_weights import refuse_pickled_weights
 from .quantization import keep_4bit_layout
@@ -71,7 +72,7 @@ def load_teacher(
             adopt_generation_config(loaded, teacher_model)
         teacher_model = loaded
     elif init_kwargs:
-        raise ValueError(
+        raise UserError(
             f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is loaded already. Pass "
             "the teacher's name or folder, or drop teacher_model_init_kwargs."
         )
@@ -92,16 +93,14 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
         ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another.
     """
     if not isinstance(adapter, str):
-        raise ValueError(
-            "teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model."
-        )
+        raise UserError("teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model.")
     from peft import PeftConfig, PeftModel  # takes seconds, and most teachers have no adapter
 
     if not isinstance(student, PeftModel):
-        raise ValueError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
+        raise UserError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
     made_for, base = PeftConfig.from_pretrained(adapter).base_model_name_or_path, student.config._name_or_path
     if made_for and base and os.path.realpath(made_for) != os.path.realpath(base):
-        raise ValueError(
+        raise UserError(
             f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base!r}. Start "
             "the student from that base, or set teacher_shares_base=False."
         )
@@ -117,7 +116,7 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
     replaced = {id(each) for each in empty.values()}
     left = [name for name, each in teacher.named_parameters() if id(each) in replaced]
     if left:
-        raise ValueError(
+        raise UserError(
             f"teacher_shares_base=True needs a frozen base, but the student trains {left[0]!r}. Set bias='none' in "
             "peft_config, or teacher_shares_base=False."
         )
@@ -184,7 +183,7 @@ def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedM
         ValueError: if its weights are spread over processes by ZeRO-3.
     """
     if any(hasattr(each, "ds_id") for each in teacher.parameters()):
-        raise ValueError(
+        raise UserError(
             "The weights of teacher_model are spread over processes by ZeRO-3, as it was loaded after a configuration "
             "with ZeRO-3 had been made. Pass its name or folder instead, and set shard_teacher=True to spread it."
         )
@@ -210,7 +209,7 @@ def shard_blocks(teacher: PreTrainedModel, device_type: str) -> PreTrainedModel:
     quantised = any(not each.is_floating_point() for each in teacher.parameters())
     if quantised or len(set(getattr(teacher, "hf_device_map", {}).values())) > 1 or not blocks:
         what = "is quantised" if quantised else "is spread by its device_map" if blocks else "does not name its blocks"
-        raise ValueError(
+        raise UserError(
             f"shard_teacher=True cannot spread this teacher over the processes: it {what}. Set shard_teacher=False."
         )
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
@@ -236,7 +235,7 @@ def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokeni
     }
     for name, size in rows.items():
         if size < len(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer has {len(tokenizer)} tokens but the {name}'s LM head has {size} rows. Use the "
                 f"tokenizer that the {name} was trained with, or resize its embeddings."
             )
@@ -265,7 +264,7 @@ def check_same_tokenizer(
     if student_vocab != teacher_vocab:
         differing = dict(student_vocab.items() ^ teacher_vocab.items())
         token = min(differing, key=lambda token: (differing[token], token))
-        raise ValueError(
+        raise UserError(
             f"Student and teacher have different tokenizers ({len(student_vocab)} and {len(teacher_vocab)} tokens): "
             f"the first difference is the token {token!r}, id {student_vocab.get(token)} for the student and "
             f"{teacher_vocab.get(token)} for the teacher. {advice}"
@@ -277,13 +276,13 @@ def check_same_tokenizer(
     if student_ids != teacher_ids:
         pairs = enumerate(zip(student_ids, teacher_ids, strict=False))
         position = next((i for i, (a, b) in pairs if a != b), min(len(student_ids), len(teacher_ids)))
-        raise ValueError(
+        raise UserError(
             f"Student and teacher tokenizers share a vocabulary but encode the same text differently, from token "
             f"{position} on: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. "
             f"{advice}"
         )
     if conversational and student_tokenizer.chat_template != teacher_tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             "Student and teacher have different chat templates, so a conversation would reach the teacher in a format "
             "that it was not trained on. Save the teacher's template with the student: "
             "student_tokenizer.chat_template = teacher_tokenizer.chat_template."
@@ -361,7 +360,7 @@ class TeacherOffload:
         head = {id(each) for each in teacher.get_output_embeddings().parameters()}
         tensors = [each for each in teacher.parameters() if id(each) not in head]
         if is_sharded(teacher) or not all(each.is_floating_point() for each in tensors):
-            raise ValueError(
+            raise UserError(
                 "offload_teacher=True needs a teacher whose weights are neither quantised nor sharded. Drop "
                 "offload_teacher: a 4-bit or sharded teacher takes little memory as it is."
             )

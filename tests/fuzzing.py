@@ -8,7 +8,6 @@ name, and what is accepted must be sound.
 import argparse
 import contextlib
 import io
-import json
 import os
 import resource
 import shutil
@@ -26,6 +25,7 @@ import fuzz_data
 import fuzz_records
 
 from minillm_trl.cli import printed
+from minillm_trl.errors import UserError
 
 KINDS = {
     each.__name__: each
@@ -81,12 +81,10 @@ def _problem(error: BaseException, names: tuple[object, ...], said: str) -> str 
     told = f"{place}: {type(error).__name__}: {message[:300]}"
     if isinstance(error, SystemExit):
         return None if error.code == 0 or ("error: " in said and _names_any(names, said)) else told
-    if not isinstance(error, ValueError | OSError) or isinstance(error, UnicodeError | json.JSONDecodeError):
+    if not isinstance(error, UserError):
         return told
     if len(printed(error)) > 4000:
         return f"{place}: a message of {len(message)} characters"
-    if getattr(error, "filename", None) is not None:  # the system's own, which has the path
-        return None
     return None if _names_any(names, message) else f"names nothing: {told}"
 
 

@@ -14,6 +14,7 @@ from minillm_trl.cli import main
 from minillm_trl.cli.yaml_file import read_yaml
 from minillm_trl.data import DataError, load_examples
 from minillm_trl.data.json_files import misfit, parse_json, read_json
+from minillm_trl.errors import FileError
 from minillm_trl.whole_files import write_whole
 
 DEEP = 100_000
@@ -205,7 +206,7 @@ class TestData:
 
 def test_file_that_cannot_be_written_leaves_nothing_beside_its_place(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(FileError, match="taken cannot be written"):
         write_whole(tmp_path / "taken", "text")
     write_whole(tmp_path / "free", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["free", "taken"]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from trl import SFTConfig
 
 from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
+from ..errors import UserError
 from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
 from .teacher_data import default_teacher_data_dir
@@ -71,18 +72,18 @@ class FineTuningConfig(SFTConfig):
         super().__post_init__()
         self.eos_tokens = check_eos_tokens(self.eos_tokens)
         if self.eos_tokens and self.eos_token is not None and self.eos_token not in self.eos_tokens:
-            raise ValueError(
+            raise UserError(
                 f"eos_token={self.eos_token!r} is none of eos_tokens={self.eos_tokens}, which end a completion. Add "
                 "it there, or leave it out."
             )
         for name in ("max_completion_length", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.predict_with_generate and self.eval_strategy == "no" and not self.eval_on_start:
-            raise ValueError("predict_with_generate=True needs evaluations: set eval_strategy to 'steps' or 'epoch'.")
+            raise UserError("predict_with_generate=True needs evaluations: set eval_strategy to 'steps' or 'epoch'.")
         metric = str(self.metric_for_best_model).removeprefix("eval_")
         if metric in _SAMPLED_METRICS and not self.predict_with_generate:
-            raise ValueError(
+            raise UserError(
                 f"metric_for_best_model={self.metric_for_best_model!r} is measured on samples: set "
                 "predict_with_generate=True."
             )
@@ -114,7 +115,7 @@ class KDConfig(FineTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must lie in (0, 1], got {self.kd_ratio}. For 0 fine-tune with sft.")
+            raise UserError(f"kd_ratio must lie in (0, 1], got {self.kd_ratio}. For 0 fine-tune with sft.")
         unsupported = {
             "packing": self.packing or bool(self.eval_packing),
             "padding_free": self.padding_free,
@@ -123,7 +124,7 @@ class KDConfig(FineTuningConfig):
             "use_liger_kernel": self.use_liger_kernel,
         }
         for name in (name for name, is_set in unsupported.items() if is_set):
-            raise ValueError(
+            raise UserError(
                 f"{name}={getattr(self, name)} has no meaning for KD, whose loss is computed token by token from "
                 f"padded rows. Leave {name} out."
             )
@@ -182,16 +183,16 @@ class SeqKDConfig(FineTuningConfig):
         super().__post_init__()
         for name in ("num_generations", "generation_batch_size", "vllm_tensor_parallel_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.generation_temperature > 0:
-            raise ValueError(f"generation_temperature must be positive, got {self.generation_temperature}.")
+            raise UserError(f"generation_temperature must be positive, got {self.generation_temperature}.")
         if self.generation_seed < 0:
-            raise ValueError(f"generation_seed must not be negative, got {self.generation_seed}.")
+            raise UserError(f"generation_seed must not be negative, got {self.generation_seed}.")
         if self.use_vllm and self.world_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"use_vllm=True with {self.world_size} processes: each would load the whole teacher. Generate in one "
                 "process with vllm_tensor_parallel_size GPUs (generate_only=True), then fine-tune in several."
             )
         if not self.use_vllm and self.vllm_tensor_parallel_size > 1:
-            raise ValueError("vllm_tensor_parallel_size has no effect without use_vllm=True.")
+            raise UserError("vllm_tensor_parallel_size has no effect without use_vllm=True.")
         self.teacher_data_dir = self.teacher_data_dir or default_teacher_data_dir(self.output_dir)

@@ -15,6 +15,7 @@ from ..data import unique_prompts
 from ..encoding import encode_prompts, holds_conversations
 from ..end_tokens import EndTokens, carry, read_generation_config
 from ..ends_of_run import settle_tokenizer
+from ..errors import UserError
 from ..evaluation_rows import Row
 from ..forward_methods import rebind_fused_head
 from ..measured_trainer import MeasuredTrainer
@@ -122,7 +123,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         encoded = encode_prompts(self.processing_class, prompts["prompt"], self.args.chat_template_kwargs)
         longest = max(map(len, encoded))
         if context is not None and longest + self.args.max_completion_length > context:
-            raise ValueError(
+            raise UserError(
                 f"The longest prompt of eval_dataset has {longest} tokens, which with max_completion_length="
                 f"{self.args.max_completion_length} is more than the student's context of {context}. Lower "
                 "max_completion_length, or filter the prompts."
@@ -224,7 +225,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
 
 def _prompts_with_references(eval_dataset: Any) -> Dataset:
     if not isinstance(eval_dataset, Dataset) or not {"prompt", "completion"} <= set(eval_dataset.column_names):
-        raise ValueError(
+        raise UserError(
             "predict_with_generate=True needs an eval_dataset (one datasets.Dataset) with the columns 'prompt' and "
             "'completion'."
         )

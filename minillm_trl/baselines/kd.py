@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..checks import check_student
 from ..end_tokens import declared_ends, token_name
+from ..errors import UserError
 from ..fused_head import add_scoring
 from ..language_modeling import language_modeling_request
 from ..lm_head import LMHead, check_head
@@ -95,7 +96,7 @@ class KDTrainer(FineTuningTrainer):
             ValueError: if `return_outputs` is set: there are no logits to return.
         """
         if return_outputs:
-            raise ValueError("KDTrainer never has whole logits, so compute_metrics is not supported. Drop it.")
+            raise UserError("KDTrainer never has whole logits, so compute_metrics is not supported. Drop it.")
         mask = inputs["labels"][:, 1:] != -100
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "loss_mask": mask}
         with self.accelerator.autocast():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.json_files import read_json
 from ..encoding import encode_prompts
 from ..end_tokens import find_turn_end
+from ..errors import MissingPackageError
 from ..evaluation.generation import end_token_ids
 from ..pickled_weights import refuse_pickled_weights
 from ..sampling import sample_key, sample_prompts
@@ -177,7 +178,7 @@ def sample_with_vllm(
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "use_vllm=True needs vLLM: pip install 'minillm-trl[vllm]', or set use_vllm=False."
         ) from error
     init_kwargs = args.teacher_model_init_kwargs or {}

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import numpy as np
 
 from ..data.json_files import check, check_unchanged, parse_json, read_json
+from ..errors import UserError
 from ..evaluation.metrics import rouge_l
-from ..whole_files import write_whole
+from ..whole_files import make_folder, write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,7 +83,7 @@ class TeacherData:
                     completion = TeacherCompletion(**check(parse_json(line), TeacherCompletion))
                     completion.completion.encode()  # JSON can escape half a surrogate pair, but not write it
                 except ValueError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}:{number}: no completion of a teacher ({error}). Delete this line, and it is "
                         "generated again."
                     ) from error
@@ -91,7 +92,7 @@ class TeacherData:
 
     def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
         """Begin or go on with a process's file; the function returned appends to it, on disk before it returns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         path = self.folder / f"completions-{process}.jsonl"
         if path.is_file():
@@ -101,7 +102,7 @@ class TeacherData:
 
         def append(completions: Sequence[TeacherCompletion]) -> None:
             lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in completions)
-            with open(path, "a", encoding="utf-8") as file:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
                 file.flush()
                 os.fsync(file.fileno())
@@ -116,7 +117,7 @@ class TeacherData:
         """
         completions = [each for _, each in sorted(self.read().items())]
         if astray := [each.row for each in completions if not 0 <= each.row < len(prompts)]:
-            raise ValueError(f"{self.folder} answers prompt {astray[0]}, but there are {len(prompts)}. {_MEND}")
+            raise UserError(f"{self.folder} answers prompt {astray[0]}, but there are {len(prompts)}. {_MEND}")
         rows, dropped, seen = [], Counter(), set()
         for each in completions:
             if not each.completion.strip():
@@ -129,7 +130,7 @@ class TeacherData:
                 seen.add((each.row, each.completion))
                 rows.append(_example(prompts[each.row]["prompt"], each.completion))
         if not rows:
-            raise ValueError(
+            raise UserError(
                 f"None of the teacher's {len(completions)} completions can be learnt from ({dict(dropped)}). Raise "
                 "max_completion_length, or look at them in " + str(self.folder)
             )

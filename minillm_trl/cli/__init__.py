@@ -2,10 +2,12 @@
 
 import difflib
 import os
+import signal
 import sys
 from importlib import import_module
 
 from .. import __version__
+from ..errors import UserError
 
 # Each is a module of this package with `run(argv) -> int`, imported only when it is chosen.
 SUBCOMMANDS = {
@@ -54,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         `int`: exit status: 0, 2 for a mistake in the input, 3 for a training that was stopped because the student
-        degenerated, 130 after Ctrl-C.
+        degenerated, 130 after Ctrl-C, 141 if nobody reads the output any more. Exceptions other than [`UserError`] are
+        faults of the program or of a library: they are raised, so that Python shows where, and ends with status 1.
     """
     arguments = sys.argv[1:] if argv is None else argv
     for variable in _SWITCHED_OFF:
@@ -76,7 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nminillm-trl {name}: stopped. {_how_to_continue(name)}", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
+        return 128 + signal.SIGPIPE
+    except UserError as error:
         if os.environ.get("MINILLM_TRL_TRACEBACK") == "1":
             raise
         print(f"minillm-trl {name}: {printed(error)}", file=sys.stderr)

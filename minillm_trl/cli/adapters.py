@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from ..end_tokens import adopt_generation_config
+from ..errors import UserError
 from ..pickled_weights import refuse_pickled_weights
 from .model_files import check_weights, explained, load_causal_lm
 
@@ -89,11 +90,11 @@ class Adapter:
             try:
                 merged = model.merge_and_unload(safe_merge=True, progressbar=progress)
             except (RuntimeError, ValueError) as error:  # a method without merge raises NotImplementedError
-                raise ValueError(f"the adapter {self.name!r} cannot be merged into {self.base!r}: {error}") from error
+                raise UserError(f"the adapter {self.name!r} cannot be merged into {self.base!r}: {error}") from error
         adopt_generation_config(merged, self.name)
         for name, parameter in merged.named_parameters():  # safe_merge does not look at modules_to_save
             if not parameter.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"the adapter {self.name!r} cannot be merged into {self.base!r}: {name} is not finite in "
                     f"{parameter.dtype}. Unless a dtype of wider range helps, the adapter is broken."
                 )
@@ -107,7 +108,7 @@ class Adapter:
                 model = PeftModel.from_pretrained(base, self.name)
                 # once more for its report: weights without a place are dropped, and missing ones only warned of
                 report = model.load_adapter(self.name, "default")
-        except ValueError as error:
+        except UserError as error:
             cause = error.__cause__
             if not isinstance(cause, RuntimeError | ValueError | KeyError):
                 raise
@@ -120,7 +121,7 @@ class Adapter:
             if not astray:
                 return model
             problem = f"{len(astray)} weights are in only one of the two, such as {astray[0]}"
-        raise ValueError(
+        raise UserError(
             f"the adapter {self.name!r} does not fit {self.base!r}: {problem}\nName the model that it was trained on: "
             f"--model NAME_OR_FOLDER --adapter {self.name}."
         )
@@ -142,11 +143,11 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
     if not base or not isinstance(base, str):
-        raise ValueError(
+        raise UserError(
             f"--adapter {name}: its adapter_config.json names no base. Do so: --model NAME_OR_FOLDER --adapter {name}."
         )
     if _has_adapter(base):  # which transformers would load with it
-        raise ValueError(
+        raise UserError(
             f"the base {base!r} of the adapter {name!r} is an adapter itself, or there is one beside it. Merge that "
             f"one first and name the result (--model FOLDER --adapter {name}); where it is this same adapter, move "
             "its files to a folder of their own."
@@ -157,9 +158,9 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
             base_config = AutoConfig.from_pretrained(
                 base, revision=revision or "main", trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
+    except UserError as error:
         reason = f"{problem}: there is no such folder." if _is_lost_folder(base) else error
-        raise ValueError(
+        raise UserError(
             f"{reason}\nIf it has moved, or lies on this machine under another name, say so: "
             f"--model NAME_OR_FOLDER --adapter {name}."
         ) from error
@@ -174,15 +175,15 @@ def _read_config(name: str) -> "PeftConfig":
         hint = "Name the folder that training saved to, or one of its checkpoint-N."
         if (folder / "config.json").is_file():
             hint = "This is a whole model, which can be used as it is."
-        raise ValueError(f"--adapter {name}: there is no adapter_config.json in this folder. {hint}")
+        raise UserError(f"--adapter {name}: there is no adapter_config.json in this folder. {hint}")
     if _is_lost_folder(name):
-        raise ValueError(f"--adapter {name}: there is no such folder.")
+        raise UserError(f"--adapter {name}: there is no such folder.")
     with explained(f"--adapter {name}: the adapter's configuration cannot be read"):
         config = PeftConfig.from_pretrained(name)
     is_prompt = config.is_prompt_learning or config.peft_type in (PeftType.ADAPTION_PROMPT, PeftType.XLORA)
     if is_prompt or getattr(config, "layer_replication", None):
         kind = config.peft_type.value if is_prompt else "LoRA with layer_replication"
-        raise ValueError(
+        raise UserError(
             f"--adapter {name}: {kind} changes what the layers read or how often they run, not their weights, so that "
             "it cannot be merged into them. Use it through peft's PeftModel."
         )

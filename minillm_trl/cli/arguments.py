@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from ..data.errors import shortened
 from ..data.json_files import check, parse_json, read_json
+from ..errors import UserError
 from .launch import is_launched, launch_options, read_flags
 from .yaml_file import read_yaml
 
@@ -73,12 +74,12 @@ class EarlyStoppingArguments:
         """
         if self.early_stopping_patience is None:
             if self.early_stopping_threshold:
-                raise ValueError("early_stopping_threshold has no effect without early_stopping_patience. Set it.")
+                raise UserError("early_stopping_threshold has no effect without early_stopping_patience. Set it.")
             return []
         if self.early_stopping_patience < 1:
-            raise ValueError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}.")
+            raise UserError(f"early_stopping_patience must be at least 1, got {self.early_stopping_patience}.")
         if not args.load_best_model_at_end or args.metric_for_best_model is None:
-            raise ValueError(
+            raise UserError(
                 f"early_stopping_patience={self.early_stopping_patience} goes back to the best checkpoint: set "
                 "load_best_model_at_end=true and metric_for_best_model (eval_rouge_l or eval_loss)."
             )
@@ -117,7 +118,7 @@ class Parser(TrlParser):
             self._optionals._group_actions.remove(action)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. `{self.prog} --help` lists the options.")
+        raise UserError(f"{message}. `{self.prog} --help` lists the options.")
 
 
 def make_parser(name: str, dataclass_types: Sequence[type], description: str) -> Parser:
@@ -191,10 +192,12 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
         *values, from_yaml, from_cli = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except ValueError as error:
+    except UserError:
+        raise
+    except (ImportError, ValueError) as error:  # what the configurations of TRL and transformers refuse
         if "Default process group has not been initialized" not in str(error):
-            raise
-        raise ValueError(
+            raise UserError(str(error)) from error
+        raise UserError(
             "ddp_backend is for several processes, and this is one that no launcher has started. Leave it out, or add "
             "--accelerate_config NAME --num_processes N."
         ) from error
@@ -202,7 +205,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     instances = tuple(values[: len(parser.dataclass_types)])
     for name, value in (each for instance in instances for each in vars(instance).items()):
         if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{name} must be a number, got {value}.")
+            raise UserError(f"{name} must be a number, got {value}.")
     flags = read_flags(from_yaml, from_cli)
     return instances, {} if is_launched() else flags
 
@@ -237,10 +240,10 @@ def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     return values
 
 
-def _unknown(parser: argparse.ArgumentParser, word: str) -> ValueError:
+def _unknown(parser: argparse.ArgumentParser, word: str) -> UserError:
     known = {action.dest for action in parser._actions}
     name = word.partition("=")[0]  # a value may be a secret
-    return ValueError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
+    return UserError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
 
 
 def parse_with_config(
@@ -320,14 +323,14 @@ def check_yaml(
         ValueError: with file and line.
     """
     if not path.is_file():
-        raise ValueError(f"--config {path}: no such file.")
+        raise UserError(f"--config {path}: no such file.")
     _, node = read_yaml(path)
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"{path}:1: expected `name: value` lines.")
+        raise UserError(f"{path}:1: expected `name: value` lines.")
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
         if name not in known and not is_other(name):
-            raise ValueError(f"{path}:{line}: unknown option {shortened(name)}.{_nearest(name, known)}")
+            raise UserError(f"{path}:{line}: unknown option {shortened(name)}.{_nearest(name, known)}")
         elif name in known:
             _check_yaml_value(known[name], value_node, annotations[name], f"{path}:{line}: {name}")
         elif name == "env":
@@ -347,30 +350,30 @@ def _check_environment(node: yaml.Node, place: str) -> None:
             or not key.value
             or {"=", "\0"} & set(key.value + value.value)
         ):
-            raise ValueError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
+            raise UserError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
 
 
 def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str, place: str) -> None:
     if isinstance(node, yaml.MappingNode) and "dict" not in annotation:
-        raise ValueError(f"{place}: expected one value, got a mapping.")
+        raise UserError(f"{place}: expected one value, got a mapping.")
     if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
-        raise ValueError(f"{place}: expected one value, got a list.")
+        raise UserError(f"{place}: expected one value, got a list.")
     kind = getattr(action.type, "__name__", "")
     if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
         for each in node.value:
             _check_yaml_value(action, each, annotation, place)
     if node.tag.endswith(":null") and "None" not in annotation:
-        raise ValueError(f"{place}: expected a value, got null. Leave it out for the default.")
+        raise UserError(f"{place}: expected a value, got null. Leave it out for the default.")
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         return
     is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
     if is_text and not node.tag.endswith(":str"):
-        raise ValueError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
+        raise UserError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
     if action.nargs == 0 and not node.tag.endswith(":bool"):
-        raise ValueError(f"{place}: expected true or false, got {shortened(node.value)}.")
+        raise UserError(f"{place}: expected true or false, got {shortened(node.value)}.")
     if action.choices is not None and node.value not in map(str, action.choices):
         # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
-        raise ValueError(
+        raise UserError(
             f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
         )
     is_number = kind in ("int", "float")
@@ -387,7 +390,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
             "_mapping_or_file": "a mapping or file",
         }
         expected = names.get(kind, kind)
-        raise ValueError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
+        raise UserError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
 
 
 def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
@@ -400,7 +403,7 @@ def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
 def _config_path(argv: list[str]) -> Path:
     index = argv.index("--config")
     if index + 1 == len(argv):
-        raise ValueError("--config needs a file name.")
+        raise UserError("--config needs a file name.")
     return Path(argv[index + 1])
 
 
@@ -411,7 +414,7 @@ def _check_flags(argv: list[str], known: set[str]) -> None:
             continue
         if name.removeprefix("no_") in known or _is_launch_option(name):  # `--no_` is argparse's way to switch off
             continue
-        raise ValueError(f"unknown option {word!r}.{_nearest(name, known)}")
+        raise UserError(f"unknown option {word!r}.{_nearest(name, known)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

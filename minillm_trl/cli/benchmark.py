@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..end_tokens import carry, find_end_tokens
+from ..errors import UserError
 from ..evaluation.general_benchmarks import (
     SUITES,
     Benchmark,
@@ -92,7 +93,7 @@ def run(argv: list[str]) -> int:
     """Parse the arguments, evaluate task by task, and write `results.json` and `samples.jsonl` of each."""
     arguments, launch = parse_with_config(build_parser(), argv)
     if launch:
-        raise ValueError(f"benchmark runs in one process: drop {next(iter(launch))}.")
+        raise UserError(f"benchmark runs in one process: drop {next(iter(launch))}.")
     _check(arguments)
     benchmarks = find_benchmarks(arguments.tasks, arguments.include_path, arguments.confirm_run_unsafe_code)
     for benchmark in benchmarks:
@@ -117,16 +118,16 @@ def run(argv: list[str]) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("benchmark runs in one process. Start it without `accelerate launch` or `torchrun`.")
+        raise UserError("benchmark runs in one process. Start it without `accelerate launch` or `torchrun`.")
     if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be positive, got {arguments.limit}.")
+        raise UserError(f"--limit must be positive, got {arguments.limit}.")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
-        raise ValueError(f"--num_fewshot must not be negative, got {arguments.num_fewshot}.")
+        raise UserError(f"--num_fewshot must not be negative, got {arguments.num_fewshot}.")
     if arguments.chat_template_kwargs is not None and not arguments.apply_chat_template:
-        raise ValueError("--chat_template_kwargs has no effect without --apply_chat_template. Add it.")
+        raise UserError("--chat_template_kwargs has no effect without --apply_chat_template. Add it.")
     size = arguments.batch_size
     if size != "auto" and not (size.isdecimal() and int(size) > 0):
-        raise ValueError(f"--batch_size must be a positive number or auto, got {size!r}.")
+        raise UserError(f"--batch_size must be a positive number or auto, got {size!r}.")
 
 
 def _jobs(arguments: argparse.Namespace, benchmarks: list[Benchmark]) -> Iterator[_Job]:
@@ -169,7 +170,7 @@ def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
     if arguments.apply_chat_template and tokenizer.chat_template is None:
-        raise ValueError(f"--apply_chat_template: the tokenizer of {arguments.model} has no chat template. Drop it.")
+        raise UserError(f"--apply_chat_template: the tokenizer of {arguments.model} has no chat template. Drop it.")
     context = resolve_max_length(load_config(arguments.model, trust), tokenizer)
     for job in jobs:
         for _, task, _ in job.to_do:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.templates import make_prompt, split_instruction
 from ..end_tokens import EOS_TOKENS_HELP, special_ids
+from ..errors import UserError
 from .arguments import json_object
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def check_chat(
     """
     if tokenizer.chat_template is None:
         if arguments.chat:
-            raise ValueError(f"--chat: the tokenizer of {arguments.model} has no chat template. Leave it out.")
+            raise UserError(f"--chat: the tokenizer of {arguments.model} has no chat template. Leave it out.")
         return
     first = next(iter(prompts), None)
     if not isinstance(first, str) or split_instruction(first) is not None:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from ..evaluation.comparison import compare_models
 from ..evaluation.report import Report, format_sections
 from ..evaluation.report_files import write_report
@@ -63,7 +64,7 @@ def read_histories(
         if model.name in folders:
             histories[model.name] = read_history(folders[model.name])
             if not histories[model.name]:
-                raise ValueError(
+                raise UserError(
                     f"--training {model.name}={folders[model.name]}: none of {', '.join(EVALUATED)} was logged. Train "
                     "with eval_strategy, or leave this out."
                 )
@@ -87,7 +88,7 @@ def _trainings(words: list[str], names: list[str]) -> dict[str, Path]:
     for word in words:
         name, equals, folder = word.partition("=")
         if not equals or name not in names:
-            raise ValueError(f"--training {word}: expected NAME=OUTPUT_DIR with a name of {', '.join(names)}.")
+            raise UserError(f"--training {word}: expected NAME=OUTPUT_DIR with a name of {', '.join(names)}.")
         folders[name] = Path(folder)
     return folders
 

@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import UserError
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
@@ -29,7 +31,7 @@ def run(argv: list[str]) -> int:
     """Parse the arguments and run the demo."""
     arguments = build_parser().parse_args(argv)
     if arguments.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
+        raise UserError(f"--seed must not be negative, got {arguments.seed}.")
 
     # threads that spin while they wait slow each other down on a machine that is busy with something else, too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
 
+from ..errors import UserError
 from ..trl_version import TESTED
 from .arguments import TeacherArguments, parse, parse_plain
 
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     if options.config is not None:
         try:
             settings = _read(options.config)
-        except ValueError as error:  # some settings are refused by TrainingArguments where there is no GPU for them
+        except UserError as error:  # some settings are refused by TrainingArguments where there is no GPU for them
             found.append(str(error))
         else:
             found = check(machine, *settings) + check_pair(*settings)
@@ -117,7 +118,7 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
         check_room(
             names, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
         )
-    except ValueError as error:
+    except UserError as error:
         found.append(str(error))
     return found
 

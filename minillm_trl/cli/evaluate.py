@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..data import DataError
+from ..errors import UserError
 from ..evaluation.parts import Parts
 from ..evaluation.report import format_cell
 from ..evaluation.tasks import NAMED_TASKS, find_tasks
@@ -219,45 +220,43 @@ def _print(folder: Path, evaluation: "Evaluation") -> None:
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "temperature", "batch_size"):
         if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+            raise UserError(f"--{name} must be positive, got {getattr(arguments, name)}.")
     if arguments.no_repeat_ngram_size < 0:
-        raise ValueError(f"--no_repeat_ngram_size must not be negative, got {arguments.no_repeat_ngram_size}.")
+        raise UserError(f"--no_repeat_ngram_size must not be negative, got {arguments.no_repeat_ngram_size}.")
     if arguments.max_rows is not None and arguments.max_rows < 1:
-        raise ValueError(f"--max_rows must be positive, got {arguments.max_rows}.")
+        raise UserError(f"--max_rows must be positive, got {arguments.max_rows}.")
     if arguments.forward_kl and arguments.teacher is None:
-        raise ValueError("--forward_kl needs --teacher.")
+        raise UserError("--forward_kl needs --teacher.")
     if arguments.exposure_bias_samples < 0:
-        raise ValueError(f"--exposure_bias_samples must not be negative, got {arguments.exposure_bias_samples}.")
+        raise UserError(f"--exposure_bias_samples must not be negative, got {arguments.exposure_bias_samples}.")
     if arguments.exposure_bias_samples and arguments.teacher is None:
-        raise ValueError("--exposure_bias_samples needs --teacher.")
+        raise UserError("--exposure_bias_samples needs --teacher.")
     if arguments.label_words is not None:
         _check_classification(arguments)
         return
     if arguments.greedy:
         if arguments.teacher is not None:
-            raise ValueError("--teacher: divergences are measured on samples. Drop it, or drop --greedy.")
+            raise UserError("--teacher: divergences are measured on samples. Drop it, or drop --greedy.")
         if arguments.seeds is not None or arguments.temperature != 1:
-            raise ValueError(
-                "--greedy takes the most likely tokens: --seeds and --temperature have no effect with it."
-            )
+            raise UserError("--greedy takes the most likely tokens: --seeds and --temperature have no effect with it.")
         arguments.seeds = []
         return
     if arguments.seeds is None:
         arguments.seeds = list(PAPER_SEEDS)
     if min(arguments.seeds) < 0:
-        raise ValueError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
+        raise UserError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ValueError(f"--seeds has one twice: {arguments.seeds}. The same seed gives the same samples.")
+        raise UserError(f"--seeds has one twice: {arguments.seeds}. The same seed gives the same samples.")
 
 
 def _check_classification(arguments: argparse.Namespace) -> None:
     """Nothing is sampled, so what says how has no effect."""
     if len({word.strip() for word in arguments.label_words} - {""}) < max(2, len(arguments.label_words)):
-        raise ValueError(f"--label_words needs at least two different words, got {arguments.label_words}.")
+        raise UserError(f"--label_words needs at least two different words, got {arguments.label_words}.")
     parser = build_parser()
     for name in (*_SAMPLING, "teacher", "eos_tokens"):
         if getattr(arguments, name) != parser.get_default(name):
-            raise ValueError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")
+            raise UserError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")
     arguments.seeds = []
 
 

@@ -3,6 +3,7 @@
 from datasets import Dataset
 
 from ..data.load import has_splits, load_examples
+from ..errors import UserError
 from .arguments import DataArguments
 
 
@@ -23,9 +24,9 @@ def load_splits(
     """
     wants_evaluation = data.dataset_eval_split is not None or data.eval_dataset is not None
     if eval_strategy != "no" and not wants_evaluation:
-        raise ValueError(f"eval_strategy={eval_strategy!r} needs dataset_eval_split or eval_dataset.")
+        raise UserError(f"eval_strategy={eval_strategy!r} needs dataset_eval_split or eval_dataset.")
     if data.eval_dataset is None and data.dataset_eval_split is not None and not has_splits(data.dataset):
-        raise ValueError(
+        raise UserError(
             f"dataset_eval_split={data.dataset_eval_split!r}: {data.dataset} has no splits, so this would "
             "evaluate on the training data. Name other data with eval_dataset."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..whole_files import write_whole
 from .arguments import parse_plain
 from .chat import add_chat_options, as_conversations, chat_options, check_chat
@@ -43,17 +44,17 @@ def run(argv: list[str]) -> int:
     arguments = parse_plain(build_parser(), argv)
     for name in ("max_new_tokens", "temperature", "num_samples", "batch_size"):
         if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(arguments, name)}.")
+            raise UserError(f"--{name} must be positive, got {getattr(arguments, name)}.")
     if arguments.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {arguments.seed}.")
+        raise UserError(f"--seed must not be negative, got {arguments.seed}.")
     if arguments.max_rows is not None and arguments.max_rows < 1:
-        raise ValueError(f"--max_rows must be positive, got {arguments.max_rows}.")
+        raise UserError(f"--max_rows must be positive, got {arguments.max_rows}.")
     if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}. Make it first."
         )
     if arguments.greedy and arguments.num_samples > 1:
-        raise ValueError("--greedy gives the same completion each time: drop --num_samples, or sample.")
+        raise UserError("--greedy gives the same completion each time: drop --num_samples, or sample.")
     return _generate(arguments)
 
 

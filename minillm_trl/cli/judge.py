@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..data.errors import shortened
+from ..errors import UserError
 from ..evaluation.chat_client import ChatClient, check_base_url
 from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores, make_pairs, parse_scores, score_pairs
 from ..evaluation.report import Column, Row, Table, format_table
@@ -88,7 +89,7 @@ def run(argv: list[str]) -> int:
     if missing:
         print(_estimate(missing, arguments.tokenizer, arguments.price_per_million))
     if arguments.max_requests is not None and len(missing) > arguments.max_requests:
-        raise ValueError(f"--max_requests {arguments.max_requests}: {len(missing)} are needed. Nothing was asked.")
+        raise UserError(f"--max_requests {arguments.max_requests}: {len(missing)} are needed. Nothing was asked.")
     if arguments.dry_run:
         return 0
     with ChatClient(
@@ -123,13 +124,13 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("samples_per_prompt", "max_tokens", "concurrency", "timeout", "max_rows"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
-            raise ValueError(f"--{name} must be positive, got {value}.")
+            raise UserError(f"--{name} must be positive, got {value}.")
     for name in ("max_retries", "max_requests"):
         value = getattr(arguments, name)
         if value is not None and value < 0:
-            raise ValueError(f"--{name} must not be negative, got {value}.")
+            raise UserError(f"--{name} must not be negative, got {value}.")
     if min(arguments.price_per_million or [0]) < 0:
-        raise ValueError(f"--price_per_million must not be negative, got {min(arguments.price_per_million)}.")
+        raise UserError(f"--price_per_million must not be negative, got {min(arguments.price_per_million)}.")
 
 
 def _api_key(name: str | None) -> str | None:
@@ -139,7 +140,7 @@ def _api_key(name: str | None) -> str | None:
     """
     key = os.environ.get(name or _KEY, "").strip()
     if name is not None and not key:
-        raise ValueError(
+        raise UserError(
             "--api_key_env: no environment variable of this name is set. It takes the name of a variable that holds "
             "the key, and not the key."
         )
@@ -152,10 +153,10 @@ def _pairs(arguments: argparse.Namespace) -> dict[Place, list[Pair]]:
     opponent = None if arguments.against == REFERENCE else read_evaluation(*named_folder(arguments.against))
     names = [model.name for model in (*models, opponent) if model is not None]
     if len(set(names)) < len(names):
-        raise ValueError(f"Cannot judge {names}: each run needs a name of its own, as in NAME=FOLDER.")
+        raise UserError(f"Cannot judge {names}: each run needs a name of its own, as in NAME=FOLDER.")
     known = list(dict.fromkeys(task for model in models for task in model.tasks))
     if unknown := sorted(set(arguments.tasks or ()) - set(known)):
-        raise ValueError(f"--tasks {unknown[0]}: there are only {', '.join(known)}.")
+        raise UserError(f"--tasks {unknown[0]}: there are only {', '.join(known)}.")
     pairs = {}
     for task in arguments.tasks or known:
         for model in (model for model in models if task in model.tasks):
@@ -167,14 +168,14 @@ def _pairs(arguments: argparse.Namespace) -> dict[Place, list[Pair]]:
             )
         _check_same_questions(task, {model: each for (name, model), each in pairs.items() if name == task})
     if not pairs:
-        raise ValueError("There is nothing to judge.")
+        raise UserError("There is nothing to judge.")
     return pairs
 
 
 def _check_same_questions(task: str, pairs: dict[str, list[Pair]]) -> None:
     for (one, its), (other, others) in pairwise(pairs.items()):
         if [(pair.question, pair.other) for pair in its] != [(pair.question, pair.other) for pair in others]:
-            raise ValueError(f"{one} and {other} were evaluated on different prompts or references of {task}.")
+            raise UserError(f"{one} and {other} were evaluated on different prompts or references of {task}.")
 
 
 def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: list[float] | None) -> str:
@@ -188,7 +189,7 @@ def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: 
         prompt_tokens, how = sum(map(len, tokenizer(texts)["input_ids"])), f"tokenizer of {tokenizer_name}"
     limits = [body.get("max_completion_tokens", body.get("max_tokens")) for body in bodies]
     if None in limits:
-        raise ValueError("--extra_body leaves out max_tokens. Set max_completion_tokens in its place.")
+        raise UserError("--extra_body leaves out max_tokens. Set max_completion_tokens in its place.")
     text = f"Estimate: {prompt_tokens:,} input tokens ({how}) and at most {sum(limits):,} output tokens"
     if prices is not None:
         text += f", at most {(prompt_tokens * prices[0] + sum(limits) * prices[1]) / 1e6:,.2f} at the given prices"
@@ -199,9 +200,9 @@ def _check_judged(scores: dict[Place, Scores], verdicts: dict[str, Verdict], ref
     if any(each.summary for each in scores.values()):
         return
     if refused:
-        raise ValueError(f"No pair was judged. {next(iter(refused.values()))}")
+        raise UserError(f"No pair was judged. {next(iter(refused.values()))}")
     reply = shortened(next(iter(verdicts.values())).reply)
-    raise ValueError(
+    raise UserError(
         f"No reply has two scores from 1 to 10 in its first line; one is {reply}. Take a judge that follows the "
         "prompt, or raise --max_tokens if it thinks first."
     )

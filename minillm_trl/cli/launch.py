@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from ..errors import UserError
 from .yaml_file import read_yaml
 
 # Set for the processes that a hand-over starts, so that they do not hand themselves over again.
@@ -58,14 +59,14 @@ def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, s
         elif value == "True":
             flags[option] = None
         elif value != "False":
-            raise ValueError(f"{option.removeprefix('--')} is true or false, got {value!r}.")
+            raise UserError(f"{option.removeprefix('--')} is true or false, got {value!r}.")
     words = iter(from_cli)
     for word in words:
         if word not in options:
-            raise ValueError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
+            raise UserError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
         flags[word] = next(words, None) if options[word] else None
         if options[word] and flags[word] is None:
-            raise ValueError(f"{word} needs a value.")
+            raise UserError(f"{word} needs a value.")
     return flags
 
 
@@ -87,7 +88,7 @@ def accelerate_config_path(name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ValueError(f"--accelerate_config {name!r} is neither a file nor one of {', '.join(names)}.")
+    raise UserError(f"--accelerate_config {name!r} is neither a file nor one of {', '.join(names)}.")
 
 
 def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) -> int:
@@ -113,7 +114,7 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
     if "--accelerate_config" in flags:
         flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
     if (path := flags.get("--config_file")) is not None and not isinstance(read_yaml(Path(path))[0], dict):
-        raise ValueError(f"{path}: not a configuration of `accelerate launch`, which has `name: value` lines.")
+        raise UserError(f"{path}: not a configuration of `accelerate launch`, which has `name: value` lines.")
     words = [word for pair in flags.items() for word in pair if word is not None]
     arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
     with patch_environment(**{LAUNCHED: "1", _FLAGS: given}):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UserError
+from ..whole_files import make_folder, writing
 from .arguments import parse_plain
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     output = arguments.output_dir.resolve()
     _check_output(output, adapter, arguments.overwrite)
     if getattr(adapter.base_config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"the base {adapter.base!r} is stored quantised. Name the full-precision model that it was made from: "
             f"--model NAME_OR_FOLDER --adapter {adapter.name}."
         )
@@ -71,7 +73,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     print(f"Merging {adapter.name} into {adapter.base}. {_NOTE}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = adapter.load_merged(dtype, arguments.trust_remote_code, arguments.allow_pickled_weights, progress=True)
-    with _written_whole(output) as folder:
+    with writing(output), _written_whole(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             with explained(f"the tokenizer of {adapter.name!r} cannot be saved"):
@@ -88,18 +90,18 @@ def _check_output(output: Path, adapter: "Adapter", overwrite: bool) -> None:
             continue
         other = other.resolve()
         if output == other or output in other.parents or other in output.parents:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {output}: this folder and that of the {role}, {other}, are the same, or one lies in "
                 "the other. Name one apart from it."
             )
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output}: this is a file. Name a folder.")
+        raise UserError(f"--output_dir {output}: this is a file. Name a folder.")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"--output_dir {output}: this folder is not empty. Name another, or add --overwrite.")
+        raise UserError(f"--output_dir {output}: this folder is not empty. Name another, or add --overwrite.")
     if not (output / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output}: --overwrite replaces a whole folder, and this one holds no model (there is no "
             "config.json). Name another."
         )
@@ -114,7 +116,7 @@ def _find_tokenizer(
     name, revision = adapter.tokenizer_source()
     try:
         return read_tokenizer(name, revision, trust_remote_code), None
-    except ValueError as error:
+    except UserError as error:
         if name == adapter.name:  # it has one that does not load; the base's may be another
             raise
         return None, str(error)
@@ -125,7 +127,7 @@ def _written_whole(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place once the block has ended without an error."""
     partial, previous = (output.with_name(f".{output.name}.{state}") for state in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         yield partial
         if output.is_dir():

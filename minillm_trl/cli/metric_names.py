@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from ..data.errors import nearest
+from ..errors import UserError
 
 _ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy")
 _LENGTHS = ("mean_length", "min_length", "max_length")
@@ -37,7 +38,7 @@ def check_metric_name(metric: str | None, known: Collection[str]) -> None:
     if metric is None or (name := metric.removeprefix("eval_")) in known:
         return
     names = [f"eval_{each}" for each in sorted(known)]
-    raise ValueError(
+    raise UserError(
         f"metric_for_best_model={metric!r} is no metric of an evaluation here.{nearest(f'eval_{name}', names)} There "
         f"are {', '.join(names)}."
     )

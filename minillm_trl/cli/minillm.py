@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig
 
 from ..config import MiniLLMConfig
+from ..errors import UserError
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
 from .metric_names import MINILLM, check_metric_name
@@ -139,7 +140,7 @@ def _check_metric(args: MiniLLMConfig, evaluation: "Dataset | None", source: str
     if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":
         return
     if "references" not in evaluation.column_names or not any(evaluation["references"]):
-        raise ValueError(
+        raise UserError(
             f"metric_for_best_model={metric} needs references or completions, and {source} has prompts alone. Add "
             "them, or take another metric."
         )

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+from ..errors import UserError
 from ..pickled_weights import refuse_pickled_weights
 
 if TYPE_CHECKING:  # its module takes seconds to import, which reading a tokenizer need not wait for
@@ -34,14 +35,14 @@ def check_weights(name: str) -> None:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged, or not written whole ({error}). Copy or save it again.") from error
+            raise UserError(f"{path}: damaged, or not written whole ({error}). Copy or save it again.") from error
     for path in (
         [] if files else sorted([*Path(name).glob("pytorch_model*.bin"), *Path(name).glob("adapter_model.bin")])
     ):
         try:
             torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: {_PICKLED}") from error
+            raise UserError(f"{path}: {_PICKLED}") from error
 
 
 @contextmanager
@@ -62,12 +63,12 @@ def explained(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{what}: {_PICKLED}") from error
+        raise UserError(f"{what}: {_PICKLED}") from error
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers' Rust
             raise
         reason = str(error)[:2000] if type(error) in (OSError, ValueError) else _shown(error)
-        raise ValueError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {reason}") from error
 
 
 def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **options: Any) -> "PreTrainedModel":
@@ -90,7 +91,7 @@ def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **
     with explained(f"{what} cannot be loaded"):
         model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     if astray := sorted([*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])]):
-        raise ValueError(
+        raise UserError(
             f"{what} lacks {len(astray)} of its weights, or has them in another shape, such as {astray[0]}. Its files "
             "and its config.json do not belong together, or were not written to their end."
         )

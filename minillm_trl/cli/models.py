@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..data.errors import nearest
 from ..end_tokens import find_turn_end, has_generation_config
+from ..errors import UserError
 from ..quantization import keep_4bit_layout
 from .adapters import Adapter, find_adapter, is_adapter
 from .model_files import explained, load_causal_lm
@@ -34,7 +35,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         end = tokenizer.eos_token_id if tokenizer.eos_token is not None else find_turn_end(tokenizer)
         if end is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer of {name!r} has neither a padding nor an end-of-sequence token. Set eos_token in its "
                 "tokenizer_config.json."
             )
@@ -57,7 +58,7 @@ def read_tokenizer(
     with explained(f"no tokenizer at {name!r}"):
         tokenizer("a")  # some odd values are found by using it only
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
-        raise ValueError(f"no tokenizer at {name!r}: its vocabulary is empty.")
+        raise UserError(f"no tokenizer at {name!r}: its vocabulary is empty.")
     return tokenizer
 
 
@@ -145,7 +146,7 @@ def check_room(
         return
     room = min(limits) - length
     if room <= 0:
-        raise ValueError(
+        raise UserError(
             f"{option}={length} leaves no room for a prompt in a context of {min(limits)} tokens. Lower it."
         )
     for source, dataset in tasks:

@@ -26,6 +26,7 @@ from ..data.prepare import (
     token_counter,
     write_prepared,
 )
+from ..errors import UserError
 from .arguments import Parser, json_object, make_parser, parse
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
@@ -100,26 +101,26 @@ class PreparationArguments:
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             known = ", ".join(get_args(Task))
-            raise ValueError(f"task={self.task!r} is none of {known}.{nearest(self.task, get_args(Task))}")
+            raise UserError(f"task={self.task!r} is none of {known}.{nearest(self.task, get_args(Task))}")
         if self.source is None and self.task not in _HUB_NAMES:
-            raise ValueError(f"task={self.task!r} needs source: a file, a folder or a name on the hub.")
+            raise UserError(f"task={self.task!r} needs source: a file, a folder or a name on the hub.")
         if (self.answers is None) == (self.task == "vicuna"):
-            raise ValueError("answers is the file with the answers to Vicuna's questions: give it with task=vicuna.")
+            raise UserError("answers is the file with the answers to Vicuna's questions: give it with task=vicuna.")
         self._refuse_what_has_no_meaning()
         for name in (*_LIMITS, "max_rows", "instances_per_task"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.tokenizer is None and any(getattr(self, name) is not None for name in _LIMITS):
-            raise ValueError(f"{' and '.join(_LIMITS)} count tokens: set tokenizer (a model's name or folder).")
+            raise UserError(f"{' and '.join(_LIMITS)} count tokens: set tokenizer (a model's name or folder).")
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_object(self.chat_template_kwargs)
         if self.tokenizer is None and self.chat_template_kwargs is not None:
-            raise ValueError("chat_template_kwargs is for measuring conversations in tokens: set tokenizer.")
+            raise UserError("chat_template_kwargs is for measuring conversations in tokens: set tokenizer.")
         for name in _DOLLY_ROWS:
             if getattr(self, name) is None:
                 setattr(self, name, _DOLLY_ROWS[name] if self.task == "dolly" else 0)
             elif getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
         # what stands in statistics.json, also for tasks that have none: folders are compared by it
         self.instances_per_task = self.instances_per_task or _INSTANCES_PER_TASK
         self.template = self.template or (None if self.task == "examples" else "alpaca")
@@ -141,7 +142,7 @@ class PreparationArguments:
             reasons["instances_per_task"] = "task=sni from a clone of its repository"
         for name, place in reasons.items():
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} has no meaning for {self.task}: it is for {place}. Leave it out.")
+                raise UserError(f"{name} has no meaning for {self.task}: it is for {place}. Leave it out.")
 
     @property
     def is_repository(self) -> bool:
@@ -181,7 +182,7 @@ def run(argv: list[str]) -> int:
     """Parse the arguments, read and check the data, and write the folder; a folder that is done is left as it is."""
     (arguments,), launch = parse(build_parser(), argv)
     if launch:
-        raise ValueError(f"{next(iter(launch))}: prepare-data runs in one process. Leave it out.")
+        raise UserError(f"{next(iter(launch))}: prepare-data runs in one process. Leave it out.")
     folder = Path(arguments.output_dir)
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output_dir", "overwrite")}
     settings["sha256"] = {name: _sha256(files) for name, files in arguments.files().items()}
@@ -255,7 +256,7 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     path = folder / "statistics.json"
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"output_dir={folder} holds other files. Name another folder.")
+            raise UserError(f"output_dir={folder} holds other files. Name another folder.")
         return False
     record = read_json(path, _Record, "Name another output_dir, or remove this folder.")
     found = record["settings"]
@@ -265,13 +266,13 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return True
     if different and not overwrite:
         name = different[0]
-        raise ValueError(
+        raise UserError(
             f"output_dir={folder} was prepared with {name}={shortened(found.get(name), 200)}, now it is "
             f"{shortened(settings[name], 200)}. Name "
             "another folder, or set overwrite=true."
         )
     if foreign := sorted({entry.name for entry in folder.iterdir()} - own_names()):
-        raise ValueError(
+        raise UserError(
             f"output_dir={folder} would be replaced, but prepare-data has not written {listing(foreign)} in it. Move "
             "them, or name another folder."
         )

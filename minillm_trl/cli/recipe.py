@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from ..errors import UserError
 from ..evaluation.comparison import compare_models
 from ..evaluation.results import read_evaluation
 from .arguments import parse_plain
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
     arguments = parse_plain(build_parser(), argv)
     launch = _launch_words(arguments)
     if arguments.accept and (arguments.rerun or arguments.stages):
-        raise ValueError("--accept runs nothing. Leave --rerun and --stages out, and run what is left afterwards.")
+        raise UserError("--accept runs nothing. Leave --rerun and --stages out, and run what is left afterwards.")
     recipe = read_recipe(arguments.folder)
     chosen = recipe.stages if arguments.stages is None else recipe.named(arguments.stages)
     again = recipe.with_dependents(_to_rerun(recipe, arguments.rerun, chosen))
@@ -91,7 +92,7 @@ def _launch_words(arguments: argparse.Namespace) -> list[str]:
         words += ["--accelerate_config", str(accelerate_config_path(arguments.accelerate_config))]
     if arguments.num_processes is not None:
         if arguments.num_processes < 1:
-            raise ValueError(f"--num_processes must be positive, got {arguments.num_processes}.")
+            raise UserError(f"--num_processes must be positive, got {arguments.num_processes}.")
         words += ["--num_processes", str(arguments.num_processes)]
     return words
 
@@ -100,7 +101,7 @@ def _to_rerun(recipe: Recipe, names: list[str], chosen: list[Stage]) -> list[Sta
     stages = recipe.named(names)
     for stage in stages:
         if stage not in chosen:
-            raise ValueError(
+            raise UserError(
                 f"--rerun {stage.name}: --stages leaves it out, so that its folder would be moved aside and nothing "
                 "run. Name it in both."
             )
@@ -110,7 +111,7 @@ def _to_rerun(recipe: Recipe, names: list[str], chosen: list[Stage]) -> list[Sta
 def _accept(recipe: Recipe, stages: list[Stage]) -> None:
     for stage in stages:
         if not stage.output.is_dir():
-            raise ValueError(f"--accept {stage.name}: there is no folder {stage.output}.")
+            raise UserError(f"--accept {stage.name}: there is no folder {stage.output}.")
         stage.mark(recipe.inputs(stage), finished=True, accepted=True)
 
 
@@ -139,7 +140,7 @@ def _check_chosen(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> No
     for stage in chosen:
         missing = [each.name for each in recipe.inputs(stage) if each not in chosen and each not in done]
         if stage not in done and missing:
-            raise ValueError(f"stage {stage.name} builds on {missing[0]}, which is not done. Add it to --stages.")
+            raise UserError(f"stage {stage.name} builds on {missing[0]}, which is not done. Add it to --stages.")
 
 
 def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
@@ -161,10 +162,10 @@ def _run_here(stage: Stage) -> int:
     was_finished = stage.is_finished
     try:
         return import_module(f".{stage.subcommand.replace('-', '_')}", __package__).run(stage.words)
-    except ValueError as error:
+    except UserError as error:
         if not was_finished:
             raise
-        raise ValueError(f"stage {stage.name}: {error} {how_to_mend(stage)}") from error
+        raise UserError(f"stage {stage.name}: {error} {how_to_mend(stage)}") from error
 
 
 def _run_child(command: list[str]) -> int:

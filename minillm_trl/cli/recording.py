@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ..errors import UserError
 from ..redaction import is_secret
 from ..run_record import RunRecord
 from .arguments import Parser
@@ -77,7 +78,7 @@ def _hide_tokens(parsed: Sequence[Any]) -> None:
             args.hub_token = None
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             for key in filter(is_secret, getattr(args, name, None) or {}):
-                raise ValueError(
+                raise UserError(
                     f"{name} has {key!r}, which would be saved with the model. Set the variable HF_TOKEN of the "
                     "environment instead."
                 )

@@ -6,6 +6,7 @@ from trl import ModelConfig
 
 from ..baselines import FineTuningConfig
 from ..encoding import holds_conversations
+from ..errors import UserError
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .launch import hand_over
 from .metric_names import FINE_TUNING, check_metric_name
@@ -71,7 +72,7 @@ def trainer_arguments(
 
     has_template = tokenizer.chat_template is not None or args.chat_template_path is not None
     if not has_template and holds_conversations(train):
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {model.model_name_or_path}: the prompts are conversations, but its tokenizer has "
             "no chat template. Name one (--chat_template_path FILE.jinja), save one with the tokenizer, or write the "
             "prompts as text."

@@ -15,7 +15,8 @@ import yaml
 
 from ..baselines.teacher_data import default_teacher_data_dir
 from ..data.json_files import read_json
-from ..whole_files import write_whole
+from ..errors import UserError
+from ..whole_files import make_folder, write_whole
 from .arguments import Parser, check_config, check_plain_yaml
 from .yaml_file import line_of, read_yaml
 
@@ -86,7 +87,7 @@ class Stage:
 
     def mark(self, inputs: list["Stage"], finished: bool, accepted: bool = False) -> None:
         """Write the marker."""
-        self.output.mkdir(parents=True, exist_ok=True)
+        make_folder(self.output)
         marker = {
             "subcommand": self.subcommand,
             "config": self.values,
@@ -148,9 +149,7 @@ class Recipe:
         for name in names:
             if name != "evaluate" and name not in [stage.name for stage in self.stages]:
                 known = ", ".join(stage.name for stage in self.stages)
-                raise ValueError(
-                    f"{self.folder} has no stage {name!r}. There are: {known}; `evaluate` is all of them."
-                )
+                raise UserError(f"{self.folder} has no stage {name!r}. There are: {known}; `evaluate` is all of them.")
         return [stage for stage in self.stages if stage.name in names or stage.name.split(":")[0] in names]
 
     def outdated(self, again: list[Stage]) -> list[Path]:
@@ -197,7 +196,7 @@ class Recipe:
             ValueError: if there is a [`problem`].
         """
         if (problem := self.problem(stage)) is not None:
-            raise ValueError(f"stage {stage.name}: {problem}. {how_to_mend(stage)}")
+            raise UserError(f"stage {stage.name}: {problem}. {how_to_mend(stage)}")
 
 
 def how_to_mend(stage: Stage) -> str:
@@ -226,13 +225,13 @@ def read_recipe(folder: Path) -> Recipe:
     """
     path = folder / "recipe.yaml"
     if not path.is_file():
-        raise ValueError(f"{folder}: no recipe.yaml in this folder. Name one such as recipes/gpt2-120m-from-1.5b.")
+        raise UserError(f"{folder}: no recipe.yaml in this folder. Name one such as recipes/gpt2-120m-from-1.5b.")
     content, node = read_yaml(path)
     if not isinstance(content, dict) or content.keys() != {"stages", "evaluate"}:
-        raise ValueError(f"{path}: expected `stages` and `evaluate`.")
+        raise UserError(f"{path}: expected `stages` and `evaluate`.")
     if not isinstance(content["stages"], dict):
         place = f"{path}:{line_of(node, 'stages')}"
-        raise ValueError(f"{place}: stages: expected lines of `NAME: SUBCOMMAND`, or `NAME: SUBCOMMAND FILE.yaml`.")
+        raise UserError(f"{place}: stages: expected lines of `NAME: SUBCOMMAND`, or `NAME: SUBCOMMAND FILE.yaml`.")
     stages = [
         _stage(folder, name, command, f"{path}:{line_of(node, 'stages', str(name))}: stages: {name}")
         for name, command in content["stages"].items()
@@ -252,21 +251,21 @@ def read_recipe(folder: Path) -> Recipe:
 
 def _stage(folder: Path, name: Any, command: Any, place: str) -> Stage:
     if not isinstance(name, str) or name == "evaluate" or {":", "/"} & set(name):
-        raise ValueError(f"{place}: not a name for a stage. Take a word (not `evaluate`) without : and /.")
+        raise UserError(f"{place}: not a name for a stage. Take a word (not `evaluate`) without : and /.")
     subcommand, _, file = str(command).partition(" ")
     if subcommand not in _SUBCOMMANDS:
-        raise ValueError(f"{place}: {subcommand!r} is none of {', '.join(_SUBCOMMANDS)}.")
+        raise UserError(f"{place}: {subcommand!r} is none of {', '.join(_SUBCOMMANDS)}.")
     config = Path(os.path.normpath(folder / (file or f"{name}.yaml")))
     values = _read(config, subcommand)
     if not values.get("output_dir"):
-        raise ValueError(f"{config}: output_dir is missing, which a recipe needs.")
+        raise UserError(f"{config}: output_dir is missing, which a recipe needs.")
     return Stage(name, subcommand, config, values, Path(os.path.normpath(str(values["output_dir"]))))
 
 
 def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: yaml.Node) -> None:
     needed, allowed = {"config", "models", "output_dir"}, {"baseline", "teacher"}
     if not isinstance(evaluation, dict) or not needed <= evaluation.keys() <= needed | allowed:
-        raise ValueError(
+        raise UserError(
             f"{path}:{line_of(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, at most "
             "`baseline` and `teacher` more."
         )
@@ -276,21 +275,21 @@ def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: ya
 
     for name in ("config", "output_dir"):
         if not isinstance(evaluation[name], str) or not evaluation[name]:
-            raise ValueError(f"{place(name)}: {name}: expected a path, got {evaluation[name]!r}.")
+            raise UserError(f"{place(name)}: {name}: expected a path, got {evaluation[name]!r}.")
     models = evaluation["models"]
     if not isinstance(models, list) or not models:
-        raise ValueError(f"{place('models')}: models: expected a list of stages, got {models!r}.")
+        raise UserError(f"{place('models')}: models: expected a list of stages, got {models!r}.")
     trained = [stage.name for stage in stages if stage.subcommand in TRAINING]
     for name in models:
         if name not in trained:
-            raise ValueError(
+            raise UserError(
                 f"{place('models')}: models: there is no stage {name!r} that trains; there are {', '.join(trained)}."
             )
         if models.count(name) > 1:
-            raise ValueError(f"{place('models')}: models: {name!r} stands there twice.")
+            raise UserError(f"{place('models')}: models: {name!r} stands there twice.")
     for name in allowed & evaluation.keys():
         if evaluation[name] not in (None, *models):
-            raise ValueError(f"{place(name)}: {evaluation[name]!r} is none of the models.")
+            raise UserError(f"{place(name)}: {evaluation[name]!r} is none of the models.")
 
 
 def _check_folders(path: Path, recipe: Recipe) -> None:
@@ -305,7 +304,7 @@ def _check_folders(path: Path, recipe: Recipe) -> None:
             pairs.append((("evaluate's output_dir", recipe.report), (stage.name, stage.output)))
     for (one, first), (other, second) in pairs:
         if _contains(first, second) or _contains(second, first):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {one} and {other} would write to one place: {first} and {second}. Give each a folder of its "
                 "own, none inside another."
             )

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 from ..data.errors import shortened
 from ..data.json_files import read_json
-from ..whole_files import write_whole
+from ..errors import UserError
+from ..whole_files import make_folder, write_whole
 
 
 class _Done(TypedDict):
@@ -44,7 +45,7 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
         f"results that are older than {file}" for file in files if file.stat().st_mtime_ns > path.stat().st_mtime_ns
     ]
     if problems:
-        raise ValueError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
+        raise UserError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
     from accelerate import PartialState  # takes seconds, for torch
 
     PartialState().print(f"{folder}: done before")
@@ -54,6 +55,6 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
 def write_results(folder: Path, results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
     """Write `samples.jsonl`, a line for each sample, and `results.json`, which says that the task is done, last."""
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, text in (("samples.jsonl", lines), ("results.json", json.dumps(results, indent=1))):
         write_whole(folder / name, text)

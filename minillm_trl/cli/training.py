@@ -15,6 +15,7 @@ from ..checkpoints import finish_replacements, newest_whole_checkpoint
 from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
 from ..encoding import holds_conversations
+from ..errors import UserError
 from ..pickled_weights import refuse_pickled_weights
 from ..reliable_trainer import ReliableTrainer
 from ..run_record import RunRecord
@@ -49,7 +50,7 @@ def check_models(names: Sequence[str], args: TrainingArguments) -> None:
         ValueError: naming what is damaged, or may not be loaded.
     """
     if is_adapter(student := names[0]):
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {student} is an adapter; a student is trained from a whole model. Merge it first "
             f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
         )
@@ -96,7 +97,7 @@ def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, reco
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) holds more than a trainer saves. "
             "It was not unpickled, since that can run any code. Resume from a checkpoint that your own run wrote."
         ) from error
@@ -123,7 +124,7 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
     finish_replacements(Path(output_dir))
     if value is None or str(value).lower() == "false":
         if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {output_dir} holds a run that came to {found}. Go on with it by "
                 "--resume_from_checkpoint true, or choose another --output_dir, or delete it."
             )
@@ -132,7 +133,7 @@ def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | boo
         return True
     finish_replacements(Path(value).parent)
     if not Path(value).is_dir():
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
         )
     check_checkpoint(Path(value))
@@ -151,4 +152,4 @@ def check_checkpoint(folder: Path) -> None:
         read_json(state, dict[str, Any], mend)
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
         if not zipfile.is_zipfile(path):  # what torch.save writes
-            raise ValueError(f"{path}: damaged, or not written whole. {mend}")
+            raise UserError(f"{path}: damaged, or not written whole. {mend}")

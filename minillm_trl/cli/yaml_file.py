@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
+
 _MOST_NODES = 100_000  # what aliases stand for counted each time; nine of nine of nine ... would fill the memory
 
 
@@ -23,13 +25,13 @@ def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
         return yaml.safe_load(text), node
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}:{line}: broken YAML: {str(error.problem)[:200]}.") from error
+        raise UserError(f"{path}:{line}: broken YAML: {str(error.problem)[:200]}.") from error
     except yaml.reader.ReaderError as error:
-        raise ValueError(f"{path}: broken YAML: character #x{error.character:04x} is not allowed.") from error
+        raise UserError(f"{path}: broken YAML: character #x{error.character:04x} is not allowed.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}).") from error
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}).") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: its lists and mappings are nested too deeply.") from error
+        raise UserError(f"{path}: its lists and mappings are nested too deeply.") from error
 
 
 def line_of(node: yaml.Node, *names: str) -> int:
@@ -46,9 +48,7 @@ def _check_nodes(path: Path, root: yaml.Node) -> None:
     while nodes:
         node, count = nodes.pop(), count + 1
         if count > _MOST_NODES:
-            raise ValueError(
-                f"{path}: its aliases (`*name`) stand for more than {_MOST_NODES} values. Write them out."
-            )
+            raise UserError(f"{path}: its aliases (`*name`) stand for more than {_MOST_NODES} values. Write them out.")
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(path, node)
         elif isinstance(node, yaml.SequenceNode):
@@ -66,12 +66,12 @@ def _check_scalar(path: Path, node: yaml.ScalarNode) -> None:
     except yaml.YAMLError:
         raise
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{place}: {node.value[:60]!a} has half a surrogate pair. Write the whole character."
         ) from error
     except (AttributeError, IndexError, KeyError, ValueError) as error:  # PyYAML of `2024-13-45` or `!!timestamp 1`
         kind = node.tag.rpartition(":")[2]
-        raise ValueError(f"{place}: {node.value[:60]!r} is no {kind}, but read as one. Put it in quotes.") from error
+        raise UserError(f"{place}: {node.value[:60]!r} is no {kind}, but read as one. Put it in quotes.") from error
 
 
 def _check_keys(path: Path, node: yaml.MappingNode) -> None:
@@ -80,5 +80,5 @@ def _check_keys(path: Path, node: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode):
             if key.value in lines:
-                raise ValueError(f"{path}:{line}: {key.value[:60]!r} stands in line {lines[key.value]} already.")
+                raise UserError(f"{path}:{line}: {key.value[:60]!r} stands in line {lines[key.value]} already.")
             lines[key.value] = line

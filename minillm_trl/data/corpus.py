@@ -9,7 +9,7 @@ from datasets.exceptions import DatasetsError
 from .conversations import MESSAGES
 from .errors import DataError, listing, nearest
 from .files import EXTENSIONS, TEXT_EXTENSIONS, plain_texts, read_text_file
-from .load import load_examples, local_files, read_table, refuse_configuration
+from .load import load_examples, local_files, local_path, read_table, refuse_configuration
 
 
 def load_corpus(
@@ -42,7 +42,7 @@ def load_corpus(
     """
     if streaming:
         return _stream(str(source), split, text_column, max_rows, dataset_config)
-    path = Path(source).expanduser()
+    path = local_path(source)
     files = corpus_files(str(source), split) if path.is_dir() else [path]
     if len(files) == 1 and files[0].name.lower().endswith(TEXT_EXTENSIONS):
         refuse_configuration(str(source), dataset_config)

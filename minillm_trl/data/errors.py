@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from ..errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data that cannot be used as it is. The message says where, what was seen, and how to mend it."""
 
 

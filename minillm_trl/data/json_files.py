@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from ..errors import UserError
 from .errors import shortened
 
 _NAMES = {
@@ -36,7 +37,7 @@ def read_json(path: Path, expected: Any, how_to_mend: str) -> Any:
     try:
         return check(parse_json(path.read_bytes()), expected)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be used ({error}). {how_to_mend}") from error
+        raise UserError(f"{path}: cannot be used ({error}). {how_to_mend}") from error
 
 
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], holds: str, how_to_mend: str) -> None:
@@ -52,7 +53,7 @@ def check_unchanged(before: dict[str, Any], now: dict[str, Any], holds: str, how
     """
     for name in (name for name in {**before, **now} if before.get(name) != now.get(name)):
         was, is_now = shortened(before.get(name)), shortened(now.get(name))
-        raise ValueError(f"{holds} with {name[:60]}={was}; now it is {is_now}. {how_to_mend}")
+        raise UserError(f"{holds} with {name[:60]}={was}; now it is {is_now}. {how_to_mend}")
 
 
 def check(value: Any, expected: Any, place: str = "") -> Any:

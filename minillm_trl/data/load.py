@@ -183,7 +183,7 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
     Raises:
         DataError: if it cannot be found or read.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == "e2e" or path.exists():
         refuse_configuration(source, dataset_config)
     if source == "e2e":
@@ -196,6 +196,20 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{source[:1000]}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
     return _read_hub(source, split, dataset_config, max_rows)
+
+
+def local_path(source: str) -> Path:
+    """The path that a source would have as a file or folder.
+
+    Raises:
+        DataError: if the system cannot look it up: its name is too long, say, or its folder may not be read.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of a user that there is not
+        raise DataError(f"{source}: cannot be looked up ({error}). Check the path.") from error
+    return path
 
 
 def refuse_configuration(source: str, dataset_config: str | None) -> None:
@@ -213,7 +227,7 @@ def refuse_configuration(source: str, dataset_config: str | None) -> None:
 
 def has_splits(source: str) -> bool:
     """Whether a split can be chosen from the source: not from a file, nor from a folder of one saved `Dataset`."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     return source == "e2e" or not (path.is_file() or _is_single(path))
 
 
@@ -223,7 +237,7 @@ def local_files(source: str, split: str, extensions: Sequence[str] = EXTENSIONS)
     Raises:
         DataError: if a folder does not hold one file of the split.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == "e2e" or not path.exists():
         return []
     if path.is_file():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..encoding import encode_prompts
+from ..whole_files import writing
 from .errors import DataError, shortened
 from .templates import is_empty, message_text
 
@@ -213,19 +214,23 @@ def write_prepared(folder: Path, prepared: Prepared, record: dict[str, Any]) -> 
         folder (`Path`): takes the place of what was there.
         prepared ([`Prepared`]): the rows.
         record (`dict`): what `statistics.json` holds.
+
+    Raises:
+        FileError: if it cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    for split, rows in prepared.splits.items():
-        if rows:
-            with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(_json_line(row) for row in rows)
-    (partial / "statistics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        for split, rows in prepared.splits.items():
+            if rows:
+                with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                    file.writelines(_json_line(row) for row in rows)
+        (partial / "statistics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
 
 
 def _json_line(row: Row) -> str:

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from ..data import load_e2e, unique_prompts
+from ..errors import UserError
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
-from ..whole_files import write_whole
+from ..whole_files import make_folder, write_whole
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings, Shape
@@ -120,7 +121,7 @@ def _prepare(folder: Path, settings: DemoSettings) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _check_settings(folder, settings)
 
 
@@ -164,7 +165,7 @@ def _check_settings(folder: Path, settings: DemoSettings) -> None:
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         name = different[0]
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run with other settings ({name} is {found.get(name)!r} there and {wanted[name]!r} "
             "now). Choose another --output_dir, or delete the folder."
         )
@@ -188,7 +189,7 @@ def _stage(folder: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any
     if path.is_file():
         print("     done before")
         return json.loads(path.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     result = compute()
     _write_json(path, result)
     if (folder / "checkpoints").is_dir():

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import httpx2
 
+from ..errors import UserError
+
 LONGEST_BACKOFF = 60.0
 LONGEST_WAIT = 300.0  # that a server may ask for; what it wants beyond is for another day
 
@@ -18,7 +20,7 @@ _REFUSED = (400, 413, 422)
 _SHOWN = 200  # characters of what a server says in an error
 
 
-class ChatError(ValueError):
+class ChatError(UserError):
     """The endpoint gives no completion. The message says why, and what to do."""
 
 
@@ -78,7 +80,7 @@ class ChatClient:
         sleep: Callable[[float], object] | None = None,
     ):
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            raise ValueError(f"{key_name} holds characters that no HTTP header carries. Set it to the key alone.")
+            raise UserError(f"{key_name} holds characters that no HTTP header carries. Set it to the key alone.")
         self.url = f"{check_base_url(base_url)}/chat/completions"
         self._api_key = api_key
         self._key_name = key_name
@@ -186,13 +188,13 @@ def check_base_url(base_url: str) -> str:
     try:
         url = httpx2.URL(base_url)
     except (httpx2.InvalidURL, UnicodeEncodeError) as error:
-        raise ValueError("--base_url is no address. Give one like http://localhost:8000/v1.") from error
+        raise UserError("--base_url is no address. Give one like http://localhost:8000/v1.") from error
     if url.userinfo or url.query or url.fragment:
-        raise ValueError("--base_url must end with its path. A key goes into an environment variable: --api_key_env.")
+        raise UserError("--base_url must end with its path. A key goes into an environment variable: --api_key_env.")
     if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"--base_url {base_url} is no http or https address. Give one like http://localhost:8000/v1.")
+        raise UserError(f"--base_url {base_url} is no http or https address. Give one like http://localhost:8000/v1.")
     if url.path.rstrip("/").endswith("/chat/completions"):
-        raise ValueError(f"--base_url {base_url}: leave out /chat/completions, which is added.")
+        raise UserError(f"--base_url {base_url}: leave out /chat/completions, which is added.")
     return base_url.rstrip("/")
 
 

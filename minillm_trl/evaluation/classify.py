@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import UserError
 from .calibration import calibration
 from .evaluate import Evaluation, gather_rows, own_rows, summarize_prompts
 from .label_words import label_probabilities
@@ -18,13 +19,13 @@ def find_labels(dataset: Dataset, label_words: Sequence[str]) -> list[int]:
         ValueError: if a prompt has no reference, several, or one that is none of the label words; with its text.
     """
     if "references" not in dataset.column_names:
-        raise ValueError("Classification needs a completion for each prompt: one of the label words.")
+        raise UserError("Classification needs a completion for each prompt: one of the label words.")
     words = [word.strip() for word in label_words]
     labels = []
     for prompt, references in zip(dataset["prompt"], dataset["references"], strict=True):
         found = {reference.strip() for reference in references}
         if len(found) != 1 or not found <= set(words):
-            raise ValueError(
+            raise UserError(
                 f"Prompt {prompt!r} has the completions {sorted(found)}. Give it one of the label words {words}."
             )
         labels.append(words.index(found.pop()))

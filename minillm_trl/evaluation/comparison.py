@@ -5,6 +5,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from .answers import side_by_side
 from .comparison_tables import Differences, columns_of, common_position, measured, overview, task_tables
 from .figures import task_figures, task_overview, training_curves
@@ -38,10 +39,10 @@ def compare_models(
     """
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"Cannot compare {names}: each model needs a name of its own.")
+        raise UserError(f"Cannot compare {names}: each model needs a name of its own.")
     for option, name in (("baseline", baseline), ("teacher", teacher)):
         if name is not None and name not in names:
-            raise ValueError(f"--{option} {name}: there are only {', '.join(names)}.")
+            raise UserError(f"--{option} {name}: there are only {', '.join(names)}.")
     tasks = task_names(models)
     for task in tasks:
         check_comparable(task, results_of(models, task))

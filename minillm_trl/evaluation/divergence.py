@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from ..fused_head import ScoreRequest, score_hidden_states
 from ..lm_head import LMHead, check_embedded, completion_hidden_states
 
@@ -114,7 +115,7 @@ def score_requests(
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
             if len(prompt_ids[row]) == 0:
-                raise ValueError(
+                raise UserError(
                     f"Prompt {row} has no tokens, so nothing predicts the first token of its completion. Drop it, or "
                     "give it a beginning-of-sequence token."
                 )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.templates import make_completion
 from ..encoding import Prompt, encode_pair, encode_prompts
+from ..errors import UserError
 from ..lm_head import check_embedded
 from ..teacher import max_context, shared_vocab_size
 from .calibration import Calibration
@@ -117,11 +118,11 @@ def evaluate_model(
             do not fit.
     """
     if len(dataset) == 0 or (seeds is not None and len(seeds) == 0):
-        raise ValueError(f"Nothing to evaluate: {len(dataset)} prompts and {len(seeds or ())} seeds.")
+        raise UserError(f"Nothing to evaluate: {len(dataset)} prompts and {len(seeds or ())} seeds.")
     if seeds is None and teacher is not None:
-        raise ValueError("Divergences are measured on samples: give seeds, or no teacher.")
+        raise UserError("Divergences are measured on samples: give seeds, or no teacher.")
     if teacher is None and (forward_kl or exposure_bias_samples):
-        raise ValueError("forward_kl and exposure_bias_samples need a teacher.")
+        raise UserError("forward_kl and exposure_bias_samples need a teacher.")
     decoding = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

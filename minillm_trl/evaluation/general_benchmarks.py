@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import MissingPackageError, UserError
+
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
@@ -56,11 +58,13 @@ def find_benchmarks(
             for it, or a task cannot be loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("General benchmarks need lm-eval, which is not installed: pip install 'minillm-trl[eval]'")
+        raise MissingPackageError(
+            "General benchmarks need lm-eval, which is not installed: pip install 'minillm-trl[eval]'"
+        )
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"--include_path {include_path}: there is no such folder.")
+        raise UserError(f"--include_path {include_path}: there is no such folder.")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     names = [each for name in names for each in SUITES.get(name, (name,))]
     for name in names:
@@ -70,7 +74,7 @@ def find_benchmarks(
     benchmarks = [benchmark for name in names for benchmark in _load(name, manager)]
     found = [benchmark.name for benchmark in benchmarks]
     if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise ValueError(f"--tasks names {twice[0]!r} twice. Leave one of them out.")
+        raise UserError(f"--tasks names {twice[0]!r} twice. Leave one of them out.")
     return benchmarks
 
 
@@ -80,7 +84,7 @@ def _check_known(name: str, manager: "TaskManager", include_path: Path | None) -
     near = difflib.get_close_matches(name, [*SUITES, *manager.all_tasks], n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     own = "" if include_path is None else f", nor a valid YAML in {include_path}"
-    raise ValueError(f"--tasks: {name!r} is no task, group or tag of lm-eval{own}.{hint}")
+    raise UserError(f"--tasks: {name!r} is no task, group or tag of lm-eval{own}.{hint}")
 
 
 def _tasks_that_run_code(name: str, manager: "TaskManager") -> list[str]:
@@ -99,12 +103,12 @@ def _tasks_that_run_code(name: str, manager: "TaskManager") -> list[str]:
 
 def _check_leave(name: str, run_unsafe_code: bool) -> None:
     if not run_unsafe_code:
-        raise ValueError(
+        raise UserError(
             f"--tasks: {name} runs code that the model writes, on this machine and as this user. Start it where that "
             "does no harm, such as in a container without network, and add --confirm_run_unsafe_code."
         )
     if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        raise ValueError(
+        raise UserError(
             f"--tasks: {name} runs code that the model writes. Beside --confirm_run_unsafe_code, the metric asks for "
             "the environment variable HF_ALLOW_CODE_EVAL=1."
         )
@@ -116,7 +120,7 @@ def _load(name: str, manager: "TaskManager") -> list[Benchmark]:
     try:
         loaded = manager.load([name])
     except (DatasetsError, ImportError, KeyError, OSError, ValueError) as error:
-        raise ValueError(f"--tasks: {name} cannot be loaded: {error}") from error
+        raise UserError(f"--tasks: {name} cannot be loaded: {error}") from error
     group = loaded["groups"].get(name)
     if group is None:
         return [Benchmark(each, {each: task}) for each, task in loaded["tasks"].items()]
@@ -143,11 +147,9 @@ def _check_pooled(group: "Group") -> None:
     instead = f"Name its tasks one by one: {' '.join(task.task_name for task in tasks)}."
     by_size = all(each.weight_by_size for each in group.aggregate_metric_list)
     if not by_size and len({len(task.eval_docs) for task in tasks}) > 1:
-        raise ValueError(f"--tasks: {group.name} is the mean of tasks of different size, not of documents. {instead}")
+        raise UserError(f"--tasks: {group.name} is the mean of tasks of different size, not of documents. {instead}")
     if not set.intersection(*(_mean_metrics(task) for task in tasks)):
-        raise ValueError(
-            f"--tasks: no metric of {group.name} is a mean over the documents of all its tasks. {instead}"
-        )
+        raise UserError(f"--tasks: no metric of {group.name} is a mean over the documents of all its tasks. {instead}")
 
 
 def _mean_metrics(task: "Task") -> set[str]:
@@ -171,7 +173,7 @@ def set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
         task.set_config("num_fewshot", defined or 0)
         return
     if defined == 0 and num_fewshot > 0:
-        raise ValueError(
+        raise UserError(
             f"--num_fewshot {num_fewshot}: {task.task_name} is defined without examples. Evaluate it in a run of its "
             "own, without --num_fewshot."
         )
@@ -180,7 +182,7 @@ def set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
     try:
         task.build_all_requests(limit=1)
     except (AssertionError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--num_fewshot {num_fewshot}: {task.task_name} has not as many examples ({error}). Lower it, or leave it "
             "out for the task's own number."
         ) from error
@@ -209,7 +211,7 @@ def check_room(task: "Task", context: int) -> None:
     """
     length = max_new_tokens(task)
     if length is not None and length >= context:
-        raise ValueError(
+        raise UserError(
             f"--tasks: {task.task_name} lets the model write {length} tokens, which leaves no room for a prompt in a "
             f"context of {context} tokens. Leave it out for this model."
         )

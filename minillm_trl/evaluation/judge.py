@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.templates import message_text, split_instruction
+from ..errors import UserError
 from .metrics import MeanInterval, bootstrap_interval, bootstrap_ratio
 from .results import EvaluatedModel
 from .verdicts import Verdict
@@ -143,10 +144,10 @@ def make_pairs(
     for number, (sample, other) in enumerate(zip(samples, others, strict=True)):
         place = f"{model.name}, {task}, prompt {number} (counting from 0)"
         if opponent is None and not sample["references"]:
-            raise ValueError(f"{place} has no reference. Judge against another run with --against.")
+            raise UserError(f"{place} has no reference. Judge against another run with --against.")
         fewest = min(len(sample["outputs"]), len(other["outputs"]))
         if fewest < samples_per_prompt:
-            raise ValueError(f"{place} has {fewest} answers. Lower --samples_per_prompt {samples_per_prompt}.")
+            raise UserError(f"{place} has {fewest} answers. Lower --samples_per_prompt {samples_per_prompt}.")
         for index in range(samples_per_prompt):
             against = sample["references"][0] if opponent is None else other["outputs"][index]
             texts = (question_text(sample["prompt"]), sample["outputs"][index].strip(), against.strip())
@@ -158,10 +159,10 @@ def _answers_to_the_same(
     model: EvaluatedModel, opponent: EvaluatedModel, task: str, samples: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     if task not in opponent.tasks:
-        raise ValueError(f"{opponent.name} was not evaluated on {task}, {model.name} was. Leave it out with --tasks.")
+        raise UserError(f"{opponent.name} was not evaluated on {task}, {model.name} was. Leave it out with --tasks.")
     others = opponent.tasks[task].samples[: len(samples)]
     if [each["prompt"] for each in samples] != [each["prompt"] for each in others]:
-        raise ValueError(f"{model.name} and {opponent.name} were evaluated on different prompts of {task}.")
+        raise UserError(f"{model.name} and {opponent.name} were evaluated on different prompts of {task}.")
     return others
 
 

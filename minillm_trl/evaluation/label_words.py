@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..encoding import Prompt, encode_prompts, encode_texts
+from ..errors import UserError
 from ..lm_head import LMHead, completion_hidden_states
 from .divergence import completion_losses, score_requests
 
@@ -51,9 +52,9 @@ def label_probabilities(
             prompt, or the tokens of one are, or begin, those of another.
     """
     if not prompts:
-        raise ValueError("There are no prompts to classify.")
+        raise UserError("There are no prompts to classify.")
     if isinstance(label_words, str) or len(label_words) < 2:
-        raise ValueError(f"Classification needs a list of at least two label words, got {label_words!r}.")
+        raise UserError(f"Classification needs a list of at least two label words, got {label_words!r}.")
     model.eval()
     prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     label_ids = [
@@ -90,16 +91,16 @@ def _label_ids(
     labels = []
     for word, ids in zip(label_words, joined, strict=True):
         if ids[: len(prompt_ids)] != prompt_ids:
-            raise ValueError(
+            raise UserError(
                 f"Prompt {index} ends within a token that reaches into the label word {word!r}. End the prompts "
                 "before the space, and begin the label words with it."
             )
         labels.append(ids[len(prompt_ids) :])
         if not labels[-1]:
-            raise ValueError(f"The label word {word!r} has no tokens behind prompt {index}. Choose another.")
+            raise UserError(f"The label word {word!r} has no tokens behind prompt {index}. Choose another.")
     for (word, ids), (other, other_ids) in permutations(zip(label_words, labels, strict=True), 2):
         if other_ids[: len(ids)] == ids:
-            raise ValueError(
+            raise UserError(
                 f"The tokens {ids} of the label word {word!r} are, or begin, those of {other!r} ({other_ids}), "
                 "so that it is never the less probable one. Choose words of which none begins another."
             )

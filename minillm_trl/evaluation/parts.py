@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.json_files import check_unchanged, read_json
-from ..whole_files import write_whole
+from ..whole_files import make_folder, write_whole
 
 
 class Parts:
@@ -36,7 +36,7 @@ class Parts:
 
     def put(self, name: str, value: Any) -> None:
         """Keep a part; it is there whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if name != "settings" and not (self.folder / "settings.json").is_file():
             self.put("settings", self.settings)
         write_whole(self.folder / f"{name}.json", json.dumps(value, ensure_ascii=False))

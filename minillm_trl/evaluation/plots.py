@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from ..errors import UserError
 from .calibration import CalibrationBin
 from .metrics import MeanInterval
 
@@ -236,7 +237,7 @@ def _new_figure() -> "Figure":
 def _check_names(title: str, names: Iterable[str]) -> None:
     number, most = len(list(names)), math.lcm(len(COLOURS), len(_MARKERS))
     if number > most:
-        raise ValueError(f"Plot {title!r} has {number} names; at most {most} can be told apart.")
+        raise UserError(f"Plot {title!r} has {number} names; at most {most} can be told apart.")
 
 
 def _line_style(names: Sequence[str], name: str) -> dict[str, Any]:

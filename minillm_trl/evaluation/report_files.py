@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-from ..whole_files import write_whole
+from ..whole_files import make_folder, write_whole
 from .plots import plot_png
 from .report import Record, Report
 from .report_html import html_page
@@ -18,7 +18,7 @@ def write_report(folder: Path, report: Report) -> None:
         folder (`Path`): gets `report.html`, `report.md`, `figures/` and, if the report has records, `comparison.csv`.
         report ([`~evaluation.report.Report`]): what to write.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "figures")
     for number, section in enumerate(report.sections):
         for figure, plot in enumerate(section.figures):
             write_whole(folder / _figure_path(number, figure), plot_png(plot))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..data.json_files import check, parse_json
+from ..errors import UserError
 from .calibration import CalibrationBin
 from .metrics import MeanInterval
 
@@ -181,15 +182,13 @@ def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
     """
     paths = [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
     if not paths:
-        raise ValueError(
-            f"{folder}: no results of `minillm-trl evaluate`, neither results.json nor TASK/results.json."
-        )
+        raise UserError(f"{folder}: no results of `minillm-trl evaluate`, neither results.json nor TASK/results.json.")
     tasks = {}
     for path in paths:
         try:
             result = _read_task(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not what `minillm-trl evaluate` writes ({error}). Evaluate again.") from error
+            raise UserError(f"{path}: not what `minillm-trl evaluate` writes ({error}). Evaluate again.") from error
         task = Path(result.settings["dataset"]).name if path.parent == folder else path.parent.name
         tasks[task] = result
     return EvaluatedModel(name, tasks)
@@ -207,7 +206,7 @@ def _read_task(path: Path) -> TaskResult:
         calibration = LabelCalibration(calibration["ece"], [CalibrationBin(**each) for each in calibration["bins"]])
     samples = _read_samples(path.with_name("samples.jsonl"), sample_type)
     if len(samples) != len(results["per_prompt"]):
-        raise ValueError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
+        raise UserError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
     found = TaskResult(
         settings=results["settings"],
         summary=_intervals(results["summary"]),
@@ -224,7 +223,7 @@ def _read_task(path: Path) -> TaskResult:
     )
     # some of lm-eval's measures, such as a perplexity, are no means over documents
     if not found.is_benchmark and any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
-        raise ValueError("a prompt lacks a measure of the summary")
+        raise UserError("a prompt lacks a measure of the summary")
     return found
 
 
@@ -236,7 +235,7 @@ def _read_samples(path: Path, sample_type: type) -> list[dict[str, Any]]:
             try:
                 samples.append(check(parse_json(line), sample_type))
             except ValueError as error:
-                raise ValueError(f"{path.name}:{number}: {error}") from error
+                raise UserError(f"{path.name}:{number}: {error}") from error
     return samples
 
 
@@ -287,13 +286,13 @@ def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
         texts = (("prompt", "on different prompts"), ("references", "with different references"))
         for key, said in texts if not one.is_benchmark else ():
             if [sample[key] for sample in one.samples] != [sample[key] for sample in two.samples]:
-                raise ValueError(f"{first} and {other} were evaluated {said} of {task}. Evaluate both alike.")
+                raise UserError(f"{first} and {other} were evaluated {said} of {task}. Evaluate both alike.")
         if one.settings["data_sha256"] != two.settings["data_sha256"]:
-            raise ValueError(f"{first} and {other} were evaluated on different data of {task}. Evaluate both alike.")
+            raise UserError(f"{first} and {other} were evaluated on different data of {task}. Evaluate both alike.")
     for (name, result), (other, another) in pairwise(_with_distance(results).items()):
         teachers = [each.settings["teacher"] for each in (result, another)]
         if teachers[0] != teachers[1]:
-            raise ValueError(
+            raise UserError(
                 f"{name} and {other}: the distance on {task} is to different teachers, {teachers[0]!r} and "
                 f"{teachers[1]!r}. Evaluate both with one of them."
             )
@@ -305,7 +304,7 @@ def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
 def _check_same(task: str, pair: Mapping[str, TaskResult], key: str) -> None:
     (first, one), (other, two) = pair.items()
     if one.settings[key] != two.settings[key]:
-        raise ValueError(
+        raise UserError(
             f"{first} and {other} were evaluated differently on {task}: {key} is {one.settings[key]!r} and "
             f"{two.settings[key]!r}. Evaluate both alike."
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.errors import nearest
+from ..errors import UserError
 
 # All but E2E, which ships with the package, are written by `minillm-trl prepare-data` into a folder of their name
 NAMED_TASKS = ("dolly", "selfinst", "vicuna", "sni", "unni", "e2e")
@@ -24,7 +25,7 @@ def find_tasks(words: Sequence[str], data_dir: Path) -> dict[str, str]:
     for word in words:
         for name, dataset in _datasets(word, data_dir):
             if name in tasks:
-                raise ValueError(f"--tasks names {name!r} twice. Give each a name of its own with NAME=DATASET.")
+                raise UserError(f"--tasks names {name!r} twice. Give each a name of its own with NAME=DATASET.")
             tasks[name] = dataset
     return tasks
 
@@ -33,7 +34,7 @@ def _datasets(word: str, data_dir: Path) -> list[tuple[str, str]]:
     name, equals, dataset = word.partition("=")
     if equals and not Path(word).exists():
         if not (name and dataset) or Path(name).name != name:
-            raise ValueError(f"--tasks {word}: expected NAME=DATASET with a name for a folder.")
+            raise UserError(f"--tasks {word}: expected NAME=DATASET with a name for a folder.")
         return [(name, dataset)]
     names = word.split(",")
     if all(each in NAMED_TASKS for each in names):
@@ -45,8 +46,8 @@ def _datasets(word: str, data_dir: Path) -> list[tuple[str, str]]:
         return [(path.name, word)]
     unknown = next((each for each in names if each not in NAMED_TASKS), word)
     if path.suffix or "/" in unknown:
-        raise ValueError(f"--tasks {unknown}: no such file.")
-    raise ValueError(
+        raise UserError(f"--tasks {unknown}: no such file.")
+    raise UserError(
         f"--tasks {unknown}: no such task, file or folder. Tasks: {', '.join(NAMED_TASKS)}."
         f"{nearest(unknown, NAMED_TASKS)}"
     )
@@ -56,7 +57,7 @@ def _prepared(name: str, data_dir: Path) -> str:
     folder = data_dir / name
     if name == "e2e" or folder.is_dir():
         return name if name == "e2e" else str(folder)
-    raise ValueError(
+    raise UserError(
         f"--tasks {name}: {folder} is not there. Make it with `minillm-trl prepare-data --task {name} --output_dir "
         f"{folder}` (--source names your copy), or name the folder that holds it with --data_dir."
     )

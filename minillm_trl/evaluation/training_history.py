@@ -5,6 +5,7 @@ from typing import Any, NotRequired, TypedDict
 
 from ..checkpoints import newest_whole_checkpoint
 from ..data.json_files import read_json
+from ..errors import UserError
 
 # Logged by evaluations during training, see `docs/metrics.md`
 EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")
@@ -42,9 +43,7 @@ def read_history(folder: Path) -> dict[str, dict[int, float]]:
     """
     checkpoint = newest_whole_checkpoint(folder)
     if checkpoint is None:
-        raise ValueError(
-            f"{folder}: no whole checkpoint with a trainer_state.json. Name the output_dir of a training."
-        )
+        raise UserError(f"{folder}: no whole checkpoint with a trainer_state.json. Name the output_dir of a training.")
     path = Path(checkpoint) / "trainer_state.json"
     history: dict[str, dict[int, float]] = {}
     for entry in read_json(path, _State, "This is not a trainer's state. Delete this checkpoint.")["log_history"]:

@@ -11,6 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.json_files import check, parse_json
+from ..errors import UserError
+from ..whole_files import make_folder, writing
 from .chat_client import ChatClient, ChatError, RequestRefused
 
 MAX_ASKED = 3  # times that a judge is asked until its reply can be parsed
@@ -57,7 +59,7 @@ def read_verdicts(path: Path) -> dict[str, Verdict]:
         try:
             values = check(parse_json(line), Verdict)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: no verdict of a judge ({error}). Delete this line, and it is asked for again."
             ) from error
         scores = None if values["scores"] is None else tuple(map(float, values["scores"]))
@@ -95,9 +97,10 @@ def collect_verdicts(
     missing = [key for key in requests if key not in verdicts]
     if not missing:
         return verdicts, {}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _drop_torn_line(path)
     with (
+        writing(path),
         open(path, "a", encoding="utf-8") as file,
         ThreadPoolExecutor(concurrency) as executor,
         tqdm(total=len(requests), initial=len(verdicts), desc="Judging", disable=not progress) as bar,
