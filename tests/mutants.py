@@ -1,4 +1,4 @@
-"""Mutants of a Python module: copies of its syntax tree with one small fault each, of the kinds that people make."""
+"""Mutants of a Python module: copies of its syntax tree, each with one small fault."""
 
 import ast
 import copy
@@ -42,13 +42,13 @@ NAMES = {
     **{"nansum": "nanmean", "zeros_like": "ones_like", "ones_like": "zeros_like", "zeros": "ones"},
     **{"new_zeros": "new_ones", "new_ones": "new_zeros", "first": "last"},
 }
-# Methods whose receiver may stand in their place
-PASSED_OVER = {
+# Methods that a mutant may skip: `x.detach()` becomes `x`
+SKIPPED_METHODS = {
     *("detach", "clone", "contiguous", "masked_fill", "masked_fill_", "clamp", "clamp_", "double", "float", "long"),
     *("bool", "int", "cpu", "to", "exp", "log", "abs", "neg_", "square", "sqrt", "softmax", "mul_", "div_", "add_"),
     *("sub_", "addcmul_", "cumsum", "flip", "nan_to_num", "copy", "strip", "lower", "requires_grad_", "eval"),
 }
-# Decorators that change what a function does, not how it is called
+# Decorators that change what a function computes, not how it is called
 DROPPED_DECORATORS = ("no_grad", "without_cudnn_attention", "inference_mode")
 # Calls whose arguments are messages
 MESSAGES = ("logger", "warnings", "logging")
@@ -59,13 +59,13 @@ class Mutant:
     """One fault of a module.
 
     Attributes:
-        id: module, function, operator and number, which edits elsewhere leave as it is.
+        id: module, function, operator and number; edits elsewhere in the module do not change it.
         path: of the changed node.
-        replacement: what stands there; None removes a statement.
-        lines: first and last line whose execution shows that a test runs the place; of the body where the fault is in
-            a signature.
+        replacement: the new node; None removes a statement.
+        lines: a test that executes a line of this range runs the fault; the function's body for a fault in its
+            signature.
         before, after: the changed code.
-        function_hash: of the code around, by which a stored result is known to be out of date.
+        function_hash: of the code around; a stored result with another hash is out of date.
     """
 
     id: str
@@ -113,7 +113,7 @@ class _Finder:
         yield from self._visit(self.tree, (), _Place("", (1, 10**9), ""))
 
     def _visit(self, node: ast.AST, path: Path, place: "_Place") -> Iterator[Mutant]:
-        if _is_passed_over(node):
+        if _is_left_alone(node):
             return
         place = place.inside(node)
         for operator, replacement in changes(node):
@@ -168,7 +168,7 @@ def _is_docstring(node: ast.AST, name: str, index: int) -> bool:
     return name == "body" and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
-def _is_passed_over(node: ast.AST) -> bool:
+def _is_left_alone(node: ast.AST) -> bool:
     """Messages, imports, and what only a type checker reads."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return True
@@ -284,8 +284,8 @@ def _of_call(node: ast.Call) -> Iterator[Change]:
     if isinstance(node.func, ast.Attribute):
         if node.func.attr in NAMES:
             yield "function", _with(node, func=_with(node.func, attr=NAMES[node.func.attr]))
-        if node.func.attr in PASSED_OVER and not _is_module(node.func.value):
-            yield "method passed over", node.func.value
+        if node.func.attr in SKIPPED_METHODS and not _is_module(node.func.value):
+            yield "skipped method", node.func.value
     for index, keyword in enumerate(node.keywords):
         if keyword.arg in ("min", "max"):
             other = _with(keyword, arg="max" if keyword.arg == "min" else "min")

@@ -2,15 +2,15 @@
 
     python tests/mutation_sweep.py [--modules objectives loss] [--share 0.3] [--seed 0] [--results FILE]
 
-1. `trace`: runs the tests in-process once, and notes which lines of `MODULES` each executes and how long it takes.
-2. For each mutant (see `mutants.py`) a fork of a process that has imported torch and TRL, but not the package, imports
-   the package with the fault in it and runs the tests of that line, quickest first, until one fails.
-3. The results are written after each mutant, so that the same command goes on where it was stopped. A mutant whose
-   function has changed since is run again; `--again survived` runs those again that no test saw.
+1. Run every test of `TESTS` once, and note which lines of `MODULES` it executes and how long it takes.
+2. For each mutant (see `mutants.py`), fork a process that has imported torch and TRL but not the package. The fork
+   imports the package with the fault and runs the tests of that line, quickest first, until one fails.
+3. Write the results after each mutant. The same command resumes an interrupted sweep; it repeats a mutant whose
+   function has changed. `--again survived` repeats the survivors.
 
-Tests that start processes of their own do not take part: their processes would not have the fault. What survives is to
-be looked at: is it equivalent, harmless (a message, a speed), or a hole in the tests? `--verdicts FILE` (a JSON of ids
-and words) puts the answers into the results.
+Tests that start processes are left out, because those processes would not have the fault. Look at every survivor: it
+is equivalent, harmless (it changes a message or a speed), or a missing test. `--verdicts FILE`, a JSON of texts by
+mutant, adds your findings to the results.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mutants import Mutant, apply, mutants
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minillm_trl"
 
-# What is mutated; files of a name may move. Which tests cover a line is traced, not listed.
+# What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
 MODULES = (
     *("objectives", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "rollouts", "teacher"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
@@ -63,7 +63,7 @@ TESTS = tuple(
 NOT_THOSE = "not distributed and not cli and not notebooks"
 PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
 SECONDS_A_MUTANT = 90.0  # of tests, by their time in the trace
-PATIENCE = 8.0  # times its time in the trace that a test may take; other processes may be at work
+PATIENCE = 8.0  # a test may take so many times its time in the trace, as the machine may be busy
 
 Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
 

@@ -228,7 +228,7 @@ class SlowMiniLLM:
 
     def _tokens(self, row: Row, student: torch.Tensor, teacher: torch.Tensor, constants: Constants) -> list[dict]:
         q, q_kd, p_kd = self.log_probs(student), self.kd_log_probs(student), self.kd_log_probs(teacher)
-        # PPO's ratio is to the behavior policy, or, where weights stand for that, to the student that sampled
+        # The clipped ratio is to mu under "token"; elsewhere a weight has q_old / mu, and the ratio is to q_old
         base = constants.behavior if self.options["importance_weighting"] == "token" else constants.old
         tokens = []
         for t in row.positions:

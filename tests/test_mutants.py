@@ -30,7 +30,7 @@ def changed_to(operator: str) -> list[str]:
         ("operation", ["total * mask.sum(dim=1).clamp(min=floor)"]),
         ("constant + 1", ["2", "2", "2"]),  # the floor and both dimensions
         ("constant", ["1.0"]),
-        ("method passed over", ["values", "mask.sum(dim=1)"]),
+        ("skipped method", ["values", "mask.sum(dim=1)"]),
         ("removed sign or negation", ["mask"]),
         ("swapped arguments", ["values.masked_fill(0.0, ~mask)"]),
         ("returned operand", ["return total", "return mask.sum(dim=1).clamp(min=floor)"]),

@@ -78,11 +78,11 @@ class Case:
     """A setting of the options.
 
     Attributes:
-        options: beside those of `COMMON`.
+        options: in addition to `COMMON`.
         reward_funcs: functions of one completion.
         texts: whether the corpus of L_PT is plain text, and not pairs.
         rollout_func: whether completions are written by `write_rollout` instead of sampled.
-        idle: options that have no effect beside the others of the case.
+        idle: options that have no effect given the others of the case.
     """
 
     options: dict
