@@ -297,6 +297,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for identity in [name for name in results if name.split("::")[0] == module and name not in known]:
             del results[identity]
         for mutant in found:
+            if arguments.only not in mutant.id:
+                continue
             draw = random.Random(f"{arguments.seed} {mutant.id}").random()  # so that a larger share adds to a smaller
             stored = results.get(mutant.id, {})
             current = stored.get("function_hash") == mutant.function_hash
@@ -352,6 +354,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", default=MODULES, choices=MODULES, metavar="MODULE")
+    parser.add_argument("--only", default="", help="part of the mutants' ids, such as the name of a function")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", nargs="+", default=(), help="outcomes to run again, such as survived")
