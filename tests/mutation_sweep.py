@@ -62,7 +62,7 @@ TESTS = tuple(
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
 PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
-SECONDS_A_MUTANT = 90.0  # of tests, by their time in the trace
+SECONDS_A_MUTANT = 45.0  # of tests, by their time in the trace
 PATIENCE = 8.0  # a test may take so many times its time in the trace, as the machine may be busy
 
 Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
@@ -221,7 +221,8 @@ def trace_tests(files: dict[str, Path], tests: Sequence[str]) -> Trace:
 def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
     """The trace in `path`, made where there is none or the code has changed."""
     digest = hashlib.sha1()
-    for source in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")]):
+    own = {Path(__file__), Path(__file__).with_name("mutants.py")}
+    for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")} - own):
         digest.update(source.read_bytes())
     if path.is_file():
         stored = json.loads(path.read_text())
@@ -232,17 +233,15 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
     return trace
 
 
-def covering_tests(mutant: Mutant, module: str, trace: Trace) -> list[str]:
-    """The tests that run the mutant's place, quickest first, within the time of a mutant."""
+def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str]) -> list[str]:
+    """The tests that execute the mutant's lines within its time: quick tests and those that killed many come first."""
     first, last = mutant.lines
     covering = [
-        (entry["seconds"], name)
-        for name, entry in trace.items()
-        if any(first <= line <= last for line in entry["lines"].get(module, ()))
+        name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
     ]
     chosen, total = [], 0.0
-    for seconds, name in sorted(covering):
-        total += seconds
+    for name in sorted(covering, key=lambda name: trace[name]["seconds"] / (1 + kills[name])):
+        total += trace[name]["seconds"]
         if chosen and total > SECONDS_A_MUTANT:
             break
         chosen.append(name)
@@ -305,7 +304,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
             if draw >= arguments.share or (current and stored["outcome"] not in arguments.again):
                 continue
             start = time.monotonic()
-            outcome = try_mutant(mutant, path, covering_tests(mutant, module, trace), trace)
+            kills = Counter(result.get("by") for result in results.values())
+            outcome = try_mutant(mutant, path, covering_tests(mutant, module, trace, kills), trace)
             results[mutant.id] = {
                 "line": mutant.lines[0],
                 "before": mutant.before[:200],
