@@ -17,12 +17,8 @@ help:
 	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
 	@echo "make test      lint and all tests"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
-<<<<<<< HEAD
 	@echo "make lint      ruff, and the ban list of the style guide"
-=======
 	@echo "make mutation-sweep  small faults in the core, and which test sees each (SWEEP_ARGS='--share 0.1' for some; hours)"
-	@echo "make lint      ruff alone"
->>>>>>> 92a71c6 (make mutation-sweep, and a paragraph on it)
 	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
 	@echo "make clean     remove .venv and caches"
 

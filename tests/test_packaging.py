@@ -4,6 +4,8 @@ import ast
 import inspect
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +41,13 @@ def test_constraints_lie_in_the_declared_ranges(name: str):
         for part in pin.specifier:
             if part.operator == "==":
                 assert declared[pin.name].contains(part.version), pin
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_names_every_target():
+    listed = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^make ([\w-]+) ", listed, re.MULTILINE)) == {*targets.split()} - {"help"}
 
 
 def test_data_ships_with_its_attribution():
