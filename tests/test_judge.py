@@ -398,9 +398,9 @@ class TestClient:
     @pytest.mark.parametrize(
         ("status", "message"),
         [
-            (401, "lets nobody in: HTTP 401, 'said to Bearer (key)'. Check the key in OPENAI_API_KEY."),
-            (403, "lets nobody in: HTTP 403"),
-            (404, "is not there, or has no model 'judge': HTTP 404"),
+            (401, "rejected the API key: HTTP 401, 'said to Bearer (key)'. Check the key in OPENAI_API_KEY."),
+            (403, "rejected the API key: HTTP 403"),
+            (404, "does not exist, or has no model 'judge': HTTP 404"),
             (302, "does not answer as an OpenAI-compatible endpoint: HTTP 302"),
             (405, "does not answer as an OpenAI-compatible endpoint: HTTP 405"),
         ],
@@ -411,6 +411,11 @@ class TestClient:
         assert KEY not in repr(error)
         assert not isinstance(error, RequestRefused)
         assert (len(server.bodies), waits) == (1, [])
+
+    def test_redirect_is_not_followed(self, server: Server):
+        error, _ = self.ask(server, [(307, {"Location": f"{server.url}/chat/completions"}, "")])
+        assert "does not answer as an OpenAI-compatible endpoint: HTTP 307" in str(error)
+        assert len(server.bodies) == 1
 
     def test_missing_key_is_named(self, server: Server):
         server.script = [401]
@@ -476,7 +481,7 @@ class TestClient:
 
 class TestVerdicts:
     def collect(self, server: Server, path: Path, count: int, concurrency: int = 1, parse=parse_scores):
-        requests = {f"k{i}": {"model": "judge", "number": i} for i in range(count)}
+        requests = {f"k{i}": {"model": "judge", "messages": [], "number": i} for i in range(count)}
         with ChatClient(server.url, sleep=lambda _: None, max_retries=2) as client:
             return collect_verdicts(requests, path, client, parse, concurrency=concurrency, progress=False)
 
@@ -559,7 +564,7 @@ class TestVerdicts:
             return 401
 
         server.reply = reply
-        with pytest.raises(ChatError, match=r"lets nobody in.* 1 of 20 verdicts"):
+        with pytest.raises(ChatError, match=r"rejected the API key.* 1 of 20 verdicts"):
             self.collect(server, path, 20, concurrency=2)
         assert late.is_set()
         assert [each.key for each in read_verdicts(path).values()] == ["k0"]
@@ -567,8 +572,8 @@ class TestVerdicts:
 
     def test_waiting_for_a_retry_ends_when_another_request_fails_for_good(self, server: Server, tmp_path: Path):
         server.reply = lambda body: (429, {"Retry-After": "20"}, "") if body["number"] == 0 else 401
-        requests = {f"k{number}": {"number": number} for number in range(9)}
-        with ChatClient(server.url) as client, pytest.raises(ChatError, match="lets nobody in"):
+        requests = {f"k{number}": {"model": "judge", "messages": [], "number": number} for number in range(9)}
+        with ChatClient(server.url) as client, pytest.raises(ChatError, match="rejected the API key"):
             collect_verdicts(
                 requests, tmp_path / "verdicts.jsonl", client, parse_scores, concurrency=2, progress=False
             )
@@ -729,7 +734,10 @@ class TestCommand:
         words = self.words(server, tmp_path, runs["sft"], "--api_key_env", "MY_KEY", "--concurrency", 1)
         result = run_module("minillm_trl", *words)
         assert result.returncode == 2
-        assert "lets nobody in: HTTP 401, 'said to Bearer (key)'. Check the key in MY_KEY. 1 of 4 ver" in result.stderr
+        assert (
+            "rejected the API key: HTTP 401, 'said to Bearer (key)'. Check the key in MY_KEY. 1 of 4 ver"
+            in result.stderr
+        )
         monkeypatch.setenv("MINILLM_TRL_TRACEBACK", "1")
         with pytest.raises(ChatError) as caught:
             main(words)
@@ -794,6 +802,13 @@ class TestCommand:
         error = capsys.readouterr().err
         assert "minillm-trl judge: http://127.0.0.1:9/v1/chat/completions failed 1 times" in error
         assert "0 of 4 verdicts" in error
+
+    def test_missing_client_is_named_before_anything_is_read(self, tmp_path, runs, server, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "openai", None)
+        assert main(self.words(server, tmp_path, runs["sft"], "--dry_run")) == 0  # an estimate needs no client
+        assert main(self.words(server, tmp_path, tmp_path / "no_run")) == 2
+        assert "pip install 'minillm-trl[judge]'" in capsys.readouterr().err
+        assert server.bodies == []
 
     def test_unparsed_and_refused_verdicts_are_reported(self, server: Server, tmp_path, runs, capsys):
         def reply(body: dict):

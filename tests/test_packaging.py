@@ -31,7 +31,9 @@ def test_public_names_can_be_imported():
 @pytest.mark.parametrize("name", ["cpu", "v100"])
 def test_constraints_lie_in_the_declared_ranges(name: str):
     project = PROJECT["project"]
-    extras = [each for name in ("deepspeed", "docs", "eval") for each in project["optional-dependencies"][name]]
+    extras = [
+        each for name in ("deepspeed", "docs", "eval", "judge") for each in project["optional-dependencies"][name]
+    ]
     requirements = map(Requirement, [*project["dependencies"], *extras])
     declared = {each.name: each.specifier for each in requirements}
     lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()

@@ -10,7 +10,7 @@ from typing import Any
 from .. import __version__
 from ..data.errors import shortened
 from ..errors import UserError
-from ..evaluation.chat_client import ChatClient, check_base_url
+from ..evaluation.chat_client import ChatClient, check_base_url, check_installed
 from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores, make_pairs, parse_scores, score_pairs
 from ..evaluation.report import Column, Row, Table, format_table
 from ..evaluation.results import read_evaluation
@@ -121,6 +121,8 @@ def _extra_body(text: str) -> dict[str, Any]:
 
 def _check(arguments: argparse.Namespace) -> None:
     check_base_url(arguments.base_url)
+    if not arguments.dry_run:
+        check_installed()
     for name in ("samples_per_prompt", "max_tokens", "concurrency", "timeout", "max_rows"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:

@@ -1,23 +1,26 @@
-"""Asks an OpenAI-compatible endpoint for chat completions, again where a failure may pass."""
+"""Asks an OpenAI-compatible endpoint for chat completions, through the `openai` client (extra `judge`)."""
 
+import importlib.util
 import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
-import httpx2
+from ..errors import MissingPackageError, UserError
 
-from ..errors import UserError
+if TYPE_CHECKING:
+    from openai import APIStatusError
 
-LONGEST_BACKOFF = 60.0
-LONGEST_WAIT = 300.0  # that a server may ask for; what it wants beyond is for another day
+MAX_BACKOFF = 60.0
+MAX_REQUESTED_WAIT = 300.0  # a server that asks for more is given up
 
 _TRANSIENT = (408, 429)  # and all of 500 and above
 _REFUSED = (400, 413, 422)
-_SHOWN = 200  # characters of what a server says in an error
+_MAX_SHOWN = 200  # characters of a server's message in an error
 
 
 class ChatError(UserError):
@@ -25,11 +28,11 @@ class ChatError(UserError):
 
 
 class RequestRefused(ChatError):
-    """The endpoint refuses this request for what is in it (400, 413, 422); others may pass."""
+    """The endpoint refuses the content of this request (400, 413, 422); other requests may pass."""
 
 
 class _Transient(Exception):
-    """A failure that may pass; `wait` are the seconds that the server asks for."""
+    """A failure that may pass; `wait` is the number of seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -44,7 +47,7 @@ class ChatReply:
         text (`str`): of the first choice, empty if it has none.
         model (`str`, *optional*): the model that answered, as the endpoint names it.
         prompt_tokens, completion_tokens (`int`): as the endpoint counts them, 0 if it does not.
-        retries (`int`): failed tries before it.
+        retries (`int`): failed attempts before it.
     """
 
     text: str
@@ -59,14 +62,14 @@ class ChatClient:
 
     Args:
         base_url (`str`): the endpoint without `/chat/completions`, such as `http://localhost:8000/v1`.
-        api_key (`str`, *optional*): sent as a bearer token, and struck out of all that the endpoint says.
+        api_key (`str`, *optional*): sent as a bearer token, and removed from everything that the endpoint says.
         key_name (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): environment variable of the key, for messages.
         timeout (`float`, *optional*, defaults to `120.0`): seconds to wait for an answer.
-        max_retries (`int`, *optional*, defaults to `6`): tries after the first one of a request.
+        max_retries (`int`, *optional*, defaults to `6`): attempts after the first one of a request.
         sleep (`Callable`, *optional*): waits for some seconds; by default until [`stop`] at most.
 
     Raises:
-        ValueError: if the address or the key cannot be used; without the key.
+        UserError: if the address or the key cannot be used (without showing the key), or openai is not installed.
     """
 
     def __init__(
@@ -81,15 +84,26 @@ class ChatClient:
     ):
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
             raise UserError(f"{key_name} holds characters that no HTTP header carries. Set it to the key alone.")
-        self.url = f"{check_base_url(base_url)}/chat/completions"
+        base_url = check_base_url(base_url)
+        check_installed()
+        from openai import DefaultHttpxClient, OpenAI, omit  # takes a second to import, and only a judge needs it
+
+        self.url = f"{base_url}/chat/completions"
         self._api_key = api_key
         self._key_name = key_name
         self._timeout = timeout
         self._max_retries = max_retries
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx2.Client(headers=headers, timeout=timeout)
+        self._headers = None if api_key else {"Authorization": omit}
+        # The client itself would wait where `stop` cannot wake it, back off for 8 s at most, and pass broken replies
+        self._client = OpenAI(
+            base_url=base_url,
+            api_key=api_key or "none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=DefaultHttpxClient(follow_redirects=False),  # answers go to the given address only
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -98,18 +112,18 @@ class ChatClient:
         self._client.close()
 
     def stop(self) -> None:
-        """Let no request be begun or tried again, from any thread; those on their way are still answered."""
+        """Prevent new requests and retries, from any thread; requests in flight are still answered."""
         self._stopped.set()
 
     def complete(self, body: dict[str, Any]) -> ChatReply:
-        """Ask for a completion; after 408, 429, 5xx, a time-out, a lost connection or a broken reply again.
+        """Ask for a completion; retry after 408, 429, 5xx, a time-out, a lost connection or a broken reply.
 
         Args:
             body (`dict`): of the request: `model`, `messages` and parameters.
 
         Raises:
-            RequestRefused: if the endpoint refuses what the request holds.
-            ChatError: if it refuses all, or failed once more than `max_retries` times.
+            RequestRefused: if the endpoint refuses the content of the request.
+            ChatError: if it refuses every request, or failed more than `max_retries` times.
         """
         retries = 0
         while not self._stopped.is_set():
@@ -124,74 +138,87 @@ class ChatClient:
         if retries == self._max_retries:
             raise ChatError(
                 f"{self.url} failed {retries + 1} times, last with {failure}. Check that it runs and that --base_url "
-                "is right, or ask it for less at a time with --concurrency."
+                "is right, or send fewer requests at a time with --concurrency."
             ) from failure
-        if failure.wait is not None and failure.wait > LONGEST_WAIT:
+        if failure.wait is not None and failure.wait > MAX_REQUESTED_WAIT:
             raise ChatError(f"{self.url} asks to wait for {failure.wait:.0f} s ({failure}).") from failure
         self._sleep(seconds_before_retry(retries, failure.wait))
 
     def _try(self, body: dict[str, Any], retries: int) -> ChatReply:
-        try:
-            response = self._client.post(self.url, json=body)
-        except httpx2.TimeoutException as error:
-            raise _Transient(f"no answer within {self._timeout:g} s") from error
-        except httpx2.RequestError as error:
-            raise _Transient(f"{type(error).__name__} ({error})") from error
-        status = response.status_code
-        if status in _TRANSIENT or status >= 500:
-            raise _Transient(self._said(response), _retry_after(response.headers.get("Retry-After")))
-        if status in _REFUSED:
-            raise RequestRefused(f"{self.url} refuses a request: {self._said(response)}.")
-        if status in (401, 403):
-            fix = f"Check the key in {self._key_name}" if self._api_key else f"No key was sent: set {self._key_name}"
-            raise ChatError(f"{self.url} lets nobody in: {self._said(response)}. {fix}.")
-        if status == 404:
-            raise ChatError(
-                f"{self.url} is not there, or has no model {body.get('model')!r}: {self._said(response)}. Check "
-                "--base_url, which often ends with /v1, and --judge_model."
-            )
-        if status != 200:
-            raise ChatError(f"{self.url} does not answer as an OpenAI-compatible endpoint: {self._said(response)}.")
-        return self._read(response, retries)
+        from openai import APIConnectionError, APIStatusError, APITimeoutError
 
-    def _read(self, response: httpx2.Response, retries: int) -> ChatReply:
         try:
-            reply = response.json()
-            text = reply["choices"][0]["message"]["content"]
-            usage = reply.get("usage") or {}
-            tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
+            response = self._client.chat.completions.with_raw_response.create(
+                model=body["model"], messages=body["messages"], extra_body=body, extra_headers=self._headers
+            )
+        except APITimeoutError as error:
+            raise _Transient(f"no answer within {self._timeout:g} s") from error
+        except APIConnectionError as error:
+            raise _Transient(f"{type(error.__cause__).__name__} ({error.__cause__})") from error
+        except APIStatusError as error:
+            raise self._failure(error, body) from None  # the client's error shows the message with the key
+        try:
+            reply = response.parse()
+            text = reply.choices[0].message.content
             if not isinstance(text, str | None):
                 raise TypeError(f"content is a {type(text).__name__}")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Transient(f"a reply that is no chat completion: {self._said(response)}") from error
-        return ChatReply(self._without_key(text or ""), reply.get("model"), *tokens, retries)
+            tokens = [int(getattr(reply.usage, f"{kind}_tokens", None) or 0) for kind in ("prompt", "completion")]
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            raise _Transient(f"a reply that is no chat completion: HTTP 200{self._quoted(response.text)}") from error
+        return ChatReply(self._without_key(text or ""), reply.model, *tokens, retries)
 
-    def _said(self, response: httpx2.Response) -> str:
-        """Status and message of a response, short and without the key."""
-        try:
-            text = str(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            text = response.text
+    def _failure(self, error: "APIStatusError", body: dict[str, Any]) -> Exception:
+        """Return the error for an answer that is not 200, with the status, and the message without the key."""
+        status, message = error.status_code, error.body
+        if isinstance(message, dict):
+            message = message.get("message") or error.response.text
+        said = f"HTTP {status}{self._quoted(str(message))}"
+        if status in _TRANSIENT or status >= 500:
+            return _Transient(said, _retry_after(error.response.headers.get("Retry-After")))
+        if status in _REFUSED:
+            return RequestRefused(f"{self.url} refuses a request: {said}.")
+        if status in (401, 403):
+            fix = f"Check the key in {self._key_name}" if self._api_key else f"No key was sent: set {self._key_name}"
+            return ChatError(f"{self.url} rejected the API key: {said}. {fix}.")
+        if status == 404:
+            return ChatError(
+                f"{self.url} does not exist, or has no model {body['model']!r}: {said}. Check --base_url, which often "
+                "ends with /v1, and --judge_model."
+            )
+        return ChatError(f"{self.url} does not answer as an OpenAI-compatible endpoint: {said}.")
+
+    def _quoted(self, text: str) -> str:
         text = " ".join(self._without_key(text).split()).rstrip(".")  # before it is cut, which would leave a part
-        return f"HTTP {response.status_code}, {text[:_SHOWN]!r}" if text else f"HTTP {response.status_code}"
+        return f", {text[:_MAX_SHOWN]!r}" if text else ""
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._api_key, "(key)") if self._api_key else text
 
 
-def check_base_url(base_url: str) -> str:
-    """The address without a slash at its end.
+def check_installed() -> None:
+    """Check that the `openai` client is there.
 
     Raises:
-        ValueError: if it is no address of an endpoint, or holds what may be a secret, which is not shown.
+        MissingPackageError: if it is not, with the command that installs it.
+    """
+    if importlib.util.find_spec("openai") is None:
+        raise MissingPackageError("A judge needs openai, which is not installed: pip install 'minillm-trl[judge]'")
+
+
+def check_base_url(base_url: str) -> str:
+    """Return the address without a slash at its end.
+
+    Raises:
+        UserError: if it is not the address of an endpoint, or holds a possible secret, which is not shown.
     """
     try:
-        url = httpx2.URL(base_url)
-    except (httpx2.InvalidURL, UnicodeEncodeError) as error:
-        raise UserError("--base_url is no address. Give one like http://localhost:8000/v1.") from error
-    if url.userinfo or url.query or url.fragment:
+        url = urlsplit(base_url)
+        _ = url.port  # raises if it is not a number
+    except ValueError:
+        raise UserError("--base_url is no address. Give one like http://localhost:8000/v1.") from None
+    if "@" in url.netloc or url.query or url.fragment:
         raise UserError("--base_url must end with its path. A key goes into an environment variable: --api_key_env.")
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.hostname:
         raise UserError(f"--base_url {base_url} is no http or https address. Give one like http://localhost:8000/v1.")
     if url.path.rstrip("/").endswith("/chat/completions"):
         raise UserError(f"--base_url {base_url}: leave out /chat/completions, which is added.")
@@ -199,20 +226,20 @@ def check_base_url(base_url: str) -> str:
 
 
 def seconds_before_retry(retries: int, asked: float | None) -> float:
-    """How long to wait: as long as the server asks for, or 1, 2, 4, ... up to 60 seconds; both with jitter.
+    """Return how long to wait: as long as the server asks for, or 1, 2, 4, ... up to 60 seconds; both with jitter.
 
     Args:
-        retries (`int`): tries again so far.
-        asked (`float`, *optional*): seconds that the server asks for. The wait is up to a second longer; without
-            them it is the half of the power of two or more.
+        retries (`int`): retries so far.
+        asked (`float`, *optional*): seconds that the server asks for. The wait is up to a second longer; without them
+            it is between a half and the whole of the power of two.
     """
     if asked is not None:
         return asked + random.random()
-    return min(LONGEST_BACKOFF, 2.0**retries) * random.uniform(0.5, 1.0)
+    return min(MAX_BACKOFF, 2.0**retries) * random.uniform(0.5, 1.0)
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which may also be a date; None if there is none that can be read."""
+    """Return the seconds of a `Retry-After` header, which may also be a date; None if it is missing or unreadable."""
     if header is None:
         return None
     if header.strip().isdecimal():
