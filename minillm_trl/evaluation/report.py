@@ -197,11 +197,6 @@ def best_students(table: Table) -> set[tuple[str, str]]:
     return best
 
 
-def shown_outputs(sample: Sample) -> list[tuple[str, str]]:
-    """The answers by model, with a word for an empty one."""
-    return [(name, text if text.strip() else "(empty)") for name, text in sample.outputs.items()]
-
-
 def _value(cell: Cell | None) -> float:
     if cell is None or isinstance(cell, str):
         return math.nan

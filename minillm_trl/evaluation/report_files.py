@@ -1,14 +1,23 @@
-"""Writes a report: `report.html` (one self-contained file), `report.md` with figures, and `comparison.csv`."""
+"""Writes a report: `report.html` (one self-contained file), `report.md` with figures, and `comparison.csv`.
+
+The pages are jinja templates in `templates/`: a change of their looks needs no Python.
+"""
 
 import csv
+import html
 import io
+import re
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ..whole_files import make_folder, write_whole
-from .plots import plot_png
-from .report import Record, Report
-from .report_html import html_page
-from .report_markdown import markdown_page
+from .plots import plot_png, plot_svg
+from .report import Record, Report, best_students, format_cells
+
+_TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -24,8 +33,40 @@ def write_report(folder: Path, report: Report) -> None:
             write_whole(folder / _figure_path(number, figure), plot_png(plot))
     if report.records:
         write_whole(folder / "comparison.csv", _csv(report.records).encode())
-    write_whole(folder / "report.md", markdown_page(report, _figure_path).encode())
+    write_whole(folder / "report.md", markdown_page(report).encode())
     write_whole(folder / "report.html", html_page(report).encode())
+
+
+def html_page(report: Report) -> str:
+    """Return the report as HTML, with a table of contents if it has more than one section."""
+    pages = _environment(autoescape=True, finalize=_stripped)
+    headings = [re.sub(r"[^a-z0-9]+", "-", section.heading.lower()) for section in report.sections]
+    anchors = [f"part-{number}-{heading}" for number, heading in enumerate(headings)]  # unique within the page
+    return pages.get_template("report.html.jinja").render(report=report, anchors=anchors, plot_svg=plot_svg)
+
+
+def markdown_page(report: Report) -> str:
+    """Return the report as Markdown, which refers to the figures that [`write_report`] writes."""
+    pages = _environment(finalize=_escape_markdown)
+    return pages.get_template("report.md.jinja").render(report=report, figure_path=_figure_path)
+
+
+def _environment(**options: Any) -> Environment:
+    environment = Environment(loader=_TEMPLATES, undefined=StrictUndefined, keep_trailing_newline=True, **options)
+    environment.globals.update(best_students=best_students, format_cells=format_cells)
+    return environment
+
+
+def _stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
+
+
+def _escape_markdown(value: Any) -> Any:
+    """Return a text so that Markdown shows it as it is, on one line; what the template calls safe is not changed."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    escaped = re.sub(r"([\\`*_~$|\[\]])", r"\\\1", html.escape(value.strip(), quote=False))
+    return "<br>".join(escaped.splitlines())
 
 
 def _figure_path(section: int, figure: int) -> str:
