@@ -10,12 +10,13 @@ INSTALLED := $(VENV)/.installed
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-trl mutation-sweep lint docs clean
+.PHONY: help demo test test-all test-trl mutation-sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
-	@echo "make test      lint and all tests"
+	@echo "make test      lint and the tests, but for those marked slow"
+	@echo "make test-all  lint and all tests, the slow ones too"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
 	@echo "make lint      ruff, and the ban list of the style guide"
 	@echo "make mutation-sweep  small faults in the core, and which test sees each (SWEEP_ARGS='--share 0.1' for some; hours)"
@@ -33,6 +34,9 @@ demo: $(INSTALLED)
 	DS_ACCELERATOR=cpu $(BIN)/minillm-trl demo $(DEMO_ARGS)
 
 test: lint
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-trl: $(INSTALLED)
