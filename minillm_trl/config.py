@@ -11,6 +11,7 @@ from .errors import UserError
 from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
+from .processes import choose_device
 
 # Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
 _RESHAPING_FIELDS: dict[str, tuple] = {
@@ -320,6 +321,7 @@ class MiniLLMConfig(GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        choose_device(self)
         choose_precision(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         single = self.num_generations == 1

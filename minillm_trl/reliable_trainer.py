@@ -33,6 +33,7 @@ from .checkpoints import (
 )
 from .finite_steps import FiniteSteps
 from .interruption import Terminated, note_sigterm
+from .processes import check_processes
 from .random_state import random_state, set_random_state
 
 logger = logging.get_logger(__name__)
@@ -48,10 +49,13 @@ class ReliableTrainer(FiniteSteps):
     - An optimizer step with a number that is not finite, on any process, is skipped on all, counted and explained;
       `args.max_nonfinite_steps` in a row end the run.
 
+    - A process that does not know about the others of its launch is refused, see [`check_processes`].
+
     It stands before a TRL trainer among the base classes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        check_processes()
         super().__init__(*args, **kwargs)
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._resumed_state: dict[str, Any] | None = None

@@ -87,11 +87,20 @@ class RunRecord(TrainerCallback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if self.attempt["status"] == "running":
-            self.attempt["status"] = "finished"
+        if error is None:
+            try:
+                PartialState().wait_for_everyone()  # a run has not finished if another process of it failed
+            except BaseException as failure:
+                self._end(failure)
+                raise
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self.attempt["status"] = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-            self.attempt["error"] = f"{kind.__name__}: {error}"
+            self.attempt["error"] = f"{type(error).__name__}: {error}"
+        elif self.attempt["status"] == "running":
+            self.attempt["status"] = "finished"
         if isinstance(error, Exception) and not isinstance(error, UserError):  # a message of ours says it all
             self.attempt["traceback"] = "".join(format_exception(error))
         self.attempt["ended"] = _now()

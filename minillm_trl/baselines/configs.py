@@ -9,6 +9,7 @@ from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from ..errors import UserError
 from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
+from ..processes import choose_device
 from .teacher_data import default_teacher_data_dir
 
 _SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
@@ -67,6 +68,7 @@ class FineTuningConfig(SFTConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
     def __post_init__(self) -> None:
+        choose_device(self)
         choose_precision(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()

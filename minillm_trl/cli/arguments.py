@@ -16,6 +16,7 @@ from trl import TrlParser
 from ..data.errors import shortened
 from ..data.json_files import check, parse_json, read_json
 from ..errors import UserError
+from ..optional_packages import check_packages
 from .launch import is_launched, launch_options, read_flags
 from .yaml_file import read_yaml
 
@@ -180,7 +181,8 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
 
     Raises:
         ValueError: for YAML that cannot be read, unknown keys and flags (with the nearest right name) and wrong
-            values; for YAML with file and line.
+            values, for YAML with file and line; for a package that is not installed; for a process that does not know
+            about the others of its launch.
     """
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
@@ -203,11 +205,18 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
         ) from error
     # what follows the dataclasses is a namespace with --config, which only the help needs
     instances = tuple(values[: len(parser.dataclass_types)])
-    for name, value in (each for instance in instances for each in vars(instance).items()):
+    settings = {name: value for instance in instances for name, value in vars(instance).items()}
+    for name, value in settings.items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"{name} must be a number, got {value}.")
+    check_packages(settings)
     flags = read_flags(from_yaml, from_cli)
-    return instances, {} if is_launched() else flags
+    if flags and not is_launched():
+        return instances, flags
+    from ..processes import check_processes  # accelerate takes seconds, and has been imported by now
+
+    check_processes()
+    return instances, {}
 
 
 def check_config(parser: Parser, path: Path) -> None:

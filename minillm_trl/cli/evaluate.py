@@ -112,6 +112,9 @@ def run(argv: list[str]) -> int:
     if launch:
         return hand_over("evaluate", argv, launch)
     _check(arguments)
+    from ..processes import connected_state
+
+    state = connected_state()
     # folder and dataset of each task; all are read before a model is loaded
     sources = {arguments.output_dir: arguments.dataset}
     if arguments.tasks is not None:
@@ -126,10 +129,7 @@ def run(argv: list[str]) -> int:
     ]
     if not todo:
         return 0
-    from accelerate import PartialState
-
     parts = {folder: Parts(folder / "unfinished", settings[folder]) for folder in todo}
-    state = PartialState()
     state.wait_for_everyone()  # all have seen the same before one of them writes
     tokenizer, model, teacher = _load_models(arguments, [(sources[folder], prompts[folder]) for folder in todo])
     for folder in todo:

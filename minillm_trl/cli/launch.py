@@ -113,11 +113,15 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
     flags = dict(flags)
     if "--accelerate_config" in flags:
         flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
-    if (path := flags.get("--config_file")) is not None and not isinstance(read_yaml(Path(path))[0], dict):
+    config, path = {}, flags.get("--config_file")
+    if path is not None and not isinstance(config := read_yaml(Path(path))[0], dict):
         raise UserError(f"{path}: not a configuration of `accelerate launch`, which has `name: value` lines.")
     words = [word for pair in flags.items() for word in pair if word is not None]
     arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
-    with patch_environment(**{LAUNCHED: "1", _FLAGS: given}):
+    variables = {LAUNCHED: "1", _FLAGS: given}
+    if config.get("use_cpu"):  # which accelerate tells a single process alone
+        variables["ACCELERATE_USE_CPU"] = "true"
+    with patch_environment(**variables):
         try:
             launch_command(arguments)
         except subprocess.CalledProcessError as error:  # the process has said what was wrong

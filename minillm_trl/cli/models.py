@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..data.errors import nearest
 from ..end_tokens import find_turn_end, has_generation_config
 from ..errors import UserError
+from ..processes import launched_on_cpu
 from ..quantization import keep_4bit_layout
 from .adapters import Adapter, find_adapter, is_adapter
 from .model_files import explained, load_causal_lm
@@ -90,7 +91,7 @@ def load_model(
 
     `name` may also be that of an adapter alone, which then goes into the base that it names.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not launched_on_cpu() else "cpu"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
         model = found.load_merged(dtype, trust_remote_code, allow_pickled_weights)
