@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -15,6 +17,41 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 # Of subprocesses: offline, one thread each, since tests run side by side
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+# Marks of tests that start processes, each of which imports libraries for seconds before it does anything
+PROCESSES = {"cli", "distributed", "notebooks"}
+
+
+def marks(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes as slow, except the smoke tests."""
+    for item in items:
+        if marks(item) & PROCESSES and "smoke" not in marks(item):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that starts Python although no mark of it says so: `make test` has to stay quick."""
+    if marks(item) & {"slow", "smoke"}:
+        return (yield)
+    start = subprocess.Popen.__init__
+
+    def refuse_python(process: subprocess.Popen, command: object, *arguments: object, **options: object) -> None:
+        words = [command] if isinstance(command, str | os.PathLike) else list(command)
+        if "python" in os.path.basename(os.fspath(words[0])):
+            pytest.fail(
+                f"starts {words[0]}: call it in this process, or mark the test with one of {sorted(PROCESSES)}"
+            )
+        start(process, command, *arguments, **options)
+
+    with mock.patch.object(subprocess.Popen, "__init__", refuse_python):
+        return (yield)
 
 
 def run_module(*words: object, **options: object) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""The real command line: runs in subprocesses, and mistakes answered with one clear message."""
+"""The command line: runs, some in processes of their own, and mistakes answered with one clear message."""
 
 import json
 import os
@@ -13,8 +13,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from minillm_trl.checkpoints import record_files
 from minillm_trl.cli import SUBCOMMANDS, main
 from minillm_trl.cli.launch import LAUNCHED, accelerate_config_path, hand_over, read_flags
-
-pytestmark = pytest.mark.cli
 
 TRAINING = [
     "--use_cpu",
@@ -36,6 +34,11 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess:
     return run_module("minillm_trl", *arguments)
 
 
+def finish(*arguments: object) -> None:
+    """Run a command in this process; it must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
 def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     """The message of a command that must end with status 2."""
     assert main([str(argument) for argument in arguments]) == 2
@@ -51,6 +54,8 @@ def data_file(tmp_path: Path) -> Path:
 
 
 class TestTopLevel:
+    @pytest.mark.cli
+    @pytest.mark.smoke  # imports hardly anything
     def test_help_names_every_subcommand_without_importing_torch(self):
         code = "import sys; from minillm_trl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -230,6 +235,8 @@ class TestLaunchFlags:
 
 
 class TestRuns:
+    @pytest.mark.cli
+    @pytest.mark.smoke
     def test_sft_then_minillm_by_yaml_then_generate_and_evaluate(self, tmp_path, model_dir, data_file):
         student, distilled = tmp_path / "student", tmp_path / "distilled"
         result = run_cli(
@@ -252,11 +259,10 @@ class TestRuns:
         assert "'eval_rouge_l'" in result.stdout
         assert "2/2" in result.stderr
         generated = tmp_path / "out.jsonl"
-        result = run_cli(
+        finish(
             *("generate", "--model", distilled, "--prompt", "the mill\\n", "the pub\\n", "--num_samples", "2"),
             *("--max_new_tokens", "6", "--output", generated),
         )
-        assert result.returncode == 0, result.stderr[-2000:]
         rows = [json.loads(line) for line in generated.read_text().splitlines()]
         assert [(row["prompt"], row["sample"]) for row in rows] == [
             ("the mill\n", 0),
@@ -264,40 +270,37 @@ class TestRuns:
             ("the mill\n", 1),
             ("the pub\n", 1),
         ]
-        result = run_cli(
+        finish(
             *("evaluate", "--model", distilled, "--teacher", model_dir("llama", 1, 48), "--dataset", data_file),
             *("--seeds", "1", "2", "--max_new_tokens", "6", "--output_dir", tmp_path / "results"),
         )
-        assert result.returncode == 0, result.stderr[-2000:]
         results = json.loads((tmp_path / "results" / "results.json").read_text())
         assert results["summary"].keys() >= {"rouge_l", "reverse_kl", "length", "eos_rate"}
         assert len((tmp_path / "results" / "samples.jsonl").read_text().splitlines()) == 16
 
-    def test_lora_student_is_saved_as_an_adapter_that_evaluates(self, tmp_path, model_dir, data_file):
-        result = run_cli(
+    def test_lora_student_is_saved_as_an_adapter_that_evaluates(self, tmp_path, model_dir, data_file, capsys):
+        finish(
             *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
             *("--teacher_model_name_or_path", model_dir("llama", 1, 48), *TRAINING, "--max_completion_length", "8"),
             *("--per_device_train_batch_size", "4", "--use_peft", "--lora_target_modules", "q_proj", "v_proj"),
         )
-        assert result.returncode == 0, result.stderr[-2000:]
         assert (tmp_path / "adapter_config.json").is_file()
         assert not (tmp_path / "model.safetensors").exists()
-        result = run_cli(
+        capsys.readouterr()
+        finish(
             *("generate", "--model", model_dir("llama"), "--adapter", tmp_path, "--prompt", "the mill", "--greedy"),
             *("--max_new_tokens", "3"),
         )
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert json.loads(result.stdout)["prompt"] == "the mill"
+        assert json.loads(capsys.readouterr().out)["prompt"] == "the mill"
 
         # the adapter as teacher of a smaller one on the same base, which is in NF4
-        result = run_cli(
+        finish(
             *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama")),
             *("--teacher_model_name_or_path", tmp_path, "--teacher_shares_base", "true", "--output_dir"),
             *(tmp_path / "second", *TRAINING, "--max_completion_length", "8", "--per_device_train_batch_size", "4"),
             *("--use_peft", "--use_dora", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"),
             *("--load_in_4bit", "--bnb_4bit_quant_type", "nf4"),
         )
-        assert result.returncode == 0, result.stderr[-2000:]
         config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
         assert config["use_dora"]
         assert config["base_model_name_or_path"] == model_dir("llama")
@@ -313,6 +316,7 @@ class TestRuns:
         )
         assert "different tokenizers" in message
 
+    @pytest.mark.cli
     def test_mistake_found_after_the_hand_over_ends_with_its_message_and_status(self, tmp_path, model_dir, data_file):
         data_file.write_text(data_file.read_text() + "{broken\n")
         result = run_cli(
@@ -323,22 +327,20 @@ class TestRuns:
         assert f"{data_file}:17" in result.stderr
         assert "Traceback" not in result.stderr
 
+    @pytest.mark.cli
+    @pytest.mark.smoke
     def test_sft_resumes_from_the_newest_checkpoint(self, tmp_path, model_dir, data_file):
-        def sft(*more: str) -> None:
-            result = run_cli(
-                *("sft", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),
-                *(*TRAINING, "--save_strategy", "steps", "--save_steps", "1", *more),
-            )
-            assert result.returncode == 0, result.stderr[-2000:]
-
-        sft("--max_steps", "2")
+        words = ["sft", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path]
+        words += [*TRAINING, "--save_strategy", "steps", "--save_steps", "1"]
+        finish(*words, "--max_steps", "2")
         saved = tmp_path / "checkpoint-2" / "trainer_state.json"
         state = json.loads(saved.read_text())
         # a mark that training anew would not have: the same seed gives the same losses again
         state["log_history"][1]["loss"] = 123.0
         saved.write_text(json.dumps(state))
         record_files(saved.parent)
-        sft("--max_steps", "3", "--resume_from_checkpoint", "true")
+        result = run_cli(*words, "--max_steps", "3", "--resume_from_checkpoint", "true")
+        assert result.returncode == 0, result.stderr[-2000:]
         history = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
         assert [entry["step"] for entry in history] == [1, 2, 3]
         assert history[1]["loss"] == 123.0
@@ -359,6 +361,7 @@ class TestRuns:
         assert result.stdout.count("Saved to") == 1
 
     @pytest.mark.distributed
+    @pytest.mark.smoke
     def test_accelerate_config_hands_over_to_two_processes(self, tmp_path, model_dir, data_file):
         result = run_cli(
             *("minillm", "--dataset", data_file, "--model_name_or_path", model_dir("llama"), "--output_dir", tmp_path),

@@ -54,6 +54,7 @@ class Started(StageProgress):
         Started.first[self.title] = state.global_step
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -150,12 +150,14 @@ class TestSite:
         assert len(set(listed)) == len(listed)
         assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(listed)
 
+    @pytest.mark.cli
     def test_front_page_shows_the_picture_and_a_tab_for_each_way_to_begin(self, site: Path):
         text = (site / "index.html").read_text()
         assert (site / re.search(r'<img [^>]*src="([^"]+)"', text)[1]).is_file()
         (labels,) = re.findall(r'<div class="tabbed-labels">(.*?)</div>', text, flags=re.DOTALL)
         assert re.findall(r">([^<>]+)</label>", labels)[:3] == ["Python", "YAML", "Notebook"]
 
+    @pytest.mark.cli
     def test_links_to_code_lead_to_the_reference_and_others_to_copies(self, site: Path):
         method = (site / "method/index.html").read_text()
         assert 'href="../api/objectives/#minillm_trl.objectives.reverse_kl"' in method
@@ -166,6 +168,7 @@ class TestSite:
         assert 'href="../launching/"' in (site / "recipes/index.html").read_text()
         assert 'href="../front_page/#what-works-where"' in (site / "faq/index.html").read_text()
 
+    @pytest.mark.cli
     def test_formulas_of_pages_and_docstrings_are_marked_for_katex(self, site: Path):
         assert (site / "method/index.html").read_text().count('<div class="arithmatex">') == len(
             blocks((DOCS / "method.md").read_text(), "math")
@@ -173,6 +176,7 @@ class TestSite:
         assert '<div class="arithmatex">\\[' in (site / "api/objectives/index.html").read_text()
         assert (site / "assets/katex/katex.min.js").stat().st_size > 200_000
 
+    @pytest.mark.cli
     def test_nothing_is_loaded_from_elsewhere(self, site: Path):
         for page in site.rglob("*.html"):
             text = page.read_text()

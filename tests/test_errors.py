@@ -52,6 +52,8 @@ class TestCommandLine:
         with pytest.raises(UserError):
             main(["compare"])
 
+    @pytest.mark.cli
+    @pytest.mark.smoke  # imports hardly anything
     def test_reader_that_has_gone_ends_the_command_without_a_traceback(self):
         code = "import sys\nfrom minillm_trl.cli import compare, main\n"
         code += "compare.run = lambda argv: [print('the mill') for _ in range(100_000)]\nsys.exit(main(['compare']))"

@@ -17,7 +17,6 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
-from conftest import run_module
 from evaluation_results import SETTINGS
 
 from minillm_trl.cli import main
@@ -728,15 +727,14 @@ class TestCommand:
         assert len(server.bodies) == 4
 
     def test_key_is_sent_and_appears_nowhere(self, server: Server, tmp_path, runs, monkeypatch, capsys):
-        monkeypatch.setitem(conftest.ENVIRONMENT, "MY_KEY", KEY)
         monkeypatch.setenv("MY_KEY", KEY)
         server.script, server.reply = [f"8 7\n{KEY} is what I was sent.", 500], lambda _: 401
         words = self.words(server, tmp_path, runs["sft"], "--api_key_env", "MY_KEY", "--concurrency", 1)
-        result = run_module("minillm_trl", *words)
-        assert result.returncode == 2
+        assert main(words) == 2
+        refused = capsys.readouterr()
         assert (
             "rejected the API key: HTTP 401, 'said to Bearer (key)'. Check the key in MY_KEY. 1 of 4 ver"
-            in result.stderr
+            in refused.err
         )
         monkeypatch.setenv("MINILLM_TRL_TRACEBACK", "1")
         with pytest.raises(ChatError) as caught:
@@ -749,7 +747,7 @@ class TestCommand:
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"verdicts.jsonl", "judge.json"}
         written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
         assert any("(key) is what I was sent" in text for text in written)
-        assert not any(KEY in text for text in [*written, *output, result.stdout, result.stderr, traced])
+        assert not any(KEY in text for text in [*written, *output, *refused, traced])
 
     @pytest.mark.parametrize(
         ("option", "message"),
@@ -766,6 +764,7 @@ class TestCommand:
         assert KEY not in output.err + output.out
         assert server.bodies == []
 
+    @pytest.mark.cli
     def test_killed_run_goes_on_where_it_was(self, server: Server, tmp_path):
         run = write_run(tmp_path / "run", {f"{i}?": [f"a {i % 9 + 1}"] for i in range(10)})
         killed = threading.Event()

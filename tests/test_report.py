@@ -368,6 +368,8 @@ def test_records_are_written_as_they_are(report, tmp_path):
     assert second == ["c", "dolly", "ece", "0.5", *[""] * 9]
 
 
+@pytest.mark.cli
+@pytest.mark.smoke  # imports little more than matplotlib
 def test_import_leaves_the_backend_of_matplotlib_alone():
     program = (
         "import matplotlib; matplotlib.use('svg'); import minillm_trl.evaluation.report_files; "

@@ -8,6 +8,8 @@ from evaluation_results import write_results
 
 from minillm_trl.cli import SUBCOMMANDS
 
+pytestmark = [pytest.mark.cli, pytest.mark.smoke]  # the point is what a fresh process imports
+
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed", "matplotlib", "nltk")
 # what a training's options need is TRL's configurations, and with them torch, transformers and peft

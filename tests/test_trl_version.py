@@ -37,6 +37,7 @@ def test_package_requires_what_is_tested():
     assert trl == f"trl>={TESTED[0]},<{major}.{int(minor) + 1}"
 
 
+@pytest.mark.cli
 def test_import_of_the_package_checks_the_version():
     code = (
         "import importlib.metadata as m; real = m.version; "
