@@ -132,48 +132,44 @@ REFUSED = {
     "enable_jit_checkpoint": True,
 }
 
-# Fields of GRPO that work, with another value than the default
-WORKING = {
-    "model_init_kwargs": {"dtype": "float32"},
-    "trust_remote_code": True,
-    "disable_dropout": False,
-    "num_generations": 2,
-    "num_generations_eval": 2,
-    "max_completion_length": 6,
-    "temperature": 0.8,
-    "shuffle_dataset": False,
-    "chat_template_kwargs": {"enable_thinking": False},
-    "generation_batch_size": 16,
-    "steps_per_generation": 3,
-    "num_iterations": 2,
-    "epsilon": 0.1,
-    "epsilon_high": 0.3,
-    "delta": 2.0,
-    "beta": 0.1,
-    "use_bias_correction_kl": False,
-    "sync_ref_model": True,
-    "ref_model_mixup_alpha": 0.5,
-    "ref_model_sync_steps": 1,
-    "reward_weights": [2.0],
-    "scale_rewards": "batch",
-    "multi_objective_aggregation": "normalize_then_sum",
-    "max_tool_calling_iterations": 2,
-    "log_completions": True,
-    "num_completions_to_print": 1,
-    "log_unique_prompts": True,
-    "vllm_importance_sampling_cap": 2.0,
+# Fields of GRPO that work, each in one of a few runs, with another value than the default
+RUNS = {
+    "sampling and clipping": {
+        "model_init_kwargs": {"dtype": "float32"},
+        "trust_remote_code": True,
+        "disable_dropout": False,
+        "max_completion_length": 6,
+        "temperature": 0.8,
+        "shuffle_dataset": False,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "steps_per_generation": 3,
+        "num_iterations": 2,
+        "epsilon": 0.1,
+        "epsilon_high": 0.3,
+        "delta": 2.0,
+        "vllm_importance_sampling_cap": 2.0,
+    },
+    "groups, rewards and logging": {
+        "num_generations": 2,
+        "num_generations_eval": 2,
+        "generation_batch_size": 16,
+        "reward_weights": [2.0],
+        "scale_rewards": "batch",
+        "multi_objective_aggregation": "normalize_then_sum",
+        "max_tool_calling_iterations": 2,
+        "log_completions": True,
+        "num_completions_to_print": 1,
+        "log_unique_prompts": True,
+    },
+    "reference model": {
+        "beta": 0.1,
+        "use_bias_correction_kl": False,
+        "sync_ref_model": True,
+        "ref_model_mixup_alpha": 0.5,
+        "ref_model_sync_steps": 1,
+    },
 }
-# What such a field needs beside it to mean anything
-COMPANIONS = {
-    "use_bias_correction_kl": {"beta": 0.1},
-    "sync_ref_model": {"beta": 0.1},
-    "ref_model_mixup_alpha": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
-    "ref_model_sync_steps": {"beta": 0.1, "sync_ref_model": True},
-    "num_completions_to_print": {"log_completions": True},
-    "log_unique_prompts": {"log_completions": True},
-    "generation_batch_size": {"steps_per_generation": None},
-}
-REWARD_FIELDS = ("reward_weights", "scale_rewards", "multi_objective_aggregation")
+WORKING = {name: value for values in RUNS.values() for name, value in values.items()}
 
 
 def test_all_refused_fields_are_covered_and_exist():
@@ -217,16 +213,18 @@ def test_documented_refusals_are_the_refused():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", WORKING)
-def test_working_field_changes_the_config_and_trains(tmp_path, model_dir, name: str):
-    default = getattr(make(tmp_path), name)
-    options = {**COMPANIONS.get(name, {}), name: WORKING[name]}
-    options = {"per_device_eval_batch_size": 4, "max_completion_length": 4, "max_steps": 2, **options}
-    if name in REWARD_FIELDS:
+@pytest.mark.parametrize("run", RUNS)
+def test_working_fields_change_the_config_and_train(tmp_path, model_dir, run: str):
+    options = {"per_device_eval_batch_size": 4, "max_completion_length": 4, "max_steps": 2, **RUNS[run]}
+    if "reward_weights" in options:
         options["reward_funcs"] = lambda completion_ids, **kwargs: [float(ids[0]) for ids in completion_ids]
+    if "generation_batch_size" in options:
+        options["steps_per_generation"] = None  # the two exclude each other
     student = model_dir("gpt2", 0)
     trainer = make_trainer(tmp_path, student=student, teacher=model_dir("gpt2", 1, 48), **options)
-    assert getattr(trainer.args, name) == WORKING[name] != default
+    defaults = make(tmp_path)
+    for name, value in RUNS[run].items():
+        assert getattr(trainer.args, name) == value != getattr(defaults, name), name
     before = weights(trainer)
     trainer.train()
     assert not torch.equal(weights(trainer), before)

@@ -31,12 +31,23 @@ def tiny(seed: int, family: str = "gpt2") -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def next_probs(model: PreTrainedModel, prompt: list[int], temperature: float) -> dict[tuple, torch.Tensor]:
+    """Next-token probabilities `(V,)` after the prompt and every beginning of a completion.
+
+    They come from plain forward passes without padding or a cache, one over all beginnings of the same length.
+    """
+    probs = {}
+    for length in range(HORIZON):
+        beginnings = list(product(range(VOCAB), repeat=length))
+        logits = model(torch.tensor([[*prompt, *tokens] for tokens in beginnings]), use_cache=False).logits[:, -1]
+        probs |= zip(beginnings, torch.softmax(logits / temperature, -1), strict=True)
+    return probs
+
+
 def mixture_law(student, teacher, prompt: list[int], alpha: float, temperature: float) -> dict[tuple, float]:
-    """Probability of every completion under the per-token mixture, from plain forward passes without padding."""
-
-    def next_probs(model, ids):
-        return torch.softmax(model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
-
+    """Probability of every completion under the per-token mixture."""
+    of_student, of_teacher = (next_probs(model, prompt, temperature) for model in (student, teacher))
     law = {}
     for tokens in product(range(VOCAB), repeat=HORIZON):
         completion = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
@@ -44,8 +55,7 @@ def mixture_law(student, teacher, prompt: list[int], alpha: float, temperature: 
             continue
         probability = 1.0
         for t, token in enumerate(completion):
-            ids = prompt + list(completion[:t])
-            mixed = alpha * next_probs(teacher, ids) + (1 - alpha) * next_probs(student, ids)
+            mixed = alpha * of_teacher[completion[:t]] + (1 - alpha) * of_student[completion[:t]]
             probability *= mixed[token].item()
         law[completion] = probability
     return law
@@ -63,14 +73,14 @@ def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(famil
     """With coins of probability alpha this is the mixture: P(token) = alpha p(token) + (1 - alpha) q(token)."""
     models = [tiny(0, family), tiny(1, family)]
     temperature, margin = 1.7, 1e-9
+    probs = [next_probs(model, prompt, temperature) for model in models]
     completions = list(product(range(VOCAB), repeat=HORIZON))
     padding = 5 - len(prompt)
     for coins in product([False, True], repeat=HORIZON):
         low, high = torch.zeros(2, len(completions), HORIZON, dtype=torch.float64)
         for n, completion in enumerate(completions):
             for t, coin in enumerate(coins):
-                logits = models[coin](torch.tensor([prompt + list(completion[:t])])).logits[0, -1]
-                bounds = torch.softmax(logits / temperature, -1).cumsum(0).tolist()
+                bounds = probs[coin][completion[:t]].cumsum(0).tolist()
                 low[n, t], high[n, t] = [0.0, *bounds][completion[t]], bounds[completion[t]]
         uniforms = torch.cat([low + margin, high - margin])
         sampled, mask, *_ = sample_completions(
@@ -90,13 +100,14 @@ def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(famil
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool):
+@pytest.mark.parametrize("coin_key", [(99,), None], ids=["own key", "default coins"])
+@pytest.mark.parametrize(("family", "shared"), [("gpt2", True), ("gpt2", False), ("llama", False)])
+def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool, coin_key: tuple[int] | None):
     student, teacher = tiny(0, family), tiny(1, family)
-    alpha, calls, rows = 0.4, 300, 8
+    alpha = 0.4
+    calls, rows = (300, 8) if shared else (1, 2400)  # rows that share their coins are dependent, calls are not
     counts: dict[tuple, float] = {}
-    for call in range(calls):  # with shared coins the rows of a call are dependent, calls are not
+    for call in range(calls):
         completions = sample_prompts(
             student,
             [PROMPTS[0], *[PROMPTS[1]] * rows],  # the first one is padded
@@ -106,7 +117,7 @@ def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool):
             pad_token_id=1,
             teacher=teacher,
             alpha=alpha,
-            coin_key=(99, call),
+            coin_key=coin_key and (*coin_key, call),
             shared_coins=shared,
         )
         for completion in completions[1:]:
@@ -252,18 +263,18 @@ def test_neither_model_reads_a_token_twice():
     assert 7 + 20 - 1 <= min(read.values()) <= max(read.values()) <= 7 + 20
 
 
-@pytest.mark.parametrize("keep_states", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3"])
-def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str, keep_states: bool):
+def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str):
     model = build_model(family, vocab_size=50, width=16)
-    options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24), "keep_states": keep_states}
+    options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24)}
     compiled = CompiledDecoding(model, "eager")
     check_decoding(model, "student", compiled)
     keys = [(7, sum(prompt)) for prompt in LONG_PROMPTS]
     common = {"keys": keys, "max_new_tokens": 24, "eos_token_ids": [0, 3], "pad_token_id": 1, "batch_size": 4}
     expected = sample_prompts(model, LONG_PROMPTS, **common, **options)
-    for _ in range(2):
-        assert sample_prompts(model, LONG_PROMPTS, **common, **options, compiled=compiled) == expected
+    for keep_states in (True, False, True, False):
+        options |= {"keep_states": keep_states, "compiled": compiled}
+        assert sample_prompts(model, LONG_PROMPTS, **common, **options) == expected
     assert len(compiled._caches) == 2  # of the check, and of every batch
 
 
@@ -433,25 +444,3 @@ class TestDefaultCoins:
         torch.manual_seed(0)
         assert self.coins(monkeypatch, None, shared) == first
         assert len({*first, *second}) == (4 if shared else 8)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("shared", [True, False])
-    def test_samples_follow_the_law_of_the_mixture(self, shared: bool):
-        student, teacher = tiny(0), tiny(1)
-        alpha, calls, rows = 0.4, 300, 8
-        counts: dict[tuple, float] = {}
-        for call in range(calls):
-            completions = sample_prompts(
-                student,
-                [PROMPTS[1]] * rows,
-                keys=[(call, row) for row in range(rows)],
-                max_new_tokens=HORIZON,
-                eos_token_ids=[EOS],
-                pad_token_id=1,
-                teacher=teacher,
-                alpha=alpha,
-                shared_coins=shared,
-            )
-            for completion in completions:
-                counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / (calls * rows)
-        assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05
