@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--quick for less)"
+	@echo "make demo      train a teacher and a student and distil, on a CPU, with a report (DEMO_ARGS=--full for longer)"
 	@echo "make test      lint and the tests, but for those marked slow"
 	@echo "make test-all  lint and all tests, the slow ones too"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"

@@ -2,7 +2,7 @@
 
     python benchmarks/degeneration.py --runs runs/degeneration
 
-makes the models of `make demo DEMO_ARGS=--quick`, trains the student from them in many ways, healthy ones over several
+makes the models of `make demo`, trains the student from them in many ways, healthy ones over several
 seeds and batch sizes and ones that spoil it, and writes to `results/degeneration.json` what was logged and what the
 rules find in it, and when. Runs that are in the folder are not trained again, so the rules can be changed and judged
 anew in a second; `tests/test_degeneration.py` judges the same logs.

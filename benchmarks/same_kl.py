@@ -499,7 +499,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval_steps", type=int, default=24)
     parser.add_argument("--eval_prompts", type=int, default=98, help="first validation prompts; there are 98")
     parser.add_argument("--eval_samples", type=int, default=5, help="completions of each, for less noise")
-    parser.add_argument("--quick_models", action="store_true", help="the models of `make demo DEMO_ARGS=--quick`")
+    parser.add_argument("--quick_models", action="store_true", help="the models of `make demo`")
     parser.add_argument(
         "--one",
         nargs=4,

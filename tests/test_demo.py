@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import minillm_trl.demo.training
+from minillm_trl.cli import main
 from minillm_trl.demo import DemoSettings, run_demo
 from minillm_trl.demo.pipeline import MODELS
 from minillm_trl.demo.progress import StageProgress
@@ -54,6 +55,29 @@ class Started(StageProgress):
         Started.first[self.title] = state.global_step
 
 
+@pytest.mark.parametrize(
+    ("words", "folder", "settings"),
+    [
+        ([], "runs/demo", DemoSettings().quick()),
+        (["--quick"], "runs/demo", DemoSettings().quick()),
+        (["--full"], "runs/demo-full", DemoSettings()),
+        (["--full", "--output_dir", "here", "--seed", "3"], "here", DemoSettings(seed=3)),
+    ],
+)
+def test_run_is_the_short_one_unless_the_full_one_is_wanted(monkeypatch, words, folder, settings):
+    runs = []
+    monkeypatch.setattr("minillm_trl.demo.run_demo", lambda *arguments: runs.append(arguments))
+    assert main(["demo", *words]) == 0
+    assert runs == [(Path(folder), settings)]
+
+
+def test_short_run_trains_a_quarter_of_the_full_one_and_has_a_curve():
+    full, quick = DemoSettings(), DemoSettings().quick()
+    for name in ("teacher_steps", "student_steps", "minillm_steps"):
+        assert 0.2 <= getattr(quick, name) / getattr(full, name) < 0.31
+    assert quick.minillm_steps // quick.eval_steps >= 6
+
+
 @pytest.mark.slow
 def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -74,7 +98,7 @@ def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     for name in ("Teacher", "SFT student", "SFT continued (control)", "MiniLLM student"):
         assert name in output
     page = (tmp_path / "report.html").read_text()
-    assert "A shortened run" in page
+    assert "--full" in page
     html.parser.HTMLParser().feed(page)
     assert page.count("<svg") == 6
     assert page.count("<article") == 10

@@ -43,7 +43,7 @@ def build_report(
     )
 
 
-_SHORTENED = "A shortened run, in which no model is trained to the end, so not the method's result. "
+_SHORTENED = "A short run, in which no model has converged; minillm-trl demo --full trains about four times as long. "
 
 
 def _is_full(settings: DemoSettings) -> bool:

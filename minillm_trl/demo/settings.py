@@ -14,7 +14,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of a run; a run is continued only with the settings that it was started with.
+    """Settings of a run, by default of the full one; a run resumes only with the settings that it was started with.
 
     Attributes:
         seed: seed of initialisation, data order and rollouts.
@@ -48,7 +48,7 @@ class DemoSettings:
     sampling_seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
 
     def quick(self) -> "DemoSettings":
-        """The same pipeline with less of everything, for a first look and for continuous integration."""
+        """Return the settings of the short run: the same pipeline with a quarter of the training."""
         return replace(
-            self, teacher_steps=280, student_steps=440, minillm_steps=96, eval_steps=32, sampling_seeds=(10, 20)
+            self, teacher_steps=280, student_steps=440, minillm_steps=96, eval_steps=16, sampling_seeds=(10, 20)
         )
