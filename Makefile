@@ -40,7 +40,7 @@ test-all: lint
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-trl: $(INSTALLED)
-	$(BIN)/python tests/trl_matrix.py $(TRL_VERSIONS)
+	$(BIN)/python tests/tools/trl_matrix.py $(TRL_VERSIONS)
 
 mutation-sweep: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python tests/mutation_sweep.py $(SWEEP_ARGS)

@@ -3,7 +3,7 @@
 import warnings
 from importlib.metadata import version
 
-# Minor versions whose contract tests have been run, see tests/trl_matrix.py
+# Minor versions whose contract tests have been run, see tests/tools/trl_matrix.py
 TESTED = ("1.16",)
 
 

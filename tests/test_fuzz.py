@@ -1,4 +1,4 @@
-"""Some bad inputs of each kind; `python tests/fuzzing.py --number 10000` tries more."""
+"""Some bad inputs of each kind; `python tests/tools/fuzzing.py --number 10000` tries more."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs the tests that depend on TRL against several of its versions: `python tests/trl_matrix.py 1.16.0 1.16.1`.
+"""Runs the tests that depend on TRL against several of its versions: `python tests/tools/trl_matrix.py 1.16.0 1.16.1`.
 
 Each version is installed, without its dependencies, into a folder of its own in front of the environment's.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TESTS = [
     f"tests/test_{name}.py"
     for name in (

@@ -1,6 +1,6 @@
 """Kills training runs at random moments, starts them again with the same command, compares them with one left alone.
 
-    python tests/killed_runs.py --work FOLDER --command minillm --kills 25 --seed 0 [--processes 2]
+    python tests/tools/killed_runs.py --work FOLDER --command minillm --kills 25 --seed 0 [--processes 2]
 
 The command line runs in forked children, so a start costs no imports. A child counts what it passes (tokens drawn,
 rollouts scored, losses, gradients, every file that is written, renamed or removed, with the middle of a file as a
@@ -25,6 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, of the models
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import safetensors.torch

@@ -1,4 +1,4 @@
-"""Bad input for the command line: `python tests/fuzzing.py --number 10000 --seed 0`.
+"""Bad input for the command line: `python tests/tools/fuzzing.py --number 10000 --seed 0`.
 
 Input `n` of a kind is made from the seed, the kind and `n` alone. A refusal must be one of the errors that the command
 line prints as its message, and must name the file, option or folder. What is refused leaves nothing under a final
@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, of the models
 
 import fuzz_commands
 import fuzz_data
