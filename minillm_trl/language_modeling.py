@@ -201,11 +201,9 @@ def _check_row(row: dict[str, Any], number: int, names: tuple[str, ...]) -> None
         value = row[name]
         if not isinstance(value, str) and (name == "text" or not isinstance(value, list) or not value):
             expected = "a text" if name == "text" else "a text or a conversation of at least one message"
-            raise ValueError(
-                f"lm_dataset: row {number}: {name} is {value!r}, where {expected} is needed. Mend the row."
-            )
+            raise UserError(f"lm_dataset: row {number}: {name} is {value!r}, where {expected} is needed. Fix the row.")
     if len({type(row[name]) for name in names}) > 1:
-        raise ValueError(
+        raise UserError(
             f"lm_dataset: row {number}: of prompt and completion one is a text, the other a conversation. Make both "
             "the same."
         )
