@@ -220,9 +220,9 @@ def test_working_fields_change_the_config_and_train(tmp_path, model_dir, run: st
         options["reward_funcs"] = lambda completion_ids, **kwargs: [float(ids[0]) for ids in completion_ids]
     if "generation_batch_size" in options:
         options["steps_per_generation"] = None  # the two exclude each other
+    defaults = make(tmp_path)
     student = model_dir("gpt2", 0)
     trainer = make_trainer(tmp_path, student=student, teacher=model_dir("gpt2", 1, 48), **options)
-    defaults = make(tmp_path)
     for name, value in RUNS[run].items():
         assert getattr(trainer.args, name) == value != getattr(defaults, name), name
     before = weights(trainer)

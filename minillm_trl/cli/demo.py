@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--quick",
         dest="full",
         action="store_false",
+        default=False,
         help="about six minutes of training on two CPU cores, in which no model converges (the default)",
     )
     length.add_argument(
