@@ -131,7 +131,7 @@ def no_loading(*_, **__):
 class OwnTasks:
     @pytest.fixture(autouse=True)
     def only_own_tasks(self, tmp_path, monkeypatch):
-        """Leave out what takes long: the YAMLs of lm-eval's 13,000 tasks, and listing the installed packages by pip."""
+        """Leave out what takes long: reading lm-eval's 13,000 tasks, and listing the installed packages by pip."""
         import datasets
         from lm_eval.tasks import TaskManager
 
