@@ -68,6 +68,11 @@ def find_damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
     return None
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds an optimizer's state, in the form of torch, FSDP or DeepSpeed."""
+    return any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "rank*-optimizer*", "global_step*"))
+
+
 def newest_whole_checkpoint(folder: Path, *, checksums: bool = False) -> str | None:
     """The newest `checkpoint-N` in a run's folder with nothing wrong, if there is one; damaged ones are warned of."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]

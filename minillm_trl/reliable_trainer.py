@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ from .finite_steps import FiniteSteps
 from .interruption import Terminated, note_sigterm
 from .processes import check_processes
 from .random_state import random_state, set_random_state
+from .resumed_settings import ResumedSettings
 
 logger = logging.get_logger(__name__)
 
 
-class ReliableTrainer(FiniteSteps):
+class ReliableTrainer(ResumedSettings, FiniteSteps):
     """What the trainers of this package share beyond transformers' `Trainer`.
 
     - A run that was stopped at any moment, and resumed from its newest checkpoint, has the weights and the logged
       values of a run that was left alone; [`_run_state`] is what a checkpoint needs for that beyond transformers'.
+      With other settings than the checkpoint's, it trains with those of now, see [`ResumedSettings`].
     - A checkpoint gets its name when it is whole, with a record of its files by which later damage is known.
     - SIGTERM saves a checkpoint at the end of the optimizer step and ends the process, see [`Terminated`].
     - An optimizer step with a number that is not finite, on any process, is skipped on all, counted and explained;
@@ -68,12 +71,14 @@ class ReliableTrainer(FiniteSteps):
 
         Raises:
             CheckpointError: if `output_dir` cannot be written to, or a checkpoint is damaged or cannot be written.
+            UserError: if the checkpoint's optimizer or schedule is of another kind.
             FloatingPointError: after `max_nonfinite_steps` in a row.
             Terminated: after SIGTERM.
         """
         self._finish_replacements(resume_from_checkpoint)
         self._check_output_dir()
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._compare_settings(checkpoint)
         self._resumed_state = None if checkpoint is None else self._read_run_state(Path(checkpoint))
         restore = _OnTrainBegin(self)
         eval_on_start = self.args.eval_on_start
@@ -161,6 +166,7 @@ class ReliableTrainer(FiniteSteps):
 
     def _restore_run(self, state: TrainerState, control: TrainerControl) -> None:
         """Called when training begins, after transformers has restored what it knows of."""
+        self._announce_resume(state)
         self._restore_callbacks(state)
         if state.best_global_step:  # the run's folder may have another name now
             best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -191,6 +197,16 @@ class ReliableTrainer(FiniteSteps):
             for callback, each in zip(callbacks, saved if isinstance(saved, list) else [saved], strict=False):
                 for attribute, value in each.get("attributes", {}).items():
                     setattr(callback, attribute, value)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in transformers, but for tied weights, of which a checkpoint holds one name."""
+        names = defaultdict(set)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].add(name)
+        missing = set(load_result.missing_keys)
+        loaded = {name for tied in names.values() if not tied <= missing for name in tied}
+        keys = [name for name in load_result.missing_keys if name not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=keys))
 
     def _stays_stopped(self) -> bool:
         """Whether what stopped the run would do so again: not where its patience has been raised since."""
@@ -239,6 +255,7 @@ class ReliableTrainer(FiniteSteps):
             self._set_best_checkpoint(run, name)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / name / STATE))
+                self._write_settings(unfinished / name)
                 record_files(unfinished / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._cannot_save(run, name, error) from error

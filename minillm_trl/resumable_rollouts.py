@@ -17,6 +17,7 @@ from .measured_trainer import MeasuredTrainer
 from .mixed_precision import OverflowCounter
 from .nonfinite_rows import leave_out_faulty
 from .rollouts import Batch, by_length, deal_rows, trim, window_counts
+from .run_settings import plain
 from .sampling import ROLLOUT_ORDER
 
 logger = logging.get_logger(__name__)
@@ -24,10 +25,14 @@ logger = logging.get_logger(__name__)
 PROMPT_INDEX = "minillm_prompt_index"  # column of the training dataset: where a prompt stands in it
 FILLER = "minillm_filler"  # column of the rows that an evaluation on several processes does not count
 
-# What a rollout buffer was cut by: under other values it cannot be gone on with
-_CUT_BY = (
+# What a rollout buffer was sampled, scored and cut by: under other values it cannot be used up
+_MADE_BY = (
     *("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"),
     *("num_generations", "num_iterations", "seed"),
+    *("teacher_mixed_alpha", "temperature", "kd_temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("max_completion_length", "eos_tokens", "importance_weighting", "importance_weight_cap"),
+    *("gamma", "length_normalization", "discounted_length", "include_current_reward", "rkl_advantage"),
+    *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
 )
 
 
@@ -38,6 +43,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     _nonfinite_completions = 0  # that the training has left out so far, on all processes
     rollout_seconds = 0.0  # spent on rollouts of the training, since the process began
     _overflow_counter: OverflowCounter | None
+    _given: dict[str, dict[str, Any] | None]  # descriptions of the models and data beyond the student and the prompts
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> "EpochRepeatSampler":
         sampler = super()._get_train_sampler(dataset)
@@ -101,7 +107,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         within_buffer = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return {
             **super()._run_state(),
-            "cut_by": {name: getattr(self.args, name) for name in _CUT_BY},
+            "made_by": self._made_by(),
             "step": self._step,
             "rollouts": _pack(self._buffered_inputs) if within_buffer else None,
             "completions": _plain(self._logs) if self.log_completions else {},
@@ -119,7 +125,9 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             _extend(self._logs[name], values)
         if self._overflow_counter is not None and saved["overflows"] is not None:
             self._overflow_counter.skipped_steps = saved["overflows"]
-        changed = {name: value for name, value in saved["cut_by"].items() if value != getattr(self.args, name)}
+        made_by = self._made_by()
+        before = saved.get("made_by") or saved["cut_by"]  # of older checkpoints, which have fewer
+        changed = {name: value for name, value in before.items() if value != made_by[name]}
         if saved["rollouts"] is None:
             return
         if changed:
@@ -128,6 +136,14 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             return
         self._step = saved["step"]
         self._buffered_inputs = [self._unpack(batch) for batch in saved["rollouts"]]
+
+    def _made_by(self) -> dict[str, Any]:
+        teacher = self._given["teacher_model"]
+        values = {name: plain(getattr(self.args, name)) for name in _MADE_BY}
+        return {**values, "teacher_model": teacher["digest"] or teacher["is"]}
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {**super()._own_settings(), **self._given, "reward_funcs": list(self.reward_func_names)}
 
     def _unpack(self, batch: Batch) -> Batch:
         stays = {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()

@@ -7,9 +7,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from traceback import format_exception
@@ -23,11 +22,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
-from .baselines.seqkd import model_fingerprint
 from .data.json_files import read_json
 from .errors import UserError
+from .fingerprints import model_fingerprint
 from .hardware import probe
 from .redaction import redact, redact_command
+from .run_settings import plain
 from .whole_files import make_folder, write_whole
 
 RECORD, RECIPE = "run.json", "run.yaml"
@@ -248,19 +248,6 @@ def _earlier_attempts(path: Path) -> list[dict[str, Any]]:
         if attempt["status"] == "running":
             attempt["status"] = "killed"  # or it still runs, which only the user can know
     return attempts
-
-
-def plain(value: Any) -> Any:
-    """As JSON and YAML have it."""
-    if is_dataclass(value):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(each) for each in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _now() -> str:

@@ -9,13 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .checks import (
-    check_arguments,
-    check_completion_ids,
-    check_machine,
-    check_model,
-    check_rollout_logps,
-)
+from .checks import check_arguments, check_completion_ids, check_machine, check_model, check_rollout_logps
 from .config import MiniLLMConfig
 from .ends_of_run import settle_ends
 from .fused_head import ScoreRequest, TokenScores
@@ -36,6 +30,7 @@ from .objectives import importance_weights, mixture_logps, reward_to_go, token_r
 from .quantization import keep_4bit_layout
 from .resumable_rollouts import number_prompts
 from .rollouts import Batch, sequences
+from .run_settings import describe_dataset, describe_model
 from .teacher_mixed_trainer import TeacherMixedTrainer
 from .training_metrics import loss_totals, token_totals
 
@@ -162,6 +157,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
             _disable_dropout(self.model)
+        self._given = {"teacher_model": describe_model(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
         self._add_teacher(teacher_model)
         settle_ends(self, teacher_tokenizer)
         self._lm_window: list[Batch] = []

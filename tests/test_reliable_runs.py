@@ -61,7 +61,7 @@ def make_fine_tuning(tmp_path, kind: type = FineTuningTrainer, **options) -> Fin
     settings |= {"save_strategy": "no", "gradient_checkpointing": False}
     return kind(
         model=build_model("llama"),
-        args=(KDConfig if kind is KDTrainer else FineTuningConfig)(str(tmp_path), **settings, **options),
+        args=(KDConfig if kind is KDTrainer else FineTuningConfig)(str(tmp_path), **(settings | options)),
         train_dataset=Dataset.from_dict(rows),
         processing_class=build_tokenizer(),
         **({"teacher_model": build_model("llama", seed=1)} if kind is KDTrainer else {}),

@@ -99,7 +99,7 @@ class TestRun:
         recipes = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (first, second)]
         assert {name for name in recipes[0] if recipes[0][name] != recipes[1][name]} == {"output_dir"}
 
-    def test_every_attempt_is_kept(self, tmp_path, config, monkeypatch):
+    def test_every_attempt_is_kept(self, tmp_path, config, monkeypatch, capsys):
         folder = tmp_path / "out"
 
         def stop(self, args, state, control, **kwargs):
@@ -109,6 +109,7 @@ class TestRun:
         with monkeypatch.context() as patch:
             patch.setattr(RunRecord, "on_log", stop)
             assert run("minillm", "--config", config, "--max_steps", "4", "--output_dir", folder) == 130
+        assert f"--resume_from_checkpoint true to continue from {folder / 'checkpoint-2'}." in capsys.readouterr().err
         words = ["--max_steps", "4", "--output_dir", folder, "--resume_from_checkpoint", "true"]
         assert run("minillm", "--config", config, *words) == 0
         first, second = record_in(folder)["attempts"]
@@ -116,6 +117,21 @@ class TestRun:
         assert (second["status"], second["steps"]) == ("finished", 4)
         assert second["resumed_from"] == str(folder / "checkpoint-2")
         assert "resume_from_checkpoint" not in yaml.safe_load((folder / "run.yaml").read_text())
+
+    @pytest.mark.parametrize("moment", ["on_train_begin", "on_step_end"])
+    def test_run_stopped_before_its_first_checkpoint_is_not_told_to_resume(
+        self, tmp_path, config, monkeypatch, capsys, moment: str
+    ):
+        def stop(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunRecord, moment, stop)
+            words = ["--config", config, "--max_steps", "2", "--output_dir", tmp_path / "out"]
+            assert run("minillm", *words) == 130
+        message = capsys.readouterr().err
+        assert "It has saved no checkpoint yet" in message
+        assert "--resume_from_checkpoint" not in message
 
     def test_token_among_the_arguments_of_a_model_is_refused(self, tmp_path, config, capsys):
         words = ["--teacher_model_init_kwargs", json.dumps({"token": SECRET}), "--output_dir", tmp_path / "out"]

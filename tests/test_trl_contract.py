@@ -163,6 +163,9 @@ def test_rollout_has_what_ours_takes_from_it():
         ("_finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("create_scheduler", ["self", "num_training_steps", "optimizer"]),
+        ("_issue_warnings_after_load", ["self", "load_result"]),
         ("_run_epoch", None),
     ],
 )
@@ -172,6 +175,12 @@ def test_methods_of_transformers_trainer_that_resuming_overrides(method: str, ex
     for trainer in (GRPOTrainer, SFTTrainer):  # TRL leaves them alone, or passes on
         found = getattr(trainer, method)
         assert found is getattr(transformers.Trainer, method) or f"super().{method}" in inspect.getsource(found)
+
+
+def test_hyperparameters_are_noted_between_the_new_schedule_and_the_checkpoint():
+    source = inspect.getsource(transformers.Trainer._prepare_for_training)
+    places = ["self.create_scheduler(", "deepspeed_load_checkpoint(", "self._load_optimizer_and_scheduler("]
+    assert [source.index(each) for each in places] == sorted(source.index(each) for each in places)
 
 
 def test_training_loop_has_what_resuming_takes_and_sets():

@@ -13,6 +13,7 @@ from ..fused_head import add_scoring
 from ..language_modeling import language_modeling_request
 from ..lm_head import LMHead, check_head
 from ..mixed_precision import half_precision
+from ..run_settings import describe_model
 from ..teacher import place_new_teacher, shared_vocab_size
 from ..training_metrics import token_totals
 from .configs import KDConfig
@@ -51,6 +52,7 @@ class KDTrainer(FineTuningTrainer):
     def __init__(self, *, teacher_model: str | PreTrainedModel, args: KDConfig, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         check_student(self)
+        self._given_teacher = describe_model(teacher_model)
         self.teacher_model = place_new_teacher(
             teacher_model,
             self.accelerator,
@@ -67,6 +69,9 @@ class KDTrainer(FineTuningTrainer):
             vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
             check_head(student, "student")
         add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {**super()._own_settings(), "teacher_model": self._given_teacher}
 
     def _compare_ends(self) -> None:
         """Warn if the teacher ends completions otherwise than the data does."""

@@ -4,17 +4,17 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.json_files import read_json
 from ..encoding import encode_prompts
 from ..end_tokens import find_turn_end
 from ..errors import MissingPackageError
 from ..evaluation.generation import end_token_ids
+from ..fingerprints import model_fingerprint
 from ..pickled_weights import refuse_pickled_weights
 from ..sampling import sample_key, sample_prompts
 from .configs import SeqKDConfig
@@ -23,12 +23,6 @@ from .teacher_data import Job, TeacherCompletion, TeacherData
 # The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
 Answer = tuple[int, list[int], bool]
 Sampler = Callable[[list[Job], list[list[int]]], Iterator[list[Answer]]]
-# What a model's answers come from; a folder of a run holds other files too
-_MODEL_FILES = (
-    *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "generation_config.json"),
-    *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
-)
-_BLOCK, _BLOCKS = 4096, 1024
 
 
 def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:
@@ -43,33 +37,6 @@ def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> di
         "prompts": digest.hexdigest(),
         "teacher_files": model_fingerprint(Path(teacher)),
     }
-
-
-class _AdapterConfig(TypedDict):
-    base_model_name_or_path: NotRequired[str | None]
-
-
-def model_fingerprint(folder: Path) -> str | None:
-    """Digest of a local model, the same for a copy of it; None for a name on the hub, which has its revision.
-
-    It covers names, sizes and contents of weights, configurations and tokenizer, and for an adapter those of its base.
-    Of a file of more than 4 MiB it reads 1024 blocks of 4 KiB at equal distances: a model of any size in a moment, and
-    another training changes some number in every matrix.
-    """
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    if (adapter := folder / "adapter_config.json").is_file():
-        base = read_json(adapter, _AdapterConfig, "Copy or save the adapter again.").get("base_model_name_or_path")
-        digest.update(str(base and model_fingerprint(Path(base))).encode())
-    return digest.hexdigest()
 
 
 def generate(

@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(f".{name.replace('-', '_')}", __name__).run(rest)
-    except KeyboardInterrupt:
-        print(f"\nminillm-trl {name}: stopped. {_how_to_continue(name)}", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # who knows how to continue has noted it
+        advice = " ".join(getattr(stop, "__notes__", [])) or _how_to_continue(name)
+        print(f"\nminillm-trl {name}: stopped. {advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
@@ -101,6 +102,4 @@ def printed(error: BaseException) -> str:
 def _how_to_continue(name: str) -> str:
     if name in ("demo", "recipe"):
         return "The same command continues from the last finished stage or checkpoint."
-    if name in ("sft", "kd", "seqkd", "minillm"):
-        return "Add --resume_from_checkpoint true to continue from the newest checkpoint."
     return "Run the same command again."

@@ -124,6 +124,9 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
     with patch_environment(**variables):
         try:
             launch_command(arguments)
+        except KeyboardInterrupt as stop:  # which the processes hear of too
+            stop.add_note("The training's own message says how to continue.")
+            raise
         except subprocess.CalledProcessError as error:  # the process has said what was wrong
             return max(error.returncode, 0) or 1
         except ChildFailedError as error:

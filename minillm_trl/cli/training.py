@@ -96,6 +96,9 @@ def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, reco
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as stop:
+        stop.add_note(how_to_continue(trainer.args.output_dir))
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) holds more than a trainer saves. "
@@ -112,6 +115,14 @@ def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, reco
     trainer.save_whole_model()
     trainer.accelerator.print(f"Saved to {folder}")
     return DEGENERATED if kinds else 0
+
+
+def how_to_continue(output_dir: str) -> str:
+    """What to do after a training was stopped: resume if it has saved a checkpoint, or start again."""
+    newest = newest_whole_checkpoint(Path(output_dir))
+    if newest is None:
+        return "It has saved no checkpoint yet (save_strategy, save_steps): the same command starts again."
+    return f"Add --resume_from_checkpoint true to continue from {newest}."
 
 
 def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | bool | None:
