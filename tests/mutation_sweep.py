@@ -41,6 +41,7 @@ MODULES = (
     *("objectives", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "rollouts", "teacher"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
+    *("logits_processor", "nonfinite_rows", "finite_steps", "rollout_copy"),
 )
 # Tests that run the core in their own process
 TESTS = tuple(
@@ -57,13 +58,12 @@ TESTS = tuple(
             "trainer_options",
         ),
         *("exact_metrics", "families", "adapters", "reliable_runs", "distributed", "mixed_precision", "drop_in"),
-        *("divergence", "exposure_bias", "evaluation", "tool_scores"),
+        *("divergence", "exposure_bias", "evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
 PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
-SECONDS_A_MUTANT = 45.0  # of tests, by their time in the trace
-PATIENCE = 8.0  # a test may take so many times its time in the trace, as the machine may be busy
+PATIENCE = 8.0  # a test may take so many times its time in the trace
 
 Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
 
@@ -139,11 +139,12 @@ class FirstFailure:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
-        signal.alarm(int(30 + PATIENCE * self._trace[item.nodeid]["seconds"]))
+        # CPU time, as the machine may be busy
+        signal.setitimer(signal.ITIMER_PROF, 30 + PATIENCE * self._trace[item.nodeid]["seconds"])
         try:
             return (yield)
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.name is None:
@@ -233,8 +234,8 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
     return trace
 
 
-def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str]) -> list[str]:
-    """The tests that execute the mutant's lines within its time: quick tests and those that killed many come first."""
+def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
+    """The tests that execute the mutant's lines in `seconds`: quick tests and those that killed many come first."""
     first, last = mutant.lines
     covering = [
         name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
@@ -242,7 +243,7 @@ def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str
     chosen, total = [], 0.0
     for name in sorted(covering, key=lambda name: trace[name]["seconds"] / (1 + kills[name])):
         total += trace[name]["seconds"]
-        if chosen and total > SECONDS_A_MUTANT:
+        if chosen and total > seconds:
             break
         chosen.append(name)
     return chosen
@@ -277,7 +278,7 @@ def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -
         return {"outcome": "killed", "by": failure.name} if failure.name else {"outcome": "survived"}
 
     expected = sum(trace[name]["seconds"] for name in tests)
-    result = in_fork(run, 60 + PATIENCE * expected)
+    result = in_fork(run, 120 + 3 * PATIENCE * expected)
     if result is None:
         return {"outcome": "killed", "by": "the time limit, or the end of the process"}
     return result | ({"tests": len(tests)} if result["outcome"] == "survived" else {})
@@ -305,7 +306,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 continue
             start = time.monotonic()
             kills = Counter(result.get("by") for result in results.values())
-            outcome = try_mutant(mutant, path, covering_tests(mutant, module, trace, kills), trace)
+            tests = covering_tests(mutant, module, trace, kills, arguments.seconds)
+            outcome = try_mutant(mutant, path, tests, trace)
             results[mutant.id] = {
                 "line": mutant.lines[0],
                 "before": mutant.before[:200],
@@ -333,7 +335,7 @@ def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> 
         "commit": commit(),
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "trl", "transformers", "pytest")},
-        "settings": {"seconds_a_mutant": SECONDS_A_MUTANT},
+        "settings": {"seconds": arguments.seconds},
         "results": dict(sorted(results.items())),
     }
     part = arguments.results.with_suffix(".part")
@@ -357,6 +359,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of the mutants' ids, such as the name of a function")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="of tests for a mutant, by their time in the trace"
+    )
     parser.add_argument("--again", nargs="+", default=(), help="outcomes to run again, such as survived")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "mutation_sweep.json")
     parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "__pycache__" / "mutation_trace.json")

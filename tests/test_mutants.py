@@ -70,6 +70,6 @@ def test_tests_of_a_mutant_are_those_that_execute_its_lines_within_its_time():
         "too long": {"seconds": 999.0, "lines": {"module": [9]}},
         "of another module": {"seconds": 0.1, "lines": {"other": [9]}},
     }
-    assert covering_tests(default, "module", trace, Counter()) == ["quick", "slow"]  # a default acts in the body
-    assert covering_tests(default, "module", trace, Counter(slow=2)) == ["slow", "quick"]
-    assert covering_tests(last, "module", trace, Counter()) == ["slow"]
+    assert covering_tests(default, "module", trace, Counter(), 45) == ["quick", "slow"]  # a default acts in the body
+    assert covering_tests(default, "module", trace, Counter(slow=2), 45) == ["slow", "quick"]
+    assert covering_tests(last, "module", trace, Counter(), 45) == ["slow"]
