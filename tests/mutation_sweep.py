@@ -202,36 +202,35 @@ def preload(tests: Sequence[str]) -> None:
                 continue
 
 
-def trace_tests(files: dict[str, Path], tests: Sequence[str]) -> Trace:
-    found: Trace = {}
-    for test in tests:
-        start = time.monotonic()
+def trace_test(files: dict[str, Path], test: str) -> Trace:
+    """The trace of one file of tests."""
 
-        def run(test: str = test) -> Trace:
-            tracer = Tracer(files)
-            options = [option for option in PYTEST if option != "-x"]
-            pytest.main([*options, test], plugins=[tracer])
-            return tracer.found
+    def run() -> Trace:
+        tracer = Tracer(files)
+        options = [option for option in PYTEST if option != "-x"]
+        pytest.main([*options, test], plugins=[tracer])
+        return tracer.found
 
-        traced = in_fork(run, 3600) or {}
-        print(f"{test}: {len(traced)} tests, {time.monotonic() - start:.0f} s", flush=True)
-        found |= traced
-    return found
+    start = time.monotonic()
+    trace = in_fork(run, 3600) or {}
+    print(f"{test}: {len(trace)} tests, {time.monotonic() - start:.0f} s", flush=True)
+    return trace
 
 
 def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
-    """The trace in `path`, made where there is none or the code has changed."""
+    """The trace in `path`, made where there is none or the code has changed; written after each file of tests."""
     digest = hashlib.sha1()
     own = {Path(__file__), Path(__file__).with_name("mutants.py")}
     for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")} - own):
         digest.update(source.read_bytes())
-    if path.is_file():
-        stored = json.loads(path.read_text())
-        if stored["code"] == digest.hexdigest() and stored["tests"] == list(tests):
-            return stored["trace"]
-    trace = trace_tests(files, tests)
-    path.write_text(json.dumps({"code": digest.hexdigest(), "tests": list(tests), "trace": trace}))
-    return trace
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    if stored.get("code") != digest.hexdigest():
+        stored = {"code": digest.hexdigest(), "traces": {}}
+    for test in tests:
+        if test not in stored["traces"]:
+            stored["traces"][test] = trace_test(files, test)
+            path.write_text(json.dumps(stored))
+    return {name: entry for test in tests for name, entry in stored["traces"][test].items()}
 
 
 def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:

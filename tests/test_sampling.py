@@ -315,8 +315,10 @@ class TestCheckDecoding:
         with pytest.raises(ValueError, match=r"The student .* has recurrent layers"):
             check_decoding(Mamba2ForCausalLM(config).eval(), "student")
 
-    def test_cache_that_does_not_work_is_refused(self, monkeypatch: pytest.MonkeyPatch):
-        model = build_model("gpt2")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_cache_that_does_not_work_is_refused_in_any_precision(self, monkeypatch: pytest.MonkeyPatch, dtype):
+        model = build_model("gpt2").to(dtype)
+        check_decoding(model, "student")
         monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: self.reset())
         with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time: logits differ by up to"):
             check_decoding(model, "student")

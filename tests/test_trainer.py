@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -265,13 +266,15 @@ class TestTraining:
 
     def test_outside_training_a_batch_is_one_step_whatever_the_accumulation(self, tmp_path):
         losses = {}
-        for reduction in ("token_mean", "sequence_sum"):
-            trainer = make_trainer(tmp_path, loss_reduction=reduction, gradient_accumulation_steps=2)
+        for reduction, accumulation in product(("token_mean", "sequence_sum"), (1, 2)):
+            trainer = make_trainer(tmp_path, loss_reduction=reduction, gradient_accumulation_steps=accumulation)
             ids = torch.tensor([[8, 9, 10, 0], [8, 0, 1, 1], [11, 12, 0, 1]])
             prompts = torch.full((3, 2), 7), torch.ones(3, 2, dtype=torch.long)
             batch = trainer.score_rollouts(*prompts, ids, (ids != 1).long())
-            losses[reduction] = trainer.compute_loss(trainer.model, batch).item()
-        assert losses["sequence_sum"] == pytest.approx(losses["token_mean"] * 9 / 3, rel=1e-5)
+            losses[reduction, accumulation] = trainer.compute_loss(trainer.model, batch).item()
+        assert losses["token_mean", 2] == losses["token_mean", 1]
+        assert losses["sequence_sum", 2] == losses["sequence_sum", 1]
+        assert losses["sequence_sum", 1] == pytest.approx(losses["token_mean", 1] * 9 / 3, rel=1e-5)
 
 
 class TestBuffer:
