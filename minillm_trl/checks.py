@@ -18,6 +18,7 @@ from .errors import UserError
 from .hardware import probe, problems
 from .pickled_weights import refuse_pickled_weights
 from .teacher import check_same_tokenizer, tokenizer_source
+from .weight_formats import quantization_settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
         ValueError: naming the setting, the card and what to set instead.
     """
     kwargs = [args.model_init_kwargs or {}, args.teacher_model_init_kwargs or {}]
-    quantization = [quantization_config, *(each.get("quantization_config") for each in kwargs)]
+    settings = [quantization_settings(each) for each in ({"quantization_config": quantization_config}, *kwargs)]
     machine = probe()
     for attn_implementation in {each.get("attn_implementation") for each in kwargs}:
         for problem in problems(
@@ -105,7 +106,7 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
             bf16=args.bf16,
             fp16=args.fp16,
             attn_implementation=attn_implementation,
-            load_in_8bit=any(getattr(each, "load_in_8bit", False) for each in quantization),
+            load_in_8bit=any(each.get("load_in_8bit", False) for each in settings),
             use_cpu=args.use_cpu,
             compile_rollouts=args.compile_rollouts,
         ):

@@ -12,6 +12,7 @@ from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import WEIGHTING_LEVELS
 from .processes import choose_device
+from .weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 
 # Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
 _RESHAPING_FIELDS: dict[str, tuple] = {
@@ -339,6 +340,7 @@ class MiniLLMConfig(GRPOConfig):
         if self.include_current_reward is None:
             self.include_current_reward = not self.single_step_decomposition
         self._check_values()
+        self._check_weights()
         self._check_memory()
         self._check_sampling()
         self._check_inherited()
@@ -374,6 +376,12 @@ class MiniLLMConfig(GRPOConfig):
                 f"importance_weight_cap={self.importance_weight_cap} has no effect on importance_weighting='token', "
                 "whose ratio is clipped: set epsilon, or delta for negative advantages, or another weighting."
             )
+
+    def _check_weights(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            check_init_kwargs(name, getattr(self, name))
+        quantization = quantization_settings(self.teacher_model_init_kwargs)
+        refuse_8bit_teacher(quantization.get("load_in_8bit", False), self.teacher_mixed_alpha)
 
     def _check_memory(self) -> None:
         if self.half_precision_rollouts and not (self.fp16 or self.bf16):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .errors import MissingPackageError, UserError
+from .weight_formats import quantization_settings
 
 # Of each integration: modules of which one must be there, and what to install
 _REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -89,8 +90,7 @@ def _needs(settings: Mapping[str, Any]) -> Iterator[_Need]:
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         kwargs = settings.get(name) or {}
         yield from _model(f"{name}: ", kwargs)
-        quantization = kwargs.get("quantization_config") or {}
-        yield from _model(f"{name}: ", quantization if isinstance(quantization, dict) else quantization.to_dict())
+        yield from _model(f"{name}: ", quantization_settings(kwargs))
 
 
 def _reporters(names: Any) -> Iterator[_Need]:

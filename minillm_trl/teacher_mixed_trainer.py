@@ -32,6 +32,7 @@ from .teacher import (
     shared_vocab_size,
     teacher_hidden_states,
 )
+from .weight_formats import refuse_8bit_teacher
 
 
 class TeacherMixedTrainer(MeasuredRollouts):
@@ -66,6 +67,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
+        is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # as its files may be, or was by the caller
+        refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
         check_head(student, "student")

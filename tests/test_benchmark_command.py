@@ -45,11 +45,6 @@ class TestWithoutLMEval:
         assert main(run) == 2
         assert message in capsys.readouterr().err
 
-    def test_several_processes_are_refused(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert main(["benchmark", "--model", "none", "--tasks", "gsm8k", "--output_dir", str(tmp_path)]) == 2
-        assert "benchmark runs in one process" in capsys.readouterr().err
-
     def test_options_can_stand_in_a_yaml(self, tmp_path):
         path = tmp_path / "benchmark.yaml"
         path.write_text("tasks: [gsm8k, sciq]\nlimit: 10\nbatch_size: 4\napply_chat_template: true\n")

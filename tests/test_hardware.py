@@ -231,9 +231,10 @@ class TestDoctor:
         expected = "v100_single_gpu_fp16" if cards == 1 else f"v100_{strategy}_fp16 --num_processes {cards}"
         assert launch_line(facts, "run.yaml", chosen).endswith(expected)
 
-    def test_teacher_is_checked_as_well(self, tmp_path):
-        quantized = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-        args = MiniLLMConfig(str(tmp_path), use_cpu=True, teacher_model_init_kwargs=quantized)
+    @pytest.mark.parametrize("quantization", [{"load_in_8bit": True}, BitsAndBytesConfig(load_in_8bit=True)])
+    def test_teacher_is_checked_as_well(self, tmp_path, quantization):
+        quantized = {"quantization_config": quantization}
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, teacher_model_init_kwargs=quantized, teacher_mixed_alpha=0.0)
         args.use_cpu = False
         (found,) = check(machine(V100), ModelConfig(), TeacherArguments("teacher"), args)
         assert "load_in_8bit=True: LLM.int8() needs compute capability 7.5" in found

@@ -12,7 +12,7 @@ from test_launch_configurations import write_recipe
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, SeqKDConfig
-from minillm_trl.cli import main
+from minillm_trl.cli import SUBCOMMANDS, main
 from minillm_trl.cli.launch import hand_over
 from minillm_trl.errors import UserError
 from minillm_trl.processes import launched_on_cpu
@@ -91,6 +91,12 @@ class TestRefusal:
         assert main(words) == 2
         assert "WORLD_SIZE=2" in capsys.readouterr().err
         assert not output_dir.exists()
+
+    @pytest.mark.parametrize("subcommand", sorted(set(SUBCOMMANDS) - {"sft", "kd", "seqkd", "minillm", "evaluate"}))
+    def test_command_of_one_process_is_not_launched_in_several(self, capsys, monkeypatch, two_started, subcommand):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert main([subcommand]) == 2
+        assert f"{subcommand} runs in one process" in capsys.readouterr().err
 
     def test_hand_over_is_not_refused(self, tmp_path: Path, monkeypatch, two_started):
         monkeypatch.setattr("minillm_trl.cli.sft.hand_over", lambda *_: 7)

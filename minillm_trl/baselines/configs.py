@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
 from ..processes import choose_device
+from ..weight_formats import check_init_kwargs
 from .teacher_data import default_teacher_data_dir
 
 _SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")
@@ -72,6 +73,8 @@ class FineTuningConfig(SFTConfig):
         choose_precision(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):  # some have no teacher
+            check_init_kwargs(name, getattr(self, name, None))
         self.eos_tokens = check_eos_tokens(self.eos_tokens)
         if self.eos_tokens and self.eos_token is not None and self.eos_token not in self.eos_tokens:
             raise UserError(

@@ -27,6 +27,9 @@ SUBCOMMANDS = {
     "doctor": "what this machine can run, with which precision and launch line",
 }
 
+# Those whose processes share the work; of the others each would do the whole of it, in the same folder
+_SHARED = ("sft", "kd", "seqkd", "minillm", "evaluate")
+
 # What libraries reach out for without being asked. For a model on the hub without safetensors, transformers would have
 # a service convert the weights, and send it the user's token.
 _SWITCHED_OFF = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_SAFETENSORS_CONVERSION")
@@ -75,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minillm-trl: unknown subcommand {name!r}. {hint}", file=sys.stderr)
         return 2
     try:
+        _check_launch(name)
         return import_module(f".{name.replace('-', '_')}", __name__).run(rest)
     except KeyboardInterrupt as stop:  # who knows how to continue has noted it
         advice = " ".join(getattr(stop, "__notes__", [])) or _how_to_continue(name)
@@ -89,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minillm-trl {name}: {printed(error)}", file=sys.stderr)
         print("(MINILLM_TRL_TRACEBACK=1 shows where this was raised.)", file=sys.stderr)
         return 2
+
+
+def _check_launch(name: str) -> None:
+    if name not in _SHARED and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{name} runs in one process. Start it without `accelerate launch` or `torchrun`.")
 
 
 def printed(error: BaseException) -> str:

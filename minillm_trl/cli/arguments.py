@@ -213,9 +213,10 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     flags = read_flags(from_yaml, from_cli)
     if flags and not is_launched():
         return instances, flags
-    from ..processes import check_processes  # accelerate takes seconds, and has been imported by now
+    if any(hasattr(instance, "distributed_state") for instance in instances):  # of training arguments
+        from ..processes import check_processes
 
-    check_processes()
+        check_processes()
     return instances, {}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -117,8 +116,6 @@ def run(argv: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("benchmark runs in one process. Start it without `accelerate launch` or `torchrun`.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit must be positive, got {arguments.limit}.")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:

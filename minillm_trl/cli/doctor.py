@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from ..errors import UserError
 from ..trl_version import TESTED
+from ..weight_formats import quantization_settings
 from .arguments import TeacherArguments, parse, parse_plain
 
 # Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
@@ -95,7 +96,7 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
     ) + problems(
         machine,
         attn_implementation=(args.teacher_model_init_kwargs or {}).get("attn_implementation"),
-        load_in_8bit=_quantization(args.teacher_model_init_kwargs or {}).get("load_in_8bit", False),
+        load_in_8bit=quantization_settings(args.teacher_model_init_kwargs).get("load_in_8bit", False),
         use_cpu=args.use_cpu,
     )
 
@@ -178,7 +179,7 @@ def choose_strategy(
         lora_rank=model.lora_r if model.use_peft else None,
         base_in_float32=str(dtype).removeprefix("torch.") in ("float32", "None"),
         student_4bit=model.load_in_4bit,
-        teacher_4bit=_quantization(teacher_kwargs).get("load_in_4bit", False),
+        teacher_4bit=quantization_settings(teacher_kwargs).get("load_in_4bit", False),
         keeps_states=args.teacher_hidden_states == "device",
         keeps_teacher=not args.offload_teacher,
         processes=max(len(machine.gpus), 1),
@@ -228,11 +229,6 @@ def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -
 
 def _peak(parts: dict[str, float]) -> float:
     return max(parts["while sampling"], parts["while updating"])
-
-
-def _quantization(kwargs: dict[str, Any]) -> dict[str, Any]:
-    found = kwargs.get("quantization_config") or {}
-    return found if isinstance(found, dict) else found.to_dict()
 
 
 def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":

@@ -12,6 +12,7 @@ from ..end_tokens import find_turn_end, has_generation_config
 from ..errors import UserError
 from ..processes import launched_on_cpu
 from ..quantization import keep_4bit_layout
+from ..weight_formats import check_name
 from .adapters import Adapter, find_adapter, is_adapter
 from .model_files import explained, load_causal_lm
 
@@ -52,6 +53,7 @@ def read_tokenizer(
     Raises:
         ValueError: if there is no tokenizer at `name`.
     """
+    check_name(name)
     with explained(f"no tokenizer at {name!r}{_near_folder(name)}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
