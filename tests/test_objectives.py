@@ -190,6 +190,14 @@ class TestWhiten:
         whitened = objectives.whiten(values, mask, masked_moments(values, mask))
         assert whitened.abs().max() < 1e-3
 
+    def test_values_far_from_zero_keep_their_differences(self):
+        values = torch.tensor([[4096.0, 4096.25, 4097.125]])
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        expected = values.double() - values.double().mean()
+        expected = (expected / expected.square().mean().sqrt()).float()
+        whitened = objectives.whiten(values, mask, masked_moments(values, mask))
+        torch.testing.assert_close(whitened, expected, rtol=1e-5, atol=0.0)
+
 
 class TestBatchAdvantages:
     REWARDS = torch.tensor([[1.0, 10.0], [3.0, NAN], [NAN, NAN], [5.0, 30.0]])
@@ -305,10 +313,51 @@ class TestClippedPolicyGradientLoss:
         with pytest.raises(ValueError, match="delta must be above"):
             objectives.clipped_policy_gradient_loss(one, one, one, one.bool(), 0.2, delta=1.2)
 
-    def test_epsilon_of_zero_is_refused(self):
+    @pytest.mark.parametrize(("low", "high"), [(0.0, None), (0.0, 0.2), (0.2, 0.0)])
+    def test_epsilon_of_zero_is_refused(self, low: float, high: float | None):
         one = torch.ones(1, 1)
         with pytest.raises(ValueError, match="epsilon must be positive"):
-            objectives.clipped_policy_gradient_loss(one, one, one, one.bool(), 0.0)
+            objectives.clipped_policy_gradient_loss(one, one, one, one.bool(), low, high)
+
+
+@pytest.mark.parametrize(
+    ("function", "trained"),
+    [
+        pytest.param(lambda q, p, mask: objectives.token_rewards(q, p, mask), 0, id="rewards"),
+        pytest.param(lambda rewards, _, mask: objectives.reward_to_go(rewards, mask), 0, id="returns"),
+        *(
+            pytest.param(
+                lambda q, p, mask, alpha=alpha: objectives.mixture_logps(q, p, alpha), 0, id=f"mixture {alpha}"
+            )
+            for alpha in (0.0, 0.5, 1.0)
+        ),
+        pytest.param(lambda q, mu, mask: objectives.importance_weights(q, mu, mask, "prefix")[0], 0, id="weights"),
+        pytest.param(lambda values, _, mask: objectives.whiten(values, mask, torch.ones(3)), 0, id="whitening"),
+        pytest.param(lambda rewards, _, mask: objectives.batch_advantages(rewards, torch.ones(3)), 0, id="advantages"),
+        pytest.param(
+            lambda q, mu, mask: objectives.clipped_policy_gradient_loss(q, mu, torch.ones(2, 3), mask, 0.2),
+            1,
+            id="behavior policy",
+        ),
+        pytest.param(
+            lambda q, advantages, mask: objectives.clipped_policy_gradient_loss(q, q.detach(), advantages, mask, 0.2),
+            1,
+            id="advantages of the clipped loss",
+        ),
+        pytest.param(lambda q, p, mask: objectives.reverse_kl(q, p), 1, id="reverse KL"),
+        pytest.param(lambda q, p, mask: objectives.forward_kl(q, p), 1, id="forward KL"),
+        pytest.param(lambda q, p, mask: objectives.reference_kl(q, p, mask), 1, id="reference KL"),
+    ],
+)
+def test_gradient_reaches_the_student_alone(function, trained: int):
+    """The first `trained` of the two inputs."""
+    inputs = [torch.log_softmax(torch.arange(6.0).view(2, 3) * scale, -1).requires_grad_() for scale in (1, 2)]
+    result = function(*inputs, torch.ones(2, 3, dtype=torch.bool)).sum()
+    reached = [False, False]
+    if result.requires_grad:
+        gradients = torch.autograd.grad(result, inputs, allow_unused=True)
+        reached = [gradient is not None for gradient in gradients]
+    assert reached == [index < trained for index in range(2)]
 
 
 class TestReverseKL:
