@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .activation_checkpointing import use_new_names
 from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .errors import UserError
 from .metric_directions import greater_is_better
@@ -324,6 +325,7 @@ class MiniLLMConfig(GRPOConfig):
     def __post_init__(self) -> None:
         choose_device(self)
         choose_precision(self)
+        use_new_names(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         single = self.num_generations == 1
         if single:

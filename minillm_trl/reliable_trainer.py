@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from .activation_checkpointing import ignore_old_names
 from .checkpoints import (
     STATE,
     UNFINISHED,
@@ -59,6 +60,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
 
     def __init__(self, *args: Any, **kwargs: Any):
         check_processes()
+        ignore_old_names()
         super().__init__(*args, **kwargs)
         self._unfinished: Path | None = None  # where a checkpoint is being written
         self._resumed_state: dict[str, Any] | None = None

@@ -62,6 +62,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         configure_wrappers(self.accelerator)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None
+        self._shown_at: int | None = None  # the step of the last log
         sharded = shards_student(self.accelerator)
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
@@ -310,4 +311,11 @@ class TeacherMixedTrainer(MeasuredRollouts):
             logs = {**logs, "nonfinite_completions": float(self._nonfinite_completions)}
         if self._overflow_counter is not None and "loss" in logs:
             logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
-        super().log(logs, start_time)
+        wanted = self.log_completions
+        # what ends a run is logged at the step of a log that has shown the completions
+        self.log_completions = wanted and not ("train_runtime" in logs and self._shown_at == self.state.global_step)
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+        self._shown_at = self.state.global_step

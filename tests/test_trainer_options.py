@@ -2,6 +2,7 @@
 tools, vLLM's correction."""
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ class TestRewardFunctions:
         trainer.train()
         assert any(trainer._logs["advantages"])
         assert len(trainer._logs["advantages"]) == len(trainer._logs["completion"])
+
+    def test_last_completions_are_shown_once(self, tmp_path, monkeypatch):
+        shown = []
+        printed = "trl.trainer.grpo_trainer.print_prompt_completions_sample"
+        monkeypatch.setattr(printed, lambda *columns, **options: shown.append(columns[4]))
+        make_trainer(tmp_path, max_steps=3, logging_steps=1, log_completions=True).train()
+        assert shown == [1, 2, 3]
+        shown.clear()
+        make_trainer(tmp_path / "b", max_steps=3, logging_steps=2, log_completions=True).train()
+        assert shown == [2, 3]  # those of the third step are shown by the log that ends the run
+
+
+def test_checkpointing_s_old_names_in_trl_cause_no_warnings(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer = make_trainer(tmp_path, max_steps=1, gradient_checkpointing=True)
+        trainer.train()
+    assert trainer.args.gradient_checkpointing
+    assert trainer.model.is_activation_checkpointing
+    names = {"activation_checkpointing": False, "gradient_checkpointing": True}
+    assert not make_trainer(tmp_path, **names).args.gradient_checkpointing
 
 
 class TestReferenceModel:

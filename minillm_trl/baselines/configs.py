@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from ..activation_checkpointing import use_new_names
 from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from ..errors import UserError
 from ..metric_directions import greater_is_better
@@ -71,6 +72,7 @@ class FineTuningConfig(SFTConfig):
     def __post_init__(self) -> None:
         choose_device(self)
         choose_precision(self)
+        use_new_names(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):  # some have no teacher
