@@ -283,9 +283,26 @@ def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLL
     if dataset is None or next(iter(dataset), None) is None:
         raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
     _check_columns(dataset, "train_dataset")
-    if isinstance(dataset, Dataset) and len(dataset) * args.num_generations < args.generation_batch_size:
+    if isinstance(dataset, Dataset):
+        check_fills_rollout(dataset, args, "train_dataset")
+
+
+def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repeats: str = "") -> None:
+    """Check that there are prompts enough for one rollout.
+
+    Args:
+        prompts ([`~datasets.Dataset`]): each prompt in a row.
+        args ([`MiniLLMConfig`]): configuration.
+        source (`str`): what the user calls them; the message begins with it.
+        repeats (`str`, *optional*): from how many rows they came, if some had the same prompt.
+
+    Raises:
+        UserError: with the number of prompts.
+    """
+    if len(prompts) * args.num_generations < args.generation_batch_size:
+        remark = f" ({repeats})" if repeats else ""
         raise UserError(
-            f"train_dataset has {len(dataset)} prompts, too few for one rollout of generation_batch_size="
+            f"{source} has {len(prompts)} prompts{remark}, too few for one rollout of generation_batch_size="
             f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
             "steps_per_generation or per_device_train_batch_size, or raise num_generations."
         )

@@ -1,4 +1,4 @@
-"""An estimate of the GPU memory that a run takes, from the models' configurations alone."""
+"""An estimate of the memory that a run takes, from the models' configurations alone."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .fused_head import CHUNK_ELEMENTS
 
-# Bytes a weight: half precision, and NF4 with its scales
-_HALF, _NF4 = 2.0, 0.56
+# Bytes a weight: full and half precision, and NF4 with its scales
+_FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Workload:
         keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
         strategy, processes: what the student is trained under ("ddp", "zero2", "zero3" or "fsdp"), and by how many.
         shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
+        mixed_precision: whether teacher, caches and activations are in half precision; else they are in float32.
+        half_precision_rollouts: whether a copy of the student in half precision samples.
     """
 
     rows: int
@@ -45,6 +47,13 @@ class Workload:
     processes: int = 1
     shard_teacher: bool = False
     teacher_shares_base: bool = False
+    mixed_precision: bool = True
+    half_precision_rollouts: bool = True
+
+    @property
+    def width(self) -> float:
+        """Bytes of a number that the run computes with."""
+        return _HALF if self.mixed_precision else _FULL
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
@@ -54,7 +63,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
 
 
 def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
-    """Bytes on the GPU of each process for MiniLLM in mixed precision with AdamW, by what takes them.
+    """Bytes of each process, on its GPU if there is one, for MiniLLM with AdamW, by what takes them.
 
     Weights, optimizer states and, in updates, gradients are counted, and the half-precision copies of weights that
     autocast keeps for the backward pass (with gradient checkpointing only a layer's are there at a time). Activations
@@ -69,8 +78,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
     tokens = load.prompt_tokens + load.completion_tokens
-    states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * _HALF
-    caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * _HALF
+    states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * load.width
+    caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * load.width
     teacher_bytes = _teacher_bytes(teacher, sizes["teacher"], load)
     parts = {
         "student, gradients and optimizer": trained,
@@ -85,7 +94,7 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     parts["while updating"] = (
         trained
         + (0.0 if _is_sharded(load) else copied)
-        + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * _HALF)
+        + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * load.width)
         + (states if load.keeps_states else 0.0)
         + parts["activations of a micro-batch"]
         + parts["heads in chunks"]
@@ -109,7 +118,7 @@ def estimate_fine_tuning_memory(
     if teacher is not None:
         teacher_bytes = _teacher_bytes(teacher.get_text_config(), count_parameters(teacher), load)
         head = _head_bytes(text)
-    caches = load.sampled_rows * tokens * _cache_width(text) * _HALF
+    caches = load.sampled_rows * tokens * _cache_width(text) * load.width
     parts = {
         "student, gradients and optimizer": trained,
         "teacher": teacher_bytes,
@@ -147,17 +156,18 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
         return updating, updating, 0.0
     if _is_sharded(load):  # float32 weights, two moments and gradients, and a block in half precision
         return *((trained * each + frozen) / load.processes for each in (12.0, 16.0)), copied
-    cast = 0.0 if load.gradient_checkpointing else _HALF
+    copied = copied if load.half_precision_rollouts else 0.0
+    cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
 
 
 def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
     if load.teacher_shares_base:
         return 0.0
-    whole = _nf4_bytes(text, size) if load.teacher_4bit else size * _HALF
+    whole = _nf4_bytes(text, size) if load.teacher_4bit else size * load.width
     if not load.shard_teacher:
         return whole
-    ends = _end_parameters(text) * _HALF  # all but head and embeddings is spread
+    ends = _end_parameters(text) * load.width  # all but head and embeddings is spread
     return ends + (whole - ends) / load.processes
 
 
@@ -177,17 +187,19 @@ def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
     Under autocast the residual stream is in the dtype of the embeddings. A layer keeps about 20 bytes of norms,
     queries and outputs, 14 of keys and values, and 8 a unit of its feed-forward part: half precision before and after
     the activation, twice where it is gated. transformers puts `gelu_new` together from operations partly in float32.
+    Without mixed precision all of it has twice the size.
     """
     heads = text.num_attention_heads
     kv_share = (getattr(text, "num_key_value_heads", None) or heads) / heads
-    unit = 15.0 if getattr(text, "activation_function", None) == "gelu_new" else 8.0
+    is_partly_full = load.mixed_precision and getattr(text, "activation_function", None) == "gelu_new"
+    unit = 15.0 if is_partly_full else 8.0
     inner = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
     feed_forward = next((each for each in inner if each), 4 * text.hidden_size) / text.hidden_size
-    layer = 20.0 + 14.0 * kv_share + unit * feed_forward
+    layer = (20.0 + 14.0 * kv_share + unit * feed_forward) * load.width / _HALF
     position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
     if not load.gradient_checkpointing:
         return position * layer * text.num_hidden_layers
-    residual = 4.0 if load.lora_rank is None or _has_wide_base(load) else _HALF
+    residual = _FULL if load.lora_rank is None or _has_wide_base(load) else load.width
     return position * (residual * text.num_hidden_layers + layer)
 
 

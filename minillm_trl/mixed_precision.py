@@ -8,6 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from .errors import UserError
 
 
 def choose_precision(args: TrainingArguments) -> None:
@@ -15,14 +18,25 @@ def choose_precision(args: TrainingArguments) -> None:
 
     What `accelerate launch` was told is what accelerate will do. Without it, and unless `bf16` is False, it is
     bfloat16 on CUDA devices that have it (compute capability 8.0).
+
+    Raises:
+        UserError: for `bf16` without a device for it, unless `use_cpu` says that the CPU is meant.
     """
     if args.fp16 or args.bf16:
+        _check_bf16(args)
         return
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if launched in ("fp16", "bf16"):
         args.fp16, args.bf16 = launched == "fp16", launched == "bf16"
     elif args.bf16 is None:
         args.bf16 = not args.use_cpu and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _check_bf16(args: TrainingArguments) -> None:
+    if args.bf16 and not args.use_cpu and not torch.cuda.is_available() and not is_torch_bf16_gpu_available():
+        raise UserError(
+            "bf16=True: torch can use no GPU here. Set use_cpu=True to train in bfloat16 on the CPU, or bf16=False."
+        )
 
 
 def half_precision(accelerator: Accelerator) -> torch.dtype | None:

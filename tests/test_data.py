@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
+from minillm_trl.cli import main
 from minillm_trl.cli.arguments import DataArguments
-from minillm_trl.cli.examples import load_splits
+from minillm_trl.cli.examples import distinct_prompts, load_splits
 from minillm_trl.data import DataError, check_prompt_lengths, load_corpus, load_examples, unique_prompts
 
 USER = {"role": "user", "content": "Where is the pub?"}
@@ -396,6 +397,21 @@ def test_unique_prompts_pools_different_references_in_order():
     ]
 
 
+def test_distinct_prompts_say_how_many_rows_they_came_from(capsys):
+    rows = Dataset.from_dict({"prompt": ["a", "b", "a", "a"]})
+    assert distinct_prompts(rows, "my.jsonl")["prompt"][:] == ["a", "b"]
+    assert capsys.readouterr().err == "my.jsonl: 4 rows have 2 different prompts. Each prompt is taken once.\n"
+    distinct_prompts(rows.select([0, 1]), "my.jsonl")
+    assert capsys.readouterr().err == ""
+
+
+def test_too_few_prompts_for_a_rollout_are_told_with_the_rows_that_they_came_from(write, capsys):
+    data = write("a.jsonl", json_lines(*({"prompt": f"mill {number % 3}"} for number in range(12))))
+    words = ["--dataset_name", str(data), "--model_name_or_path", "none", "--teacher", "none", "--output_dir", "out"]
+    assert main(["minillm", *words, "--use_cpu", "true", "--per_device_train_batch_size", "4"]) == 2
+    assert "has 3 prompts (12 rows have 3 different prompts), too few for one rollout" in capsys.readouterr().err
+
+
 def test_unique_prompts_compares_conversations_message_by_message():
     other = {"role": "user", "content": "Where is the mill?"}
     dataset = Dataset.from_dict({"prompt": [[USER], [other], [USER]]})
@@ -491,12 +507,12 @@ class TestSplitsForTraining:
         source = {"file": str(tmp_path / "d.jsonl"), "home": "~/d.jsonl", "saved": "~/saved"}[kind]
         assert load_splits(DataArguments(source), "no", False)[0]["prompt"][:] == ["x"]
         with pytest.raises(ValueError, match=f"{source} has no splits, .* Name other data with eval_dataset"):
-            load_splits(DataArguments(source, dataset_eval_split="validation"), "steps", False)
+            load_splits(DataArguments(source, dataset_test_split="validation"), "steps", False)
 
     def test_splits_of_a_saved_dataset_are_told_apart(self, tmp_path: Path):
         splits = {"train": Dataset.from_dict({"prompt": ["x"]}), "test": Dataset.from_dict({"prompt": ["y"]})}
         DatasetDict(splits).save_to_disk(tmp_path / "saved")
-        data = DataArguments(str(tmp_path / "saved"), dataset_eval_split="test")
+        data = DataArguments(str(tmp_path / "saved"), dataset_test_split="test")
         assert [each["prompt"][:] for each in load_splits(data, "steps", False)] == [["x"], ["y"]]
 
     def test_configuration_is_that_of_the_training_data(self, write, monkeypatch):
@@ -510,5 +526,5 @@ class TestSplitsForTraining:
         path = write("eval.jsonl", json_lines({"prompt": "y"}))
         data = DataArguments("owner/name", dataset_config="en", eval_dataset=str(path))
         assert load_splits(data, "steps", False)[1]["prompt"][:] == ["y"]
-        load_splits(DataArguments("owner/name", dataset_config="en", dataset_eval_split="test"), "steps", False)
+        load_splits(DataArguments("owner/name", dataset_config="en", dataset_test_split="test"), "steps", False)
         assert asked[1:] == [("owner/name", "en", "train"), ("owner/name", "en", "test")]

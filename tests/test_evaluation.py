@@ -9,6 +9,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
 from minillm_trl.cli import main
+from minillm_trl.cli.model_files import is_lost_folder
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.evaluation.exposure_bias import excess_accumulated_error, sample_divergences
 from minillm_trl.evaluation.generation import encode_prompts, end_token_ids, generate_completions
@@ -176,3 +177,16 @@ def test_misspelt_folder_of_a_model_is_told_the_nearest(tmp_path, capsys):
     options = ("--dataset", str(data), "--output_dir", str(tmp_path / "out"))
     assert main(["evaluate", "--model", str(tmp_path / "studnet"), *options]) == 2
     assert "(no such folder. Did you mean 'student'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["./gone", "a/b/gone", "/gone", "runs/gone"])
+def test_folder_of_a_model_that_is_not_there_is_said_to_be_none(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert main(["generate", "--model", name, "--prompt", "a"]) == 2
+    assert f"no tokenizer at {name!r} (no such folder)" in capsys.readouterr().err
+
+
+def test_name_that_may_be_on_the_hub_is_looked_up_there():
+    assert not any(map(is_lost_folder, ("gpt2", "owner/name")))
+    assert all(map(is_lost_folder, ("./gpt2", "/owner/name", "runs/my/model", "runs/")))

@@ -119,6 +119,18 @@ class TestMemory:
         copied = 0 if strategy == "fsdp" else 2 * size  # FSDP's rollouts are sampled from a whole copy in any case
         assert after["copy for rollouts"] - before["copy for rollouts"] == pytest.approx(copied)
 
+    def test_in_float32_numbers_are_twice_as_wide_and_nothing_is_copied(self):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        load = Workload(**{**vars(self.LOAD), "mixed_precision": False, "half_precision_rollouts": False})
+        for checkpointing in (True, False):
+            parts = estimate_memory(config, config, replace(load, gradient_checkpointing=checkpointing))
+            assert parts["student, gradients and optimizer"] == 16 * count_parameters(config)
+            assert parts["copy for rollouts"] == 0
+            assert parts["teacher"] == 4 * count_parameters(config)
+            assert parts["teacher's states of a rollout"] == 32 * 256 * 64 * 4
+            assert parts["key-value caches while sampling"] == 32 * 512 * 4 * (2 * 2 * 2 * 64)
+        assert parts["activations of a micro-batch"] == 2 * 8 * 512 * 64 * 2 * (34 + 8 * 4)
+
     def test_activations_by_hand(self):
         sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
         model = Qwen2Config(intermediate_size=160, **sizes)
@@ -266,6 +278,22 @@ class TestDoctor:
         shown = capsys.readouterr().out
         assert "GiB  teacher" in shown
         assert "Nothing found" in shown
+
+    @pytest.mark.parametrize(("memory", "verdict"), [(128, "is there: fits"), (0.0001, "does not fit")])
+    def test_on_a_cpu_the_estimate_is_of_the_process_in_its_precision(self, tmp_path, model_dir, memory, verdict):
+        name = str(model_dir("gpt2"))
+        facts = replace(CPU, memory=int(memory * GIB))
+        peaks = []
+        for bf16 in (False, True):
+            args = MiniLLMConfig(str(tmp_path), use_cpu=True, bf16=bf16)
+            models = ModelConfig(model_name_or_path=name), TeacherArguments(name)
+            strategy, parts = choose_strategy(facts, *models, args, prompt_tokens=8)
+            shown = "\n".join(describe_memory(facts, strategy, parts))
+            assert "GPU" not in shown
+            assert verdict in shown
+            assert parts["copy for rollouts"] == 0
+            peaks.append(parts["teacher"])
+        assert peaks[0] == 2 * peaks[1]
 
     def test_configuration_that_cannot_run_is_told_by_the_exit_code(self, tmp_path, capsys, model_dir):
         assert main(["doctor", "--config", self.write(tmp_path, model_dir, fp16=True)]) == 1

@@ -315,6 +315,16 @@ class TestFolder:
         assert f"--output_dir {output.resolve()}: this folder and that of the {role}" in message
 
 
+@pytest.mark.parametrize(("in_4bit", "expected"), [(True, True), (False, False), (None, True)])
+def test_caveat_of_qlora_is_for_adapters_that_may_be_such(tmp_path, capsys, adapter, in_4bit: bool | None, expected):
+    if in_4bit is not None:  # what the training recorded
+        model = {"load_in_4bit": in_4bit, "load_in_8bit": False}
+        record = {"attempts": [{"configuration": {"ModelConfig": model, "MiniLLMConfig": {}}}]}
+        (Path(adapter) / "run.json").write_text(json.dumps(record))
+    assert run(["--adapter", adapter, "--output_dir", str(tmp_path / "merged")]) == 0
+    assert ("QLoRA" in capsys.readouterr().out) == expected
+
+
 class TestMistakes:
     """Of adapters; `generate` and `evaluate` answer them as `merge` does."""
 

@@ -16,6 +16,7 @@ from trl import ModelConfig
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer
 from minillm_trl.cli.training import quantization_config
+from minillm_trl.errors import UserError
 from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.mixed_precision import OverflowCounter, choose_precision, configure_wrappers, fsdp_policy
 
@@ -39,6 +40,14 @@ def test_four_bit_students_compute_in_the_precision_of_the_run(settings: dict, d
     config = quantization_config(model, SimpleNamespace(**{"fp16": False, "bf16": False, **settings}))
     assert config.bnb_4bit_compute_dtype == expected
     assert quantization_config(ModelConfig("student"), SimpleNamespace(fp16=True, bf16=False)) is None
+
+
+def test_bf16_without_a_gpu_names_use_cpu_which_allows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for config in (MiniLLMConfig, FineTuningConfig):
+        with pytest.raises(UserError, match=r"bf16=True: .*use_cpu=True"):
+            config(str(tmp_path), bf16=True)
+        assert config(str(tmp_path), bf16=True, use_cpu=True).bf16
 
 
 class TestConfigureWrappers:

@@ -84,7 +84,7 @@ def parse_command(words: list[str]) -> None:
     if words[-1] in ("...", "…"):
         words = [*words[:-1], "--model_name_or_path", "student"]
     words = [
-        "recipes/e2e_demo/minillm.yaml" if word.endswith(("my.yaml", "FILE.yaml", "run.yaml")) else word
+        "recipes/e2e_demo/minillm.yaml" if word.endswith(("my.yaml", "faq.yaml", "FILE.yaml", "run.yaml")) else word
         for word in words
     ]
     if words[:2] == ["accelerate", "launch"]:

@@ -1,6 +1,7 @@
 """The command `minillm-trl`: finds the subcommand and turns its errors into one clear message."""
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -51,6 +52,16 @@ subcommands:
 """
 
 
+class AboveProgressBars(logging.Handler):
+    """Prints warnings above a progress bar, on lines of their own; Python's own prints them into the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print to stderr."""
+        from tqdm import tqdm  # `--help` need not wait for it
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -71,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"minillm-trl {__version__}")
         return 0
+    logging.lastResort = AboveProgressBars(logging.WARNING)
     name, *rest = arguments
     if name not in SUBCOMMANDS:
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 from ..end_tokens import adopt_generation_config
 from ..errors import UserError
 from ..pickled_weights import refuse_pickled_weights
-from .model_files import check_weights, explained, load_causal_lm
+from .model_files import check_weights, explained, is_lost_folder, load_causal_lm
 
 # Functions import peft, and what imports it: it takes seconds, for bitsandbytes and torch's compiler among others, and
 # most models have no adapter.
@@ -159,7 +159,7 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
                 base, revision=revision or "main", trust_remote_code=trust_remote_code
             )
     except UserError as error:
-        reason = f"{problem}: there is no such folder." if _is_lost_folder(base) else error
+        reason = f"{problem}: there is no such folder." if is_lost_folder(base) else error
         raise UserError(
             f"{reason}\nIf it has moved, or lies on this machine under another name, say so: "
             f"--model NAME_OR_FOLDER --adapter {name}."
@@ -176,7 +176,7 @@ def _read_config(name: str) -> "PeftConfig":
         if (folder / "config.json").is_file():
             hint = "This is a whole model, which can be used as it is."
         raise UserError(f"--adapter {name}: there is no adapter_config.json in this folder. {hint}")
-    if _is_lost_folder(name):
+    if is_lost_folder(name):
         raise UserError(f"--adapter {name}: there is no such folder.")
     with explained(f"--adapter {name}: the adapter's configuration cannot be read"):
         config = PeftConfig.from_pretrained(name)
@@ -188,10 +188,6 @@ def _read_config(name: str) -> "PeftConfig":
             "it cannot be merged into them. Use it through peft's PeftModel."
         )
     return config
-
-
-def _is_lost_folder(name: str) -> bool:
-    return (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir()
 
 
 def _untie(model: "PeftModel") -> None:

@@ -1,23 +1,21 @@
-"""Dataclasses shared by the subcommands, and a parser that refuses what it does not know by its nearest right name."""
+"""Dataclasses shared by the subcommands, and parsers that refuse what they do not know by its nearest right name."""
 
 import argparse
 import copy
-import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
 from trl import TrlParser
 
-from ..data.errors import shortened
-from ..data.json_files import check, parse_json, read_json
 from ..errors import UserError
 from ..optional_packages import check_packages
-from .launch import is_launched, launch_options, read_flags
+from .launch import is_launch_option, is_launched, read_flags
+from .option_names import aliases, check_given_once, check_stray_words, given_options, right_name
+from .option_values import check_config, check_plain_yaml, json_object, mapping, mapping_or_file, with_first_names
 from .yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -28,17 +26,21 @@ if TYPE_CHECKING:
 class DataArguments:
     """Where the examples come from."""
 
-    dataset: str = field(
+    dataset_name: str = field(
         metadata={
             "help": "`e2e` (ships with the package), a .jsonl, .json, .csv or .parquet file, a folder, or a dataset "
-            "on the hub."
+            "on the hub.",
+            "aliases": ["--dataset"],
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on while training."})
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on while training.", "aliases": ["--dataset_eval_split"]},
+    )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Source of the evaluation split, if it is not `dataset`."}
+        default=None, metadata={"help": "Source of the evaluation split, if it is not `dataset_name`."}
     )
     prompt_column: str = field(
         default="prompt",
@@ -54,7 +56,9 @@ class DataArguments:
 class TeacherArguments:
     """The teacher."""
 
-    teacher_model_name_or_path: str = field(metadata={"help": "Name or folder of the teacher model."})
+    teacher_model_name_or_path: str = field(
+        metadata={"help": "Name or folder of the teacher model.", "aliases": ["--teacher"]}
+    )
 
 
 @dataclass
@@ -96,6 +100,23 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
         return super()._format_action_invocation(shown)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.required else super()._get_help_string(action)
+
+
+class PlainParser(argparse.ArgumentParser):
+    """The parser of a subcommand without dataclasses: options are not guessed from their beginnings."""
+
+    def __init__(self, name: str, **kwargs: Any):
+        super().__init__(f"minillm-trl {name}", allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise _parsing_error(self, message)
+
+
+def _parsing_error(parser: argparse.ArgumentParser, message: str) -> UserError:
+    return UserError(f"{message}. `{parser.prog} --help` lists the options.")
+
 
 class Parser(TrlParser):
     """`TrlParser` whose help groups the options by dataclass, inherited ones last, and whose errors are exceptions."""
@@ -118,8 +139,12 @@ class Parser(TrlParser):
         for action in moved:
             self._optionals._group_actions.remove(action)
 
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """Take the values of a YAML file, also by the second names of options."""
+        return super().set_defaults_with_config(**with_first_names(self, kwargs))
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. `{self.prog} --help` lists the options.")
+        raise _parsing_error(self, message)
 
 
 def make_parser(name: str, dataclass_types: Sequence[type], description: str) -> Parser:
@@ -137,35 +162,10 @@ def make_parser(name: str, dataclass_types: Sequence[type], description: str) ->
         if action.dest == "model_name_or_path":  # TRL's dataclass has a default of None that no command can use
             action.required = True
         elif action.dest.endswith("_kwargs"):
-            action.type = _mapping
+            action.type = mapping
         elif action.dest in ("accelerator_config", "deepspeed", "fsdp_config"):
-            action.type = _mapping_or_file
+            action.type = mapping_or_file
     return parser
-
-
-def _mapping(text: str) -> str:
-    """JSON of an object, which the dataclasses parse; they take any other text as it is."""
-    try:
-        check(parse_json(text), dict[str, Any])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shortened(text)} ({error})") from error
-    return text.strip()
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The type of an option that takes a JSON object, or in YAML a mapping."""
-    return parse_json(_mapping(text))
-
-
-def _mapping_or_file(text: str) -> str:
-    """The same, or the name of a file of it."""
-    if not Path(text).is_file():
-        return _mapping(text)
-    try:
-        read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, str | None]]:
@@ -187,9 +187,9 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
     ]
+    _check_words(parser, argv, is_launchable=True)
     if "--config" in argv:
         check_config(parser, _config_path(argv))
-    _check_flags(argv, {action.dest for action in parser._actions})
     try:
         *values, from_yaml, from_cli = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -220,40 +220,24 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     return instances, {}
 
 
-def check_config(parser: Parser, path: Path) -> None:
-    """Check the names and values of a YAML file for [`parse`].
-
-    Raises:
-        ValueError: with file and line.
-    """
-    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
-    known = {action.dest: action for action in reversed(parser._actions)}
-    # `env` is TrlParser's: variables of the environment
-    check_yaml(
-        path, known, lambda name: name == "env" or _is_launch_option(name), _annotations(parser.dataclass_types)
-    )
-
-
-def _is_launch_option(name: str) -> bool:
-    return f"--{name}" in launch_options()
-
-
 def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse the arguments of a subcommand that has no YAML.
 
     Raises:
         ValueError: for an unknown flag, with the nearest right name.
     """
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise _unknown(parser, unknown[0])
-    return values
+    _check_words(parser, argv, is_launchable=False)
+    return parser.parse_args(argv)
 
 
-def _unknown(parser: argparse.ArgumentParser, word: str) -> UserError:
-    known = {action.dest for action in parser._actions}
-    name = word.partition("=")[0]  # a value may be a secret
-    return UserError(f"unknown option {name!r}.{_nearest(name.removeprefix('--'), known)}")
+def _check_words(parser: argparse.ArgumentParser, argv: list[str], is_launchable: bool) -> None:
+    """Refuse what argparse would take for something else, or complain of after options that are missing."""
+    for option in given_options(parser, argv):
+        if option.word and option.action is None and not (is_launchable and is_launch_option(option.word[2:])):
+            known = {action.dest for action in parser._actions} | aliases(parser).keys()
+            raise UserError(f"unknown option {option.word!r}.{right_name(option.word[2:], known)}")
+    check_given_once(parser, argv)
+    check_stray_words(parser, argv)
 
 
 def parse_with_config(
@@ -272,33 +256,17 @@ def parse_with_config(
     Raises:
         ValueError: for an unknown option, and for a value of the file that its option does not take, with the line.
     """
+    _check_words(parser, argv, is_launchable=True)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path)
     path, rest = config.parse_known_args(argv)[0].config, argv
     if path is not None:
         check_plain_yaml(parser, path)
-        rest = [*_words(parser, read_yaml(path)[0]), *argv]
+        rest = [*_words(parser, with_first_names(parser, read_yaml(path)[0])), *argv]
     values, unknown = parser.parse_known_args(rest)
     words = [part for word in unknown for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if words and words[0] not in launch_options():
-        raise _unknown(parser, words[0])
     flags = read_flags([], words)
     return values, {} if is_launched() else flags
-
-
-def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
-    """Check the names and values of a YAML file for [`parse_with_config`].
-
-    Raises:
-        ValueError: with file and line.
-    """
-    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    # all of them become words of a command line
-    annotations = {
-        name: "list | dict | None" if action.nargs == "+" else "dict | None" if action.type is json_object else "None"
-        for name, action in known.items()
-    }
-    check_yaml(path, known, lambda name: False, annotations)
 
 
 def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]:
@@ -318,115 +286,8 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
     return words
 
 
-def check_yaml(
-    path: Path, known: dict[str, argparse.Action], is_other: Callable[[str], bool], annotations: dict[str, str]
-) -> None:
-    """Check a YAML file against the options.
-
-    Args:
-        path (`Path`): of the file.
-        known (`dict[str, argparse.Action]`): the options by name.
-        is_other (`Callable`): whether a name that no option has may stand there too; nothing is checked of its value.
-        annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
-
-    Raises:
-        ValueError: with file and line.
-    """
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file.")
-    _, node = read_yaml(path)
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:1: expected `name: value` lines.")
-    for key_node, value_node in node.value:
-        name, line = key_node.value, key_node.start_mark.line + 1
-        if name not in known and not is_other(name):
-            raise UserError(f"{path}:{line}: unknown option {shortened(name)}.{_nearest(name, known)}")
-        elif name in known:
-            _check_yaml_value(known[name], value_node, annotations[name], f"{path}:{line}: {name}")
-        elif name == "env":
-            _check_environment(value_node, f"{path}:{line}: env")
-
-
-_TEXT = (str(str), str(str | None))
-
-
-def _check_environment(node: yaml.Node, place: str) -> None:
-    pairs = node.value if isinstance(node, yaml.MappingNode) else [(node, node)]
-    for key, value in pairs:
-        is_pair = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode) and key is not value
-        if (
-            not is_pair
-            or key.tag != "tag:yaml.org,2002:str"
-            or not key.value
-            or {"=", "\0"} & set(key.value + value.value)
-        ):
-            raise UserError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
-
-
-def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str, place: str) -> None:
-    if isinstance(node, yaml.MappingNode) and "dict" not in annotation:
-        raise UserError(f"{place}: expected one value, got a mapping.")
-    if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
-        raise UserError(f"{place}: expected one value, got a list.")
-    kind = getattr(action.type, "__name__", "")
-    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
-        for each in node.value:
-            _check_yaml_value(action, each, annotation, place)
-    if node.tag.endswith(":null") and "None" not in annotation:
-        raise UserError(f"{place}: expected a value, got null. Leave it out for the default.")
-    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
-        return
-    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
-    if is_text and not node.tag.endswith(":str"):
-        raise UserError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
-    if action.nargs == 0 and not node.tag.endswith(":bool"):
-        raise UserError(f"{place}: expected true or false, got {shortened(node.value)}.")
-    if action.choices is not None and node.value not in map(str, action.choices):
-        # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
-        raise UserError(
-            f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
-        )
-    is_number = kind in ("int", "float")
-    is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not know
-    if action.type in (None, str) or action.choices is not None or (is_yaml_bool and not is_number):
-        return
-    try:
-        action.type(node.value)
-    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        names = {
-            "string_to_bool": "true or false",
-            "_mapping": "a mapping",
-            "json_object": "a mapping",
-            "_mapping_or_file": "a mapping or file",
-        }
-        expected = names.get(kind, kind)
-        raise UserError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
-
-
-def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
-    """Annotations of the fields, as HfArgumentParser simplifies their types."""
-    classes = [base for dataclass_type in dataclass_types for base in reversed(dataclass_type.__mro__)]
-    annotations = [each for base in classes for each in vars(base).get("__annotations__", {}).items()]
-    return {name: str(annotation) for name, annotation in annotations}
-
-
 def _config_path(argv: list[str]) -> Path:
     index = argv.index("--config")
     if index + 1 == len(argv):
         raise UserError("--config needs a file name.")
     return Path(argv[index + 1])
-
-
-def _check_flags(argv: list[str], known: set[str]) -> None:
-    for word in argv:
-        name = word.removeprefix("--")
-        if not word.startswith("--") or name in known or name.replace("-", "_") in known:
-            continue
-        if name.removeprefix("no_") in known or _is_launch_option(name):  # `--no_` is argparse's way to switch off
-            continue
-        raise UserError(f"unknown option {word!r}.{_nearest(name, known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -23,7 +23,8 @@ from ..evaluation.general_benchmarks import (
 from ..evaluation.lm_eval_results import TaskOutcome, evaluate_task, pool, wrap_model
 from ..evaluation.metrics import MeanInterval
 from ..evaluation.report import format_cell
-from .arguments import json_object, parse_with_config
+from .arguments import PlainParser, parse_with_config
+from .option_values import json_object
 from .task_results import is_done, weight_files, write_results
 
 if TYPE_CHECKING:
@@ -33,12 +34,11 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl benchmark",
+    parser = PlainParser(
+        "benchmark",
         description="Measure a model on general benchmarks, which EleutherAI's lm-eval runs "
-        "(pip install 'minillm-trl[eval]'), with 95 %% bootstrap intervals over documents. Tasks that are in "
+        "(pip install 'minillm-trl[eval]'), with 95 % bootstrap intervals over documents. Tasks that are in "
         "output_dir already are not computed again.",
-        allow_abbrev=False,  # --confirm_run_unsafe_code is not for guessing
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values for any of these options")
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")

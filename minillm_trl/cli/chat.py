@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.templates import make_prompt, split_instruction
 from ..end_tokens import EOS_TOKENS_HELP, special_ids
 from ..errors import UserError
-from .arguments import json_object
+from .option_values import json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

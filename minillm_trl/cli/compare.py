@@ -10,14 +10,14 @@ from ..evaluation.report import Report, format_sections
 from ..evaluation.report_files import write_report
 from ..evaluation.results import EvaluatedModel, read_evaluation
 from ..evaluation.training_history import EVALUATED, read_history, training_folder
-from .arguments import parse_plain
+from .arguments import PlainParser, parse_plain
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl compare",
-        description="Put the results of `minillm-trl evaluate` side by side: models by tasks, with 95 %% intervals, "
+    parser = PlainParser(
+        "compare",
+        description="Put the results of `minillm-trl evaluate` side by side: models by tasks, with 95 % intervals, "
         "differences to a baseline with p-values, figures, and answers.",
     )
     parser.add_argument(

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
+from .arguments import PlainParser, parse_plain
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl demo",
+    parser = PlainParser(
+        "demo",
         description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
         "(E2E NLG, ships with the package), distil the teacher into the student with MiniLLM, compare it with a "
         "student that was fine-tuned for as long, and write report.html and report.md. Runs on a CPU; rerun the same "
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Parse the arguments and run the demo."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_plain(build_parser(), argv)
     if arguments.seed < 0:
         raise UserError(f"--seed must not be negative, got {arguments.seed}.")
 

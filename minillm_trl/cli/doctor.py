@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
@@ -12,7 +13,7 @@ from trl import ModelConfig
 from ..errors import UserError
 from ..trl_version import TESTED
 from ..weight_formats import quantization_settings
-from .arguments import TeacherArguments, parse, parse_plain
+from .arguments import PlainParser, TeacherArguments, parse, parse_plain
 
 # Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
 if TYPE_CHECKING:
@@ -21,11 +22,17 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
+_SAVINGS = {
+    "GPU": "shard_teacher, offload_teacher or a 4-bit teacher; teacher_hidden_states: cpu; a smaller "
+    "per_device_train_batch_size or sampling_batch_size; an adapter (use_peft), its base in 4 bits or, by dtype, in "
+    "half precision.",
+    "CPU": "a smaller per_device_train_batch_size or sampling_batch_size; an adapter (use_peft); bf16.",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser("minillm-trl doctor", description=__doc__, allow_abbrev=False)
+    parser = PlainParser("doctor", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML of a `minillm` run to check, with a memory estimate")
     parser.add_argument(
         "--prompt_tokens", type=int, default=256, help="length of the longest prompt, for the estimate"
@@ -36,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Print the screen; 0 if nothing stands against the configuration (without one, against any run), else 1."""
     options = parse_plain(build_parser(), argv)
+    if options.config is not None and not Path(options.config).is_file():
+        raise UserError(f"--config {options.config}: no such file.")
     from ..hardware import probe, problems
 
     machine = probe()
@@ -185,6 +194,8 @@ def choose_strategy(
         processes=max(len(machine.gpus), 1),
         shard_teacher=args.shard_teacher,
         teacher_shares_base=args.teacher_shares_base,
+        mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
+        half_precision_rollouts=bool(machine.gpus or args.half_precision_rollouts),
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:
@@ -198,20 +209,16 @@ def choose_strategy(
 
 
 def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) -> list[str]:
-    """The memory estimate in lines, beside what the smallest GPU has."""
-    lines = [f"Memory of each GPU in mixed precision under {strategy}, an estimate:"]
+    """The memory estimate in lines, beside what the smallest GPU has, or without a GPU the machine."""
+    place = f"each GPU in mixed precision under {strategy}" if machine.gpus else "the process on this CPU"
+    lines = [f"Memory of {place}, an estimate:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
-    if machine.gpus:
-        smallest = min(gpu.memory for gpu in machine.gpus)
-        fits = "fits" if _MARGIN * _peak(parts) < smallest else "may not fit"
-        verdict = fits if _peak(parts) < smallest else "does not fit"
-        lines.append(f"  {smallest / _GIB:7.2f} GiB  is there: {verdict}")
-        if verdict != "fits":
-            lines.append(
-                "  To save memory: shard_teacher, offload_teacher or a 4-bit teacher; teacher_hidden_states: cpu; a "
-                "smaller per_device_train_batch_size or sampling_batch_size; an adapter (use_peft), its base in 4 "
-                "bits or, by dtype, in half precision."
-            )
+    smallest = min((gpu.memory for gpu in machine.gpus), default=machine.memory)
+    fits = "fits" if _MARGIN * _peak(parts) < smallest else "may not fit"
+    verdict = fits if _peak(parts) < smallest else "does not fit"
+    lines.append(f"  {smallest / _GIB:7.2f} GiB  is there: {verdict}")
+    if verdict != "fits":
+        lines.append(f"  To save memory: {_SAVINGS['GPU' if machine.gpus else 'CPU']}")
     return lines
 
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..evaluation.parts import Parts
 from ..evaluation.report import format_cell
 from ..evaluation.tasks import NAMED_TASKS, find_tasks
-from .arguments import parse_with_config
+from .arguments import PlainParser, parse_with_config
 from .chat import add_chat_options, as_conversations, chat_options, check_chat
 from .launch import hand_over
 from .task_results import is_done, weight_files, write_results
@@ -37,19 +37,22 @@ _DIGITS = {"rouge_l": 2, "exact_match": 2, "length": 1, "reverse_kl": 2, "forwar
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl evaluate",
+    parser = PlainParser(
+        "evaluate",
         description="Sample completions as the paper does (temperature 1, five seeds, no repeated 6-grams as in its "
         "code) and measure Rouge-L, exact match, loss, length, repetition, diversity and, with a teacher, divergence: "
-        "means over prompts with 95 %% intervals. What is in output_dir already is not computed again.",
+        "means over prompts with 95 % intervals. What is in output_dir already is not computed again.",
         epilog="`--num_processes N` and the other options of `accelerate launch` hand the command over to it.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values for any of these options")
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
     parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
-    parser.add_argument("--teacher", help="name or folder of a teacher, for divergences (not measured of itself)")
+    parser.add_argument(
+        *("--teacher", "--teacher_model_name_or_path"),
+        help="name or folder of a teacher, for divergences (not measured of itself)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", help="prompts with references, see `minillm-trl sft --help`")
+    source.add_argument("--dataset", "--dataset_name", help="prompts with references, see `minillm-trl sft --help`")
     source.add_argument(
         *("--tasks", "--task"),
         nargs="+",
@@ -261,7 +264,8 @@ def _check_classification(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":
-    from ..data import load_examples, unique_prompts
+    from ..data import load_examples
+    from .examples import distinct_prompts
 
     examples = load_examples(
         dataset,
@@ -270,7 +274,7 @@ def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":
         completion_column=arguments.completion_column,
         references_column=arguments.references_column,
     )
-    prompts = unique_prompts(examples)
+    prompts = distinct_prompts(examples, dataset)
     if arguments.max_rows is not None:
         prompts = prompts.select(range(min(arguments.max_rows, len(prompts))))
     if arguments.chat:

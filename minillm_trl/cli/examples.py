@@ -1,8 +1,11 @@
 """Training and evaluation examples for the training subcommands."""
 
+import sys
+
+from accelerate import PartialState
 from datasets import Dataset
 
-from ..data.load import has_splits, load_examples
+from ..data.load import has_splits, load_examples, unique_prompts
 from ..errors import UserError
 from .arguments import DataArguments
 
@@ -22,12 +25,12 @@ def load_splits(
         ValueError: if evaluation is asked for without data for it, or on a split of what has none: a single
             file, or the folder of a single saved `Dataset`.
     """
-    wants_evaluation = data.dataset_eval_split is not None or data.eval_dataset is not None
+    wants_evaluation = data.dataset_test_split is not None or data.eval_dataset is not None
     if eval_strategy != "no" and not wants_evaluation:
-        raise UserError(f"eval_strategy={eval_strategy!r} needs dataset_eval_split or eval_dataset.")
-    if data.eval_dataset is None and data.dataset_eval_split is not None and not has_splits(data.dataset):
+        raise UserError(f"eval_strategy={eval_strategy!r} needs dataset_test_split or eval_dataset.")
+    if data.eval_dataset is None and data.dataset_test_split is not None and not has_splits(data.dataset_name):
         raise UserError(
-            f"dataset_eval_split={data.dataset_eval_split!r}: {data.dataset} has no splits, so this would "
+            f"dataset_test_split={data.dataset_test_split!r}: {data.dataset_name} has no splits, so this would "
             "evaluate on the training data. Name other data with eval_dataset."
         )
 
@@ -41,12 +44,32 @@ def load_splits(
             require_completion=require_completion,
             text_column=text_column,
             max_rows=max_rows,
-            # of `dataset`: other data to evaluate on may be a file
-            dataset_config=data.dataset_config if source == data.dataset else None,
+            # of `dataset_name`: other data to evaluate on may be a file
+            dataset_config=data.dataset_config if source == data.dataset_name else None,
         )
 
-    train = load(data.dataset, data.dataset_train_split, data.max_train_rows)
+    train = load(data.dataset_name, data.dataset_train_split, data.max_train_rows)
     if not wants_evaluation:
         return train, None
-    split = data.dataset_eval_split or data.dataset_train_split
-    return train, load(data.eval_dataset or data.dataset, split, data.max_eval_rows)
+    split = data.dataset_test_split or data.dataset_train_split
+    return train, load(data.eval_dataset or data.dataset_name, split, data.max_eval_rows)
+
+
+def distinct_prompts(examples: Dataset, source: str) -> Dataset:
+    """Keep each prompt once, see [`unique_prompts`], and say how many rows became how many prompts.
+
+    Args:
+        examples ([`~datasets.Dataset`]): the result of [`load_examples`].
+        source (`str`): what the user called them.
+    """
+    prompts = unique_prompts(examples)
+    if (counts := describe_repeats(examples, prompts)) and PartialState().is_main_process:
+        print(f"{source}: {counts}. Each prompt is taken once.", file=sys.stderr)
+    return prompts
+
+
+def describe_repeats(examples: Dataset, prompts: Dataset) -> str:
+    """Return the numbers of rows and of different prompts in words; empty where no prompt is repeated."""
+    if len(prompts) == len(examples):
+        return ""
+    return f"{len(examples)} rows have {len(prompts)} different prompts"

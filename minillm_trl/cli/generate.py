@@ -9,18 +9,18 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..whole_files import write_whole
-from .arguments import parse_plain
+from .arguments import PlainParser, parse_plain
 from .chat import add_chat_options, as_conversations, chat_options, check_chat
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(prog="minillm-trl generate", description=__doc__)
+    parser = PlainParser("generate", description=__doc__)
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
     parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="prompts as texts; \\n stands for a line break")
-    source.add_argument("--dataset", help="prompts from a dataset, see `minillm-trl sft --help`")
+    source.add_argument("--dataset", "--dataset_name", help="prompts from a dataset, see `minillm-trl sft --help`")
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     parser.add_argument("--prompt_column", default="prompt")
     parser.add_argument("--max_rows", type=int, help="use the first prompts only")
@@ -66,10 +66,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.prompt:
         prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]
     else:
-        from ..data import load_examples, unique_prompts
+        from ..data import load_examples
+        from .examples import distinct_prompts
 
         examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
-        prompts = unique_prompts(examples)["prompt"][: arguments.max_rows]
+        prompts = distinct_prompts(examples, arguments.dataset)["prompt"][: arguments.max_rows]
     if arguments.chat:
         prompts = as_conversations(prompts)
     tokenizer = load_tokenizer(

@@ -16,7 +16,7 @@ from ..evaluation.report import Column, Row, Table, format_table
 from ..evaluation.results import read_evaluation
 from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
 from ..whole_files import write_whole
-from .arguments import parse_plain
+from .arguments import PlainParser, parse_plain
 from .compare import named_folder
 
 Place = tuple[str, str]  # task and model
@@ -27,12 +27,11 @@ _CHARACTERS_PER_TOKEN = 4
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl judge",
+    parser = PlainParser(
+        "judge",
         description="Let an LLM score the answers that `minillm-trl evaluate` wrote from 1 to 10, each beside the "
         "reference, as the paper's GPT-4 feedback does: 100 * sum of the model's scores / sum of the references'. "
         "Verdicts are kept in output_dir and asked for once.",
-        allow_abbrev=False,  # an --api_key with the key itself must not pass for --api_key_env
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder that `evaluate` wrote, or NAME=FOLDER to name its row"

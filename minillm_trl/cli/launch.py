@@ -13,6 +13,7 @@ from .yaml_file import read_yaml
 # Set for the processes that a hand-over starts, so that they do not hand themselves over again.
 LAUNCHED = "MINILLM_TRL_LAUNCHED"
 _FLAGS = "MINILLM_TRL_LAUNCH_FLAGS"  # with what, as JSON
+_FILES = {"--accelerate_config", "--config_file"}  # a launch has one of them
 
 
 def is_launched() -> bool:
@@ -37,6 +38,11 @@ def launch_options() -> dict[str, bool]:
     return {"--accelerate_config": True} | {name: value for name, value in options.items() if name.startswith("--")}
 
 
+def is_launch_option(name: str) -> bool:
+    """Whether an option of this name, without dashes, is for the launcher."""
+    return f"--{name}" in launch_options()
+
+
 def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, str | None]:
     """Sort what the subcommand's own parser left over into options of `accelerate launch`.
 
@@ -48,7 +54,7 @@ def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, s
         `dict[str, str | None]`: value of each option, `None` for one that takes none.
 
     Raises:
-        ValueError: for a word that is neither an option nor the value of one.
+        ValueError: for a word that is neither an option nor the value of one, and for two configuration files.
     """
     if not from_yaml and not from_cli:
         return {}
@@ -60,14 +66,27 @@ def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, s
             flags[option] = None
         elif value != "False":
             raise UserError(f"{option.removeprefix('--')} is true or false, got {value!r}.")
-    words = iter(from_cli)
+    words, given = iter(from_cli), {}
     for word in words:
         if word not in options:
             raise UserError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
-        flags[word] = next(words, None) if options[word] else None
-        if options[word] and flags[word] is None:
+        value = next(words, None) if options[word] else None
+        if options[word] and value is None:
             raise UserError(f"{word} needs a value.")
-    return flags
+        if word in _FILES:
+            _check_file(word, value, given)
+        given[word] = value
+    if _FILES & given.keys():
+        flags = {option: value for option, value in flags.items() if option not in _FILES}
+    return flags | given
+
+
+def _check_file(option: str, value: str, given: dict[str, str | None]) -> None:
+    for other in _FILES & given.keys():
+        if (other, given[other]) != (option, value):
+            raise UserError(
+                f"{other} {given[other]} and {option} {value}: one of these files would be ignored. Drop one of them."
+            )
 
 
 def accelerate_config_path(name: str) -> Path:

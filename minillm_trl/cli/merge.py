@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..data.json_files import read_json
 from ..errors import UserError
 from ..whole_files import make_folder, writing
-from .arguments import parse_plain
+from .arguments import PlainParser, parse_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +25,22 @@ _NOTE = (
 )
 
 
+class _Attempt(TypedDict):
+    configuration: dict[str, dict[str, Any]]
+
+
+class _Record(TypedDict):
+    """What is needed of `run.json`."""
+
+    attempts: list[_Attempt]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl merge",
+    parser = PlainParser(
+        "merge",
         description="Merge an adapter (LoRA, DoRA and others of PEFT that change weights) into its base, and save "
         f"model, generation configuration and tokenizer as a plain model. {_NOTE}",
-        allow_abbrev=False,  # --overwrite is not for guessing
     )
     parser.add_argument("--adapter", required=True, help="name or folder of a PEFT adapter")
     parser.add_argument("--model", help="name or folder of its base (default: the one that the adapter names)")
@@ -70,7 +80,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             f"--model NAME_OR_FOLDER --adapter {adapter.name}."
         )
     tokenizer, problem = _find_tokenizer(adapter, arguments.trust_remote_code)
-    print(f"Merging {adapter.name} into {adapter.base}. {_NOTE}")
+    print(f"Merging {adapter.name} into {adapter.base}.{_caveat(Path(adapter.name))}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = adapter.load_merged(dtype, arguments.trust_remote_code, arguments.allow_pickled_weights, progress=True)
     with writing(output), _written_whole(output) as folder:
@@ -82,6 +92,26 @@ def _merge(arguments: argparse.Namespace) -> int:
     if problem is not None:
         print(f"warning: saved without a tokenizer, so copy one to {output}: {problem}", file=sys.stderr)
     return 0
+
+
+def _caveat(adapter: Path) -> str:
+    """The note on QLoRA, with a leading space; empty where the record of the training says that it was none."""
+    from ..run_record import RECORD
+
+    for folder in (adapter, adapter.parent):  # a checkpoint lies in the folder of its run
+        if (path := folder / RECORD).is_file():
+            record = read_json(path, _Record, "Merge a copy of the adapter alone.")
+            return f" {_NOTE}" if any(map(_is_quantised, record["attempts"])) else ""
+    return f" {_NOTE}"
+
+
+def _is_quantised(attempt: _Attempt) -> bool:
+    return any(
+        values.get("load_in_4bit")
+        or values.get("load_in_8bit")
+        or "quantization" in str(values.get("model_init_kwargs"))
+        for values in attempt["configuration"].values()
+    )
 
 
 def _check_output(output: Path, adapter: "Adapter", overwrite: bool) -> None:

@@ -23,8 +23,8 @@ class CorpusArguments:
     lm_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A .txt or .txt.gz file with a document a line, or any source of `dataset`, with a column of text "
-            "or with prompts and completions. None leaves the loss out."
+            "help": "A .txt or .txt.gz file with a document a line, or any source of `dataset_name`, with a column of "
+            "text or with prompts and completions. None leaves the loss out."
         },
     )
     lm_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
@@ -91,17 +91,18 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from trl import get_peft_config
 
-    from ..data import unique_prompts
+    from ..checks import check_fills_rollout
     from ..trainer import MiniLLMTrainer
     from . import models, recording, training
-    from .examples import load_splits
+    from .examples import describe_repeats, distinct_prompts, load_splits
 
     data, teacher, corpus, stopping, degeneration, args, model = parsed
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
-    train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
-    train = unique_prompts(train).select_columns(["prompt"])
-    evaluation = None if evaluation is None else unique_prompts(evaluation)
-    source, eval_source = data.dataset, data.eval_dataset or data.dataset
+    rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
+    source, eval_source = data.dataset_name, data.eval_dataset or data.dataset_name
+    train = distinct_prompts(rows, source).select_columns(["prompt"])
+    check_fills_rollout(train, args, source, describe_repeats(rows, train))
+    evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source)
     _check_metric(args, evaluation, eval_source)
     lm_dataset = corpus.load()
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

@@ -23,6 +23,12 @@ _PICKLED = (
 )
 
 
+def is_lost_folder(name: str) -> bool:
+    """Whether a name can only be that of a folder, and there is none: names on the hub are `NAME` or `OWNER/NAME`."""
+    is_path = name.startswith((".", "/", "~")) or name.rstrip("/").count("/") > 1 or name.endswith("/")
+    return (is_path or Path(name).is_absolute()) and not Path(name).is_dir()
+
+
 def check_weights(name: str) -> None:
     """Check that the files of weights in a folder are whole, without reading them; a name on the hub passes.
 

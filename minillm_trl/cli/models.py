@@ -14,7 +14,7 @@ from ..processes import launched_on_cpu
 from ..quantization import keep_4bit_layout
 from ..weight_formats import check_name
 from .adapters import Adapter, find_adapter, is_adapter
-from .model_files import explained, load_causal_lm
+from .model_files import explained, is_lost_folder, load_causal_lm
 
 if TYPE_CHECKING:  # these take seconds to import, which reading a tokenizer need not wait for
     from datasets import Dataset
@@ -54,7 +54,9 @@ def read_tokenizer(
         ValueError: if there is no tokenizer at `name`.
     """
     check_name(name)
-    with explained(f"no tokenizer at {name!r}{_near_folder(name)}"):
+    if is_lost_folder(name):
+        raise UserError(f"no tokenizer at {name!r}{_lost_folder(name)}.")
+    with explained(f"no tokenizer at {name!r}{_lost_folder(name)}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
         )
@@ -65,13 +67,15 @@ def read_tokenizer(
     return tokenizer
 
 
-def _near_folder(name: str) -> str:
-    """A remark for names of folders that are misspelt; empty if there is the folder, or none of a like name."""
-    path = Path(name)
-    if path.exists() or not path.parent.is_dir():
+def _lost_folder(name: str) -> str:
+    """A remark for names of folders that are not there; empty for those that can only be meant for the hub."""
+    path = Path(name).expanduser()
+    if path.exists():
         return ""
-    found = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_dir()))
-    return f" (no such folder.{found})" if found else ""
+    siblings = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    found = nearest(path.name, siblings)
+    is_meant = found or is_lost_folder(name) or (path.parent != Path() and path.parent.is_dir())
+    return f" (no such folder.{found})" if found else " (no such folder)" if is_meant else ""
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -27,7 +27,8 @@ from ..data.prepare import (
     write_prepared,
 )
 from ..errors import UserError
-from .arguments import Parser, json_object, make_parser, parse
+from .arguments import Parser, make_parser, parse
+from .option_values import json_object
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
 _SPLIT = ("dolly", "instructions", "examples")  # the others are test sets, and text is all for training

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..evaluation.comparison import compare_models
 from ..evaluation.results import read_evaluation
-from .arguments import parse_plain
+from .arguments import PlainParser, parse_plain
 from .compare import read_histories, show
 from .launch import accelerate_config_path
 from .stages import TRAINING, Recipe, Stage, how_to_mend, move_aside, read_recipe
@@ -21,11 +21,10 @@ _PATIENCE = 10
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="minillm-trl recipe",
+    parser = PlainParser(
+        "recipe",
         description="Run the stages of a recipe in order, from the data to the table. A stage that is done is "
         "skipped, and a training that was stopped goes on from its newest checkpoint.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="folder with recipe.yaml, such as recipes/gpt2-120m-from-1.5b")
     parser.add_argument("--list", action="store_true", help="show the stages and what is done, and run nothing")

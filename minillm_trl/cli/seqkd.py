@@ -41,27 +41,27 @@ def run(argv: list[str]) -> int:
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from ..baselines import FineTuningTrainer
-    from ..data import load_examples, unique_prompts
+    from ..data import load_examples
     from . import models, recording, training
-    from .examples import load_splits
+    from .examples import distinct_prompts, load_splits
 
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:
-        _check_completions(evaluation, data.eval_dataset or data.dataset)
+        _check_completions(evaluation, data.eval_dataset or data.dataset_name)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
     training.set_model_init_kwargs(args, model)
-    prompts = unique_prompts(train)
+    prompts = distinct_prompts(train, data.dataset_name)
     with recording.record_run("seqkd", argv, parser, parsed, checkpoint) as record:
-        record.add_data("prompts", data.dataset, prompts)
-        record.add_data("evaluation", data.eval_dataset or data.dataset, evaluation)
+        record.add_data("prompts", data.dataset_name, prompts)
+        record.add_data("evaluation", data.eval_dataset or data.dataset_name, evaluation)
         recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         with record.timing("teacher_answers"):
-            folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset)
+            folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset_name)
         if args.generate_only:
             return 0
         answers = load_examples(folder / "train.jsonl")

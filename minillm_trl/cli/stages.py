@@ -1,5 +1,6 @@
 """The stages of a recipe: what they run, what they build on, and whether they are done."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ from ..baselines.teacher_data import default_teacher_data_dir
 from ..data.json_files import read_json
 from ..errors import UserError
 from ..whole_files import make_folder, write_whole
-from .arguments import Parser, check_config, check_plain_yaml
+from .arguments import Parser
+from .option_values import check_config, check_plain_yaml, with_first_names
 from .yaml_file import line_of, read_yaml
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
@@ -161,7 +163,7 @@ class Recipe:
         folders = []
         for stage in again:
             folders.append(stage.output)
-            sources = [stage.values.get(name) for name in ("teacher_model_name_or_path", "dataset")]
+            sources = [stage.values.get(name) for name in ("teacher_model_name_or_path", "dataset_name")]
             if stage.answers is not None and any(each in again for each in self._earlier(stage, sources)):
                 folders.append(stage.answers)
         return folders
@@ -178,7 +180,7 @@ class Recipe:
             if stage.subcommand not in TRAINING or not stage.output.is_dir() or not any(stage.output.iterdir()):
                 return None
             return f"{stage.output} is not empty, and no recipe has written it"
-        if changed := _difference(marker["config"], stage.values):
+        if changed := _difference(with_first_names(_parser(stage.subcommand), marker["config"]), stage.values):
             return f"{stage.output} was made with {changed}"
         for each in self.inputs(stage):
             if marker["inputs"].get(str(each.output)) != each.digest():
@@ -315,12 +317,16 @@ def _contains(folder: Path, other: Path) -> bool:
 
 
 def _read(config: Path, subcommand: str) -> dict[str, Any]:
-    parser = import_module(f".{subcommand.replace('-', '_')}", __package__).build_parser()
+    parser = _parser(subcommand)
     if isinstance(parser, Parser):
         check_config(parser, config)
     else:
         check_plain_yaml(parser, config)
-    return read_yaml(config)[0]
+    return with_first_names(parser, read_yaml(config)[0])
+
+
+def _parser(subcommand: str) -> argparse.ArgumentParser:
+    return import_module(f".{subcommand.replace('-', '_')}", __package__).build_parser()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -1,0 +1,181 @@
+"""Values of options: JSON on the command line, and what a YAML file gives them, checked by line."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+from ..data.errors import shortened
+from ..data.json_files import check, parse_json, read_json
+from ..errors import UserError
+from .launch import is_launch_option
+from .option_names import aliases, right_name
+from .yaml_file import read_yaml
+
+
+def mapping(text: str) -> str:
+    """JSON of an object, which the dataclasses parse; they take any other text as it is."""
+    try:
+        check(parse_json(text), dict[str, Any])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {shortened(text)} ({error})") from error
+    return text.strip()
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that takes a JSON object, or in YAML a mapping."""
+    return parse_json(mapping(text))
+
+
+def mapping_or_file(text: str) -> str:
+    """The same, or the name of a file of it."""
+    if not Path(text).is_file():
+        return mapping(text)
+    try:
+        read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def check_config(parser: TrlParser, path: Path) -> None:
+    """Check the names and values of a YAML file for [`parse`].
+
+    Raises:
+        ValueError: with file and line.
+    """
+    # `env` is TrlParser's: variables of the environment
+    _check_yaml(
+        parser, path, lambda name: name == "env" or is_launch_option(name), _annotations(parser.dataclass_types)
+    )
+
+
+def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Check the names and values of a YAML file for [`parse_with_config`].
+
+    Raises:
+        ValueError: with file and line.
+    """
+    # all of them become words of a command line
+    annotations = {
+        action.dest: "list | dict | None"
+        if action.nargs == "+"
+        else "dict | None"
+        if action.type is json_object
+        else "None"
+        for action in parser._actions
+    }
+    _check_yaml(parser, path, lambda name: False, annotations)
+
+
+def _check_yaml(
+    parser: argparse.ArgumentParser, path: Path, is_other: Callable[[str], bool], annotations: dict[str, str]
+) -> None:
+    """Check a YAML file against the options.
+
+    Args:
+        parser (`argparse.ArgumentParser`): has the options.
+        path (`Path`): of the file.
+        is_other (`Callable`): whether a name that no option has may stand there too; nothing is checked of its value.
+        annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
+
+    Raises:
+        ValueError: with file and line.
+    """
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file.")
+    content, node = read_yaml(path)
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:1: expected `name: value` lines.")
+    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
+    known = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
+    first_names, lines = aliases(parser), {}
+    for key_node, value_node in node.value:
+        name, line = key_node.value, key_node.start_mark.line + 1
+        option = first_names.get(name, name)
+        if option not in known and not is_other(name):
+            raise UserError(
+                f"{path}:{line}: unknown option {shortened(name)}.{right_name(name, {*known, *first_names})}"
+            )
+        elif option in known:
+            _check_yaml_value(known[option], value_node, annotations[option], f"{path}:{line}: {name}")
+            other = lines.setdefault(option, (name, line))
+            if content[other[0]] != content[name]:
+                raise UserError(
+                    f"{path}:{line}: {name} is another name of {other[0]}, whose value in line {other[1]} differs. "
+                    "Drop one of them."
+                )
+        elif name == "env":
+            _check_environment(value_node, f"{path}:{line}: env")
+
+
+def with_first_names(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of a YAML file by the first names of the options."""
+    first_names = aliases(parser)
+    return {first_names.get(name, name): value for name, value in values.items()}
+
+
+_TEXT = (str(str), str(str | None))
+
+
+def _check_environment(node: yaml.Node, place: str) -> None:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(node, node)]
+    for key, value in pairs:
+        is_pair = isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode) and key is not value
+        if (
+            not is_pair
+            or key.tag != "tag:yaml.org,2002:str"
+            or not key.value
+            or {"=", "\0"} & set(key.value + value.value)
+        ):
+            raise UserError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
+
+
+def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str, place: str) -> None:
+    if isinstance(node, yaml.MappingNode) and "dict" not in annotation:
+        raise UserError(f"{place}: expected one value, got a mapping.")
+    if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
+        raise UserError(f"{place}: expected one value, got a list.")
+    kind = getattr(action.type, "__name__", "")
+    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
+        for each in node.value:
+            _check_yaml_value(action, each, annotation, place)
+    if node.tag.endswith(":null") and "None" not in annotation:
+        raise UserError(f"{place}: expected a value, got null. Leave it out for the default.")
+    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
+        return
+    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
+    if is_text and not node.tag.endswith(":str"):
+        raise UserError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
+    if action.nargs == 0 and not node.tag.endswith(":bool"):
+        raise UserError(f"{place}: expected true or false, got {shortened(node.value)}.")
+    if action.choices is not None and node.value not in map(str, action.choices):
+        # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
+        raise UserError(
+            f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
+        )
+    is_number = kind in ("int", "float")
+    is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not know
+    if action.type in (None, str) or action.choices is not None or (is_yaml_bool and not is_number):
+        return
+    try:
+        action.type(node.value)
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        names = {
+            "string_to_bool": "true or false",
+            "mapping": "a mapping",
+            "json_object": "a mapping",
+            "mapping_or_file": "a mapping or file",
+        }
+        expected = names.get(kind, kind)
+        raise UserError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
+
+
+def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
+    """Annotations of the fields, as HfArgumentParser simplifies their types."""
+    classes = [base for dataclass_type in dataclass_types for base in reversed(dataclass_type.__mro__)]
+    annotations = [each for base in classes for each in vars(base).get("__annotations__", {}).items()]
+    return {name: str(annotation) for name, annotation in annotations}
