@@ -147,7 +147,7 @@ class TestPaperRecipe:
 
     def test_baselines_have_one_budget_and_one_rule_of_selection(self, folder: Path):
         sft, kd, seqkd, init = (load(folder, name) for name in ("sft", "kd", "seqkd", "sft_init"))
-        same = ("model_name_or_path", "learning_rate", "num_train_epochs", "seed", "max_length", "dataset")
+        same = ("model_name_or_path", "learning_rate", "num_train_epochs", "seed", "max_length", "dataset_name")
         same += ("per_device_train_batch_size", "gradient_accumulation_steps", "metric_for_best_model")
         for other in (kd, seqkd):
             assert [other[key] for key in same] == [sft[key] for key in same]
