@@ -198,7 +198,7 @@ def test_recipe_is_parsed_into_the_same_configuration(module, tmp_path, monkeypa
     assert [plain(each) for each in again] == [plain(each) for each in parsed]
     # what was given stands first
     names = list(yaml.safe_load(path.read_text()))
-    assert {"dataset", "learning_rate", "report_to", "warmup_steps"} < set(names[:12])
+    assert {"dataset_name", "learning_rate", "report_to", "warmup_steps"} < set(names[:12])
     assert yaml.safe_load(path.read_text())["env"] == {"MKL_CBWR": "COMPATIBLE"}
 
 

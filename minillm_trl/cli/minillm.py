@@ -101,9 +101,9 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
     source, eval_source = data.dataset_name, data.eval_dataset or data.dataset_name
     train = distinct_prompts(rows, source).select_columns(["prompt"])
-    check_fills_rollout(train, args, source, describe_repeats(rows, train))
     evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source)
     _check_metric(args, evaluation, eval_source)
+    check_fills_rollout(train, args, source, describe_repeats(rows, train))
     lm_dataset = corpus.load()
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
