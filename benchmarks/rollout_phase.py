@@ -15,8 +15,8 @@ from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_a
 from sampling import ALPHA, mean_coins, mix_every_step
 from transformers import PreTrainedModel
 
-from minillm_trl.fused_head import completion_logps
 from minillm_trl.lm_head import LMHead
+from minillm_trl.rollout_scores import HeadStates, RolloutScorer, RolloutScores
 from minillm_trl.sampling import sample_completions
 
 BATCH, PROMPT, TOKENS = 8, 64, 64
@@ -36,7 +36,7 @@ def original_schedule(student: PreTrainedModel, teacher: PreTrainedModel, prompt
     return [full_logits_pass(model, ids) for model in (student, teacher) for _ in range(3)]
 
 
-def ours(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) -> list[torch.Tensor]:
+def ours(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) -> RolloutScores:
     sampled = sample_completions(
         student,
         prompts,
@@ -49,10 +49,9 @@ def ours(student: PreTrainedModel, teacher: PreTrainedModel, prompts, uniforms) 
         teacher_coins=mean_coins(TOKENS),
         keep_states=True,
     )
-    states = ((student, sampled.student_hidden_states), (teacher, sampled.teacher_hidden_states))
-    return [
-        completion_logps(each, LMHead.of(model), sampled.ids, sampled.mask, [1.0], 50257)[0] for model, each in states
-    ]
+    states = zip(sampled[2:], (student, teacher), strict=True)
+    both = (HeadStates(hidden_states, LMHead.of(model)) for hidden_states, model in states)
+    return RolloutScorer(1.0, 1.0, 50257).score(sampled.ids, sampled.mask, *both)
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from measurement import DEVICE, DTYPE, build, bytes_before, in_own_process, peak_bytes, seconds, write_record
 
-from minillm_trl.fused_head import ScoreRequest, add_scoring, completion_logps
+from minillm_trl.fused_head import ScoreRequest, add_scoring
 from minillm_trl.lm_head import LMHead
+from minillm_trl.rollout_scores import HeadStates, RolloutScorer
 from minillm_trl.sampling import Completions, sample_completions, toss_coins
 
 PROMPT, VOCAB = 32, 50257
@@ -39,8 +40,9 @@ def rollout(student, teacher, prompts: torch.Tensor, length: int) -> Completions
         teacher_coins=toss_coins(length, 0.2, 0)[None],
         keep_states=True,
     )
-    for model, states in zip((student, teacher), sampled[2:], strict=True):
-        completion_logps(states, LMHead.of(model), sampled.ids, sampled.mask, [1.0], VOCAB)
+    states = zip(sampled[2:], (student, teacher), strict=True)
+    both = (HeadStates(hidden_states, LMHead.of(model)) for hidden_states, model in states)
+    RolloutScorer(1.0, 1.0, VOCAB).score(sampled.ids, sampled.mask, *both)
     return sampled
 
 

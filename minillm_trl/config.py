@@ -11,7 +11,7 @@ from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .errors import UserError
 from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
-from .objectives import WEIGHTING_LEVELS
+from .objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
 from .processes import choose_device
 from .weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 
@@ -84,6 +84,8 @@ _POSITIVE_FIELDS = (
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss_reduction": ("token_mean", "sequence_sum"),
     "importance_weighting": WEIGHTING_LEVELS,
+    "reward_estimator": REWARD_ESTIMATORS,
+    "advantage_baseline": ("none", "position", "group"),
     "whiten_advantages": ("none", "tokens", "padding"),
     "teacher_hidden_states": ("device", "cpu", "recompute"),
     "compile_rollouts": (None, "inductor", "cudagraphs"),
@@ -137,6 +139,19 @@ class MiniLLMConfig(GRPOConfig):
             Divisor of the teacher's rewards. The authors' scripts: 0.5.
         reward_clip (`float`, *optional*):
             Largest size of a scaled reward. The authors' scripts: 100.
+        reward_estimator (`str`, *optional*, defaults to `"sampled"`):
+            What a return sums up over the tokens after its own. `"sampled"`: the rewards of the tokens that were
+            sampled (the paper's). `"expected"`: their expectation over the student's next token given the tokens
+            before it, -KL(q || p) of that token, see [`objectives.expected_rewards`]. Without length normalisation the
+            expected gradient on policy and under `importance_weighting="sequence"` stays the same, at less variance;
+            under other weightings part of the bias of mixing goes.
+        advantage_baseline (`str`, *optional*, defaults to `"none"`):
+            What is subtracted from the return of a token, see [`objectives.leave_one_out_baseline`]. `"none"`: nothing
+            (the paper's). `"position"`: the mean return of the other completions of the rollout buffer, of all
+            processes, that are still going at the token's position. `"group"`: the same among the completions of the
+            token's prompt, of which there must be two or more (`num_generations`). Evaluation has no baseline. Rows
+            that share the coins of teacher-mixed sampling are dependent, which biases the gradient a little (0.5 % on
+            an enumerated example); `importance_weighting="sequence"` therefore needs `shared_coins=False`.
         whiten_advantages (`str` or `bool`, *optional*, defaults to `"none"`):
             Whether the teacher's returns are shifted and scaled to mean 0 and variance 1 over the rollout buffer of
             all processes: `"none"`; `"tokens"` (or `True`), over the completions' tokens; `"padding"`, over
@@ -247,6 +262,21 @@ class MiniLLMConfig(GRPOConfig):
     )
     reward_scale: float = field(default=1.0, metadata={"help": "Divisor of the teacher's rewards."})
     reward_clip: float | None = field(default=None, metadata={"help": "Largest size of a scaled reward."})
+    reward_estimator: str = field(
+        default="sampled",
+        metadata={
+            "help": "Future rewards of a return: those of the sampled tokens, or expected given the tokens before.",
+            "choices": list(REWARD_ESTIMATORS),
+        },
+    )
+    advantage_baseline: str = field(
+        default="none",
+        metadata={
+            "help": "Baseline of the teacher's returns: none, or leave-one-out by position over the rollout buffer or "
+            "over the completions of the prompt.",
+            "choices": ["none", "position", "group"],
+        },
+    )
     whiten_advantages: str = field(
         default="none",
         metadata={
@@ -373,6 +403,7 @@ class MiniLLMConfig(GRPOConfig):
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.delta is not None and not self.delta > 1 + high:
             raise UserError(f"delta must be above the clip range, which ends at {1 + high}, got {self.delta}.")
+        self._check_long_term()
         if self.importance_weight_cap is not None and self.importance_weighting == "token":
             raise UserError(
                 f"importance_weight_cap={self.importance_weight_cap} has no effect on importance_weighting='token', "
@@ -384,6 +415,27 @@ class MiniLLMConfig(GRPOConfig):
             check_init_kwargs(name, getattr(self, name))
         quantization = quantization_settings(self.teacher_model_init_kwargs)
         refuse_8bit_teacher(quantization.get("load_in_8bit", False), self.teacher_mixed_alpha)
+
+    def _check_long_term(self) -> None:
+        for name, neutral in (("reward_estimator", "sampled"), ("advantage_baseline", "none")):
+            value = getattr(self, name)
+            if not self.rkl_advantage and value != neutral:
+                raise UserError(
+                    f"{name}={value!r} has no effect with rkl_advantage=False, which leaves the returns of the "
+                    f"teacher's rewards out. Drop {name}, or set rkl_advantage=True."
+                )
+        if self.advantage_baseline == "group" and self.num_generations == 1:
+            raise UserError(
+                "advantage_baseline='group' is a mean over the other completions of a prompt, but num_generations=1: "
+                "set num_generations to 2 or more, or advantage_baseline='position'."
+            )
+        mixed = self.teacher_mixed_alpha > 0.0 and self.shared_coins
+        if self.advantage_baseline != "none" and self.importance_weighting == "sequence" and mixed:
+            raise UserError(
+                f"advantage_baseline={self.advantage_baseline!r} is made of rows that share their coins with the row "
+                "it is for (shared_coins=True), which biases the gradient that importance_weighting='sequence' is to "
+                "make exact. Set shared_coins=False."
+            )
 
     def _check_memory(self) -> None:
         if self.half_precision_rollouts and not (self.fp16 or self.bf16):

@@ -74,6 +74,12 @@ class ScoreRequest(NamedTuple):
     def completion_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
+    def score(
+        self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: LMHead | None
+    ) -> TokenScores:
+        """Score from the hidden states `(B, T, H)` of the model that runs, see [`score_hidden_states`]."""
+        return score_hidden_states(hidden_states, head, self, vocab_size, teacher_head)
+
 
 def score_hidden_states(
     hidden_states: torch.Tensor,
@@ -141,28 +147,6 @@ def score_hidden_states(
     if request.loss is not None and loss is None:
         loss = request.loss(TokenScores(logps, entropy, divergence), rows).sum()
     return TokenScores(scatter(logps), scatter(entropy), None if divergence is None else scatter(divergence), loss)
-
-
-@torch.no_grad()
-def completion_logps(
-    hidden_states: torch.Tensor,
-    head: LMHead,
-    completion_ids: torch.Tensor,
-    completion_mask: torch.Tensor,
-    temperatures: Sequence[float],
-    vocab_size: int,
-) -> list[torch.Tensor]:
-    """Log-probs `(B, T)` of the completions' tokens at each of the temperatures, from the states `(B, T, H)`."""
-    by_temperature = {
-        temperature: score_hidden_states(
-            hidden_states,
-            head,
-            ScoreRequest(completion_ids, completion_mask, completion_mask, temperature),
-            vocab_size,
-        ).logps
-        for temperature in set(temperatures)
-    }
-    return [by_temperature[temperature] for temperature in temperatures]
 
 
 class _LossThroughHead(torch.autograd.Function):
@@ -331,7 +315,9 @@ def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | None = None) -> None:
-    """Let `model(score_requests=[...])` return a list of [`TokenScores`] instead of logits.
+    """Let `model(score_requests=[...])` return a list of scores instead of logits.
+
+    A request is a [`ScoreRequest`], or another that has its tokens and mask and a method `score`.
 
     Several requests are one forward call, as wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) want one call
     for one backward pass. Without `score_requests` the forward is the one it was. Patch before the model is wrapped,
@@ -360,7 +346,7 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | 
         if score_request is None:
             return replaced(hidden_states, *args, **kwargs)
         own_head = LMHead.of_projection(self, config)
-        return score_hidden_states(hidden_states, own_head, score_request, vocab_size, teacher_head)
+        return score_request.score(hidden_states, own_head, vocab_size, teacher_head)
 
     override_forward(model, forward)
     override_forward(head, project_or_score)

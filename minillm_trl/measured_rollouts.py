@@ -1,18 +1,18 @@
-"""`MeasuredRollouts`: what GRPO logs of rollouts and their rewards, over all completions that count."""
+"""`MeasuredRollouts`: rewards and advantages of rollouts, and what GRPO logs of them, over all that count."""
 
 from typing import Any
 
 import torch
 
-from .masking import masked_mean
-from .objectives import batch_advantages, replace_by_group_mean
+from .masking import masked_mean, masked_moments
+from .objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
 from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
 from .rollouts import Batch, sequences
-from .training_metrics import completion_totals, degeneration, reward_metrics, rouge_l_to_references
+from .training_metrics import baseline_totals, completion_totals, degeneration, reward_metrics, rouge_l_to_references
 
 
 class MeasuredRollouts(ResumableRollouts):
-    """The rewards of rollouts, and the metrics of rollouts and rewards: means over all completions since the last log.
+    """The advantages of rollouts, and the metrics of rollouts and rewards: means over all since the last log.
 
     GRPO's own are means of the means of rollouts, and count what fills up the last batch of an evaluation.
     """
@@ -64,6 +64,55 @@ class MeasuredRollouts(ResumableRollouts):
             normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
         )
         return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
+
+    # Advantages of the teacher's rewards
+
+    def _advantages(
+        self,
+        rewards: torch.Tensor,
+        expected_rewards: torch.Tensor | None,
+        mask: torch.Tensor,
+        faulty: torch.Tensor,
+        baseline: str,
+        log: bool,
+    ) -> torch.Tensor:
+        if not self.args.rkl_advantage:
+            return torch.zeros_like(rewards)
+        rewards, future_rewards = (
+            None if each is None else each.masked_fill(faulty[:, None], 0.0) for each in (rewards, expected_rewards)
+        )
+        advantages = reward_to_go(
+            rewards,
+            mask,
+            gamma=self.args.gamma,
+            include_current=self.args.include_current_reward,
+            length_normalization=self.args.length_normalization,
+            discounted_length=self.args.discounted_length,
+            future_rewards=future_rewards,
+        )
+        mask = mask & ~faulty[:, None]
+        if baseline != "none":
+            returns = advantages
+            advantages = returns - self._baseline(returns, mask, baseline)
+            if log:
+                self._log_totals(baseline_totals(returns, advantages, mask))
+        if self.args.whiten_advantages == "none":
+            return advantages
+        moments = masked_moments(advantages, mask)
+        if self.args.whiten_advantages == "padding":
+            moments[0] = (~faulty).sum() * self.max_completion_length
+        return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
+
+    def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+        """The baseline of each token, from the rows of all processes; tokens outside the mask are in no mean."""
+        values, alive = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(each, dim=1)) for each in (returns, mask)
+        )
+        rows = torch.arange(len(values), device=values.device)
+        groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
+        baseline = leave_one_out_baseline(values, alive, groups)
+        first = self.accelerator.process_index * len(returns)
+        return baseline[first : first + len(returns), : returns.shape[1]]
 
     # Metrics
 

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .evaluation_rows import FilledDataset, FilledStream, Row
 from .reliable_trainer import ReliableTrainer
-from .training_metrics import Totals, metric_means
+from .training_metrics import Totals, median_and_max, metric_means
 
 
 class MeasuredTrainer(ReliableTrainer):
@@ -27,6 +27,10 @@ class MeasuredTrainer(ReliableTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]] = {
+            mode: defaultdict(list) for mode in ("train", "eval")
+        }
+        # single values of completions, of which medians are taken
+        self._values: dict[str, dict[str, list[torch.Tensor]]] = {
             mode: defaultdict(list) for mode in ("train", "eval")
         }
         self._eval_loss: list[torch.Tensor] = []  # sums of losses, and numbers of what they are sums over
@@ -88,9 +92,21 @@ class MeasuredTrainer(ReliableTrainer):
             values = torch.where(values.isfinite().all(), values, 0.0)
         self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(values[None]))
 
-    def _log_means(self) -> None:
-        """Take the means of what the totals since the last log sum up."""
+    def _log_values(self, name: str, values: torch.Tensor) -> None:
+        """Note a value of each completion of a micro-batch `(B,)`, whose size is that of all processes.
+
+        NaN stands for a completion that does not count.
+        """
         mode = "train" if self.model.training else "eval"
+        self._values[mode][name].append(self.accelerator.gather(values.detach().double()))
+
+    def _log_means(self) -> None:
+        """Take the means of what the totals since the last log sum up, and median and largest of the values."""
+        mode = "train" if self.model.training else "eval"
+        for name, gathered in self._values[mode].items():
+            for measure, value in median_and_max(torch.cat(gathered)).items():
+                self._metrics[mode][f"{name}_{measure}"].append(value)
+        self._values[mode].clear()
         for names, gathered in self._totals[mode].items():
             for name, value in metric_means(list(names), torch.cat(gathered)).items():
                 self._metrics[mode][name].append(value)
@@ -110,10 +126,13 @@ class MeasuredTrainer(ReliableTrainer):
 
     def _run_state(self) -> dict[str, Any]:
         totals = [(list(names), torch.cat(parts).cpu()) for names, parts in self._totals["train"].items()]
-        return {**super()._run_state(), "totals": totals}
+        values = {name: torch.cat(parts).cpu() for name, parts in self._values["train"].items()}
+        return {**super()._run_state(), "totals": totals, "values": values}
 
     def _restore_run(self, state: TrainerState, control: TrainerControl) -> None:
         super()._restore_run(state, control)
         if self._resumed_state is not None:
             for names, parts in self._resumed_state.get("totals", []):  # fine-tuning had none before
                 self._totals["train"][tuple(names)] = [parts.to(self.accelerator.device)]
+            for name, values in self._resumed_state.get("values", {}).items():  # new in 0.1
+                self._values["train"][name] = [values.to(self.accelerator.device)]

@@ -15,11 +15,19 @@ _LARGER = (
 )
 _SMALLER = (
     *("loss", "objective/reverse_kl", "objective/reverse_kl_per_token", "objective/single_step"),
+    *("objective/reverse_kl_median", "objective/reverse_kl_max"),
     *("kd/cross_entropy", "kd/forward_kl", "kl", "rollout/repeated_4grams", "completions/clipped_ratio"),
     *("aux_loss", "runtime"),
 )
 _NEITHER = (
-    *("entropy", "objective/long_term", "importance_weight/mean", "importance_weight/max", "num_tokens"),
+    *(
+        "objective/baseline_explained_variance",
+        "entropy",
+        "objective/long_term",
+        "importance_weight/mean",
+        "importance_weight/max",
+        "num_tokens",
+    ),
     *("completions/(mean|min|max)_(terminated_)?length", "reward_std", "rewards/[^/]*/std", "frac_reward_zero_std"),
     *("clip_ratio/mixing", "clip_ratio/drift", "tools/.*", "sampling/.*"),
 )

@@ -22,13 +22,16 @@ def explain_faults(
     mask: torch.Tensor,
     completion_ids: torch.Tensor,
     tokenizer: PreTrainedTokenizerBase,
+    expected_rewards: torch.Tensor | None = None,
 ) -> dict[int, str]:
     """Say what is not finite first in each row of scored completions, all `(B, T)`, where `mask` is True.
 
     Returns:
         `dict[int, str]`: by the number of the row.
     """
-    checked = (("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights))
+    checked = [("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights)]
+    if expected_rewards is not None:
+        checked.append(("expected reward", expected_rewards))
     faults: dict[int, str] = {}
     for what, values in checked:
         bad = ~values.isfinite() & mask
@@ -40,6 +43,11 @@ def explain_faults(
                 fault = (
                     f"the importance weight is {value} {place}: a product of q / mu has overflowed (set "
                     "importance_weight_cap, or importance_weighting='token')"
+                )
+            elif what == "expected reward":
+                fault = (
+                    f"the expected reward is {value} {place}: the teacher gives probability zero to a token that the "
+                    "student may sample there (set reward_clip, or reward_estimator='sampled')"
                 )
             elif value == -torch.inf:
                 fault = f"{what} gives probability zero {place}, where the reverse KL is infinite"

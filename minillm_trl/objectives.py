@@ -10,13 +10,36 @@ with rho_t = q_theta(y_t) / mu(y_t) and A_t the (normalised) sum of the *future*
 gradient at alpha = 0, gamma = 1, without normalisation and clipping, is the gradient of the sequence-level reverse KL.
 
 Equation numbers refer to arXiv 2306.08543 (v6). Shapes: B sequences, T positions, V vocabulary. Log-probabilities are
-in nats. Functions return per-token values; reduction is in `masking`.
+in nats. Functions return per-token values; reduction is in `masking`. What is made of returns and of reward functions
+is in `advantages`, and public here.
 """
 
 import math
 
 import torch
 
+from .advantages import batch_advantages, leave_one_out_baseline, replace_by_group_mean, whiten
+
+__all__ = [
+    "REWARD_ESTIMATORS",
+    "WEIGHTING_LEVELS",
+    "batch_advantages",
+    "clipped_policy_gradient_loss",
+    "expected_rewards",
+    "forward_kl",
+    "importance_weights",
+    "language_modeling_loss",
+    "leave_one_out_baseline",
+    "mixture_logps",
+    "reference_kl",
+    "replace_by_group_mean",
+    "reverse_kl",
+    "reward_to_go",
+    "token_rewards",
+    "whiten",
+]
+
+REWARD_ESTIMATORS = ("sampled", "expected")
 WEIGHTING_LEVELS = ("token", "decoupled", "prefix", "sequence")
 
 
@@ -47,9 +70,50 @@ def token_rewards(
     Raises:
         ValueError: if `scale` or `clip` is not positive.
     """
+    return _scale_and_clip((teacher_logps - student_logps).detach().masked_fill(~mask, 0.0), scale, clip)
+
+
+def expected_rewards(
+    teacher_log_probs: torch.Tensor,
+    student_log_probs: torch.Tensor,
+    sampling_log_probs: torch.Tensor | None = None,
+    scale: float = 1.0,
+    clip: float | None = None,
+) -> torch.Tensor:
+    r"""Return the expectation of [`token_rewards`] over the next token, given the tokens before it.
+
+    $$ \bar r_t = \sum_{v \in V} q_{old}(v|y_{<t})\, r_t(v), \qquad
+       r_t(v) = \mathrm{clip}\big((\log p(v|y_{<t}) - \log q_{old}(v|y_{<t})) / \mathrm{scale}\big) $$
+
+    Without scale and clip it is $-\mathrm{KL}(q_{old} \,\|\, p)$ of the next token. In place of a *future* reward it
+    leaves the expected gradient as it is, without the variance of a draw (Rao-Blackwell, as in arXiv 2504.10637 and
+    2605.07865). The expectation is the student's, also where the token was drawn from the mixture.
+
+    Args:
+        teacher_log_probs, student_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher,
+            and of the student that is frozen for this rollout, at the temperature of the rewards.
+        sampling_log_probs (`torch.Tensor` of shape `(..., V)`, *optional*): those of the student at the sampling
+            temperature, over which the expectation is taken. Needed where the temperatures differ.
+        scale, clip (`float`): as in [`token_rewards`].
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, nats (over `scale`), detached: no gradient flows through a reward. Tokens that
+        the student gives probability zero add nothing. -inf where the teacher alone gives a token probability zero,
+        unless rewards are clipped.
+
+    Raises:
+        ValueError: if `scale` or `clip` is not positive.
+    """
+    sampling_log_probs = student_log_probs if sampling_log_probs is None else sampling_log_probs
+    impossible = sampling_log_probs == -math.inf  # 0 * inf = 0
+    log_ratio = (teacher_log_probs - student_log_probs).detach().masked_fill(impossible, 0.0)
+    return (sampling_log_probs.detach().exp() * _scale_and_clip(log_ratio, scale, clip)).sum(dim=-1)
+
+
+def _scale_and_clip(log_ratio: torch.Tensor, scale: float, clip: float | None) -> torch.Tensor:
     if not scale > 0.0 or not (clip is None or clip > 0.0):
         raise ValueError(f"scale and clip must be positive, got scale={scale} and clip={clip}.")
-    rewards = (teacher_logps - student_logps).detach().masked_fill(~mask, 0.0) / scale
+    rewards = log_ratio / scale
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
@@ -60,6 +124,7 @@ def reward_to_go(
     include_current: bool = False,
     length_normalization: bool = True,
     discounted_length: bool = True,
+    future_rewards: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Return of the future at every position, by default as the mean of the future rewards (Eq. 6).
 
@@ -80,6 +145,9 @@ def reward_to_go(
         discounted_length (`bool`, *optional*, defaults to `True`): whether that sum is discounted as the return is.
             `False` divides by the number of tokens, as the authors' code does, which with gamma < 1 shrinks the
             returns that have many tokens ahead of them.
+        future_rewards (`torch.Tensor` of shape `(B, T)`, *optional*): what stands in for the rewards of all positions
+            after t in the return at t, such as [`expected_rewards`]. The current reward stays the sampled one: it
+            depends on the token whose score it multiplies, and its expectation would multiply a score of mean 0.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, nats, detached; 0 where there is no counted token, so at the last token, and
@@ -90,8 +158,12 @@ def reward_to_go(
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
+    future_rewards = rewards if future_rewards is None else future_rewards
     # float64: the discounted sums of long completions lose digits in half precision
-    returns = _sums_ahead(rewards.detach().double().masked_fill(~mask, 0.0), gamma, include_current)
+    current, future = (each.detach().double().masked_fill(~mask, 0.0) for each in (rewards, future_rewards))
+    returns = _sums_ahead(future, gamma, include_current)
+    if include_current:
+        returns = returns + (current - future)
     if length_normalization:
         total_weight = _sums_ahead(mask.double(), gamma if discounted_length else 1.0, include_current)
         returns = returns / total_weight.masked_fill(total_weight == 0, 1.0)
@@ -190,80 +262,6 @@ def importance_weights(
     if cap is not None:
         long_term, single_step = long_term.clamp(max=cap), single_step.clamp(max=cap)
     return long_term.to(student_logps.dtype), single_step.to(student_logps.dtype)
-
-
-def whiten(values: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    r"""Shift and scale to mean 0 and variance 1: $(A_t - \bar A) / \sqrt{\mathrm{var}(A) + 10^{-8}}$.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, T)`): advantages.
-        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        moments (`torch.Tensor` of shape `(3,)`, float64): count, sum and sum of squares of what mean and variance are
-            taken over, see [`~minillm_trl.masking.masked_moments`]; summed over all processes by the caller. A count
-            above the number of tokens stands for that many more zeros.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, detached; 0 outside the mask. Where all values are equal they become 0.
-    """
-    count, total, squares = moments.double()
-    mean = total / count.clamp(min=1.0)
-    variance = (squares / count.clamp(min=1.0) - mean.square()).clamp(min=0.0)
-    whitened = (values.detach().double() - mean) * torch.rsqrt(variance + 1e-8)
-    return whitened.masked_fill(~mask, 0.0).to(values.dtype)
-
-
-def replace_by_group_mean(rewards: torch.Tensor, replaced: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Replace rewards by the mean of the others in their group, which leaves the group's mean to the others.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N, F)`): rewards by function; groups are `group_size` rows in a row. NaN
-            where a function does not apply.
-        replaced (`torch.Tensor` of shape `(N, F)`): True on those to replace.
-        group_size (`int`): completions of a prompt.
-
-    Returns:
-        `torch.Tensor` of shape `(N, F)`; NaN where no other reward of the group is left.
-    """
-    kept = rewards.masked_fill(replaced, torch.nan)
-    mean = kept.view(-1, group_size, rewards.shape[1]).nanmean(dim=1).repeat_interleave(group_size, dim=0)
-    return torch.where(replaced, mean, rewards)
-
-
-def batch_advantages(
-    rewards: torch.Tensor, weights: torch.Tensor, scale: bool = True, normalize_each: bool = False
-) -> torch.Tensor:
-    r"""Advantages of reward functions where each prompt has one completion: relative to the mean of the batch.
-
-    $$ A_b = (R_b - \bar R) / (\mathrm{std}(R) + 10^{-4}), \qquad R_b = \sum_f w_f r_{b,f} $$
-
-    the form of GRPO with all completions as one group.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N, F)`): rewards of all processes by function; NaN where a function does not
-            apply.
-        weights (`torch.Tensor` of shape `(F,)`): weight of each function.
-        scale (`bool`, *optional*, defaults to `True`): whether to divide by the standard deviation.
-        normalize_each (`bool`, *optional*, defaults to `False`): whether to normalise each function's rewards before
-            they are added (GRPO's `"normalize_then_sum"`).
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`, detached; 0 for a completion that no function has scored.
-    """
-
-    def normalized(values: torch.Tensor, scale: bool) -> torch.Tensor:
-        count = (~values.isnan()).sum(dim=0)
-        centered = values - values.nanmean(dim=0)
-        if not scale:
-            return centered
-        # as in GRPO, the unbiased standard deviation; of a single value it is taken as 0
-        std = (centered.square().nansum(dim=0) / (count - 1).clamp(min=1)).sqrt()
-        return centered / (std + 1e-4)
-
-    rewards = rewards.detach()
-    unscored = rewards.isnan().all(dim=1)
-    each = normalized(rewards, True) if normalize_each else rewards
-    total = (each * weights).nansum(dim=1).masked_fill(unscored, torch.nan)
-    return normalized(total, scale or normalize_each).nan_to_num(nan=0.0)
 
 
 def clipped_policy_gradient_loss(

@@ -1,7 +1,6 @@
 """The rollout buffer: its batches, and how its rows are dealt to optimizer steps."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,24 +23,6 @@ def sequences(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if "tool_mask" in batch:
         mask = mask & batch["tool_mask"].bool()
     return input_ids, attention_mask, mask
-
-
-class RolloutScores(NamedTuple):
-    """What both models say of completions; all detached, log-probs in nats at the completions' tokens `(B, T)`.
-
-    Attributes:
-        student_logps, teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the sampling temperature.
-        student_kd_logps, teacher_kd_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the KD temperature.
-        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*): the teacher's last hidden states, from
-            which the single-step term is computed in every inner pass without the teacher; None where they are to be
-            computed anew.
-    """
-
-    student_logps: torch.Tensor
-    student_kd_logps: torch.Tensor
-    teacher_logps: torch.Tensor
-    teacher_kd_logps: torch.Tensor
-    teacher_hidden_states: torch.Tensor | None
 
 
 def assemble_rows(parts: Sequence[tuple[Sequence[int], torch.Tensor]], num_rows: int, length: int) -> torch.Tensor:

@@ -274,7 +274,7 @@ def sample_prompts(
     completions: list[list[int]] = [[] for _ in order]
     for number, start in enumerate(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        ids, mask = _left_pad([prompt_ids[row] for row in rows], pad_token_id)
+        ids, mask = left_pad([prompt_ids[row] for row in rows], pad_token_id)
         uniforms = None
         if keys is not None:
             noise = np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
@@ -331,7 +331,8 @@ def _coin_keys(
     ]
 
 
-def _left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and bool mask `(B, L)` of sequences of unequal length."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), width), pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)

@@ -1,7 +1,8 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from .decoding import CompiledDecoding, check_decoding
 from .degeneration_watch import DegenerationWatch
 from .encoding import added_tokens, without_extra_tokens
 from .forward_methods import rebind_fused_head
-from .fused_head import ScoreRequest, TokenScores, add_scoring, completion_logps
+from .fused_head import ScoreRequest, add_scoring
 from .lm_head import LMHead, check_head
 from .measured_rollouts import MeasuredRollouts
 from .mixed_precision import OverflowCounter, configure_wrappers, half_precision
+from .objectives import expected_rewards
 from .rollout_copy import RolloutCopy, shards_student, student_of
-from .rollouts import Batch, RolloutScores, assemble_rows, parts_by_length, sequences
-from .sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, sample_prompts
+from .rollout_scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
+from .rollouts import Batch, assemble_rows, parts_by_length, sequences
+from .sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, left_pad, sample_prompts
 from .teacher import (
     TeacherOffload,
     adapter_on_base,
@@ -50,7 +53,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
         self._turn = 0  # calls of generation within a rollout; tools make it several
         self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
-        self._wants_old_logps = False
+        self._wants_old_logps = False  # whether GRPO's first call for log-probs is for those of the rollout's policy
         # what the watch finds is logged too, so it comes before the callbacks that report
         self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
         half = half_precision(self.accelerator)
@@ -72,6 +75,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
+        self._scorer = self._make_scorer()
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
         self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
@@ -90,6 +94,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
         elif self._rollout_copy is not None:  # what is compiled has the addresses of the copy's weights
             self._rollout_copy.release()
         self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
+
+    def _make_scorer(self) -> RolloutScorer:
+        expected_reward = None
+        if self.args.reward_estimator == "expected":
+            options = {"scale": self.args.reward_scale, "clip": self.args.reward_clip}
+            expected_reward = partial(expected_rewards, **options)
+        kd_temperature = self.args.kd_temperature or self.temperature
+        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward)
 
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
@@ -175,13 +187,21 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 keep_states=True,
                 compiled=self._compiled_decoding,
                 on_every_process=self._on_every_process if lockstep else None,
-                on_batch=lambda rows, sampled: self._sampled.append((rows, self._score_sampled(student, sampled))),
+                on_batch=lambda rows, sampled: self._sampled.append(
+                    (rows, self._score_sampled(student, [prompt_ids[row] for row in rows], sampled))
+                ),
             )
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        self._wants_old_logps = self.args.gradient_accumulation_steps % generate_every != 0
         if self._turn > 1:  # tools have answered in between
-            self._sampled, self._wants_old_logps = [], False
+            self._sampled = []
         return completions, None
+
+    @property
+    def _grpo_scores_rollouts(self) -> bool:
+        """Whether GRPO asks for the log-probs of a rollout's tokens under the student that sampled them."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            return True
+        return self.args.gradient_accumulation_steps % generate_every != 0
 
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:
@@ -204,18 +224,22 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     # Scoring
 
-    def _score_sampled(self, student: PreTrainedModel, sampled: Completions) -> RolloutScores:
-        """Scores from the hidden states of sampling; the teacher's are missing where it did not sample."""
-
-        def logps(model: PreTrainedModel, states: torch.Tensor) -> list[torch.Tensor]:
-            return completion_logps(
-                states, LMHead.of(model), sampled.ids, sampled.mask, self._temperatures, self.vocab_size
-            )
-
-        student_logps = logps(student, sampled.student_hidden_states)
+    def _score_sampled(
+        self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
+    ) -> RolloutScores:
+        """Scores from the hidden states of sampling; the teacher's are missing where it did not have to run."""
         states = sampled.teacher_hidden_states
-        teacher_logps = (None, None) if states is None else logps(self.teacher_model, states)
-        return RolloutScores(*student_logps, *teacher_logps, self._keep(states))
+        if states is None and self._scorer.expected_reward is not None:  # while the student's states are there
+            prompts = [each.to(sampled.ids.device) for each in left_pad(prompt_ids, self._tokenizer.pad_token_id)]
+            ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
+            states = self._teacher_states(ids, mask, sampled.mask.shape[1])
+        scores = self._scorer.score(
+            sampled.ids,
+            sampled.mask,
+            HeadStates(sampled.student_hidden_states, LMHead.of(student)),
+            None if states is None else HeadStates(states, LMHead.of(self.teacher_model)),
+        )
+        return scores._replace(teacher_hidden_states=self._keep(states))
 
     def _sampled_scores(self, name: str, mask: torch.Tensor) -> torch.Tensor | None:
         """The field `name` of the scores that sampling has left behind for the completions of `mask`, if it has."""
@@ -235,75 +259,82 @@ class TeacherMixedTrainer(MeasuredRollouts):
         with self.accelerator.autocast():
             return teacher_hidden_states(self.teacher_model, input_ids, attention_mask, length, batch_size)
 
-    def _score_rollout(self, batch: Batch, student_logps: torch.Tensor | None = None) -> RolloutScores:
+    def _score_rollout(self, batch: Batch) -> RolloutScores:
         """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
         input_ids, attention_mask, mask = sequences(batch)
-        at_either_temperature = []
-        for temperature, name in zip(self._temperatures, ("student_logps", "student_kd_logps"), strict=True):
-            logps = self._sampled_scores(name, mask)
-            if logps is None and temperature == self.temperature:
-                logps = student_logps  # GRPO has them already, or the turn before
-            if logps is None:
-                request = ScoreRequest(input_ids, attention_mask, mask, temperature)
-                logps = self._score_without_gradient(self.model, request).logps
-            if temperature == self.temperature:
-                student_logps = logps
-            at_either_temperature.append(logps)
-        teacher = [self._sampled_scores(name, mask) for name in RolloutScores._fields[2:]]
-        if teacher[0] is None:
+        scores = RolloutScores(*(self._sampled_scores(name, mask) for name in RolloutScores._fields))
+        if scores.student_logps is None:
+            scores = self._score_student(input_ids, attention_mask, mask)
+        if scores.teacher_logps is None:
             states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
             with self.accelerator.autocast():
-                logps = completion_logps(
-                    states,
-                    self._teacher_head,
-                    batch["completion_ids"],
-                    mask,
-                    self._temperatures,
-                    self.vocab_size,
+                teacher = self._scorer.score(
+                    batch["completion_ids"], mask, teacher=HeadStates(states, self._teacher_head)
                 )
-            teacher = [*logps, self._keep(states)]
-        return RolloutScores(*at_either_temperature, *teacher)
+            scores = scores._replace(
+                teacher_logps=teacher.teacher_logps,
+                teacher_kd_logps=teacher.teacher_kd_logps,
+                teacher_hidden_states=self._keep(states),
+            )
+        return scores
 
-    @property
-    def _temperatures(self) -> tuple[float, float]:
-        """Of the behavior policy, and of rewards and single-step term."""
-        return self.temperature, self.args.kd_temperature or self.temperature
+    def _score_student(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+    ) -> RolloutScores:
+        """Scores by a pass of the student, and by one of the teacher before it where both have to be there at once."""
+        states = None
+        if self._scorer.expected_reward is not None:
+            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+        request = RolloutRequest(input_ids, attention_mask, mask, self._scorer, states)
+        scores = self._score_without_gradient(self.model, request)
+        return scores._replace(teacher_hidden_states=self._keep(states))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
     ):
         mask = attention_mask[:, -logits_to_keep:].bool()
-        if self._wants_old_logps:  # GRPO's first call of a rollout, for the log-probs that sampling has left behind
+        if self._wants_old_logps:
             self._wants_old_logps = False
+            if not self._sampled:  # so that the student need not run again to score the rollout
+                self._sampled = [(list(range(len(mask))), self._score_student(input_ids, attention_mask, mask))]
             return self._sampled_scores("student_logps", mask), None, None
         # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
         scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
         return scores.logps, scores.entropy, None
 
-    def _score(self, model, *requests: ScoreRequest) -> list[TokenScores]:
+    def _score(self, model, *requests: ScoreRequest | RolloutRequest) -> list[Any]:
         with self.accelerator.autocast():
             return model(score_requests=requests)
 
     @torch.no_grad()
-    def _score_without_gradient(self, model, request: ScoreRequest) -> TokenScores:
+    def _score_without_gradient(self, model, request: ScoreRequest | RolloutRequest) -> Any:
         """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
         training = model.training
         model.eval()
+        states = request.teacher_hidden_states
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
             batch_size, length = self.args.per_device_train_batch_size, request.completion_mask.shape[1]
-            scores = []
+            parts = []
             for rows, columns in parts_by_length(request.attention_mask, batch_size):
-                mask = request.completion_mask[rows, : length - (request.input_ids.shape[1] - columns.stop)]
-                part = ScoreRequest(
-                    request.input_ids[rows, columns], request.attention_mask[rows, columns], mask, request.temperature
+                end = length - (request.input_ids.shape[1] - columns.stop)
+                part = request._replace(
+                    input_ids=request.input_ids[rows, columns],
+                    attention_mask=request.attention_mask[rows, columns],
+                    completion_mask=request.completion_mask[rows, :end],
+                    teacher_hidden_states=None if states is None else states[rows, :end],
                 )
-                scores.append((rows.tolist(), self._score(model, part)[0]))
+                parts.append((rows.tolist(), self._score(model, part)[0]))
         model.train(training)
-        logps, entropy = (
-            assemble_rows([(rows, part[field]) for rows, part in scores], *request.completion_mask.shape)
-            for field in (0, 1)
+        whole = request.completion_mask.shape
+        kind = type(parts[0][1])
+        return kind(
+            *(
+                None
+                if parts[0][1][field] is None
+                else assemble_rows([(rows, part[field]) for rows, part in parts], *whole)
+                for field in range(len(kind._fields))
+            )
         )
-        return TokenScores(logps, entropy, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the completions that were left out, and in float16 the steps that overflowed."""

@@ -15,7 +15,7 @@ from .ends_of_run import settle_ends
 from .fused_head import ScoreRequest, TokenScores
 from .language_modeling import LanguageModelingBatches, language_modeling_request
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
-from .masking import masked_moments, normalize_loss
+from .masking import normalize_loss
 from .mixed_precision import keep_adapters_in_float32
 from .nonfinite_rows import (
     explain_empty_step,
@@ -26,13 +26,13 @@ from .nonfinite_rows import (
     trained_rows,
     warn_of_faults,
 )
-from .objectives import importance_weights, mixture_logps, reward_to_go, token_rewards, whiten
+from .objectives import importance_weights, mixture_logps, token_rewards
 from .quantization import keep_4bit_layout
 from .resumable_rollouts import number_prompts
 from .rollouts import Batch, sequences
 from .run_settings import describe_dataset, describe_model
 from .teacher_mixed_trainer import TeacherMixedTrainer
-from .training_metrics import loss_totals, token_totals
+from .training_metrics import completion_sums, loss_totals, token_totals
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
@@ -193,14 +193,22 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
         Returns:
             `dict` of tensors for `compute_loss`, all detached: the inputs, `advantages` (return of the teacher's
-            rewards, nats), `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is
-            now), `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
+            rewards, nats, less the baseline if there is one, with the given rows as the buffer),
+            `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is now),
+            `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
             `(B, T)`, and, unless they are to be computed anew, `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
+            ValueError: if the rows are not whole groups of `num_generations`, of which the baseline is a mean.
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN, or an
                 importance weight overflows. In training these rows are left out of the update.
         """
+        rows, group = len(prompt_ids), self.num_generations
+        if self.args.advantage_baseline == "group" and rows * self.accelerator.num_processes % group:
+            raise ValueError(
+                f"advantage_baseline='group' is a mean over groups of num_generations={group} rows, got {rows} rows. "
+                f"Score a multiple of {group} rows, the completions of a prompt next to each other."
+            )
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
@@ -208,7 +216,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             "completion_mask": completion_mask,
         }
         with self._teacher_phase:
-            batch, faults = self._score_rollouts(batch, self.args.teacher_mixed_alpha, behavior_logps=behavior_logps)
+            batch, faults = self._score_rollouts(
+                batch, self.args.teacher_mixed_alpha, behavior_logps, self.args.advantage_baseline
+            )
         for row, fault in faults.items():
             raise FloatingPointError(f"Completion {row}: {fault}.")
         return batch
@@ -217,13 +227,14 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self,
         batch: Batch,
         alpha: float,
-        student_logps: torch.Tensor | None = None,
         behavior_logps: torch.Tensor | None = None,
+        baseline: str = "none",
+        log: bool = False,
     ) -> tuple[Batch, dict[int, str]]:
         """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
         mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
-        scores = self._score_rollout(batch, student_logps)
+        scores = self._score_rollout(batch)
         kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
         rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
         if behavior_logps is None:
@@ -232,13 +243,15 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
         )
         # the log-probs, not the rewards: a clip hides a teacher that gives a sampled token probability zero
-        faults = explain_faults(*kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer)
+        faults = explain_faults(
+            *kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer, scores.expected_rewards
+        )
         faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         faulty[list(faults)] = True
         batch = {
             **batch,
             "faulty": faulty,
-            "advantages": self._advantages(rewards.masked_fill(faulty[:, None], 0.0), mask, faulty),
+            "advantages": self._advantages(rewards, scores.expected_rewards, mask, faulty, baseline, log),
             "old_per_token_logps": behavior_logps.detach(),
             "student_logps": scores.student_logps,
             "long_term_weights": long_term_weights,
@@ -251,25 +264,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     def _explain_loss(self, loss: float, inputs: Batch) -> str:
         return f"the loss is {loss} with {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
 
-    def _advantages(self, rewards: torch.Tensor, mask: torch.Tensor, faulty: torch.Tensor) -> torch.Tensor:
-        if not self.args.rkl_advantage:
-            return torch.zeros_like(rewards)
-        advantages = reward_to_go(
-            rewards,
-            mask,
-            gamma=self.args.gamma,
-            include_current=self.args.include_current_reward,
-            length_normalization=self.args.length_normalization,
-            discounted_length=self.args.discounted_length,
-        )
-        if self.args.whiten_advantages == "none":
-            return advantages
-        mask = mask & ~faulty[:, None]
-        moments = masked_moments(advantages, mask)
-        if self.args.whiten_advantages == "padding":
-            moments[0] = (~faulty).sum() * self.max_completion_length
-        return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
         with self._teacher_phase:
             return self._generate_and_score(inputs)
@@ -278,18 +272,21 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         training = self.model.training
         prompt_index, inputs = self._take_rows(inputs)
         self._turn, self._sampled = 0, []
+        self._wants_old_logps = self._grpo_scores_rollouts
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
         batch["completion_mask"] = batch["completion_mask"] * self._counts[:, None]
         alpha = self.args.teacher_mixed_alpha if training else 0.0
+        # an evaluation has none: its values would depend on what else is in the batch
+        baseline = self.args.advantage_baseline if training else "none"
         behavior_logps = None
         if self.rollout_func is not None:
             alpha = 0.0
             if not self.use_vllm:  # with vLLM they belong to GRPO's correction of the sampling mismatch
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
-        batch, faults = self._score_rollouts(batch, alpha, output.get("old_per_token_logps"), behavior_logps)
+        batch, faults = self._score_rollouts(batch, alpha, behavior_logps, baseline, log=True)
         if self.reward_funcs:
             faults |= self._mark_endless_rewards(batch["faulty"])
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
@@ -318,6 +315,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     # Loss
 
     def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
+        counts = inputs.get("counts", ~inputs["faulty"])
         if self.model.training:
             self._faults += explain_empty_step(inputs)
             inputs = trained_rows(inputs, self._tokenizer.pad_token_id)
@@ -353,6 +351,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if late or inputs["faulty"].any():  # the latter is a row of padding; either would spoil the means
                 totals = totals._replace(values=torch.zeros_like(totals.values))
         self._log_totals(totals)
+        if "prompt_index" in inputs:  # a batch of `score_rollouts` may have other numbers of rows on other processes
+            self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
         if not self.model.training:
             self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
         loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))

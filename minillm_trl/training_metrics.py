@@ -14,6 +14,7 @@ _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
     f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
 )
 _ROUGE_L = "rouge_l"
+_EXPLAINED = "objective/baseline_explained_variance"
 _LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
 _SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
@@ -134,7 +135,8 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
     Returns:
         `dict`: means over tokens, in nats, or over completions; `objective/reverse_kl` is the sum over a completion's
         tokens, mean over completions (states from the behavior policy; in evaluation from the student, so an unbiased
-        estimate of the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares).
+        estimate of the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares);
+        `objective/baseline_explained_variance` is 1 - var(returns - baseline) / var(returns) over tokens.
         A metric of nothing is 0, but for `rouge_l`, which is left out.
     """
     numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
@@ -149,9 +151,54 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
     if _MAX in metrics:
         mean_square = metrics.pop(_MEAN_SQUARE)
         metrics[_SHARE] = metrics[_MEAN] ** 2 / mean_square if mean_square else 1.0
+    if f"{_EXPLAINED}/returns_mean" in metrics:
+        before, after = (
+            metrics.pop(f"{_EXPLAINED}/{of}_mean_square") - metrics.pop(f"{_EXPLAINED}/{of}_mean") ** 2
+            for of in ("returns", "advantages")
+        )
+        metrics[_EXPLAINED] = 1.0 - after / before if before > 0 else 0.0
     if _ROUGE_L in metrics and denominators[names.index(_ROUGE_L)] == 0:
         del metrics[_ROUGE_L]
     return metrics
+
+
+@torch.no_grad()
+def completion_sums(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Sum values over the tokens of each completion of a micro-batch: `(B,)`, NaN for those that do not count.
+
+    Args:
+        values (`torch.Tensor` of shape `(b, T)`): of all completions, or in order of those that count alone.
+        mask (`torch.Tensor` of shape `(b, T)`): True on the completion's tokens.
+        counts (`torch.Tensor` of shape `(B,)`): which completions do.
+    """
+    sums, rows = masked_sum(values.double(), mask, dim=1), counts.nonzero().squeeze(1)
+    found = sums.new_full((len(counts),), torch.nan)
+    found[rows] = sums[rows] if len(sums) == len(counts) else sums[: len(rows)]
+    return found
+
+
+def median_and_max(values: torch.Tensor) -> dict[str, float]:
+    """Return the median (the lower of two middles) and the largest of values `(N,)` that are finite; 0 of nothing."""
+    known = values[values.isfinite()]
+    if not len(known):
+        return {"median": 0.0, "max": 0.0}
+    return {"median": known.median().item(), "max": known.max().item()}
+
+
+def baseline_totals(returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Totals:
+    """What the variance that a baseline explains is computed from, of one process's rollout.
+
+    Args:
+        returns, advantages (`torch.Tensor` of shape `(B, T)`): before and after the baseline is subtracted.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+    """
+    tokens = mask.sum()
+    moments = {
+        f"{_EXPLAINED}/{of}_{name}": (masked_sum(power, mask), tokens)
+        for of, values in (("returns", returns.double()), ("advantages", advantages.double()))
+        for name, power in (("mean", values), ("mean_square", values.square()))
+    }
+    return make_totals(moments, mask.device)
 
 
 def reward_metrics(

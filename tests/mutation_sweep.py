@@ -38,7 +38,8 @@ PACKAGE = ROOT / "minillm_trl"
 
 # What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
 MODULES = (
-    *("objectives", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "rollouts", "teacher"),
+    *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
+    *("rollouts", "rollout_scores"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "rollout_copy"),
@@ -54,6 +55,7 @@ TESTS = tuple(
             "trainer_gradient",
             "whole_steps",
             "rollout_scores",
+            "variance_reduction",
             "trainer",
             "trainer_options",
         ),

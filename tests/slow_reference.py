@@ -21,6 +21,8 @@ DEFAULTS = {
     "discounted_length": True,
     "reward_scale": 1.0,
     "reward_clip": None,
+    "reward_estimator": "sampled",
+    "advantage_baseline": "none",
     "whiten_advantages": "none",
     "rkl_advantage": True,
     "single_step_decomposition": True,
@@ -124,7 +126,7 @@ class SlowMiniLLM:
             constants = found[row] = Constants()
             q, p = self.log_probs(student[row]), self.log_probs(teacher[row])
             q_kd, p_kd = self.kd_log_probs(student[row]), self.kd_log_probs(teacher[row])
-            rewards = {}
+            rewards, expected = {}, {}
             for t in row.positions:
                 token = row.completion[t]
                 constants.old[t] = q[t, token].item()
@@ -132,8 +134,13 @@ class SlowMiniLLM:
                 if reference is not None:
                     constants.reference[t] = self.log_probs(reference[row])[t, token].item()
                 rewards[t] = self._reward(p_kd[t, token].item() - q_kd[t, token].item())
-            constants.advantage = {t: self._return(rewards, t) for t in row.positions}
+                each = zip(q[t].exp().tolist(), (p_kd[t] - q_kd[t]).tolist(), strict=True)
+                expected[t] = sum(prob * self._reward(log_ratio) for prob, log_ratio in each)
+            future = expected if self.options["reward_estimator"] == "expected" else rewards
+            constants.advantage = {t: self._return({**future, t: rewards[t]}, t) for t in row.positions}
             self._weigh(row, constants)
+        if self.options["rkl_advantage"] and self.options["advantage_baseline"] != "none":
+            self._subtract_baseline(rows, found)
         if self.options["rkl_advantage"] and self.options["whiten_advantages"] != "none":
             self._whiten(rows, found)
         advantages = dict(zip(rows, self._reward_advantages(rows), strict=True))
@@ -163,6 +170,18 @@ class SlowMiniLLM:
                 total += weight * reward
                 length += weight if self.options["discounted_length"] else 1.0
         return total / length if self.options["length_normalization"] and length > 0 else total
+
+    def _subtract_baseline(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
+        """The mean return of the other rows, or of those with the same prompt, that have a token at the position."""
+        returns = [dict(found[row].advantage) for row in rows]
+        for i, row in enumerate(rows):
+            of_prompt = self.options["advantage_baseline"] == "group"
+            others = [
+                returns[j] for j, other in enumerate(rows) if j != i and (not of_prompt or other.prompt == row.prompt)
+            ]
+            for t, value in returns[i].items():
+                alive = [other[t] for other in others if t in other]
+                found[row].advantage[t] = value - (sum(alive) / len(alive) if alive else 0.0)
 
     def _whiten(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
         values = [value for row in rows for value in found[row].advantage.values()]

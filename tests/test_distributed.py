@@ -22,6 +22,17 @@ CASES = [
         id="sequence sum, rewards",
     ),
     pytest.param({"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2}, id="mixed, own coins"),
+    pytest.param(
+        {"reward_estimator": "expected", "advantage_baseline": "position", "length_normalization": False},
+        id="expected rewards, baseline by position",
+    ),
+    pytest.param(
+        {
+            **{"reward_estimator": "expected", "advantage_baseline": "group", "num_generations": 4},
+            **{"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2},
+        },
+        id="expected rewards, baseline by group, mixed",
+    ),
 ]
 
 

@@ -34,6 +34,7 @@ def expected_gradient(
     kl=objectives.reverse_kl,
     epsilon: float = float("inf"),
     cap: float | None = None,
+    estimator: str = "sampled",
     **return_options,
 ) -> torch.Tensor:
     """Gradient of E_{y ~ mu}[sum_t loss_t] for the loss that the objectives make."""
@@ -42,6 +43,9 @@ def expected_gradient(
     logps, teacher_logps = problem.token_logps(student), problem.token_logps(teacher)
     behavior_logps = objectives.mixture_logps(logps.detach(), teacher_logps, alpha)
     rewards = objectives.token_rewards(teacher_logps, logps, mask)
+    if estimator == "expected":
+        distributions = problem.log_probs(teacher), problem.log_probs(student)
+        return_options["future_rewards"] = objectives.expected_rewards(*distributions)
     returns = objectives.reward_to_go(rewards, mask, **{"length_normalization": False, **return_options})
     long_weights, single_weights = objectives.importance_weights(logps, behavior_logps, problem.mask, weighting, cap)
     old_logps = behavior_logps if weighting == "token" else logps.detach()

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import minillm_trl.fused_head
+import minillm_trl.measured_rollouts
 import minillm_trl.trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.objectives import forward_kl, mixture_logps, reward_to_go
@@ -120,7 +121,7 @@ def test_forward_kl_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):
 def test_current_reward_in_the_return_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):
     trainer = build_trainer(tmp_path, epsilon=100.0)
     monkeypatch.setattr(
-        minillm_trl.trainer,
+        minillm_trl.measured_rollouts,
         "reward_to_go",
         lambda *args, **kwargs: reward_to_go(*args, **{**kwargs, "include_current": True}),
     )

@@ -101,6 +101,7 @@ CASES = {
         {
             "importance_weighting": "token",
             "include_current_reward": True,
+            "reward_estimator": "expected",
             "discounted_length": False,
             "whiten_advantages": "tokens",
             "loss_reduction": "sequence_sum",
@@ -134,7 +135,9 @@ CASES = {
             "importance_weighting": "prefix",
             "importance_weight_cap": 1.4,
             "loss_reduction": "sequence_sum",
+            "advantage_baseline": "group",
             "num_generations": 2,
+            "shared_coins": False,
             "reward_weights": [0.5, 2.0],
             "multi_objective_aggregation": "normalize_then_sum",
         },
@@ -142,7 +145,10 @@ CASES = {
         idle=("max_completion_length", "scale_rewards"),
     ),
     "sequence": Case(
-        {"importance_weighting": "sequence", "importance_weight_cap": 1.4, "discounted_length": False},
+        {
+            **{"importance_weighting": "sequence", "importance_weight_cap": 1.4, "discounted_length": False},
+            **{"reward_estimator": "expected", "advantage_baseline": "position", "shared_coins": False},
+        },
         idle=("max_completion_length", "scale_rewards", "delta"),
     ),
     "rewards without the long term": Case(

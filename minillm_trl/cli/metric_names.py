@@ -18,7 +18,7 @@ MINILLM = frozenset(
         *(*_ALWAYS, *_SAMPLES, "kl"),
         *(f"completions/{name}" for name in (*_LENGTHS, *_TERMINATED, "clipped_ratio")),
         *(f"objective/{name}" for name in ("reverse_kl", "reverse_kl_per_token", "single_step", "long_term")),
-        "objective/advantage",
+        *("objective/advantage", "objective/reverse_kl_median", "objective/reverse_kl_max"),
         *(f"importance_weight/{name}" for name in ("mean", "max", "effective_sample_size")),
         *(f"clip_ratio/{name}" for name in ("mixing", "drift")),
     )
