@@ -37,12 +37,16 @@ class TokenScores(NamedTuple):
         divergence (`torch.Tensor`, *optional*): from the teacher; None unless its hidden states were given.
         loss (`torch.Tensor`, *optional*): scalar, the sum of the request's loss over the scored tokens, if it has one.
             It then carries the gradient, and the other values are detached.
+        term_gradients (`torch.Tensor` of shape `(2, 2, V)`, *optional*): the gradient of that sum with respect to a
+            bias on the logits, by way of the log-probs and of the divergence, over the tokens of either half of the
+            completions. None unless the request says which half each is in.
     """
 
     logps: torch.Tensor
     entropy: torch.Tensor
     divergence: torch.Tensor | None
     loss: torch.Tensor | None = None
+    term_gradients: torch.Tensor | None = None
 
 
 class ScoreRequest(NamedTuple):
@@ -59,6 +63,8 @@ class ScoreRequest(NamedTuple):
             [`~minillm_trl.objectives.forward_kl`] of student and teacher.
         loss (`Callable`, *optional*): maps the [`TokenScores`] `(n,)` of some tokens and their numbers `(n,)` among
             the B * T to their losses `(n,)`. Each loss depends on the scores of its token alone.
+        half (`torch.Tensor` of shape `(B,)`, *optional*): 0 or 1, for `term_gradients` of a loss of log-probs and
+            divergence; needs `teacher_hidden_states`.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +75,7 @@ class ScoreRequest(NamedTuple):
     kd_temperature: float | None = None
     divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl
     loss: "Callable[[TokenScores, torch.Tensor], torch.Tensor] | None" = None
+    half: torch.Tensor | None = None
 
     @property
     def completion_ids(self) -> torch.Tensor:
@@ -121,8 +128,13 @@ def score_hidden_states(
             teacher = teacher_logits(part)
         return _score_logits(head.logits(hidden, vocab_size), targets[part], teacher, request)
 
-    loss = None
+    loss = term_gradients = None
     if request.loss is not None and torch.is_grad_enabled():
+        membership = None
+        if request.half is not None:
+            half = request.half[rows // request.completion_mask.shape[1]]
+            membership = torch.stack([half == 0, half == 1])  # (2, N)
+            term_gradients = torch.zeros(2, 2, vocab_size, device=rows.device)
 
         def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
             scores, gradient = _score_logits_in_place(logits, targets[part], teacher_logits(part), request)
@@ -130,7 +142,9 @@ def score_hidden_states(
                 inputs = [each.requires_grad_() for each in (scores.logps, scores.divergence) if each is not None]
                 loss = request.loss(scores, rows[part]).sum()
                 found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-            return loss, scores, gradient(*found)
+            if membership is None:
+                return loss, scores, gradient(*found)
+            return loss, scores, gradient(*found, membership[:, part], term_gradients)
 
         loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, vocab_size, chunks, loss_of_chunk)
         pieces = [tuple(values)]
@@ -146,7 +160,8 @@ def score_hidden_states(
     logps, entropy, divergence = (None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True))
     if request.loss is not None and loss is None:
         loss = request.loss(TokenScores(logps, entropy, divergence), rows).sum()
-    return TokenScores(scatter(logps), scatter(entropy), None if divergence is None else scatter(divergence), loss)
+    divergence = None if divergence is None else scatter(divergence)
+    return TokenScores(scatter(logps), scatter(entropy), divergence, loss, term_gradients)
 
 
 class _LossThroughHead(torch.autograd.Function):
@@ -297,9 +312,18 @@ def _score_logits_in_place(
 
     entropy = -log_probs.mul_(probs).sum(dim=-1)
 
-    def gradient(of_logps: torch.Tensor, of_divergences: torch.Tensor | None = None) -> torch.Tensor:
+    def gradient(
+        of_logps: torch.Tensor,
+        of_divergences: torch.Tensor | None = None,
+        membership: torch.Tensor | None = None,
+        term_gradients: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         of_logps = of_logps[:, None] / temperature
         total = probs.mul_(-of_logps).scatter_add_(1, targets[:, None], of_logps)
+        if membership is not None:
+            membership = membership.to(total.dtype)
+            term_gradients[0] += membership @ total
+            term_gradients[1] += (membership * (of_divergences / kd_temperature)) @ of_divergence
         if of_divergence is not None:
             total.addcmul_(of_divergence, of_divergences[:, None] / kd_temperature)
         return total

@@ -8,7 +8,14 @@ from .masking import masked_mean, masked_moments
 from .objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
 from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
 from .rollouts import Batch, sequences
-from .training_metrics import baseline_totals, completion_totals, degeneration, reward_metrics, rouge_l_to_references
+from .training_metrics import (
+    baseline_totals,
+    completion_totals,
+    degeneration,
+    gradient_totals,
+    reward_metrics,
+    rouge_l_to_references,
+)
 
 
 class MeasuredRollouts(ResumableRollouts):
@@ -23,6 +30,7 @@ class MeasuredRollouts(ResumableRollouts):
         self._endless_rewards = torch.empty(0)  # where they were infinite
         self._eval_rewards: list[torch.Tensor] = []
         self._counts = torch.empty(0, dtype=torch.bool)  # which rows of the last rollout do, of this process
+        self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the micro-batches of a step so far
 
     def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]]]:
         """Split off what was added to rows: their place in the dataset (-1 if unknown), and whether they count."""
@@ -105,12 +113,13 @@ class MeasuredRollouts(ResumableRollouts):
 
     def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
         """The baseline of each token, from the rows of all processes; tokens outside the mask are in no mean."""
-        values, alive = (
-            self.accelerator.gather(self.accelerator.pad_across_processes(each, dim=1)) for each in (returns, mask)
+        values, alive = (  # padding makes integers of a bool tensor
+            self.accelerator.gather(self.accelerator.pad_across_processes(each, dim=1))
+            for each in (returns, mask.int())
         )
         rows = torch.arange(len(values), device=values.device)
         groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
-        baseline = leave_one_out_baseline(values, alive, groups)
+        baseline = leave_one_out_baseline(values, alive.bool(), groups)
         first = self.accelerator.process_index * len(returns)
         return baseline[first : first + len(returns), : returns.shape[1]]
 
@@ -139,6 +148,24 @@ class MeasuredRollouts(ResumableRollouts):
         last = batch["completion_ids"].gather(1, (lengths - 1).clamp(min=0)[:, None].long())[:, 0]
         ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
         return torch.isin(last, ends) | (lengths == 0)
+
+    def _halves(self, num_rows: int) -> torch.Tensor:
+        """Which half of the buffer each row of this process is in `(B,)`; completions of a prompt are in the same."""
+        first = self.accelerator.process_index * num_rows
+        rows = torch.arange(first, first + num_rows, device=self.accelerator.device)
+        return rows // self.num_generations % 2
+
+    def _log_gradients(self, term_gradients: torch.Tensor, half: torch.Tensor, mask: torch.Tensor) -> None:
+        """Note the gradients of a micro-batch by term and half, and log what those of the optimizer step say."""
+        tokens = torch.stack([mask[half == number].sum() for number in range(2)])
+        self._term_gradients.append((term_gradients, tokens))
+        if not self.accelerator.sync_gradients:
+            return
+        gradients, tokens = (
+            self.accelerator.reduce(sum(each), reduction="sum") for each in zip(*self._term_gradients, strict=True)
+        )
+        self._term_gradients = []
+        self._log_totals(gradient_totals(gradients, tokens))
 
     def _log_rewards(self, mode: str, counts: torch.Tensor) -> None:
         """Drop what GRPO has logged of rewards and groups that are not there; keep an evaluation's to its end."""

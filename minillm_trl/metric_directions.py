@@ -22,6 +22,7 @@ _SMALLER = (
 _NEITHER = (
     *(
         "objective/baseline_explained_variance",
+        "objective/(long_term|single_step)_(signal|variance)",
         "entropy",
         "objective/long_term",
         "importance_weight/mean",

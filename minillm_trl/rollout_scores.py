@@ -1,4 +1,4 @@
-"""What both models say of a rollout, from one pass of each head over the last hidden states, in chunks of tokens.
+"""Scores of a rollout under both models, from one pass of each head over the last hidden states, in chunks of tokens.
 
 Nothing here carries a gradient: the scores of a rollout are constants of the updates on it.
 """
@@ -14,7 +14,7 @@ from .lm_head import LMHead
 
 
 class RolloutScores(NamedTuple):
-    """What both models say of completions; all detached, in nats at the completions' tokens `(B, T)`, 0 elsewhere.
+    """Scores of completions under both models; all detached, in nats at the completions' tokens `(B, T)`, 0 elsewhere.
 
     Attributes:
         student_logps, teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the sampling temperature.

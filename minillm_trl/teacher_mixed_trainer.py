@@ -259,6 +259,12 @@ class TeacherMixedTrainer(MeasuredRollouts):
         with self.accelerator.autocast():
             return teacher_hidden_states(self.teacher_model, input_ids, attention_mask, length, batch_size)
 
+    def _teacher_states_of(self, inputs: Batch) -> torch.Tensor:
+        if "teacher_hidden_states" in inputs:
+            return inputs["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
+        input_ids, attention_mask, mask = sequences(inputs)
+        return self._teacher_states(input_ids, attention_mask, mask.shape[1])
+
     def _score_rollout(self, batch: Batch) -> RolloutScores:
         """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
         input_ids, attention_mask, mask = sequences(batch)

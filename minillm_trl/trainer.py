@@ -290,6 +290,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if self.reward_funcs:
             faults |= self._mark_endless_rewards(batch["faulty"])
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
+        batch["half"] = self._halves(len(batch["prompt_ids"]))
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
@@ -336,6 +337,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             self._teacher_states_of(inputs),
             self.args.kd_temperature,
             loss=loss_of_tokens,
+            half=inputs["half"] if self.model.training and "half" in inputs else None,
         )
         requests = [request]
         if "lm" in inputs:
@@ -351,6 +353,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if late or inputs["faulty"].any():  # the latter is a row of padding; either would spoil the means
                 totals = totals._replace(values=torch.zeros_like(totals.values))
         self._log_totals(totals)
+        if scores.term_gradients is not None:
+            self._log_gradients(scores.term_gradients, inputs["half"], mask)
         if "prompt_index" in inputs:  # a batch of `score_rollouts` may have other numbers of rows on other processes
             self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
         if not self.model.training:
@@ -359,12 +363,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         return loss
-
-    def _teacher_states_of(self, inputs: Batch) -> torch.Tensor:
-        if "teacher_hidden_states" in inputs:
-            return inputs["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
-        input_ids, attention_mask, mask = sequences(inputs)
-        return self._teacher_states(input_ids, attention_mask, mask.shape[1])
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
         values = {"objective/lm_cross_entropy": -scores.logps}

@@ -201,6 +201,28 @@ def baseline_totals(returns: torch.Tensor, advantages: torch.Tensor, mask: torch
     return make_totals(moments, mask.device)
 
 
+@torch.no_grad()
+def gradient_totals(gradients: torch.Tensor, tokens: torch.Tensor) -> Totals:
+    r"""Signal and variance of the terms of an optimizer step's gradient, from two halves that were sampled apart.
+
+    With $g_1, g_2$ the mean gradients of the $n_1, n_2$ tokens of either half, $\langle g_1, g_2 \rangle$ estimates
+    the squared norm of the expected gradient, and $\|g_1 - g_2\|^2\, n_1 n_2 / (n_1 + n_2)^2$ the variance of the
+    step's gradient around it, summed over its components.
+
+    Args:
+        gradients (`torch.Tensor` of shape `(2, 2, V)`): sums over tokens by term (long term, single step) and half.
+        tokens (`torch.Tensor` of shape `(2,)`): number of tokens of each half; nothing is known if either has none.
+    """
+    known = int(tokens.min() > 0)
+    of_halves = gradients.double() / tokens.clamp(min=1)[:, None]
+    share = tokens.double().prod() / tokens.sum().clamp(min=1).double().square()
+    totals = {}
+    for name, (first, second) in zip(("long_term", "single_step"), of_halves, strict=True):
+        totals[f"objective/{name}_signal"] = (known * (first @ second), known)
+        totals[f"objective/{name}_variance"] = ((first - second).square().sum() * share, known)
+    return make_totals(totals, gradients.device)
+
+
 def reward_metrics(
     rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], num_generations: int
 ) -> dict[str, float]:

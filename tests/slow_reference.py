@@ -241,9 +241,13 @@ class SlowMiniLLM:
         self, rows: Sequence[Row], student: Logits, teacher: Logits, constants: Mapping[Row, Constants]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of an optimizer step on `rows`, without L_PT, and the metrics of docs/metrics.md."""
-        tokens = [token for row in rows for token in self._tokens(row, student[row], teacher[row], constants[row])]
+        by_row = [self._tokens(row, student[row], teacher[row], constants[row]) for row in rows]
+        tokens = [token for row in by_row for token in row]
+        kls = sorted(sum(token["objective/single_step"].item() for token in row) for row in by_row)
+        metrics = _metrics(tokens, len(rows))
+        metrics |= {"objective/reverse_kl_median": kls[(len(kls) - 1) // 2], "objective/reverse_kl_max": kls[-1]}
         count = len(tokens) if self.options["loss_reduction"] == "token_mean" else len(rows)
-        return sum(token["loss"] for token in tokens) / count, _metrics(tokens, len(rows))
+        return sum(token["loss"] for token in tokens) / count, metrics
 
     def _tokens(self, row: Row, student: torch.Tensor, teacher: torch.Tensor, constants: Constants) -> list[dict]:
         q, q_kd, p_kd = self.log_probs(student), self.kd_log_probs(student), self.kd_log_probs(teacher)

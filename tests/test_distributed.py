@@ -103,6 +103,9 @@ def assert_same(result: dict, reference: dict) -> None:
     # float32 sums in another order; steps differ by far more (see the test below)
     assert (result["moved"] - reference["moved"]).norm() < 1e-4 * reference["moved"].norm()
     names = ("loss", "grad_norm", "objective/reverse_kl", "completions/mean_length", "rollout/eos_rate")
+    names += ("objective/reverse_kl_median", "objective/long_term_signal", "objective/long_term_variance")
+    names += ("objective/single_step_signal", "objective/single_step_variance")
+    names += ("objective/baseline_explained_variance",)
     names += ("eval_loss", "eval_objective/reverse_kl", "eval_completions/mean_length")
     pairs = [
         (actual[name], expected[name])

@@ -1,5 +1,6 @@
 """Metrics are means over all tokens or completions: of one process and of two, of any batch, and by hand."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,15 @@ from test_kd import batch_of, by_hand, make_fine_tuning, make_trainer
 from torch.utils.data import IterableDataset
 
 from minillm_trl.evaluation_rows import FilledDataset, FilledStream
-from minillm_trl.training_metrics import completion_totals, metric_means, reward_metrics
+from minillm_trl.training_metrics import (
+    baseline_totals,
+    completion_sums,
+    completion_totals,
+    gradient_totals,
+    median_and_max,
+    metric_means,
+    reward_metrics,
+)
 
 
 def values(metrics: dict) -> dict[str, float]:
@@ -166,3 +175,64 @@ def test_metrics_of_rewards_leave_out_what_does_not_apply():
             "frac_reward_zero_std": 1 / 3,
         }
     )
+
+
+def test_variance_that_a_baseline_explains_is_that_of_all_tokens_together():
+    """Of the returns 1 3 5 7, with variance 5, the baseline leaves -1 1 0 0, with variance 0.5."""
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+    returns = torch.tensor([[1.0, 3.0], [5.0, 9.0], [7.0, 9.0]])
+    advantages = torch.tensor([[-1.0, 1.0], [0.0, 9.0], [0.0, 9.0]])
+    parts = [baseline_totals(returns[rows], advantages[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 3))]
+    metrics = metric_means(parts[0].names, torch.stack([part.values for part in parts]))
+    assert metrics == pytest.approx({"objective/baseline_explained_variance": 0.9})
+
+
+def test_baseline_of_returns_that_are_all_equal_explains_nothing():
+    one = torch.ones(1, 2)
+    totals = baseline_totals(one, 0 * one, one.bool())
+    assert metric_means(totals.names, totals.values[None]) == {"objective/baseline_explained_variance": 0.0}
+
+
+def test_median_and_max_are_of_what_is_finite():
+    assert median_and_max(torch.tensor([3.0, math.nan, 1.0, math.inf, 2.0, 9.0])) == {"median": 2.0, "max": 9.0}
+    assert median_and_max(torch.tensor([math.nan])) == {"median": 0.0, "max": 0.0}
+
+
+def test_sums_of_completions_are_in_the_places_of_those_that_count():
+    values, mask = torch.tensor([[1.0, 2.0], [3.0, math.nan]]), torch.tensor([[True, True], [True, False]])
+    for counts, expected in (
+        ([False, True, True], [math.nan, 3.0, 3.0]),  # the rows of those that count alone
+        ([True, False], [3.0, math.nan]),
+        ([False, False, False], [math.nan] * 3),
+    ):
+        assert completion_sums(values, mask, torch.tensor(counts)).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+class TestSignalAndVariance:
+    def of(self, gradients: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
+        totals = gradient_totals(gradients, tokens)
+        return metric_means(totals.names, totals.values[None])
+
+    def test_expectations_are_the_squared_mean_and_the_variance_of_the_step(self):
+        """Of steps with 2 and 3 tokens whose gradients are drawn from four vectors each, all steps enumerated."""
+        torch.manual_seed(0)
+        draws = torch.randn(2, 4, 3, dtype=torch.float64)  # by term
+        steps = list(itertools.product(range(4), repeat=5))
+        found, sums = [], []
+        for step in steps:
+            tokens = draws[:, list(step)]
+            gradients = torch.stack([tokens[:, :2].sum(dim=1), tokens[:, 2:].sum(dim=1)], dim=1)
+            found.append(self.of(gradients, torch.tensor([2, 3])))
+            sums.append(tokens.mean(dim=1))
+        sums = torch.stack(sums)  # (steps, 2, 3)
+        variances = sums.var(dim=0, correction=0).sum(dim=1)
+        for term, name in enumerate(("long_term", "single_step")):
+            signal, variance = (
+                sum(each[f"objective/{name}_{what}"] for each in found) / len(steps) for what in ("signal", "variance")
+            )
+            assert signal == pytest.approx(draws[term].mean(dim=0).square().sum().item(), abs=1e-9)
+            assert variance == pytest.approx(variances[term].item(), rel=1e-9)
+
+    def test_a_half_without_tokens_counts_for_nothing(self):
+        totals = gradient_totals(torch.ones(2, 2, 3), torch.tensor([0, 4]))
+        assert totals.values.tolist() == [[0.0, 0.0]] * 4

@@ -45,10 +45,10 @@ def build_trainer(tmp_path, family: str = "gpt2", **options) -> MiniLLMTrainer:
     return MiniLLMTrainer(student, teacher, args=args, train_dataset=dataset, processing_class=tiny_tokenizer())
 
 
-def enumerate_logps(model) -> torch.Tensor:
+def enumerate_logps(model, temperature: float = 1.0) -> torch.Tensor:
     """Log-probs of every completion's tokens by a plain forward pass."""
     ids = torch.cat([torch.tensor([PROMPT]).expand(len(PROBLEM.ids), -1), PROBLEM.ids], dim=1)
-    log_probs = torch.log_softmax(model(ids).logits[:, len(PROMPT) - 1 : -1], dim=-1)
+    log_probs = torch.log_softmax(model(ids).logits[:, len(PROMPT) - 1 : -1] / temperature, dim=-1)
     return log_probs.gather(2, PROBLEM.ids[..., None]).squeeze(2).masked_fill(~PROBLEM.mask, 0.0)
 
 
@@ -63,9 +63,11 @@ def gradient(loss: torch.Tensor, model) -> torch.Tensor:
 
 
 def exact_gradient(trainer: MiniLLMTrainer) -> torch.Tensor:
+    """Of the reverse KL of student and teacher, both at the sampling temperature."""
+    temperature = trainer.temperature
     with torch.no_grad():
-        teacher_logps = enumerate_logps(trainer.teacher_model).sum(dim=1)
-    kl = sequence_reverse_kl(enumerate_logps(trainer.model).sum(dim=1), teacher_logps)
+        teacher_logps = enumerate_logps(trainer.teacher_model, temperature).sum(dim=1)
+    kl = sequence_reverse_kl(enumerate_logps(trainer.model, temperature).sum(dim=1), teacher_logps)
     return gradient(kl, trainer.model)
 
 
@@ -83,7 +85,8 @@ def batch_of(
 def expected_gradient(trainer: MiniLLMTrainer, alpha: float = 0.0, mask: torch.Tensor = PROBLEM.mask) -> torch.Tensor:
     """Sum over completions of mu(y) times the gradient of compute_loss on y alone."""
     with torch.no_grad():
-        student_logps, teacher_logps = enumerate_logps(trainer.model), enumerate_logps(trainer.teacher_model)
+        models = trainer.model, trainer.teacher_model
+        student_logps, teacher_logps = (enumerate_logps(model, trainer.temperature) for model in models)
         mu = mixture_logps(student_logps, teacher_logps, alpha).masked_fill(~PROBLEM.mask, 0.0).sum(dim=1).exp()
     total = 0.0
     for n, probability in enumerate(mu.tolist()):
@@ -104,6 +107,17 @@ def test_expected_gradient_of_compute_loss_is_that_of_the_reverse_kl(tmp_path, f
 def test_expected_gradient_without_single_step_is_that_of_the_reverse_kl(tmp_path):
     trainer = build_trainer(tmp_path, epsilon=100.0, single_step_decomposition=False)
     assert relative_error(expected_gradient(trainer), exact_gradient(trainer)) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "expected"])
+@pytest.mark.parametrize("options", [{}, {"teacher_mixed_alpha": 0.3, "importance_weighting": "sequence"}])
+def test_temperature_is_that_of_rollouts_rewards_and_single_step_together(tmp_path, estimator: str, options: dict):
+    trainer = build_trainer(tmp_path, epsilon=100.0, temperature=0.55, reward_estimator=estimator, **options)
+    found = expected_gradient(trainer, options.get("teacher_mixed_alpha", 0.0))
+    exact = exact_gradient(trainer)
+    assert relative_error(found, exact) < 1e-9
+    trainer.temperature = 1.0
+    assert relative_error(exact_gradient(trainer), exact) > 0.1
 
 
 def test_sequence_weights_make_the_gradient_under_mixing_exact(tmp_path):
