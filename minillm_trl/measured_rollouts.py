@@ -1,5 +1,6 @@
 """`MeasuredRollouts`: rewards and advantages of rollouts, and what GRPO logs of them, over all that count."""
 
+import math
 from typing import Any
 
 import torch
@@ -150,10 +151,17 @@ class MeasuredRollouts(ResumableRollouts):
         return torch.isin(last, ends) | (lengths == 0)
 
     def _halves(self, num_rows: int) -> torch.Tensor:
-        """Which half of the buffer each row of this process is in `(B,)`; completions of a prompt are in the same."""
+        """Which half of the buffer each row of this process is in `(B,)`; completions of a prompt are in the same.
+
+        Rows are dealt to optimizer steps from blocks of neighbours, so halves of whole blocks are halves of each step.
+        """
         first = self.accelerator.process_index * num_rows
         rows = torch.arange(first, first + num_rows, device=self.accelerator.device)
-        return rows // self.num_generations % 2
+        num_steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        unit = math.lcm(num_steps, self.num_generations)
+        if 2 * unit > num_rows * self.accelerator.num_processes:
+            unit = self.num_generations
+        return rows // unit % 2
 
     def _log_gradients(self, term_gradients: torch.Tensor, half: torch.Tensor, mask: torch.Tensor) -> None:
         """Note the gradients of a micro-batch by term and half, and log what those of the optimizer step say."""

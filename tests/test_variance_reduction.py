@@ -561,3 +561,9 @@ class TestMetrics:
     def test_completions_of_a_prompt_are_in_one_half(self, tmp_path):
         trainer = make_trainer(tmp_path, num_generations=2)
         assert trainer._halves(8).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+        assert trainer._halves(4).tolist() == [0, 0, 1, 1]
+
+    def test_each_step_has_as_much_of_either_half(self, tmp_path):
+        trainer = make_trainer(tmp_path, steps_per_generation=4, max_steps=1)
+        trainer.train()
+        assert [batch["half"].sum().item() for batch in trainer._buffered_inputs] == [2, 2, 2, 2]
