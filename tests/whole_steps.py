@@ -149,7 +149,7 @@ CASES = {
             **{"importance_weighting": "sequence", "importance_weight_cap": 1.4, "discounted_length": False},
             **{"reward_estimator": "expected", "advantage_baseline": "position", "shared_coins": False},
         },
-        idle=("max_completion_length", "scale_rewards", "delta"),
+        idle=("max_completion_length", "scale_rewards"),
     ),
     "rewards without the long term": Case(
         {"rkl_advantage": False, "num_generations": 2},
