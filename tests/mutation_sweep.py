@@ -60,7 +60,16 @@ TESTS = tuple(
             "trainer_options",
         ),
         *("exact_metrics", "families", "adapters", "reliable_runs", "distributed", "mixed_precision", "drop_in"),
-        *("divergence", "exposure_bias", "evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
+        *(
+            "loss",
+            "divergence",
+            "exposure_bias",
+            "evaluation",
+            "tool_scores",
+            "logits_processor",
+            "end_tokens",
+            "ends_of_run",
+        ),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
