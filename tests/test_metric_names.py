@@ -30,6 +30,7 @@ def test_kl_to_the_student_as_it_was_needs_beta(tmp_path, capsys):
     data.write_text('{"prompt": "the mill", "completion": "is cheap"}\n')
     options = ["--model_name_or_path", "none", "--teacher_model_name_or_path", "none", "--dataset", str(data)]
     options += ["--metric_for_best_model", "kl", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    options += ["--per_device_train_batch_size", "1"]
     assert main(["minillm", *options, "--bf16", "false"]) == 2
     assert "metric_for_best_model='kl' is no metric of an evaluation here" in capsys.readouterr().err
     assert main(["minillm", *options, "--bf16", "false", "--beta", "0.1"]) == 2
