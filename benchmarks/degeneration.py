@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PrinterCallback
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.data import load_e2e, unique_prompts
-from minillm_trl.degeneration import RULES, diagnose
-from minillm_trl.demo import DemoSettings, run_demo
-from minillm_trl.demo.pipeline import load_model
+from minillm_trl.degeneration import RULES, Rollouts, diagnose
+from minillm_trl.demo import DemoSettings
+from minillm_trl.demo.pipeline import load_model, train_pair
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -47,6 +47,7 @@ SETTINGS = {
     "max_completion_length": 48,
     "max_steps": 160,
     "logging_steps": 8,  # a rollout of 32 completions
+    "logging_first_step": True,  # as the watch does: the first rollout, before any update
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 10,
@@ -69,6 +70,7 @@ TINY = SMALL | {
     "logging_steps": 1,
     "learning_rate": 1e-4,
 }
+SINGLE = TINY | {"per_device_train_batch_size": 1}
 REWARD_ALONE = {
     "rkl_advantage": False,
     "single_step_decomposition": False,
@@ -79,6 +81,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     **{f"32 completions a log, seed {seed}": {"seed": seed} for seed in range(3)},
     **{f"16 completions a log, seed {seed}": {"seed": seed, **SMALL} for seed in range(3)},
     **{f"2 completions a log, seed {seed}": {"seed": seed, **TINY} for seed in range(3)},
+    "1 completion a log": SINGLE,
     "sequence weights": {"importance_weighting": "sequence"},
     "no mixing": {"teacher_mixed_alpha": 0.0},
 }
@@ -95,6 +98,7 @@ DEGENERATE: dict[str, tuple[str, dict[str, Any]]] = {
         {"importance_weighting": "sequence", "teacher_mixed_alpha": 0.8},
     ),
     "learning rate 30 times as high": ("exploding_weights", {"learning_rate": 3e-2}),
+    "1 completion a log, learning rate 0.3": ("rising_kl", {**SINGLE, "learning_rate": 0.3, "max_steps": 80}),
     "teacher at temperature 0.3": ("falling_quality", {"kd_temperature": 0.3}),
 }
 
@@ -130,13 +134,22 @@ def history_of(runs: Path, name: str, settings: dict[str, Any]) -> list[dict[str
     return [row for row in rows if len(row) > 1]
 
 
-def first_found(history: list[dict[str, float]]) -> dict[str, int]:
+def first_found(history: list[dict[str, float]], rollouts: Rollouts) -> dict[str, int]:
     """The step at which each kind is found first."""
     steps: dict[str, int] = {}
     for end, entry in zip(count(1), history, strict=False):
-        for found in diagnose(history[:end]).found:
+        for found in diagnose(history[:end], rollouts=rollouts).found:
             steps.setdefault(found.kind, entry["step"])
     return steps
+
+
+def judged(runs: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A run, how it samples, and what is found in it."""
+    history, values = history_of(runs, name, settings), SETTINGS | settings
+    completions = values["per_device_train_batch_size"] * values["steps_per_generation"]
+    passes = values["num_iterations"]
+    rollouts = Rollouts(completions, values["steps_per_generation"] * passes, passes)
+    return {"rollouts": rollouts._asdict(), "found": first_found(history, rollouts), "history": history}
 
 
 def markdown_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -153,14 +166,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/degeneration"))
     runs = parser.parse_args().runs
-    run_demo(runs / "demo", replace(DemoSettings().quick(), seed=0))
-    healthy, degenerate = {}, {}
-    for name, settings in HEALTHY.items():
-        history = history_of(runs, name, settings)
-        healthy[name] = {"found": first_found(history), "history": history}
-    for name, (expected, settings) in DEGENERATE.items():
-        history = history_of(runs, name, settings)
-        degenerate[name] = {"expected": expected, "found": first_found(history), "history": history}
+    train_pair(runs / "demo", replace(DemoSettings().quick(), seed=0))
+    healthy = {name: judged(runs, name, settings) for name, settings in HEALTHY.items()}
+    degenerate = {
+        name: {"expected": expected, **judged(runs, name, settings)}
+        for name, (expected, settings) in DEGENERATE.items()
+    }
     results = {"healthy": healthy, "degenerate": degenerate}
     path = write_record("degeneration", ("torch", "transformers", "trl"), SETTINGS, results)
     print(markdown_table(results))

@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 _ROUGE_L = "rouge_l"
 _AS_GOOD = 0.9  # of the best Rouge-L so far; from one evaluation on 50 prompts to the next it may fall by 0.08
-_NOISE = 3.0  # standard errors
+_NOISE = 4.0  # standard errors: a run has hundreds of logs and eight rules
+_START = 12  # values
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rule:
         falls (`bool`): whether low values are the bad ones.
         scale, offset (`float`): of the limit.
         spared_by_rouge_l (`bool`): whether it counts only where Rouge-L, if it is evaluated, falls too.
+        is_share (`bool`): whether it is a share of the completions, whose noise follows from their number.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Rule:
     scale: float
     offset: float = 0.0
     spared_by_rouge_l: bool = False
+    is_share: bool = False
 
     def limit(self, baseline: float) -> float:
         """The limit at a baseline."""
@@ -45,10 +48,12 @@ RULES = (
     # of those completions that end by themselves, so that a student that learns to end has no shorter ones
     Rule("length_collapse", "completions/mean_terminated_length", True, 0.7, spared_by_rouge_l=True),
     Rule("length_inflation", "completions/mean_length", False, 1.5, spared_by_rouge_l=True),
-    Rule("length_inflation", "rollout/eos_rate", True, 1.0, -0.2),
+    Rule("length_inflation", "rollout/eos_rate", True, 1.0, -0.2, is_share=True),
     Rule("repetition", "rollout/repeated_4grams", False, 1.5, 0.05),
     Rule("entropy_collapse", "entropy", True, 0.5),
     Rule("exploding_weights", "importance_weight/effective_sample_size", True, 0.0, 0.3),
+    # per token: the sum over a completion rises with its length, however close each token is to the teacher
+    Rule("rising_kl", "objective/reverse_kl_per_token", False, 1.5, 0.1),
     Rule("falling_quality", _ROUGE_L, True, 0.9),
 )
 
@@ -67,9 +72,27 @@ class Window(NamedTuple):
     in_a_row: int
 
 
-TRAINING = Window(baseline=3, recent=5, in_a_row=2)
+# the first value is that of the first rollout, before any update: the next ones may already be degenerate
+TRAINING = Window(baseline=1, recent=5, in_a_row=2)
 # all prompts with the same random numbers each time: hardly any noise, and few values
 EVALUATION = Window(baseline=1, recent=1, in_a_row=2)
+
+
+class Rollouts(NamedTuple):
+    """How a run samples.
+
+    Attributes:
+        completions (`int`, *optional*): of a rollout, on all processes; None if unknown.
+        updates (`int`): optimizer steps from one rollout to the next.
+        passes (`int`): times that each completion is trained on in them.
+    """
+
+    completions: int | None = None
+    updates: int = 1
+    passes: int = 1
+
+
+UNKNOWN = Rollouts()
 
 
 class Verdict(NamedTuple):
@@ -114,16 +137,25 @@ class Diagnosis(NamedTuple):
     well_until: int
 
 
-def judge(values: Sequence[float], rule: Rule, window: Window = TRAINING) -> Verdict:
+def judge(
+    values: Sequence[float],
+    rule: Rule,
+    window: Window = TRAINING,
+    completions: int | None = None,
+    baseline_variance: float = 1.0,
+) -> Verdict:
     """Judge a series by a rule.
 
     It is beyond the limit if the medians of the last `window.recent` values are, `window.in_a_row` times in a row, and
-    the last one differs from the baseline by more than the noise (see [`noise`]) where the limit depends on that.
+    the last one differs from the baseline by more than the noise (see [`noise`]) where the limit depends on that. A
+    share of completions is judged earlier, see [`has_fallen_at_once`].
 
     Args:
         values (`Sequence[float]`): of the metric, in order; at least one, and all finite.
         rule ([`Rule`]): with the limit.
         window ([`Window`], *optional*): how many values are taken together.
+        completions (`int`, *optional*): that a value is a mean over; None if unknown.
+        baseline_variance (`float`, *optional*): of the baseline, as a multiple of the other values' variance.
     """
     baseline = median(values[: window.baseline])
     limit = rule.limit(baseline)
@@ -132,36 +164,63 @@ def judge(values: Sequence[float], rule: Rule, window: Window = TRAINING) -> Ver
     half_way = (baseline + limit) / 2
     well = [not rule.is_beyond(each, half_way) and not far for each, far in zip(medians, beyond, strict=True)]
     last_well = max((index for index, each in enumerate(well) if each), default=-1)
-    is_beyond = (
-        len(values) >= window.recent + window.in_a_row - 1
-        and all(beyond[-window.in_a_row :])
-        and (rule.scale == 0 or abs(medians[-1] - baseline) > noise(values, window))
-    )
+    if len(values) >= window.recent + window.in_a_row - 1:
+        is_noise = rule.scale != 0 and abs(medians[-1] - baseline) <= noise(values, window, baseline_variance)
+        is_beyond = all(beyond[-window.in_a_row :]) and not is_noise
+    else:
+        is_beyond = rule.is_share and completions is not None and has_fallen_at_once(values, rule, window, completions)
     return Verdict(
         is_beyond,
         medians[-1],
         baseline,
         limit,
-        well[-1],
+        well[-1] and not is_beyond,
         max(-1, last_well - window.recent // 2),
     )
 
 
-def noise(values: Sequence[float], window: Window) -> float:
-    """Three standard errors of the difference between baseline and median; 0 for single values.
+def has_fallen_at_once(values: Sequence[float], rule: Rule, window: Window, completions: int) -> bool:
+    """Whether a share of completions is beyond its limit right after the baseline, before there are medians.
 
-    The standard deviation is that of the median difference between neighbours, which neither a drift nor a few
-    outliers change much.
+    The last `window.in_a_row` values are, and their mean differs from the baseline by more than four standard errors
+    of two shares with that many completions.
+    """
+    first, last = values[: window.baseline], values[window.baseline :][-window.in_a_row :]
+    baseline = median(first)
+    if len(last) < window.in_a_row or not all(rule.is_beyond(each, rule.limit(baseline)) for each in last):
+        return False
+    pooled = fmean([*first, *last])
+    error = math.sqrt(pooled * (1 - pooled) / completions * (1 / len(first) + 1 / len(last)))
+    return abs(fmean(last) - baseline) > _NOISE * error
+
+
+def noise(values: Sequence[float], window: Window, baseline_variance: float = 1.0) -> float:
+    """Four standard errors of the difference between baseline and median; 0 for single values.
+
+    Of the baseline it is that at the start, as a degenerate student's metrics are noisier.
     """
     if window.recent == 1:
         return 0.0
-    differences = [abs(after - before) for before, after in pairwise(values)]
-    deviation = 1.4826 * median(differences) / math.sqrt(2)
-    # the variance of a median of n values is about pi / 2 times that of their mean
-    return _NOISE * deviation * math.sqrt(math.pi / 2 * (1 / window.baseline + 1 / window.recent))
+    start, overall = _deviation(values[:_START]), _deviation(values)
+    return _NOISE * math.sqrt(
+        baseline_variance * start**2 * _of_median(window.baseline) + overall**2 * _of_median(window.recent)
+    )
 
 
-def diagnose(history: Sequence[Mapping[str, Any]], is_evaluated: bool = True) -> Diagnosis:
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation by the median difference between neighbours, which neither a drift nor a few outliers change
+    much."""
+    return 1.4826 * median(abs(after - before) for before, after in pairwise(values)) / math.sqrt(2)
+
+
+def _of_median(number: int) -> float:
+    """Variance of the median of so many values: about pi / 2 times that of their mean."""
+    return 1.0 if number == 1 else math.pi / 2 / number
+
+
+def diagnose(
+    history: Sequence[Mapping[str, Any]], is_evaluated: bool = True, rollouts: Rollouts = UNKNOWN
+) -> Diagnosis:
     """Apply all rules to what a run has logged.
 
     Args:
@@ -169,6 +228,7 @@ def diagnose(history: Sequence[Mapping[str, Any]], is_evaluated: bool = True) ->
             found to have degenerated.
         is_evaluated (`bool`, *optional*): whether evaluations are still to come. Where they have Rouge-L, lengths are
             not judged before the next one.
+        rollouts ([`Rollouts`], *optional*): how the run samples.
     """
     series = _series(history)
     rouge_l = {key: each for key, each in series.items() if key.endswith(_ROUGE_L)}
@@ -176,7 +236,11 @@ def diagnose(history: Sequence[Mapping[str, Any]], is_evaluated: bool = True) ->
     for rule, key in ((rule, key) for rule in RULES for key in series if _is_metric(key, rule.metric)):
         steps, values = series[key]
         in_training = key == rule.metric
-        verdict = judge(values, rule, TRAINING if in_training else EVALUATION)
+        verdict = (
+            judge(values, rule, TRAINING, rollouts.completions, _baseline_variance(rule, steps, rollouts))
+            if in_training
+            else judge(values, rule, EVALUATION)
+        )
         well_until = steps[verdict.well_until] if verdict.well_until >= 0 else 0
         concerned, holds = {key}, False
         if rule.spared_by_rouge_l and rouge_l:
@@ -190,6 +254,16 @@ def diagnose(history: Sequence[Mapping[str, Any]], is_evaluated: bool = True) ->
         if verdict.is_beyond and not waits and concerned & history[-1].keys():
             found.append(Degeneration(rule.kind, key, verdict.value, verdict.baseline, verdict.limit))
     return Diagnosis(found, not suspicious, min([*suspicious, *known], default=0))
+
+
+def _baseline_variance(rule: Rule, steps: Sequence[int], rollouts: Rollouts) -> float:
+    """Variance of the first value in terms of the others'. It comes from one update or rollout, if it was logged at
+    the first step, the others from all since the log before."""
+    if len(steps) < 3 or steps[0] > 1:
+        return 1.0
+    updates = median(after - before for before, after in pairwise(steps[1:]))
+    of_completions = rule.metric.startswith(("completions/", "rollout/"))
+    return max(1.0, updates / (rollouts.updates if of_completions else rollouts.passes))
 
 
 def _is_metric(key: str, metric: str) -> bool:

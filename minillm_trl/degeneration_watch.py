@@ -2,20 +2,24 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoints import STATE, find_damage
-from .degeneration import Degeneration, Diagnosis, diagnose
+from .degeneration import UNKNOWN, Degeneration, Diagnosis, Rollouts, diagnose
 
 logger = logging.getLogger(__name__)
 
 _EOS_RATE, _UNENDING = "rollout/eos_rate", 0.1
+_ENTROPY, _KL = "entropy", "objective/reverse_kl_per_token"
+_UNSURE = 0.4  # of ln(vocabulary): language models that know a task are below 0.3
+_UNLIKE = 0.25  # of the entropy: a student that is as unsure as its teacher is closer to it
 HEALTHY = "healthy"  # folder in output_dir, out of reach of `save_total_limit`, which looks at `checkpoint-*` there
 
 _WORDS = {
@@ -24,6 +28,7 @@ _WORDS = {
     "repetition": "completions repeat themselves",
     "entropy_collapse": "the student's distribution collapses",
     "exploding_weights": "importance weights explode",
+    "rising_kl": "the student moves away from the teacher",
     "falling_quality": "the student's samples get worse",
 }
 # What to change, and the fields whose values the message names
@@ -50,6 +55,11 @@ _REMEDIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "lower learning_rate",
         ("importance_weighting", "importance_weight_cap", "teacher_mixed_alpha", "num_iterations", "learning_rate"),
     ),
+    "rising_kl": (
+        "lower learning_rate, more completions an update (per_device_train_batch_size, gradient_accumulation_steps), "
+        "fewer num_iterations, look at what reward_funcs pay for",
+        ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"),
+    ),
     "falling_quality": (
         "lower learning_rate, add L_PT (lm_dataset) or beta, look at what reward_funcs pay for; a teacher that "
         "writes otherwise than the references needs another measure",
@@ -63,8 +73,10 @@ class DegenerationWatch(TrainerCallback):
 
     At each log the rules of [`degeneration.diagnose`] are applied to all that was logged so far, so a resumed run
     warns of the same at the same steps. What is found is logged too, as `degeneration/KIND` = 1. Each kind is warned
-    of once. All processes see the same logs and so decide alike. At the first log it warns, too, where hardly any
-    completion ends by itself: MiniLLM starts from a student that knows the task.
+    of once. All processes see the same logs and so decide alike. The first step is logged, whatever `logging_steps`:
+    later logs are compared with it, as it has the first rollout, before any update. There it warns, too, where hardly
+    any completion ends by itself, or the student is far less sure than the teacher: MiniLLM starts from a student that
+    knows the task.
 
     Where `save_total_limit` deletes checkpoints, the last one from before any metric was half way to its limit is kept
     in `output_dir/healthy`: files are linked, not copied, where the file system can. It takes the disk space of
@@ -94,6 +106,10 @@ class DegenerationWatch(TrainerCallback):
             logger.warning(self._message(args, state, found))
         self._keep_healthy(args, state)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.global_step == 1 and args.logging_strategy != "no":
+            control.should_log = True
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._keep_healthy(args, state)
 
@@ -107,6 +123,7 @@ class DegenerationWatch(TrainerCallback):
         *before, last = state.log_history
         if state.is_world_process_zero and not any(_EOS_RATE in entry for entry in before):
             _warn_of_unending_text(args, last)
+            _warn_of_random_text(last, kwargs.get("model"))
         self._diagnosis = _diagnose(args, state.log_history)
         found = self._diagnosis.found
         known = {key for entry in before for key in entry}
@@ -150,8 +167,31 @@ def _warn_of_unending_text(args: TrainingArguments, first: Mapping[str, Any]) ->
         )
 
 
+def _warn_of_random_text(first: Mapping[str, Any], model: PreTrainedModel | None) -> None:
+    """A student that was cut out of a larger model, say, and hardly trained since, writes next to noise."""
+    if model is None or _ENTROPY not in first:
+        return
+    entropy, kl = first[_ENTROPY], first.get(_KL, math.inf)
+    vocabulary = model.config.get_text_config().vocab_size
+    if entropy > _UNSURE * math.log(vocabulary) and kl > _UNLIKE * entropy:
+        logger.warning(
+            f"The student's first completions are close to noise: entropy is {entropy:.2f} nats a token, "
+            f"{entropy / math.log(vocabulary):.0%} of that of uniform noise over its {vocabulary} tokens, and the "
+            f"reverse KL to the teacher {kl:.2f} nats a token. It does not know the task yet, and learns little from "
+            "its own samples: fine-tune it first (minillm-trl sft, or seqkd on the teacher's completions)."
+        )
+
+
+def _rollouts(args: TrainingArguments) -> Rollouts:
+    """How a run with these arguments samples; the default for those that are no MiniLLM's."""
+    if not hasattr(args, "steps_per_generation"):
+        return UNKNOWN
+    updates = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+    return Rollouts(args.generation_batch_size, max(1, updates), args.num_iterations)
+
+
 def _diagnose(args: TrainingArguments, history: Sequence[Mapping[str, Any]]) -> Diagnosis:
-    return diagnose(history, is_evaluated=args.eval_strategy != "no")
+    return diagnose(history, args.eval_strategy != "no", _rollouts(args))
 
 
 def _describe(found: Degeneration, args: TrainingArguments) -> str:

@@ -4,13 +4,14 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from test_trainer import make_config, make_trainer
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from minillm_trl import DegenerationWatch, MiniLLMTrainer
-from minillm_trl.degeneration import EVALUATION, RULES, TRAINING, Diagnosis, diagnose, judge
+from minillm_trl.degeneration import EVALUATION, RULES, TRAINING, UNKNOWN, Diagnosis, Rollouts, diagnose, judge
 from minillm_trl.degeneration_watch import keep_healthy
 
 HEALTHY = {
@@ -20,10 +21,11 @@ HEALTHY = {
     "rollout/repeated_4grams": 0.01,
     "entropy": 1.5,
     "importance_weight/effective_sample_size": 0.95,
+    "objective/reverse_kl_per_token": 0.5,
     "rouge_l": 40.0,
 }
 # Each is well past the limit of its rule
-DEGENERATE = dict(zip(HEALTHY, (15.0, 60.0, 0.5, 0.3, 0.3, 0.1, 20.0), strict=True))
+DEGENERATE = dict(zip(HEALTHY, (15.0, 60.0, 0.5, 0.3, 0.3, 0.1, 1.5, 20.0), strict=True))
 RESULTS = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "degeneration.json").read_text())
 
 
@@ -33,11 +35,11 @@ def history_of(**series: list[float]) -> list[dict[str, float]]:
     return [{"step": 10 * i} | dict(zip(series, row, strict=True)) for i, row in enumerate(rows, start=1)]
 
 
-def flagged(history: list[dict[str, float]]) -> dict[str, int]:
+def flagged(history: list[dict[str, float]], rollouts: Rollouts = UNKNOWN) -> dict[str, int]:
     """The step at which each kind is found first."""
     steps: dict[str, int] = {}
     for end in range(1, len(history) + 1):
-        for found in diagnose(history[:end]).found:
+        for found in diagnose(history[:end], rollouts=rollouts).found:
             steps.setdefault(found.kind, history[end - 1]["step"])
     return steps
 
@@ -56,7 +58,7 @@ class TestRule:
     def test_slow_drift_is_found_once_past_the_limit(self, rule):
         good, bad = HEALTHY[rule.metric], DEGENERATE[rule.metric]
         series = [good + (bad - good) * i / 60 for i in range(60)]
-        limit = rule.limit(series[1])
+        limit = rule.limit(series[0])
         crossing = next(i for i, value in enumerate(series) if rule.is_beyond(value, limit))
         assert flagged(history_of(**{rule.metric: series})) == {rule.kind: 10 * (crossing + 4)}
 
@@ -136,17 +138,70 @@ class TestLengths:
         assert found == ("length_collapse", "completions/mean_terminated_length", 30.0, 60.0, 42.0)
 
 
+class TestStart:
+    """What a run is compared with: the first rollout, before any update."""
+
+    COLLAPSE: ClassVar = {  # 16 completions of at most 64 tokens at rate 1e-4, a rollout every 3 updates
+        "rollout/eos_rate": [0.81, 0.06, 0.0],
+        "completions/mean_length": [40.0, 62.0, 64.0],
+    }
+
+    def test_student_that_stops_ending_at_once_is_found_at_the_third_log(self):
+        found = diagnose(history_of(**self.COLLAPSE), rollouts=Rollouts(completions=16, updates=3)).found
+        assert found == [("length_inflation", "rollout/eos_rate", 0.06, 0.81, pytest.approx(0.61))]
+
+    @pytest.mark.parametrize("completions", [None, 2, 4])
+    def test_few_completions_are_no_evidence(self, completions: int | None):
+        assert flagged(history_of(**self.COLLAPSE), Rollouts(completions)) == {}
+
+    @pytest.mark.parametrize("shares", [[1.0, 0.75, 0.7], [0.8, 0.1, 0.7], [0.3, 0.0, 0.2], [0.0, 0.0, 0.0]])
+    def test_smaller_changes_are_not_found_as_early(self, shares: list[float]):
+        assert flagged(history_of(**{"rollout/eos_rate": shares}), Rollouts(16)) == {}
+
+    @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.metric)
+    def test_collapse_right_after_the_first_value_is_found(self, rule):
+        good, bad = HEALTHY[rule.metric], DEGENERATE[rule.metric]
+        assert flagged(history_of(**{rule.metric: [good] + [bad] * 7})) == {rule.kind: 60}
+
+    def test_first_value_of_fewer_tokens_counts_as_noisier(self):
+        (rule,) = (rule for rule in RULES if rule.metric == "entropy")
+        values = [1.3, 0.5, 0.7, 0.55, 0.65, 0.6, 0.5, 0.6, 0.55]
+        assert judge(values, rule).is_beyond
+        assert not judge(values, rule, baseline_variance=40.0).is_beyond
+        steps = [1, *range(40, 321, 40)]
+        history = [{"step": step, "entropy": value} for step, value in zip(steps, values, strict=True)]
+        assert flagged(history) == {}  # a log of 40 updates against one
+        history[0]["step"] = 40
+        assert flagged(history) == {"entropy_collapse": 240}
+
+
+class TestReverseKL:
+    def test_is_judged_per_token(self):
+        history = history_of(
+            **{
+                "objective/reverse_kl": [110.0, 115.0, 120.0, 125.0, 130.0, 133.0, 170.0, 200.0],
+                "objective/reverse_kl_per_token": [2.78, 2.5, 2.2, 2.0, 1.8, 1.49, 1.5, 1.5],
+            }
+        )
+        assert flagged(history) == {}
+
+    def test_rise_is_found(self):
+        values = [0.4, 0.45, 0.9, 1.6, 2.2, 2.9, 3.4, 3.3]
+        assert flagged(history_of(**{"objective/reverse_kl_per_token": values})) == {"rising_kl": 80}
+
+
 class TestRealRuns:
     """Logged by `benchmarks/degeneration.py`."""
 
     @pytest.mark.parametrize("name", RESULTS["results"]["healthy"])
     def test_healthy_run_is_not_flagged(self, name: str):
-        assert flagged(RESULTS["results"]["healthy"][name]["history"]) == {}
+        run = RESULTS["results"]["healthy"][name]
+        assert flagged(run["history"], Rollouts(**run["rollouts"])) == {}
 
     @pytest.mark.parametrize("name", RESULTS["results"]["degenerate"])
     def test_degenerate_run_is_flagged_by_its_kind(self, name: str):
         run = RESULTS["results"]["degenerate"][name]
-        found = flagged(run["history"])
+        found = flagged(run["history"], Rollouts(**run["rollouts"]))
         assert found == run["found"]
         assert run["expected"] in found
 
@@ -241,6 +296,28 @@ class TestWatch:
             watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), {})
         assert caplog.text.count("of the first completions end by themselves") == number
         assert ("Only 5%" in caplog.text) == (number == 1)
+
+    def test_first_step_is_logged_whatever_the_interval(self, tmp_path, monkeypatch):
+        trainer = train(tmp_path, monkeypatch, max_steps=4, logging_steps=3)
+        assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 3]
+        silent = train(tmp_path / "silent", monkeypatch, max_steps=2, logging_strategy="no")
+        assert [entry for entry in silent.state.log_history if "loss" in entry] == []
+
+    @pytest.mark.parametrize(
+        ("entropy", "kl", "number"), [(5.0, 2.8, 1), (3.0, 2.8, 0), (5.0, 0.3, 0)], ids=["noise", "sure", "as teacher"]
+    )
+    def test_barely_healed_student_is_told_of_at_the_first_log_alone(
+        self, tmp_path, caplog, entropy: float, kl: float, number: int
+    ):
+        args, watch = make_config(tmp_path), DegenerationWatch()
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_embd=2, n_layer=1, n_head=1))
+        history = []
+        for _ in range(3):
+            history.append({"step": len(history) + 1, "rollout/eos_rate": 0.8, "entropy": entropy})
+            history[-1]["objective/reverse_kl_per_token"] = kl
+            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), {}, model=model)
+        assert caplog.text.count("close to noise") == number
+        assert ("entropy is 5.00 nats a token, 46% of" in caplog.text) == (number == 1)
 
     def test_checkpoints_of_another_run_are_not_named(self, tmp_path, monkeypatch, caplog):
         train(tmp_path, monkeypatch, save_total_limit=None, max_steps=8, seed=1)
