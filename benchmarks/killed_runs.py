@@ -2,7 +2,7 @@
 
     python benchmarks/killed_runs.py [--kills 25] [--work FOLDER]
 
-runs `tests/tools/killed_runs.py` for MiniLLM (the whole student, LoRA, and two processes of which one dies), SFT,
+runs `tests/tools/killing.py` for MiniLLM (the whole student, LoRA, and two processes of which one dies), SFT,
 KD and SeqKD with the teacher's generation: each is killed that many times by SIGKILL at moments drawn from a seed, and
 compared with a run that was left alone. Writes `results/killed_runs.json`: what was being done at each kill, the
 largest difference of the weights, and the logs that differ.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measurement import write_record
 
-KILLER = Path(__file__).parents[1] / "tests" / "tools" / "killed_runs.py"
+KILLER = Path(__file__).parents[1] / "tests" / "tools" / "killing.py"
 LORA = ("use_peft=true", "lora_target_modules=all-linear")
 RUNS = (
     ("--command", "minillm"),

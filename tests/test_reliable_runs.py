@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, build_model, build_tokenizer, run_module
 from datasets import Dataset
-from killed_runs import STEPS, make_inputs
+from killing import STEPS, make_inputs
 from test_distributed import needs_deepspeed
 from test_trainer import DATASET, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -41,7 +41,7 @@ EVALUATED = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_rouge_l",
 }
-KILLED_RUNS = Path(__file__).parent / "tools" / "killed_runs.py"
+KILLED_RUNS = Path(__file__).parent / "tools" / "killing.py"
 
 
 class AtStep(TrainerCallback):
@@ -82,7 +82,7 @@ def assert_same_run(one, other) -> None:
 
 
 class TestKilled:
-    """The whole harness runs by `python tests/tools/killed_runs.py`; here some kills of each kind of run."""
+    """The whole harness runs by `python tests/tools/killing.py`; here some kills of each kind of run."""
 
     @pytest.mark.cli
     def test_teacher_gives_the_answers_that_it_would_have_given(self, tmp_path):

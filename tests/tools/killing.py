@@ -1,6 +1,6 @@
 """Kills training runs at random moments, starts them again with the same command, compares them with one left alone.
 
-    python tests/tools/killed_runs.py --work FOLDER --command minillm --kills 25 --seed 0 [--processes 2]
+    python tests/tools/killing.py --work FOLDER --command minillm --kills 25 --seed 0 [--processes 2]
 
 The command line runs in forked children, so a start costs no imports. A child counts what it passes (tokens drawn,
 rollouts scored, losses, gradients, every file that is written, renamed or removed, with the middle of a file as a
