@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -16,8 +17,11 @@ from .encoding import holds_conversations
 from .end_tokens import check_eos, find_end_tokens, read_generation_config
 from .errors import UserError
 from .hardware import probe, problems
+from .multimodal import refuse_multimodal
 from .pickled_weights import refuse_pickled_weights
+from .reference import check_adapters, check_reference
 from .teacher import check_same_tokenizer, tokenizer_source
+from .trained_weights import check_trained_weights
 from .weight_formats import quantization_settings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ def check_arguments(
     rollout_func: Callable | None,
     lm_dataset: Dataset | IterableDataset | None = None,
     has_environment: bool = False,
-    has_adapter: bool = False,
+    peft_config: PeftConfig | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """Check the arguments of [`MiniLLMTrainer`] against each other, and return the teacher's tokenizer.
 
@@ -47,8 +51,9 @@ def check_arguments(
     """
     if not isinstance(args, MiniLLMConfig):
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
-    has_adapter = has_adapter or hasattr(model, "peft_config")  # without it, the model is what it was
-    loads_reference = args.beta > 0 and not has_adapter
+    adapters = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
+    check_adapters(adapters, args.beta, args.teacher_shares_base)
+    loads_reference = args.beta > 0 and not adapters  # with an adapter, the model without it is what it was
     if not args.allow_pickled_weights:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         names = [model, *rewards]
@@ -58,8 +63,7 @@ def check_arguments(
         for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
             if isinstance(name, str):
                 refuse_pickled_weights(name, init_kwargs)
-    if model is teacher_model and not isinstance(model, str):
-        raise UserError("model and teacher_model are the same object; training it would move the teacher.")
+    check_apart(model, teacher_model)
     if not (has_environment and train_dataset is None):  # an environment may bring its own prompts
         _check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
@@ -89,6 +93,25 @@ def check_arguments(
         )
     conversational = train_dataset is None or holds_conversations(train_dataset)
     return _check_tokenizers(model, teacher_model, processing_class, conversational, args)
+
+
+def check_apart(model: str | torch.nn.Module, teacher_model: str | torch.nn.Module) -> None:
+    """Check that no module of a teacher that is loaded already is one of the student's, which training would move.
+
+    Raises:
+        ValueError: with the fix.
+    """
+    if isinstance(model, str) or isinstance(teacher_model, str):
+        return
+    if model is teacher_model:
+        raise UserError("model and teacher_model are the same object; training it would move the teacher.")
+    own = {id(module) for module in model.modules()}
+    if any(id(module) in own for module in teacher_model.modules()):
+        raise UserError(
+            f"teacher_model ({type(teacher_model).__name__}) shares modules with model ({type(model).__name__}): an "
+            "adapter is put into its base, which then is no teacher of its own. Load the teacher once more; or, for a "
+            "teacher that is an adapter on the student's base, pass its folder and teacher_shares_base=True."
+        )
 
 
 def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
@@ -121,6 +144,7 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
     """
     if isinstance(trainer.processing_class, ProcessorMixin):
         raise UserError("Vision-language students are not supported: the teacher is scored on text alone.")
+    refuse_multimodal(trainer.model.config, f"model={trainer.model.config._name_or_path!r}")
     adapter = getattr(trainer.model, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         raise UserError(
@@ -138,14 +162,6 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
             "nn.DataParallel; scores are not computed in its copies. Start a process for each GPU "
             "(--accelerate_config ddp_bf16 or v100_ddp_fp16), or let it see one: CUDA_VISIBLE_DEVICES=0."
         )
-    trained = [(name, each) for name, each in trainer.model.named_parameters() if each.requires_grad]
-    half = [name for name, each in trained if each.dtype.itemsize == 2]
-    # DeepSpeed keeps float32 weights of its own
-    if half and trainer.accelerator.mixed_precision == "fp16" and not trainer.is_deepspeed_enabled:
-        raise UserError(
-            f"fp16=True with trained weights in half precision ({half[0]}): their updates would be lost in rounding, "
-            "and the gradient scaler refuses them. Load the student in float32 (dtype='float32'), or train an adapter."
-        )
     quantised = not all(each.is_floating_point() for each in trainer.model.parameters())
     wrapped = isinstance(trainer.model.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
     _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
@@ -158,6 +174,9 @@ def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
         ValueError: naming what is not supported, and what to do instead.
     """
     check_student(trainer)
+    check_trained_weights(trainer)
+    if trainer.beta > 0:
+        check_reference(trainer.model, trainer.ref_model, trainer.accelerator)
     checkpointing = trainer.args.gradient_checkpointing and (trainer.args.gradient_checkpointing_kwargs or {})
     if has_corpus and checkpointing and checkpointing.get("use_reentrant") and trainer.accelerator.num_processes > 1:
         raise UserError(

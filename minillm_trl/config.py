@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from .activation_checkpointing import use_new_names
 from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .errors import UserError
+from .init_kwargs import rename_dtypes
 from .metric_directions import greater_is_better
 from .mixed_precision import choose_precision
 from .objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
@@ -361,6 +362,7 @@ class MiniLLMConfig(GRPOConfig):
         if single:
             self.num_generations = _OneGeneration(1)
         super().__post_init__()
+        rename_dtypes(self)
         if single:
             self.num_generations = 1
         self.eos_tokens = check_eos_tokens(self.eos_tokens)

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .errors import UserError
-from .lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance
+from .lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance, without_wrapper
 
 # Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
 _DROP_SHARE = 0.25
@@ -86,7 +86,7 @@ class LazyDecoder:
         compiled: CompiledDecoding | None = None,
         length: int = 0,
     ):
-        self.model = model
+        self.model = model = without_wrapper(model)
         self.vocab_size = vocab_size
         self.compiled = compiled
         self.cache = DynamicCache(config=model.config) if compiled is None else compiled.start(batch_size, length)

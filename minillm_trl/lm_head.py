@@ -126,6 +126,23 @@ def accepts_position_ids(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
+def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the causal language model within a `PeftModel`, with its adapters in place; other models as they are.
+
+    Raises:
+        ValueError: for adapters that are no part of it: prompts and prefixes.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{type(config).__name__} ({type(model).__name__}) is not supported: it puts virtual tokens before the "
+            "prompt. Merge what can be merged, or use LoRA."
+        )
+    return model.get_base_model()
+
+
 def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> None:
     """Check that a model has embeddings of all tokens.
 
@@ -155,6 +172,7 @@ def completion_hidden_states(
     Returns:
         `torch.Tensor` of shape `(B, T, H)`.
     """
+    model = without_wrapper(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if accepts_position_ids(model):
         inputs["position_ids"] = position_ids(attention_mask)

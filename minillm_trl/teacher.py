@@ -1,6 +1,5 @@
 """The teacher: loading, freezing and placing it, and refusing one that does not fit the student."""
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,11 @@ from transformers.utils import cached_file, find_adapter_config_file
 from .encoding import encode_texts
 from .end_tokens import adopt_generation_config
 from .errors import UserError
-from .lm_head import completion_hidden_states
+from .init_kwargs import with_dtype
+from .lm_head import completion_hidden_states, without_wrapper
 from .pickled_weights import refuse_pickled_weights
 from .quantization import keep_4bit_layout
+from .reference import check_teacher_adapter
 from .rollout_copy import copy_modules
 from .rollouts import parts_by_length
 
@@ -42,7 +43,8 @@ def load_teacher(
     """Load the teacher (or take it as it is), freeze it and switch its dropout off.
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`]): a name on the hub, a folder, or a model.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): a name on the hub, a
+            folder, or a model.
         init_kwargs (`dict`, *optional*): keyword arguments of `from_pretrained`; only for a name or folder.
         default_dtype (`torch.dtype`): dtype of the weights unless `init_kwargs` has a `dtype`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the weights may run,
@@ -57,7 +59,7 @@ def load_teacher(
         ValueError: if `init_kwargs` are given for a teacher that is loaded already, or the weights are pickles.
     """
     if isinstance(teacher_model, str):
-        kwargs = copy.copy(init_kwargs) or {}
+        kwargs = with_dtype(init_kwargs) or {}
         kwargs.setdefault("dtype", default_dtype)
         kwargs.setdefault("trust_remote_code", trust_remote_code)
         if not allow_pickled_weights:
@@ -76,7 +78,7 @@ def load_teacher(
             f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is loaded already. Pass "
             "the teacher's name or folder, or drop teacher_model_init_kwargs."
         )
-    return teacher_model.eval().requires_grad_(False)
+    return without_wrapper(teacher_model).eval().requires_grad_(False)
 
 
 def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
@@ -90,7 +92,8 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
         adapter (`str`): name on the hub or folder of the teacher's adapter.
 
     Raises:
-        ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another.
+        ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another
+            base or would change it.
     """
     if not isinstance(adapter, str):
         raise UserError("teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model.")
@@ -98,7 +101,9 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
 
     if not isinstance(student, PeftModel):
         raise UserError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
-    made_for, base = PeftConfig.from_pretrained(adapter).base_model_name_or_path, student.config._name_or_path
+    config = PeftConfig.from_pretrained(adapter)
+    check_teacher_adapter(config, adapter)
+    made_for, base = config.base_model_name_or_path, student.config._name_or_path
     if made_for and base and os.path.realpath(made_for) != os.path.realpath(base):
         raise UserError(
             f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base!r}. Start "

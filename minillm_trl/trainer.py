@@ -127,7 +127,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             rollout_func,
             lm_dataset,
             has_environment=environment_factory is not None,
-            has_adapter=peft_config is not None,
+            peft_config=peft_config,
         )
         check_machine(args, quantization_config)
         no_reward_funcs = reward_funcs is None or reward_funcs == []

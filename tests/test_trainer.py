@@ -435,6 +435,7 @@ class TestRefusals:
                     "processing_class": tokenizer,
                     "model": build_model("gpt2"),
                     "aux_loss_enabled": False,
+                    "beta": 0.0,
                     "use_vllm": False,
                     "is_fsdp_enabled": False,
                     "is_deepspeed_enabled": False,

@@ -8,6 +8,7 @@ from trl import SFTConfig
 from ..activation_checkpointing import use_new_names
 from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from ..errors import UserError
+from ..init_kwargs import rename_dtypes
 from ..metric_directions import greater_is_better
 from ..mixed_precision import choose_precision
 from ..processes import choose_device
@@ -75,6 +76,7 @@ class FineTuningConfig(SFTConfig):
         use_new_names(self)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
+        rename_dtypes(self)
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):  # some have no teacher
             check_init_kwargs(name, getattr(self, name, None))
         self.eos_tokens = check_eos_tokens(self.eos_tokens)

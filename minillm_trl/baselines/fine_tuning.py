@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -20,11 +20,13 @@ from ..evaluation_rows import Row
 from ..forward_methods import rebind_fused_head
 from ..measured_trainer import MeasuredTrainer
 from ..mixed_precision import configure_wrappers, half_precision, keep_adapters_in_float32
+from ..multimodal import refuse_multimodal
 from ..pickled_weights import refuse_pickled_weights
 from ..quantization import keep_4bit_layout
 from ..rollout_copy import RolloutCopy, shards_student, student_of
 from ..sampling import evaluation_key, sample_prompts
 from ..teacher import max_context
+from ..trained_weights import check_trained_weights
 from ..training_metrics import degeneration, rouge_l_to_references, token_totals
 from .configs import FineTuningConfig
 from .training_data import with_chat_template_kwargs, without_bos
@@ -70,6 +72,8 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
             self._tokenizer = tokenizer  # its EOS is the padding that TRL looks for
             self._settle_ends(args, holds_conversations(kwargs["train_dataset"]))
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        if not isinstance(self.processing_class, ProcessorMixin):
+            refuse_multimodal(self.model.config, f"model={self.model.config._name_or_path!r}")
         if self._ends is None:  # the data holds token ids
             self._settle_ends(args, conversational=False)
         carry(self._ends, self.model)
@@ -79,6 +83,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
         keep_adapters_in_float32(self.model)
+        check_trained_weights(self)
         rebind_fused_head(self._student)
         self._eval_prompts = prompts
         self._whole_copy: RolloutCopy | None = None

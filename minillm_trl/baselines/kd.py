@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checks import check_student
+from ..checks import check_apart, check_student
 from ..end_tokens import declared_ends, token_name
 from ..errors import UserError
 from ..fused_head import add_scoring
@@ -50,6 +50,7 @@ class KDTrainer(FineTuningTrainer):
     args: KDConfig
 
     def __init__(self, *, teacher_model: str | PreTrainedModel, args: KDConfig, **kwargs: Any):
+        check_apart(kwargs["model"], teacher_model)
         super().__init__(args=args, **kwargs)
         check_student(self)
         self._given_teacher = describe_model(teacher_model)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..data.json_files import read_json
 from ..errors import UserError
+from ..multimodal import refuse_multimodal
 from ..whole_files import make_folder, writing
 from .arguments import PlainParser, parse_plain
 
@@ -79,6 +80,7 @@ def _merge(arguments: argparse.Namespace) -> int:
             f"the base {adapter.base!r} is stored quantised. Name the full-precision model that it was made from: "
             f"--model NAME_OR_FOLDER --adapter {adapter.name}."
         )
+    refuse_multimodal(adapter.base_config, f"the base {adapter.base!r} of the adapter {adapter.name!r}")
     tokenizer, problem = _find_tokenizer(adapter, arguments.trust_remote_code)
     print(f"Merging {adapter.name} into {adapter.base}.{_caveat(Path(adapter.name))}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

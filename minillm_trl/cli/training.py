@@ -16,6 +16,7 @@ from ..data.json_files import read_json
 from ..degeneration_watch import DegenerationWatch
 from ..encoding import holds_conversations
 from ..errors import UserError
+from ..multimodal import refuse_multimodal
 from ..pickled_weights import refuse_pickled_weights
 from ..reliable_trainer import ReliableTrainer
 from ..run_record import RunRecord
@@ -47,7 +48,7 @@ def check_models(names: Sequence[str], args: TrainingArguments) -> None:
     """Check the files of local models, of a student and its teacher if any, that a trainer will load, before it does.
 
     Raises:
-        ValueError: naming what is damaged, or may not be loaded.
+        ValueError: naming what is damaged, may not be loaded, or cannot be trained as a model of text.
     """
     if is_adapter(student := names[0]):
         raise UserError(
@@ -62,7 +63,9 @@ def check_models(names: Sequence[str], args: TrainingArguments) -> None:
             refuse_pickled_weights(name, init_kwargs)
         check_weights(name)
         if not is_adapter(name):
-            load_config(name, args.trust_remote_code)
+            config = load_config(name, args.trust_remote_code)
+            if name == student:
+                refuse_multimodal(config, f"--model_name_or_path {student}")
 
 
 def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
