@@ -165,6 +165,25 @@ def precision_table(folder: Path) -> str:
     return head + "|---|---|---:|---:|---|---|\n" + "".join(rows)
 
 
+def seeds_table() -> str:
+    """The spread over seeds of each way to keep and to multiply weights, by `precision_seeds.py`."""
+    head = "| learning rate, updates | way | reverse KL, first 20 | reverse KL, last 20 | unchanged weights |\n"
+    groups: dict[tuple[float, int, str], list[dict[str, Any]]] = {}
+    for each in read("precision_seeds", RESULTS):
+        groups.setdefault((each["learning_rate"], each["steps"], each["way"]), []).append(each)
+
+    def spread(runs: list[dict[str, Any]], name: str) -> str:
+        return " / ".join(f"{each[name]:.1f}" for each in runs)
+
+    rows = [
+        f"| {rate:g}, {steps} | {way} | {spread(runs, 'reverse_kl_first_20')} | "
+        f"{spread(runs, 'reverse_kl_last_20')} | "
+        f"{100 * sum(each['weights_unchanged'] for each in runs) / len(runs):.1f} % |\n"
+        for (rate, steps, way), runs in sorted(groups.items(), key=lambda group: (-group[0][0], group[0][2]))
+    ]
+    return head + "|---|---|---:|---:|---:|\n" + "".join(rows)
+
+
 def decoding_table() -> str:
     """Milliseconds of a step and tokens per second of each way to decode."""
     head = "| student, batch | way | a step | tokens a second | against the copy | over reading the weights |\n"
@@ -213,6 +232,7 @@ def tables() -> dict[str, str]:
     return {
         "table": table(measured()),
         "precisions": precision_table(RESULTS),
+        "seeds": seeds_table(),
         "gpu": table(measured_on_gpu(), "results/gpu"),
         "gpu precisions": precision_table(GPU),
         "decoding": decoding_table(),
