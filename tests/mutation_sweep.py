@@ -42,34 +42,17 @@ MODULES = (
     *("rollouts", "rollout_scores"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
-    *("logits_processor", "nonfinite_rows", "finite_steps", "rollout_copy"),
+    *("logits_processor", "nonfinite_rows", "finite_steps", "rollout_copy", "rollout_scores"),
 )
 # Tests that run the core in their own process
 TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "teacher", "language_modeling"),
-        *(
-            "degeneration",
-            "metrics",
-            "trainer_gradient",
-            "whole_steps",
-            "rollout_scores",
-            "variance_reduction",
-            "trainer",
-            "trainer_options",
-        ),
-        *("exact_metrics", "families", "adapters", "reliable_runs", "distributed", "mixed_precision", "drop_in"),
-        *(
-            "loss",
-            "divergence",
-            "exposure_bias",
-            "evaluation",
-            "tool_scores",
-            "logits_processor",
-            "end_tokens",
-            "ends_of_run",
-        ),
+        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "teacher"),
+        *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
+        *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
+        *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
+        *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
