@@ -209,6 +209,20 @@ class TestLoss:
         corpus = 0.5 * first["objective/lm_cross_entropy"] + 0.5 * first["objective/lm_forward_kl"]
         assert first["loss"] == pytest.approx(parts + corpus, abs=2e-4)
 
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_each_micro_batch_has_rows_of_its_own(self, tmp_path, monkeypatch: pytest.MonkeyPatch, accumulation: int):
+        """Three optimizer steps read the corpus of 12 pairs once, in whatever micro-batches."""
+        options = {"gradient_accumulation_steps": accumulation, "lm_batch_size": 4 // accumulation, "max_steps": 6}
+        trainer = self.trainer(tmp_path, **options)
+        seen, compute_loss = [], trainer._compute_loss
+        monkeypatch.setattr(
+            trainer, "_compute_loss", lambda model, inputs: (seen.append(inputs["lm"]), compute_loss(model, inputs))[1]
+        )
+        trainer.train()
+        passes = examples(seen[: 3 * accumulation]), examples(seen[3 * accumulation :])
+        assert [len(set(rows)) for rows in passes] == [12, 12]
+        assert set(passes[0]) == set(passes[1])
+
     def test_student_learns_the_corpus(self, tmp_path):
         trainer = self.trainer(tmp_path, max_steps=40, learning_rate=3e-3, lm_batch_size=12)
         trainer.train()
