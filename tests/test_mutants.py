@@ -1,11 +1,13 @@
 """The faults that the mutation sweep makes, and how it decides which tests have to see one."""
 
 import ast
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mutants import apply, mutants
-from mutation_sweep import covering_tests
+from mutation_sweep import covering_tests, markdown
 
 SOURCE = '''
 """A module."""
@@ -73,3 +75,10 @@ def test_tests_of_a_mutant_are_those_that_execute_its_lines_within_its_time():
     assert covering_tests(default, "module", trace, Counter(), 45) == ["quick", "slow"]  # a default acts in the body
     assert covering_tests(default, "module", trace, Counter(slow=2), 45) == ["slow", "quick"]
     assert covering_tests(last, "module", trace, Counter(), 45) == ["slow"]
+
+
+def test_table_is_that_of_the_results_and_every_survivor_has_a_verdict():
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "mutation_sweep.json").read_text())["results"]
+    assert markdown(results) in (root / "CONTRIBUTING.md").read_text()
+    assert all(entry.get("verdict") for entry in results.values() if entry["outcome"] != "killed")
