@@ -92,6 +92,14 @@ class TestHead:
             base = model(score_requests=[request])[0].logps
         assert (base - expected).abs().max() > 0.01
 
+    def test_copy_of_the_head_is_not_read_while_adapters_are_disabled(self):
+        """As the reference model of `beta` has them."""
+        model = adapt(build_model("llama", 40), target_modules=["q_proj"], modules_to_save=["lm_head"])
+        head = model.get_output_embeddings()
+        assert LMHead.of(model).weight is head.modules_to_save["default"].weight
+        with model.disable_adapter():
+            assert LMHead.of(model).weight is head.original_module.weight
+
     def test_merged_adapters_are_not_counted_twice(self):
         model = adapt(build_model("llama", 40), target_modules=["lm_head"])
         apart = LMHead.of(model.get_base_model()).weight
