@@ -5,7 +5,7 @@
 makes the models of `make demo`, trains the student from them in many ways, healthy ones over several
 seeds and batch sizes and ones that spoil it, and writes to `results/degeneration.json` what was logged and what the
 rules find in it, and when. Runs that are in the folder are not trained again, so the rules can be changed and judged
-anew in a second; `tests/test_degeneration.py` judges the same logs.
+anew in a second; `tests/training/test_degeneration.py` judges the same logs.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PrinterCallback
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.data import load_e2e, unique_prompts
-from minillm_trl.degeneration import RULES, Rollouts, diagnose
 from minillm_trl.demo import DemoSettings
 from minillm_trl.demo.pipeline import load_model, train_pair
+from minillm_trl.monitoring.degeneration import RULES, Rollouts, diagnose
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:

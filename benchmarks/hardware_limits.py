@@ -28,11 +28,11 @@ from measurement import DEVICE, ON_GPU, SHAPES, alternate, build, percentiles, s
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from minillm_trl.decoding import CompiledDecoding
-from minillm_trl.fused_head import ScoreRequest, add_scoring
-from minillm_trl.lm_head import LMHead
-from minillm_trl.rollout_copy import RolloutCopy
-from minillm_trl.sampling import sample_completions
+from minillm_trl.models.fused_head import ScoreRequest, add_scoring
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.models.student_copy import RolloutCopy
+from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.sampling import sample_completions
 
 PROMPT, TOKENS, VOCAB = 64, 64, 50257
 ROWS, LENGTH = 16, 512

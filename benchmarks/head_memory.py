@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from measurement import DEVICE, ON_GPU, bytes_before, in_own_process, peak_bytes, write_record
 
-from minillm_trl.fused_head import ScoreRequest, score_hidden_states
-from minillm_trl.lm_head import LMHead
+from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
+from minillm_trl.models.lm_head import LMHead
 from minillm_trl.objectives import reverse_kl
 
 ROWS, LENGTH, STUDENT_WIDTH, TEACHER_WIDTH = 8, 512, 256, 512

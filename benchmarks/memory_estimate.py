@@ -3,8 +3,9 @@
     python benchmarks/memory_estimate.py
 
 trains on two rollout buffers, each case in a process of its own, and compares the most that is allocated in the second
-(while sampling and scoring it, and in its optimizer steps) with `minillm_trl/memory_estimate.py`. Sizes are those of
-published models, with random weights, which no completion ends early under. What the allocator reserves is noted too;
+(while sampling and scoring it, and in its optimizer steps) with the estimate of
+`minillm_trl/hardware/memory_estimate.py`. Sizes are those of published models with random weights, which end no
+completion early. What the allocator reserves is noted too;
 the libraries' own memory is in neither. Writes `results/gpu/memory_estimate.json`; without a GPU `--try_out` runs a
 tiny case and writes nothing.
 """
@@ -27,7 +28,7 @@ from recipe_memory import MODELS
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, PreTrainedModel
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
-from minillm_trl.memory_estimate import Workload, estimate_memory
+from minillm_trl.hardware.memory_estimate import Workload, estimate_memory
 
 AT_ONCE = 4  # cases side by side on the GPU
 SIZES = {**MODELS, "tiny": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300)}

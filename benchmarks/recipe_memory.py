@@ -3,9 +3,9 @@
     python benchmarks/recipe_memory.py
 
 Nothing is loaded and nothing runs: sizes come from the models' published configurations, batches and launch
-configurations from the YAMLs of the recipes, and the formulas are those of `minillm_trl/memory_estimate.py`, which
-`memory_estimate.py` compares with training on one GPU. Writes `results/recipe_memory.json` and the tables in the
-recipes' READMEs.
+configurations from the YAMLs of the recipes, and the formulas are those of
+`minillm_trl/hardware/memory_estimate.py`, which `memory_estimate.py` compares with training on one GPU.
+Writes `results/recipe_memory.json` and the tables in the recipes' READMEs.
 """
 
 import argparse
@@ -18,7 +18,12 @@ import yaml
 from measurement import write_record
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from minillm_trl.memory_estimate import Workload, count_parameters, estimate_fine_tuning_memory, estimate_memory
+from minillm_trl.hardware.memory_estimate import (
+    Workload,
+    count_parameters,
+    estimate_fine_tuning_memory,
+    estimate_memory,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STAGES = ("sft_teacher", "sft", "kd", "seqkd", "minillm", "minillm_lora", "minillm_qlora")

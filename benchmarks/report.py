@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from measurement import RESULTS
 from recipe_memory import MODELS
 
-from minillm_trl.memory_estimate import Workload, estimate_memory
+from minillm_trl.hardware.memory_estimate import Workload, estimate_memory
 
 README = Path(__file__).with_name("README.md")
 PICTURE = RESULTS / "speed.png"

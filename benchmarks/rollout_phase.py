@@ -15,9 +15,9 @@ from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_a
 from sampling import ALPHA, mean_coins, mix_every_step
 from transformers import PreTrainedModel
 
-from minillm_trl.lm_head import LMHead
-from minillm_trl.rollout_scores import HeadStates, RolloutScorer, RolloutScores
-from minillm_trl.sampling import sample_completions
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.rollouts.sampling import sample_completions
+from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, RolloutScores
 
 BATCH, PROMPT, TOKENS = 8, 64, 64
 

@@ -17,8 +17,8 @@ import torch
 from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
 from transformers import DynamicCache, PreTrainedModel
 
-from minillm_trl.lm_head import position_ids
-from minillm_trl.sampling import draw_tokens, sample_completions
+from minillm_trl.models.lm_head import position_ids
+from minillm_trl.rollouts.sampling import draw_tokens, sample_completions
 
 ALPHA, PROMPT = 0.2, 64
 

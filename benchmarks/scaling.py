@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from measurement import DEVICE, DTYPE, build, bytes_before, in_own_process, peak_bytes, seconds, write_record
 
-from minillm_trl.fused_head import ScoreRequest, add_scoring
-from minillm_trl.lm_head import LMHead
-from minillm_trl.rollout_scores import HeadStates, RolloutScorer
-from minillm_trl.sampling import Completions, sample_completions, toss_coins
+from minillm_trl.models.fused_head import ScoreRequest, add_scoring
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.rollouts.sampling import Completions, sample_completions, toss_coins
+from minillm_trl.rollouts.scores import HeadStates, RolloutScorer
 
 PROMPT, VOCAB = 32, 50257
 BATCHES, LENGTHS = (8, 16, 32, 64), (32, 64, 128, 256)

@@ -15,8 +15,8 @@ import torch
 from measurement import DEVICE, DTYPE, alternate, build, parameter_ratio, size_arguments, speedup_over, write_record
 from transformers import PreTrainedModel
 
-from minillm_trl.fused_head import ScoreRequest, TokenScores, add_scoring
-from minillm_trl.lm_head import LMHead, completion_hidden_states
+from minillm_trl.models.fused_head import ScoreRequest, TokenScores, add_scoring
+from minillm_trl.models.lm_head import LMHead, completion_hidden_states
 from minillm_trl.objectives import clipped_policy_gradient_loss, reverse_kl
 
 BATCH, PROMPT, TOKENS, PASSES, VOCAB = 8, 64, 64, 4, 50257

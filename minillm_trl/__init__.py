@@ -3,15 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .trl_version import check_trl_version
+from .training.trl_version import check_trl_version
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "DegenerationWatch": ".degeneration_watch",
+    "DegenerationWatch": ".monitoring.degeneration_watch",
     "MiniLLMConfig": ".config",
     "MiniLLMTrainer": ".trainer",
-    "TeacherMixedLogitsProcessor": ".logits_processor",
+    "TeacherMixedLogitsProcessor": ".rollouts.logits_processor",
     "objectives": ".objectives",
 }
 __all__ = [
@@ -28,8 +28,8 @@ check_trl_version()
 if TYPE_CHECKING:
     from . import objectives
     from .config import MiniLLMConfig
-    from .degeneration_watch import DegenerationWatch
-    from .logits_processor import TeacherMixedLogitsProcessor
+    from .monitoring.degeneration_watch import DegenerationWatch
+    from .rollouts.logits_processor import TeacherMixedLogitsProcessor
     from .trainer import MiniLLMTrainer
 
 

@@ -6,15 +6,15 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
-from .activation_checkpointing import use_new_names
-from .end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .errors import UserError
-from .init_kwargs import rename_dtypes
-from .metric_directions import greater_is_better
-from .mixed_precision import choose_precision
+from .hardware.precision import choose_precision
+from .hardware.processes import choose_device
+from .models.activation_checkpointing import use_new_names
+from .models.end_tokens import EOS_TOKENS_HELP, check_eos_tokens
+from .models.init_kwargs import rename_dtypes
+from .models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from .objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
-from .processes import choose_device
-from .weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
+from .training.metric_directions import greater_is_better
 
 # Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
 _RESHAPING_FIELDS: dict[str, tuple] = {

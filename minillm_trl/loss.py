@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fused_head import TokenScores
+from .models.fused_head import TokenScores
 from .objectives import clipped_policy_gradient_loss, reference_kl
 
 # What a rollout brings to the loss of its tokens, beside their scores

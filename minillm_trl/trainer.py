@@ -9,15 +9,20 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from .checks import check_arguments, check_completion_ids, check_machine, check_model, check_rollout_logps
 from .config import MiniLLMConfig
-from .ends_of_run import settle_ends
-from .fused_head import ScoreRequest, TokenScores
-from .language_modeling import LanguageModelingBatches, language_modeling_request
+from .errors import UserError
+from .hardware.precision import keep_adapters_in_float32
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
 from .masking import normalize_loss
-from .mixed_precision import keep_adapters_in_float32
-from .nonfinite_rows import (
+from .models.fused_head import ScoreRequest, TokenScores
+from .models.quantization import keep_4bit_layout
+from .objectives import importance_weights, mixture_logps, token_rewards
+from .rollouts.buffer import Batch, sequences
+from .training.checks import check_arguments, check_completion_ids, check_machine, check_model, check_rollout_logps
+from .training.ends_of_run import settle_ends
+from .training.language_modeling import LanguageModelingBatches, language_modeling_request
+from .training.logged_metrics import completion_sums, loss_totals, token_totals
+from .training.nonfinite_rows import (
     explain_empty_step,
     explain_faults,
     explain_losses,
@@ -26,13 +31,9 @@ from .nonfinite_rows import (
     trained_rows,
     warn_of_faults,
 )
-from .objectives import importance_weights, mixture_logps, token_rewards
-from .quantization import keep_4bit_layout
-from .resumable_rollouts import number_prompts
-from .rollouts import Batch, sequences
-from .run_settings import describe_dataset, describe_model
-from .teacher_mixed_trainer import TeacherMixedTrainer
-from .training_metrics import completion_sums, loss_totals, token_totals
+from .training.resumable_rollouts import number_prompts
+from .training.run_settings import describe_dataset, describe_model
+from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
@@ -41,7 +42,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     A rollout is a GRPO rollout with token-level advantages whose behavior policy is the teacher-student mixture. From
     [`~trl.GRPOTrainer`] come prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and
     logging; sampling, scoring and the loss are replaced. The private members of TRL relied on are pinned in
-    `tests/test_trl_contract.py`.
+    `tests/method/test_trl_contract.py`.
 
     Per rollout: one generation, which leaves the hidden states of both models behind, so that no model runs again to
     score (a teacher that did not sample runs once). Per inner pass: one student forward and backward, and no teacher.
@@ -205,7 +206,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         """
         rows, group = len(prompt_ids), self.num_generations
         if self.args.advantage_baseline == "group" and rows * self.accelerator.num_processes % group:
-            raise ValueError(
+            raise UserError(
                 f"advantage_baseline='group' is a mean over groups of num_generations={group} rows, got {rows} rows. "
                 f"Score a multiple of {group} rows, the completions of a prompt next to each other."
             )

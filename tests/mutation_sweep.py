@@ -39,14 +39,14 @@ PACKAGE = ROOT / "minillm_trl"
 # What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
 MODULES = (
     *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
-    *("rollouts", "rollout_scores"),
-    *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "training_metrics", "degeneration"),
+    *("buffer", "scores"),
+    *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "logged_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
-    *("logits_processor", "nonfinite_rows", "finite_steps", "rollout_copy", "rollout_scores"),
+    *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
 )
 # Tests that run the core in their own process
 TESTS = tuple(
-    f"tests/test_{name}.py"
+    str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
     for name in (
         *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "teacher"),
         *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
@@ -215,7 +215,7 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
     """The trace in `path`, made where there is none or the code has changed; written after each file of tests."""
     digest = hashlib.sha1()
     own = {Path(__file__), Path(__file__).with_name("mutants.py")}
-    for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").glob("*.py")} - own):
+    for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")} - own):
         digest.update(source.read_bytes())
     stored = json.loads(path.read_text()) if path.is_file() else {}
     if stored.get("code") != digest.hexdigest():

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from conftest import build_model
 
-from minillm_trl.sampling import sample_prompts
-from minillm_trl.teacher import is_sharded, shard_blocks
+from minillm_trl.models.teacher import is_sharded, shard_blocks
+from minillm_trl.rollouts.sampling import sample_prompts
 
 PROMPTS = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]  # of each process
 # Keys are chosen so that the completions of the first process end long before those of the second

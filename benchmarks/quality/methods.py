@@ -18,7 +18,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, KDTrainer
 from minillm_trl.data import unique_prompts
-from minillm_trl.evaluation.generation import generate_completions
+from minillm_trl.rollouts.prompts import generate_completions
 
 BATCH = 32  # completions of one update, for every method
 COMMON: dict[str, Any] = {

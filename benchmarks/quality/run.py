@@ -166,9 +166,9 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
     from minillm_trl.data import unique_prompts
     from minillm_trl.evaluation.divergence import token_divergences
     from minillm_trl.evaluation.evaluate import evaluate_model
-    from minillm_trl.evaluation.generation import encode_prompts, generate_completions
     from minillm_trl.evaluation.metrics import bootstrap_interval, distinct_ngrams
-    from minillm_trl.teacher import shared_vocab_size
+    from minillm_trl.models.teacher import shared_vocab_size
+    from minillm_trl.rollouts.prompts import encode_prompts, generate_completions
 
     prompts = unique_prompts(task.load_data(folder)[split])
     limit = task.max_completion_length

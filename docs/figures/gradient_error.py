@@ -2,7 +2,7 @@
 
     python docs/figures/gradient_error.py
 
-The example and the expectations are those of `tests/test_exact_gradient.py`: four tokens, four steps, float64.
+The example and the expectations are those of `tests/method/test_exact_gradient.py`: four tokens, four steps, float64.
 """
 
 import sys

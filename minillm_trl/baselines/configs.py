@@ -5,14 +5,14 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
-from ..activation_checkpointing import use_new_names
-from ..end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from ..errors import UserError
-from ..init_kwargs import rename_dtypes
-from ..metric_directions import greater_is_better
-from ..mixed_precision import choose_precision
-from ..processes import choose_device
-from ..weight_formats import check_init_kwargs
+from ..hardware.precision import choose_precision
+from ..hardware.processes import choose_device
+from ..models.activation_checkpointing import use_new_names
+from ..models.end_tokens import EOS_TOKENS_HELP, check_eos_tokens
+from ..models.init_kwargs import rename_dtypes
+from ..models.weight_formats import check_init_kwargs
+from ..training.metric_directions import greater_is_better
 from .teacher_data import default_teacher_data_dir
 
 _SAMPLED_METRICS = ("rouge_l", "completions/mean_length", "rollout/eos_rate", "rollout/repeated_4grams")

@@ -10,24 +10,24 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from ..attention import avoid_cudnn_attention
 from ..data import unique_prompts
-from ..encoding import encode_prompts, holds_conversations
-from ..end_tokens import EndTokens, carry, read_generation_config
-from ..ends_of_run import settle_tokenizer
 from ..errors import UserError
-from ..evaluation_rows import Row
-from ..forward_methods import rebind_fused_head
-from ..measured_trainer import MeasuredTrainer
-from ..mixed_precision import configure_wrappers, half_precision, keep_adapters_in_float32
-from ..multimodal import refuse_multimodal
-from ..pickled_weights import refuse_pickled_weights
-from ..quantization import keep_4bit_layout
-from ..rollout_copy import RolloutCopy, shards_student, student_of
-from ..sampling import evaluation_key, sample_prompts
-from ..teacher import max_context
-from ..trained_weights import check_trained_weights
-from ..training_metrics import degeneration, rouge_l_to_references, token_totals
+from ..hardware.precision import configure_wrappers, half_precision, keep_adapters_in_float32
+from ..models.attention import avoid_cudnn_attention
+from ..models.encoding import encode_prompts, holds_conversations
+from ..models.end_tokens import EndTokens, carry, read_generation_config
+from ..models.forward_methods import rebind_fused_head
+from ..models.multimodal import refuse_multimodal
+from ..models.pickled_weights import refuse_pickled_weights
+from ..models.quantization import keep_4bit_layout
+from ..models.student_copy import RolloutCopy, shards_student, student_of
+from ..models.teacher import max_context
+from ..rollouts.sampling import evaluation_key, sample_prompts
+from ..training.ends_of_run import settle_tokenizer
+from ..training.evaluation_rows import Row
+from ..training.logged_metrics import degeneration, rouge_l_to_references, token_totals
+from ..training.measured_trainer import MeasuredTrainer
+from ..training.trained_weights import check_trained_weights
 from .configs import FineTuningConfig
 from .training_data import with_chat_template_kwargs, without_bos
 

@@ -6,16 +6,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checks import check_apart, check_student
-from ..end_tokens import declared_ends, token_name
 from ..errors import UserError
-from ..fused_head import add_scoring
-from ..language_modeling import language_modeling_request
-from ..lm_head import LMHead, check_head
-from ..mixed_precision import half_precision
-from ..run_settings import describe_model
-from ..teacher import place_new_teacher, shared_vocab_size
-from ..training_metrics import token_totals
+from ..hardware.precision import half_precision
+from ..models.end_tokens import declared_ends, token_name
+from ..models.fused_head import add_scoring
+from ..models.lm_head import LMHead, check_head
+from ..models.teacher import place_new_teacher, shared_vocab_size
+from ..training.checks import check_apart, check_student
+from ..training.language_modeling import language_modeling_request
+from ..training.logged_metrics import token_totals
+from ..training.run_settings import describe_model
 from .configs import KDConfig
 from .fine_tuning import FineTuningTrainer
 

@@ -10,13 +10,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import encode_prompts
-from ..end_tokens import find_turn_end
 from ..errors import MissingPackageError
-from ..evaluation.generation import end_token_ids
-from ..fingerprints import model_fingerprint
-from ..pickled_weights import refuse_pickled_weights
-from ..sampling import sample_key, sample_prompts
+from ..models.encoding import encode_prompts
+from ..models.end_tokens import find_turn_end
+from ..models.fingerprints import model_fingerprint
+from ..models.pickled_weights import refuse_pickled_weights
+from ..rollouts.prompts import end_token_ids
+from ..rollouts.sampling import sample_key, sample_prompts
 from .configs import SeqKDConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
 

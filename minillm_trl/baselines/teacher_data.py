@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from ..data.json_files import check, check_unchanged, parse_json, read_json
 from ..errors import UserError
 from ..evaluation.metrics import rouge_l
-from ..whole_files import make_folder, write_whole, writing
+from ..files.json_files import check, check_unchanged, parse_json, read_json
+from ..files.whole_files import make_folder, write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..encoding import added_tokens, holds_conversations
+from ..models.encoding import added_tokens, holds_conversations
 
 logger = logging.get_logger(__name__)
 

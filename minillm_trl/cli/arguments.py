@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from trl import TrlParser
 
 from ..errors import UserError
-from ..optional_packages import check_packages
+from ..files.yaml_files import read_yaml
+from ..hardware.optional_packages import check_packages
 from .launch import is_launch_option, is_launched, read_flags
 from .option_names import aliases, check_given_once, check_stray_words, given_options, right_name
 from .option_values import check_config, check_plain_yaml, json_object, mapping, mapping_or_file, with_first_names
-from .yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -214,7 +214,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     if flags and not is_launched():
         return instances, flags
     if any(hasattr(instance, "distributed_state") for instance in instances):  # of training arguments
-        from ..processes import check_processes
+        from ..hardware.processes import check_processes
 
         check_processes()
     return instances, {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..end_tokens import carry, find_end_tokens
 from ..errors import UserError
 from ..evaluation.general_benchmarks import (
     SUITES,
@@ -23,6 +22,7 @@ from ..evaluation.general_benchmarks import (
 from ..evaluation.lm_eval_results import TaskOutcome, evaluate_task, pool, wrap_model
 from ..evaluation.metrics import MeanInterval
 from ..evaluation.report import format_cell
+from ..models.end_tokens import carry, find_end_tokens
 from .arguments import PlainParser, parse_with_config
 from .option_values import json_object
 from .task_results import is_done, weight_files, write_results
@@ -162,7 +162,7 @@ def _settings(arguments: argparse.Namespace, task: "Task") -> dict[str, Any]:
 def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
     from lm_eval.models.utils import resolve_max_length
 
-    from .models import load_config, load_model, load_tokenizer
+    from ..models.loading import load_config, load_model, load_tokenizer
 
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)

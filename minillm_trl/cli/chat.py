@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.templates import make_prompt, split_instruction
-from ..end_tokens import EOS_TOKENS_HELP, special_ids
 from ..errors import UserError
+from ..models.end_tokens import EOS_TOKENS_HELP, special_ids
 from .option_values import json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..encoding import Prompt
+    from ..models.encoding import Prompt
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig
 
 from ..errors import UserError
-from ..trl_version import TESTED
-from ..weight_formats import quantization_settings
+from ..models.weight_formats import quantization_settings
+from ..training.trl_version import TESTED
 from .arguments import PlainParser, TeacherArguments, parse, parse_plain
 
 # Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
 if TYPE_CHECKING:
     from ..config import MiniLLMConfig
-    from ..hardware import Machine
+    from ..hardware.machine import Machine
 
 _GIB = 2**30
 _MARGIN = 1.2  # for what a framework needs besides, and fragmentation
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
     options = parse_plain(build_parser(), argv)
     if options.config is not None and not Path(options.config).is_file():
         raise UserError(f"--config {options.config}: no such file.")
-    from ..hardware import probe, problems
+    from ..hardware.machine import probe, problems
 
     machine = probe()
     print("\n".join(describe(machine)))
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
 
 def describe(machine: "Machine") -> list[str]:
     """The machine in lines for the screen."""
-    from ..hardware import best_precision
+    from ..hardware.machine import best_precision
 
     lines = [f"CPU       {machine.cores} cores, {machine.memory / _GIB:.0f} GiB"]
     for gpu in machine.gpus or ():
@@ -92,7 +92,7 @@ def describe(machine: "Machine") -> list[str]:
 
 def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
     """What stands against the settings of a run on a machine."""
-    from ..hardware import problems
+    from ..hardware.machine import problems
 
     return problems(
         machine,
@@ -112,9 +112,9 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
 
 def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
     """What stands against a student and a teacher: pickled weights, other tokenizers, a context without room."""
-    from ..pickled_weights import refuse_pickled_weights
-    from ..teacher import check_same_tokenizer
-    from .models import check_room, load_tokenizer
+    from ..models.loading import check_room, load_tokenizer
+    from ..models.pickled_weights import refuse_pickled_weights
+    from ..models.teacher import check_same_tokenizer
 
     names, found = [model.model_name_or_path, teacher.teacher_model_name_or_path], []
     revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
@@ -135,8 +135,8 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
 
 def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
     """What ends completions, in lines for the screen; none where a tokenizer cannot be read."""
-    from ..end_tokens import check_eos, find_end_tokens, read_generation_config
-    from .models import generation_source, load_tokenizer
+    from ..models.end_tokens import check_eos, find_end_tokens, read_generation_config
+    from ..models.loading import generation_source, load_tokenizer
 
     revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
     names = model.model_name_or_path, teacher.teacher_model_name_or_path
@@ -169,8 +169,8 @@ def choose_strategy(
     machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig", prompt_tokens: int
 ) -> tuple[str, dict[str, float]]:
     """How to spread the student over the GPUs, with the least communication that fits; and the estimate for it."""
-    from ..memory_estimate import Workload, estimate_memory
-    from .models import load_config
+    from ..hardware.memory_estimate import Workload, estimate_memory
+    from ..models.loading import load_config
 
     names = model.model_name_or_path, teacher.teacher_model_name_or_path
     configs = [load_config(name, args.trust_remote_code) for name in names]
@@ -224,7 +224,7 @@ def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) 
 
 def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -> str:
     """The command that starts a run with all GPUs of a machine."""
-    from ..hardware import best_precision
+    from ..hardware.machine import best_precision
 
     number, precision = len(machine.gpus), best_precision(machine)
     name = {0: "cpu", 1: "single_gpu"}.get(number, strategy)

@@ -115,7 +115,7 @@ def run(argv: list[str]) -> int:
     if launch:
         return hand_over("evaluate", argv, launch)
     _check(arguments)
-    from ..processes import connected_state
+    from ..hardware.processes import connected_state
 
     state = connected_state()
     # folder and dataset of each task; all are read before a model is loaded
@@ -150,8 +150,8 @@ def _load_models(
     """Tokenizer, model and teacher (None without one, and for the teacher's own row), checked against the prompts."""
     from accelerate import PartialState
 
-    from ..encoding import encode_texts
-    from .models import check_room, load_model, load_tokenizer
+    from ..models.encoding import encode_texts
+    from ..models.loading import check_room, load_model, load_tokenizer
 
     trust = arguments.trust_remote_code
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=trust, adapter=arguments.adapter)
@@ -304,8 +304,8 @@ def _check_references(prompts: "Dataset", examples: "Dataset", source: str) -> N
 def _check_teacher(
     arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", tasks: "list[Dataset]"
 ) -> None:
-    from ..teacher import check_same_tokenizer
-    from .models import load_tokenizer
+    from ..models.loading import load_tokenizer
+    from ..models.teacher import check_same_tokenizer
 
     conversational = any(not isinstance(prompts[0]["prompt"], str) for prompts in tasks)
     teacher_tokenizer = load_tokenizer(arguments.teacher, trust_remote_code=arguments.trust_remote_code)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..whole_files import write_whole
+from ..files.whole_files import write_whole
 from .arguments import PlainParser, parse_plain
 from .chat import add_chat_options, as_conversations, chat_options, check_chat
 
@@ -60,8 +60,8 @@ def run(argv: list[str]) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     # torch and transformers take seconds to import, which `--help` need not wait for
-    from ..evaluation.generation import generate_completions
-    from .models import load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer
+    from ..rollouts.prompts import generate_completions
 
     if arguments.prompt:
         prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data.errors import shortened
 from ..errors import UserError
 from ..evaluation.chat_client import ChatClient, check_base_url, check_installed
 from ..evaluation.judge import PROMPT_SHA256, REFERENCE, Pair, Protocol, Scores, make_pairs, parse_scores, score_pairs
 from ..evaluation.report import Column, Row, Table, format_table
 from ..evaluation.results import read_evaluation
 from ..evaluation.verdicts import Verdict, collect_verdicts, read_verdicts
-from ..whole_files import write_whole
+from ..files.messages import shortened
+from ..files.whole_files import write_whole
 from .arguments import PlainParser, parse_plain
 from .compare import named_folder
 
@@ -184,7 +184,7 @@ def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: 
     if tokenizer_name is None:
         prompt_tokens, how = sum(map(len, texts)) // _CHARACTERS_PER_TOKEN, f"characters / {_CHARACTERS_PER_TOKEN}"
     else:
-        from .models import load_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
+        from ..models.loading import load_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
 
         tokenizer = load_tokenizer(tokenizer_name)
         prompt_tokens, how = sum(map(len, tokenizer(texts)["input_ids"])), f"tokenizer of {tokenizer_name}"

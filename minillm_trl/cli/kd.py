@@ -5,9 +5,9 @@ from typing import Any
 from trl import ModelConfig
 
 from ..baselines import KDConfig
+from ..training.metric_names import KD, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
-from .metric_names import KD, check_metric_name
 from .sft import trainer_arguments
 
 
@@ -29,7 +29,8 @@ def run(argv: list[str]) -> int:
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from ..baselines import KDTrainer
-    from . import models, recording, training
+    from ..models import loading as models
+    from . import recording, training
     from .examples import load_splits
 
     data, teacher, stopping, model, args = parsed

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
-from .yaml_file import read_yaml
+from ..files.yaml_files import read_yaml
 
 # Set for the processes that a hand-over starts, so that they do not hand themselves over again.
 LAUNCHED = "MINILLM_TRL_LAUNCHED"

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..data.json_files import read_json
 from ..errors import UserError
-from ..multimodal import refuse_multimodal
-from ..whole_files import make_folder, writing
+from ..files.json_files import read_json
+from ..files.whole_files import make_folder, writing
+from ..models.multimodal import refuse_multimodal
 from .arguments import PlainParser, parse_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .adapters import Adapter
+    from ..models.adapters import Adapter
 
 _NOTE = (
     "An adapter that was trained on quantised weights (QLoRA) is merged into the full-precision ones: what comes out "
@@ -69,8 +69,8 @@ def _merge(arguments: argparse.Namespace) -> int:
     # torch and peft take seconds to import, which `--help` need not wait for
     import torch
 
-    from .adapters import find_adapter
-    from .model_files import explained
+    from ..models.adapters import find_adapter
+    from ..models.files import explained
 
     adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
     output = arguments.output_dir.resolve()
@@ -98,7 +98,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _caveat(adapter: Path) -> str:
     """The note on QLoRA, with a leading space; empty where the record of the training says that it was none."""
-    from ..run_record import RECORD
+    from ..training.run_record import RECORD
 
     for folder in (adapter, adapter.parent):  # a checkpoint lies in the folder of its run
         if (path := folder / RECORD).is_file():
@@ -143,7 +143,7 @@ def _find_tokenizer(
     adapter: "Adapter", trust_remote_code: bool
 ) -> "tuple[PreTrainedTokenizerBase | None, str | None]":
     """The tokenizer of the adapter or its base, or why there is none, which is not refused: weights do without one."""
-    from .models import read_tokenizer
+    from ..models.loading import read_tokenizer
 
     name, revision = adapter.tokenizer_source()
     try:

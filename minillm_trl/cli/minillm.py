@@ -7,9 +7,9 @@ from trl import ModelConfig
 
 from ..config import MiniLLMConfig
 from ..errors import UserError
+from ..training.metric_names import MINILLM, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
-from .metric_names import MINILLM, check_metric_name
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -66,7 +66,7 @@ class DegenerationArguments:
 
     def callbacks(self) -> "list[TrainerCallback]":
         """The watch, if it is wanted."""
-        from ..degeneration_watch import DegenerationWatch
+        from ..monitoring.degeneration_watch import DegenerationWatch
 
         return [] if self.on_degeneration == "ignore" else [DegenerationWatch(stop=self.on_degeneration == "stop")]
 
@@ -91,9 +91,10 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from trl import get_peft_config
 
-    from ..checks import check_fills_rollout
+    from ..models import loading as models
     from ..trainer import MiniLLMTrainer
-    from . import models, recording, training
+    from ..training.checks import check_fills_rollout
+    from . import recording, training
     from .examples import describe_repeats, distinct_prompts, load_splits
 
     data, teacher, corpus, stopping, degeneration, args, model = parsed

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-from ..data.errors import shortened
-from ..data.json_files import check, parse_json, read_json
 from ..errors import UserError
+from ..files.json_files import check, parse_json, read_json
+from ..files.messages import shortened
+from ..files.yaml_files import read_yaml
 from .launch import is_launch_option
 from .option_names import aliases, right_name
-from .yaml_file import read_yaml
 
 
 def mapping(text: str) -> str:

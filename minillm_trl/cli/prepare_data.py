@@ -11,8 +11,6 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data import DataError
-from ..data.errors import listing, nearest, shortened
-from ..data.json_files import read_json
 from ..data.prepare import (
     Filters,
     Length,
@@ -27,6 +25,8 @@ from ..data.prepare import (
     write_prepared,
 )
 from ..errors import UserError
+from ..files.json_files import read_json
+from ..files.messages import listing, nearest, shortened
 from .arguments import Parser, make_parser, parse
 from .option_values import json_object
 
@@ -192,7 +192,7 @@ def run(argv: list[str]) -> int:
         return 0
     tokenizer = None
     if arguments.tokenizer is not None:
-        from .models import read_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
+        from ..models.loading import read_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
 
         tokenizer = read_tokenizer(arguments.tokenizer)
     length = token_counter(tokenizer, arguments.chat_template_kwargs)

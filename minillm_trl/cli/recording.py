@@ -9,8 +9,8 @@ import yaml
 from transformers import TrainingArguments
 
 from ..errors import UserError
-from ..redaction import is_secret
-from ..run_record import RunRecord
+from ..files.redaction import is_secret
+from ..training.run_record import RunRecord
 from .arguments import Parser
 from .launch import launched_with
 

@@ -11,10 +11,10 @@ from trl import ModelConfig
 
 from ..baselines import SeqKDConfig
 from ..data import DataError
-from ..encoding import holds_conversations
+from ..models.encoding import holds_conversations
+from ..training.metric_names import FINE_TUNING, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
-from .metric_names import FINE_TUNING, check_metric_name
 from .sft import trainer_arguments
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from ..baselines import FineTuningTrainer
     from ..data import load_examples
-    from . import models, recording, training
+    from ..models import loading as models
+    from . import recording, training
     from .examples import distinct_prompts, load_splits
 
     data, teacher, stopping, model, args = parsed
@@ -111,8 +112,8 @@ def _generate_missing(
     source: str,
 ) -> None:
     from ..baselines.seqkd import generate, sample_with_transformers, sample_with_vllm
-    from ..teacher import load_teacher, place_teacher, whole_weights
-    from .models import check_room, load_tokenizer
+    from ..models.loading import check_room, load_tokenizer
+    from ..models.teacher import load_teacher, place_teacher, whole_weights
 
     state = PartialState()
     revision = (args.teacher_model_init_kwargs or {}).get("revision")

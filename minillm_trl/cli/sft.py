@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 from trl import ModelConfig
 
 from ..baselines import FineTuningConfig
-from ..encoding import holds_conversations
 from ..errors import UserError
+from ..models.encoding import holds_conversations
+from ..training.metric_names import FINE_TUNING, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .launch import hand_over
-from .metric_names import FINE_TUNING, check_metric_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +33,8 @@ def run(argv: list[str]) -> int:
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     # the trainer takes seconds to import, which `--help` need not wait for
     from ..baselines import FineTuningTrainer
-    from . import models, recording, training
+    from ..models import loading as models
+    from . import recording, training
     from .examples import load_splits
 
     data, stopping, model, args = parsed

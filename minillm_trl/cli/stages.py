@@ -15,12 +15,12 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from ..baselines.teacher_data import default_teacher_data_dir
-from ..data.json_files import read_json
 from ..errors import UserError
-from ..whole_files import make_folder, write_whole
+from ..files.json_files import read_json
+from ..files.whole_files import make_folder, write_whole
+from ..files.yaml_files import line_of, read_yaml
 from .arguments import Parser
 from .option_values import check_config, check_plain_yaml, with_first_names
-from .yaml_file import line_of, read_yaml
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 _SUBCOMMANDS = ("prepare-data", *TRAINING)

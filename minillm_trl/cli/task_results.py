@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..data.errors import shortened
-from ..data.json_files import read_json
 from ..errors import UserError
-from ..whole_files import make_folder, write_whole
+from ..files.json_files import read_json
+from ..files.messages import shortened
+from ..files.whole_files import make_folder, write_whole
 
 
 class _Done(TypedDict):

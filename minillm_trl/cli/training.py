@@ -11,19 +11,19 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
-from ..checkpoints import finish_replacements, newest_whole_checkpoint
-from ..data.json_files import read_json
-from ..degeneration_watch import DegenerationWatch
-from ..encoding import holds_conversations
 from ..errors import UserError
-from ..multimodal import refuse_multimodal
-from ..pickled_weights import refuse_pickled_weights
-from ..reliable_trainer import ReliableTrainer
-from ..run_record import RunRecord
-from ..teacher import check_same_tokenizer
-from .adapters import is_adapter
-from .model_files import check_weights
-from .models import load_config, load_tokenizer
+from ..files.json_files import read_json
+from ..models.adapters import is_adapter
+from ..models.encoding import holds_conversations
+from ..models.files import check_weights
+from ..models.loading import load_config, load_tokenizer
+from ..models.multimodal import refuse_multimodal
+from ..models.pickled_weights import refuse_pickled_weights
+from ..models.teacher import check_same_tokenizer
+from ..monitoring.degeneration_watch import DegenerationWatch
+from ..training.checkpoints import finish_replacements, newest_whole_checkpoint
+from ..training.reliable_trainer import ReliableTrainer
+from ..training.run_record import RunRecord
 
 DEGENERATED = 3  # exit status
 

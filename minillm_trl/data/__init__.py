@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError
+from ..files.messages import DataError
 
 __all__ = ["DataError", "check_prompt_lengths", "load_corpus", "load_e2e", "load_examples", "unique_prompts"]
 

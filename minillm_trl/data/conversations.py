@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from .errors import DataError, shortened
+from ..files.messages import DataError, shortened
 from .files import Table
 
 MESSAGES = "messages"

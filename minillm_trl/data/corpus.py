@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from ..files.messages import DataError, listing, nearest
 from .conversations import MESSAGES
-from .errors import DataError, listing, nearest
 from .files import EXTENSIONS, TEXT_EXTENSIONS, plain_texts, read_text_file
 from .load import load_examples, local_files, local_path, read_table, refuse_configuration
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-from .errors import DataError, shortened
+from ..files.messages import DataError, shortened
 from .files import read_file
 
 _FOLDER = Path(__file__).parent / "e2e_nlg"

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from .errors import DataError, listing, nearest, shortened
+from ..files.messages import DataError, listing, nearest, shortened
 from .files import Table
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

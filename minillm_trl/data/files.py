@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset
 
-from .errors import DataError, listing, shortened
-from .json_files import parse_json
+from ..files.json_files import parse_json
+from ..files.messages import DataError, listing, shortened
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 TEXT_EXTENSIONS = (".txt", ".txt.gz")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, listing, nearest, shortened
+from ..files.json_files import parse_json
+from ..files.messages import DataError, listing, nearest, shortened
 from .files import Table, check_characters, has_surrogates, read_text_file
-from .json_files import parse_json
 from .load import read_table
 from .templates import is_empty
 

@@ -10,10 +10,10 @@ from datasets import Dataset, DatasetDict, List, Value, load_dataset, load_from_
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from ..encoding import encode_prompts
+from ..files.messages import DataError, listing, nearest, shortened
+from ..models.encoding import encode_prompts
 from .conversations import MESSAGES, holds_whole_conversations, split_conversations
 from .e2e import load_e2e
-from .errors import DataError, listing, nearest, shortened
 from .examples import check_examples, find_columns
 from .files import EXTENSIONS, Table, plain_texts, read_file
 

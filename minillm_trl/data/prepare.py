@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..encoding import encode_prompts
-from ..whole_files import writing
-from .errors import DataError, shortened
+from ..files.messages import DataError, shortened
+from ..files.whole_files import writing
+from ..models.encoding import encode_prompts
 from .templates import is_empty, message_text
 
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..files.messages import DataError
 from .conversations import MESSAGES, refuse_tool_calls, refuse_tools, split_conversations
 from .corpus import load_corpus
-from .errors import DataError
 from .examples import check_examples, find_columns
 from .files import Table
 from .instructions import Instruction

@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
-from ..whole_files import make_folder, write_whole
+from ..files.whole_files import make_folder, write_whole
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings, Shape

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from ..baselines import FineTuningConfig, FineTuningTrainer
 from ..config import MiniLLMConfig
-from ..reliable_trainer import ReliableTrainer
 from ..trainer import MiniLLMTrainer
+from ..training.reliable_trainer import ReliableTrainer
 from .progress import StageProgress, UpdateTimer
 from .settings import DemoSettings
 

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..fused_head import ScoreRequest, score_hidden_states
-from ..lm_head import LMHead, check_embedded, completion_hidden_states
+from ..models.fused_head import ScoreRequest, score_hidden_states
+from ..models.lm_head import LMHead, check_embedded, completion_hidden_states
 
 
 @torch.no_grad()

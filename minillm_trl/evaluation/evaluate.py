@@ -11,14 +11,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.templates import make_completion
-from ..encoding import Prompt, encode_pair, encode_prompts
 from ..errors import UserError
-from ..lm_head import check_embedded
-from ..teacher import max_context, shared_vocab_size
+from ..models.encoding import Prompt, encode_pair, encode_prompts
+from ..models.lm_head import check_embedded
+from ..models.teacher import max_context, shared_vocab_size
+from ..rollouts.prompts import Completion, generate_completions
 from .calibration import Calibration
 from .divergence import completion_losses, token_divergences
 from .exposure_bias import ExposureBias, excess_accumulated_error, sample_divergences
-from .generation import Completion, generate_completions
 from .metrics import (
     MeanInterval,
     bootstrap_interval,

@@ -9,11 +9,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import Prompt, encode_prompts
-from ..sampling import draw_seed, evaluation_key, sample_prompts
-from ..teacher import shared_vocab_size
+from ..models.encoding import Prompt, encode_prompts
+from ..models.teacher import shared_vocab_size
+from ..rollouts.prompts import end_token_ids
+from ..rollouts.sampling import draw_seed, evaluation_key, sample_prompts
 from .divergence import token_divergences
-from .generation import end_token_ids
 
 
 @dataclass(frozen=True)

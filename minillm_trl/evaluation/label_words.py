@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import Prompt, encode_prompts, encode_texts
 from ..errors import UserError
-from ..lm_head import LMHead, completion_hidden_states
+from ..models.encoding import Prompt, encode_prompts, encode_texts
+from ..models.lm_head import LMHead, completion_hidden_states
 from .divergence import completion_losses, score_requests
 
 

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..data.json_files import check_unchanged, read_json
-from ..whole_files import make_folder, write_whole
+from ..files.json_files import check_unchanged, read_json
+from ..files.whole_files import make_folder, write_whole
 
 
 class Parts:

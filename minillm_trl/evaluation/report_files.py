@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..whole_files import make_folder, write_whole
+from ..files.whole_files import make_folder, write_whole
 from .plots import plot_png, plot_svg
 from .report import Record, Report, best_students, format_cells
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from ..data.json_files import check, parse_json
 from ..errors import UserError
+from ..files.json_files import check, parse_json
 from .calibration import CalibrationBin
 from .metrics import MeanInterval
 

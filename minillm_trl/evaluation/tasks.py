@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.errors import nearest
 from ..errors import UserError
+from ..files.messages import nearest
 
 # All but E2E, which ships with the package, are written by `minillm-trl prepare-data` into a folder of their name
 NAMED_TASKS = ("dolly", "selfinst", "vicuna", "sni", "unni", "e2e")

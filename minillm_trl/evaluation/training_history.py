@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ..checkpoints import newest_whole_checkpoint
-from ..data.json_files import read_json
 from ..errors import UserError
+from ..files.json_files import read_json
+from ..training.checkpoints import newest_whole_checkpoint
 
 # Logged by evaluations during training, see `docs/metrics.md`
 EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")

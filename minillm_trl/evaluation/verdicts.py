@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..data.json_files import check, parse_json
 from ..errors import UserError
-from ..whole_files import make_folder, writing
+from ..files.json_files import check, parse_json
+from ..files.whole_files import make_folder, writing
 from .chat_client import ChatClient, ChatError, RequestRefused
 
 MAX_ASKED = 3  # times that a judge is asked until its reply can be parsed

@@ -35,10 +35,12 @@ from conftest import build_model, build_tokenizer
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-from minillm_trl import MiniLLMTrainer, checkpoints, reliable_trainer, sampling
+from minillm_trl import MiniLLMTrainer
 from minillm_trl.baselines import FineTuningTrainer, seqkd
-from minillm_trl.checkpoints import newest_whole_checkpoint
 from minillm_trl.cli import main as command_line
+from minillm_trl.rollouts import sampling
+from minillm_trl.training import checkpoints, reliable_trainer
+from minillm_trl.training.checkpoints import newest_whole_checkpoint
 
 for _module in ("generate", "kd", "minillm", "recording", "seqkd", "sft", "training"):
     import_module(f"minillm_trl.cli.{_module}")  # so that the children, which are forked, need not wait for imports

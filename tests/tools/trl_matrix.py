@@ -56,7 +56,7 @@ def main() -> int:
     versions = parser.parse_args().versions
     if not versions:
         sys.path.insert(0, str(ROOT))
-        from minillm_trl.trl_version import TESTED
+        from minillm_trl.training.trl_version import TESTED
 
         versions = [version for line in TESTED for version in available_versions(line)]
     results = {version: run(version) for version in versions}

@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import FileError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and move it there; several processes may write the same one.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(partial, path)
+        finally:  # of a full disk
+            partial.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        FileError: if it cannot be made.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the place where the operating system refuses to write within the block.
+
+    Raises:
+        FileError: for an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be written: {error}. Make room, make its folder writable, or name another place."
+        ) from error

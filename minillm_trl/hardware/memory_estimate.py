@@ -1,0 +1,214 @@
+"""An estimate of the memory that a run takes, from the models' configurations alone."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..models.fused_head import CHUNK_ELEMENTS
+
+# Bytes a weight: full and half precision, and NF4 with its scales
+_FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of a run decides its memory, on each process.
+
+    Attributes:
+        rows: completions of a micro-batch.
+        sampled_rows: completions that are decoded together.
+        buffered_rows: completions of a rollout buffer, whose teacher states are kept.
+        prompt_tokens, completion_tokens: of the longest prompt and completion.
+        gradient_checkpointing: whether activations are computed anew in the backward pass.
+        lora_rank: of a LoRA student on all linear layers; None for a student that is trained as a whole.
+        base_in_float32: whether the frozen base of a LoRA student is loaded in float32, as it is without `dtype`.
+        student_4bit, teacher_4bit: whether the frozen weights are NF4.
+        keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
+        strategy, processes: what the student is trained under ("ddp", "zero2", "zero3" or "fsdp"), and by how many.
+        shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
+        mixed_precision: whether teacher, caches and activations are in half precision; else they are in float32.
+        half_precision_rollouts: whether a copy of the student in half precision samples.
+    """
+
+    rows: int
+    sampled_rows: int
+    buffered_rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    gradient_checkpointing: bool = True
+    lora_rank: int | None = None
+    base_in_float32: bool = False
+    student_4bit: bool = False
+    teacher_4bit: bool = False
+    keeps_states: bool = True
+    keeps_teacher: bool = True
+    strategy: str = "ddp"
+    processes: int = 1
+    shard_teacher: bool = False
+    teacher_shares_base: bool = False
+    mixed_precision: bool = True
+    half_precision_rollouts: bool = True
+
+    @property
+    def width(self) -> float:
+        """Bytes of a number that the run computes with."""
+        return _HALF if self.mixed_precision else _FULL
+
+
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Number of parameters of the causal language model that a configuration describes; none is allocated."""
+    with torch.device("meta"):
+        return sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
+    """Bytes of each process, on its GPU if there is one, for MiniLLM with AdamW, by what takes them.
+
+    Weights, optimizer states and, in updates, gradients are counted, and the half-precision copies of weights that
+    autocast keeps for the backward pass (with gradient checkpointing only a layer's are there at a time). Activations
+    see `_activation_bytes`. What a framework needs besides, and fragmentation, come on top. On one GPU it is within
+    10 % of what was allocated (`benchmarks/memory_estimate.py`); other strategies, NF4 and bases in
+    float32 are not compared yet.
+
+    Returns:
+        `dict[str, float]`: rollout and update never run at once; each has its sum.
+    """
+    sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
+    held, trained, copied = _trained_bytes(student, sizes["student"], load)
+    student, teacher = student.get_text_config(), teacher.get_text_config()
+    tokens = load.prompt_tokens + load.completion_tokens
+    states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * load.width
+    caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * load.width
+    teacher_bytes = _teacher_bytes(teacher, sizes["teacher"], load)
+    parts = {
+        "student, gradients and optimizer": trained,
+        "copy for rollouts": copied,
+        "teacher": teacher_bytes,
+        "key-value caches while sampling": caches,
+        "teacher's states of a rollout": states,
+        "activations of a micro-batch": _activation_bytes(student, load),
+        "heads in chunks": _head_bytes(student),
+    }
+    parts["while sampling"] = held + copied + teacher_bytes + caches + states
+    parts["while updating"] = (
+        trained
+        + (0.0 if _is_sharded(load) else copied)
+        + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * load.width)
+        + (states if load.keeps_states else 0.0)
+        + parts["activations of a micro-batch"]
+        + parts["heads in chunks"]
+    )
+    return parts
+
+
+def estimate_fine_tuning_memory(
+    model: PreTrainedConfig, load: Workload, teacher: PreTrainedConfig | None = None
+) -> dict[str, float]:
+    """The same for fine-tuning on data (sft, seqkd once the teacher has answered) or, with a `teacher`, for KD.
+
+    Fine-tuning has whole logits, of which the loss keeps three copies in float32; KD has its heads in chunks.
+    """
+    size = count_parameters(model)
+    held, trained, copied = _trained_bytes(model, size, load)
+    copied = copied if _is_sharded(load) else 0.0  # elsewhere the model samples as it is
+    text = model.get_text_config()
+    tokens = load.prompt_tokens + load.completion_tokens
+    teacher_bytes, head = 0.0, 3 * load.rows * tokens * text.vocab_size * 4.0
+    if teacher is not None:
+        teacher_bytes = _teacher_bytes(teacher.get_text_config(), count_parameters(teacher), load)
+        head = _head_bytes(text)
+    caches = load.sampled_rows * tokens * _cache_width(text) * load.width
+    parts = {
+        "student, gradients and optimizer": trained,
+        "teacher": teacher_bytes,
+        "activations of a micro-batch": _activation_bytes(text, load),
+        "logits": head,
+    }
+    return parts | {
+        "while sampling": held + teacher_bytes + copied + caches,
+        "while updating": trained + teacher_bytes + parts["activations of a micro-batch"] + head,
+    }
+
+
+def _has_wide_base(load: Workload) -> bool:
+    """DeepSpeed has all weights in half precision."""
+    return load.base_in_float32 and not load.student_4bit and load.strategy in ("ddp", "fsdp")
+
+
+def _is_sharded(load: Workload) -> bool:
+    return load.strategy in ("fsdp", "zero3")
+
+
+def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple[float, float, float]:
+    """Of the student as it is held between updates and as it is trained, and of the copy that it samples from."""
+    text = config.get_text_config()
+    if load.lora_rank is None:
+        frozen, trained, copied = 0.0, float(size), size * _HALF
+    else:
+        wide = _has_wide_base(load)
+        frozen = _nf4_bytes(text, size) if load.student_4bit else size * (4.0 if wide else _HALF)
+        # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
+        trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
+        copied = trained * _HALF + (size * _HALF if wide or _is_sharded(load) else 0.0)  # half weights are shared
+    if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
+        updating = trained * (_HALF + 14.0 / load.processes) + frozen
+        return updating, updating, 0.0
+    if _is_sharded(load):  # float32 weights, two moments and gradients, and a block in half precision
+        return *((trained * each + frozen) / load.processes for each in (12.0, 16.0)), copied
+    copied = copied if load.half_precision_rollouts else 0.0
+    cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
+    return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
+
+
+def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
+    if load.teacher_shares_base:
+        return 0.0
+    whole = _nf4_bytes(text, size) if load.teacher_4bit else size * load.width
+    if not load.shard_teacher:
+        return whole
+    ends = _end_parameters(text) * load.width  # all but head and embeddings is spread
+    return ends + (whole - ends) / load.processes
+
+
+def _nf4_bytes(text: PreTrainedConfig, size: int) -> float:
+    """bitsandbytes leaves embeddings and head as they are."""
+    ends = _end_parameters(text)
+    return (size - ends) * _NF4 + ends * _HALF
+
+
+def _end_parameters(text: PreTrainedConfig) -> int:
+    return (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
+
+
+def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
+    """What the layers keep for the backward pass, by token and unit of width.
+
+    Under autocast the residual stream is in the dtype of the embeddings. A layer keeps about 20 bytes of norms,
+    queries and outputs, 14 of keys and values, and 8 a unit of its feed-forward part: half precision before and after
+    the activation, twice where it is gated. transformers puts `gelu_new` together from operations partly in float32.
+    Without mixed precision all of it has twice the size.
+    """
+    heads = text.num_attention_heads
+    kv_share = (getattr(text, "num_key_value_heads", None) or heads) / heads
+    is_partly_full = load.mixed_precision and getattr(text, "activation_function", None) == "gelu_new"
+    unit = 15.0 if is_partly_full else 8.0
+    inner = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    feed_forward = next((each for each in inner if each), 4 * text.hidden_size) / text.hidden_size
+    layer = (20.0 + 14.0 * kv_share + unit * feed_forward) * load.width / _HALF
+    position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
+    if not load.gradient_checkpointing:
+        return position * layer * text.num_hidden_layers
+    residual = _FULL if load.lora_rank is None or _has_wide_base(load) else load.width
+    return position * (residual * text.num_hidden_layers + layer)
+
+
+def _head_bytes(text: PreTrainedConfig) -> float:
+    return 4 * CHUNK_ELEMENTS * 4.0 + text.vocab_size * text.hidden_size * 4.0
+
+
+def _cache_width(config: PreTrainedConfig) -> int:
+    """Numbers that a token adds to the cache."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width

@@ -1,0 +1,9 @@
+"""Sampling completions, and the buffer that holds them.
+
+- `sampling`: from the student or the teacher-student mixture, keyed random numbers, batches by length
+- `decoding`: KV caches, several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
+- `scores`: log-probs and expected rewards of a rollout under both models
+- `buffer`: the rows of a rollout, and how they are dealt to optimizer steps
+- `prompts`: completions of one model for a list of prompts, as evaluation and SeqKD need them
+- `logits_processor`: teacher-mixed sampling within `generate` of transformers
+"""

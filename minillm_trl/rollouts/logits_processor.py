@@ -1,0 +1,102 @@
+"""Teacher-mixed sampling within `generate` of transformers."""
+
+import inspect
+
+import torch
+from transformers import LogitNormalization, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation import logits_process
+
+from ..errors import UserError
+from .decoding import LazyDecoder
+from .sampling import keyed_uniforms
+
+# What rescales all scores of a row alike, so that what is drawn from is the mixture at that temperature
+_HARMLESS = (LogitNormalization, logits_process.TemperatureLogitsWarper)
+
+
+class TeacherMixedLogitsProcessor(LogitsProcessor):
+    r"""Teacher-mixed sampling for `student.generate`.
+
+    ```python
+    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    mixture = TeacherMixedLogitsProcessor(teacher, 0.2, inputs["attention_mask"])
+    student.generate(**inputs, do_sample=True, top_k=0, logits_processor=[mixture])
+    ```
+
+    At each step a coin decides whether the scores are the student's or the teacher's; `generate` then draws from them.
+    So each sequence follows $\alpha p + (1-\alpha) q$ (Eq. 4) at any `temperature`, which `generate` applies after its
+    custom processors. The coin is shared by the batch, and the teacher runs only at its own steps. One processor
+    serves one call of `generate`.
+
+    Nothing else may reshape the scores. `generate` keeps the 50 most likely tokens unless it is told `top_k=0`, and
+    many models bring a `top_p` or a penalty in their generation config; such a call is refused at its first step.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]): the teacher, in eval mode, with the student's tokenizer.
+        alpha (`float`): the teacher's share, in [0, 1].
+        attention_mask (`torch.Tensor` of shape `(B, P)`): mask of the left-padded prompts given to `generate`.
+        seed (`int`, *optional*): seed of the coins; calls with the same seed toss the same coins. None takes them from
+            torch's generator, as `generate` does its draws.
+
+    Raises:
+        ValueError: if `alpha` lies outside [0, 1], or the rows do not match those of `attention_mask`, or the
+            processor is used for a second call of `generate`, or that call reshapes the scores.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int | None = None):
+        if not 0.0 <= alpha <= 1.0:
+            raise UserError(f"alpha must lie in [0, 1], got {alpha}.")
+        self.alpha = alpha
+        self.attention_mask = attention_mask
+        self.seed = seed
+        rows = teacher.get_output_embeddings().weight.shape[0]
+        self._decoder = LazyDecoder(teacher, rows, len(attention_mask))
+        self._length = attention_mask.shape[1]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the model whose turn it is, -inf where only one of the models has a token."""
+        if input_ids.shape[0] != self.attention_mask.shape[0] or input_ids.shape[1] != self._length:
+            raise UserError(
+                f"Expected input_ids of shape {(self.attention_mask.shape[0], self._length)}, got "
+                f"{tuple(input_ids.shape)}. Make one TeacherMixedLogitsProcessor for each call of generate, with the "
+                "attention_mask of that call and without beams or num_return_sequences."
+            )
+        step = self._length - self.attention_mask.shape[1]
+        if step == 0:
+            _check_others()
+        self._length += 1
+        shared = min(self._decoder.vocab_size, scores.shape[1])
+        coin = torch.rand((), dtype=torch.float64).item() if self.seed is None else keyed_uniforms(1, self.seed, step)
+        if coin >= self.alpha:
+            mixed = scores.clone()
+            mixed[:, shared:] = -torch.inf  # rows that the teacher lacks are excluded from both
+            return mixed
+        generated = self.attention_mask.new_ones(input_ids.shape[0], step)
+        mask = torch.cat([self.attention_mask, generated], dim=1).bool()
+        mixed = torch.full_like(scores, -torch.inf)
+        with torch.no_grad():
+            mixed[:, :shared] = self._decoder.next_logits(input_ids, mask)[:, :shared].to(scores)
+        return mixed
+
+
+def _check_others() -> None:
+    """Check that no other processor of transformers in the list that calls ours reshapes the scores.
+
+    `generate` does not tell a processor of the others; the list that calls it is found among the callers. In a loop of
+    the user's own there may be none.
+
+    Raises:
+        ValueError: naming the processors.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), LogitsProcessorList):
+        frame = frame.f_back
+    processors = [] if frame is None else frame.f_locals["self"]
+    own = [processor for processor in processors if type(processor).__module__ == logits_process.__name__]
+    reshaping = [type(processor).__name__ for processor in own if not isinstance(processor, _HARMLESS)]
+    if reshaping:
+        raise UserError(
+            f"generate reshapes the scores by {', '.join(reshaping)}, so its samples would not follow the mixture of "
+            "teacher and student. Switch that off, in the call or in the student's generation_config: top_k=0 (50 by "
+            "default), top_p=1.0, repetition_penalty=1.0, min_new_tokens=None."
+        )

@@ -1,0 +1,255 @@
+"""The metrics of training and evaluation, which `docs/metrics.md` explains: sums and counts, and means over many."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..evaluation.metrics import repeated_ngrams, rouge_l
+from ..loss import LossTerms
+from ..masking import masked_sum
+
+_MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
+    f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
+)
+_ROUGE_L = "rouge_l"
+_EXPLAINED = "objective/baseline_explained_variance"
+_LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
+_SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
+
+
+def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, list[float]]:
+    """Of each completion, what shows text degenerating while the reverse KL still falls."""
+    return {
+        "rollout/eos_rate": [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids],
+        "rollout/repeated_4grams": [repeated_ngrams(ids, 4) for ids in completion_ids],
+    }
+
+
+def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rouge-L of each text to the `references` of its row, or to its `completion`; NaN where there is neither."""
+    references = [_references(row) for row in rows]
+    return [rouge_l(text, each) if each else math.nan for text, each in zip(texts, references, strict=True)]
+
+
+def _references(row: Mapping[str, Any]) -> list[str]:
+    if row.get("references"):
+        return list(row["references"])
+    completion = row.get("completion")
+    if isinstance(completion, list):
+        completion = completion[-1]["content"]
+    return [completion] if completion else []
+
+
+class Totals(NamedTuple):
+    """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them.
+
+    Of a largest or smallest value the numerator is that value, and the denominator is 0 where there is none.
+    """
+
+    names: list[str]
+    values: torch.Tensor
+
+
+def make_totals(sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> Totals:
+    """[`Totals`] of a numerator and a denominator by name."""
+    pairs = [
+        torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+        for pair in sums.values()
+    ]
+    return Totals(list(sums), torch.stack(pairs))
+
+
+@torch.no_grad()
+def loss_totals(
+    terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, rows: int | torch.Tensor
+) -> Totals:
+    """What [`metric_means`] needs of one process's batch; tensors of shape `(B, T)`, and the number of completions."""
+    tokens = mask.sum()
+    per_token = {
+        "objective/long_term": terms.long_term,
+        "objective/single_step": terms.single_step,
+        "objective/reverse_kl_per_token": terms.single_step,
+        "objective/advantage": advantages,
+        "entropy": entropy,
+    }
+    if terms.reference_kl is not None:
+        per_token["kl"] = terms.reference_kl
+    sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
+    sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
+    sums["clip_ratio/mixing"] = (terms.clipped.by_mixing.sum(), tokens)
+    sums["clip_ratio/drift"] = (terms.clipped.by_drift.sum(), tokens)
+    weights = terms.weights.double().masked_fill(~mask, 0.0)
+    sums[_MEAN] = (weights.sum(), tokens)
+    sums[_MEAN_SQUARE] = (weights.square().sum(), tokens)
+    sums[_MAX] = (weights.max(), tokens)
+    return make_totals(sums, mask.device)
+
+
+@torch.no_grad()
+def token_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
+    """The same of means over tokens: tensors of shape `(B, L)` by name, and where a token counts."""
+    tokens = mask.sum()
+    sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
+    return make_totals(sums, mask.device)
+
+
+def completion_totals(
+    lengths: torch.Tensor, ended: torch.Tensor, values: Mapping[str, Sequence[float]], counts: torch.Tensor
+) -> Totals:
+    """The same of completions.
+
+    Args:
+        lengths (`torch.Tensor` of shape `(B,)`): trained tokens of each.
+        ended (`torch.Tensor` of shape `(B,)`): whether it ended by itself.
+        values (`Mapping[str, Sequence[float]]`): a number for each, by name; NaN where there is none.
+        counts (`torch.Tensor` of shape `(B,)`): whether it counts at all.
+    """
+
+    def of_lengths(chosen: torch.Tensor, name: str) -> dict[str, tuple[torch.Tensor | float, int]]:
+        found = lengths[chosen].double()
+        count = len(found)
+        return {
+            f"completions/mean_{name}": (found.sum(), count),
+            f"completions/min_{name}": (found.min() if count else 0.0, count),
+            f"completions/max_{name}": (found.max() if count else 0.0, count),
+        }
+
+    sums = of_lengths(counts, "length") | of_lengths(counts & ended, "terminated_length")
+    sums["completions/clipped_ratio"] = ((counts & ~ended).sum(), counts.sum())
+    for name, each in values.items():
+        known = torch.tensor(each, dtype=torch.float64, device=counts.device)[counts]
+        known = known[~known.isnan()]
+        sums[name] = (known.sum(), len(known))
+    return make_totals(sums, counts.device)
+
+
+def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
+    """Metrics of all micro-batches of all processes.
+
+    Args:
+        names (`list[str]`): of [`Totals`].
+        gathered (`torch.Tensor` of shape `(parts, K, 2)`): values of [`Totals`] of every micro-batch and process.
+
+    Returns:
+        `dict`: means over tokens, in nats, or over completions; `objective/reverse_kl` is the sum over a completion's
+        tokens, mean over completions (states from the behavior policy; in evaluation from the student, so an unbiased
+        estimate of the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares);
+        `objective/baseline_explained_variance` is 1 - var(returns - baseline) / var(returns) over tokens.
+        A metric of nothing is 0, but for `rouge_l`, which is left out.
+    """
+    numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
+    metrics = dict(zip(names, (numerators / denominators.clamp(min=1.0)).tolist(), strict=True))
+    for name in metrics.keys() & (_LARGEST | _SMALLEST):
+        values, counts = gathered[:, names.index(name)].unbind(dim=1)
+        known = values[counts > 0]
+        if len(known):
+            metrics[name] = (known.max() if name in _LARGEST else known.min()).item()
+        else:
+            metrics[name] = 0.0
+    if _MAX in metrics:
+        mean_square = metrics.pop(_MEAN_SQUARE)
+        metrics[_SHARE] = metrics[_MEAN] ** 2 / mean_square if mean_square else 1.0
+    if f"{_EXPLAINED}/returns_mean" in metrics:
+        before, after = (
+            metrics.pop(f"{_EXPLAINED}/{of}_mean_square") - metrics.pop(f"{_EXPLAINED}/{of}_mean") ** 2
+            for of in ("returns", "advantages")
+        )
+        metrics[_EXPLAINED] = 1.0 - after / before if before > 0 else 0.0
+    if _ROUGE_L in metrics and denominators[names.index(_ROUGE_L)] == 0:
+        del metrics[_ROUGE_L]
+    return metrics
+
+
+@torch.no_grad()
+def completion_sums(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Sum values over the tokens of each completion of a micro-batch: `(B,)`, NaN for those that do not count.
+
+    Args:
+        values (`torch.Tensor` of shape `(b, T)`): of all completions, or in order of those that count alone.
+        mask (`torch.Tensor` of shape `(b, T)`): True on the completion's tokens.
+        counts (`torch.Tensor` of shape `(B,)`): which completions do.
+    """
+    sums, rows = masked_sum(values.double(), mask, dim=1), counts.nonzero().squeeze(1)
+    found = sums.new_full((len(counts),), torch.nan)
+    found[rows] = sums[rows] if len(sums) == len(counts) else sums[: len(rows)]
+    return found
+
+
+def median_and_max(values: torch.Tensor) -> dict[str, float]:
+    """Return the median (the lower of two middles) and the largest of values `(N,)` that are finite; 0 of nothing."""
+    known = values[values.isfinite()]
+    if not len(known):
+        return {"median": 0.0, "max": 0.0}
+    return {"median": known.median().item(), "max": known.max().item()}
+
+
+def baseline_totals(returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Totals:
+    """What the variance that a baseline explains is computed from, of one process's rollout.
+
+    Args:
+        returns, advantages (`torch.Tensor` of shape `(B, T)`): before and after the baseline is subtracted.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+    """
+    tokens = mask.sum()
+    moments = {
+        f"{_EXPLAINED}/{of}_{name}": (masked_sum(power, mask), tokens)
+        for of, values in (("returns", returns.double()), ("advantages", advantages.double()))
+        for name, power in (("mean", values), ("mean_square", values.square()))
+    }
+    return make_totals(moments, mask.device)
+
+
+@torch.no_grad()
+def gradient_totals(gradients: torch.Tensor, tokens: torch.Tensor) -> Totals:
+    r"""Signal and variance of the terms of an optimizer step's gradient, from two halves that were sampled apart.
+
+    With $g_1, g_2$ the mean gradients of the $n_1, n_2$ tokens of either half, $\langle g_1, g_2 \rangle$ estimates
+    the squared norm of the expected gradient, and $\|g_1 - g_2\|^2\, n_1 n_2 / (n_1 + n_2)^2$ the variance of the
+    step's gradient around it, summed over its components.
+
+    Args:
+        gradients (`torch.Tensor` of shape `(2, 2, V)`): sums over tokens by term (long term, single step) and half.
+        tokens (`torch.Tensor` of shape `(2,)`): number of tokens of each half; nothing is known if either has none.
+    """
+    known = int(tokens.min() > 0)
+    of_halves = gradients.double() / tokens.clamp(min=1)[:, None]
+    share = tokens.double().prod() / tokens.sum().clamp(min=1).double().square()
+    totals = {}
+    for name, (first, second) in zip(("long_term", "single_step"), of_halves, strict=True):
+        totals[f"objective/{name}_signal"] = (known * (first @ second), known)
+        totals[f"objective/{name}_variance"] = ((first - second).square().sum() * share, known)
+    return make_totals(totals, gradients.device)
+
+
+def reward_metrics(
+    rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], num_generations: int
+) -> dict[str, float]:
+    """GRPO's metrics of reward functions, of all completions of an evaluation.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): NaN where a function does not apply.
+        weights (`torch.Tensor` of shape `(F,)`): of the functions.
+        names (`Sequence[str]`): of the functions.
+        num_generations (`int`): completions of a prompt, which are neighbours.
+
+    Returns:
+        `dict`: mean and standard deviation (of a sample) of each function and of the weighted sum, and the share of
+        prompts whose completions all have one reward; NaN where there is nothing to take them of.
+    """
+
+    def mean_and_deviation(values: torch.Tensor) -> tuple[float, float]:
+        known = values[~values.isnan()].double()
+        return known.mean().item(), known.std().item() if len(known) > 1 else math.nan
+
+    metrics = {}
+    for name, values in zip(names, rewards.unbind(dim=1), strict=True):
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_and_deviation(values)
+    weighted = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    weighted = weighted.masked_fill(rewards.isnan().all(dim=1), math.nan)
+    metrics["reward"], metrics["reward_std"] = mean_and_deviation(weighted)
+    groups = weighted.view(-1, num_generations)
+    same = torch.isclose(groups, groups[:, :1]).all(dim=1)
+    metrics["frac_reward_zero_std"] = same.double().mean().item()
+    return metrics

@@ -1,0 +1,210 @@
+"""`MeasuredRollouts`: rewards and advantages of rollouts, and what GRPO logs of them, over all that count."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..masking import masked_mean, masked_moments
+from ..objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
+from ..rollouts.buffer import Batch, sequences
+from .logged_metrics import (
+    baseline_totals,
+    completion_totals,
+    degeneration,
+    gradient_totals,
+    reward_metrics,
+    rouge_l_to_references,
+)
+from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
+
+
+class MeasuredRollouts(ResumableRollouts):
+    """The advantages of rollouts, and the metrics of rollouts and rewards: means over all since the last log.
+
+    GRPO's own are means of the means of rollouts, and count what fills up the last batch of an evaluation.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._rewards_per_func = torch.empty(0)  # of the last rollout, of all processes
+        self._endless_rewards = torch.empty(0)  # where they were infinite
+        self._eval_rewards: list[torch.Tensor] = []
+        self._counts = torch.empty(0, dtype=torch.bool)  # which rows of the last rollout do, of this process
+        self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the micro-batches of a step so far
+
+    def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]]]:
+        """Split off what was added to rows: their place in the dataset (-1 if unknown), and whether they count."""
+        self._counts = torch.tensor([FILLER not in row for row in rows], device=self.accelerator.device)
+        prompt_index = [row.get(PROMPT_INDEX, -1) for row in rows]
+        return prompt_index, [{name: row[name] for name in row if name not in (PROMPT_INDEX, FILLER)} for row in rows]
+
+    # Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+        if not self.model.training:  # no mean has a filler in it
+            rewards = rewards.masked_fill(~self.accelerator.gather(self._counts)[:, None], torch.nan)
+        self._endless_rewards = rewards.isinf()
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        self._rewards_per_func = replace_by_group_mean(rewards, self._endless_rewards, group)
+        return self._rewards_per_func
+
+    def _mark_endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
+        """Mark the completions of this process whose reward is infinite."""
+        mine = self._endless_rewards[self.accelerator.process_index * len(faulty) :][: len(faulty)]
+        faulty |= mine.any(dim=1)
+        return {
+            row: f"reward function {self.reward_func_names[function]} returned inf"
+            for row, function in mine.nonzero().tolist()
+        }
+
+    def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
+        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
+        if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
+            return group_advantages
+        advantages = batch_advantages(
+            self._rewards_per_func,
+            self.reward_weights.to(self._rewards_per_func.device),
+            scale=self.scale_rewards != "none",
+            normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
+        )
+        return advantages[self.accelerator.process_index * len(group_advantages) :][: len(group_advantages)]
+
+    # Advantages of the teacher's rewards
+
+    def _advantages(
+        self,
+        rewards: torch.Tensor,
+        expected_rewards: torch.Tensor | None,
+        mask: torch.Tensor,
+        faulty: torch.Tensor,
+        baseline: str,
+        log: bool,
+    ) -> torch.Tensor:
+        if not self.args.rkl_advantage:
+            return torch.zeros_like(rewards)
+        rewards, future_rewards = (
+            None if each is None else each.masked_fill(faulty[:, None], 0.0) for each in (rewards, expected_rewards)
+        )
+        advantages = reward_to_go(
+            rewards,
+            mask,
+            gamma=self.args.gamma,
+            include_current=self.args.include_current_reward,
+            length_normalization=self.args.length_normalization,
+            discounted_length=self.args.discounted_length,
+            future_rewards=future_rewards,
+        )
+        mask = mask & ~faulty[:, None]
+        if baseline != "none":
+            returns = advantages
+            advantages = returns - self._baseline(returns, mask, baseline)
+            if log:
+                self._log_totals(baseline_totals(returns, advantages, mask))
+        if self.args.whiten_advantages == "none":
+            return advantages
+        moments = masked_moments(advantages, mask)
+        if self.args.whiten_advantages == "padding":
+            moments[0] = (~faulty).sum() * self.max_completion_length
+        return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
+
+    def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
+        """The baseline of each token, from the rows of all processes; tokens outside the mask are in no mean."""
+        values, alive = (  # padding makes integers of a bool tensor
+            self.accelerator.gather(self.accelerator.pad_across_processes(each, dim=1))
+            for each in (returns, mask.int())
+        )
+        rows = torch.arange(len(values), device=values.device)
+        groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
+        baseline = leave_one_out_baseline(values, alive.bool(), groups)
+        first = self.accelerator.process_index * len(returns)
+        return baseline[first : first + len(returns), : returns.shape[1]]
+
+    # Metrics
+
+    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
+        mode = "train" if self.model.training else "eval"
+        mask = sequences(batch)[2]
+        completions = zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)
+        ids = [row[real].tolist() for row, real in completions]
+        values = degeneration(ids, self.eos_token_ids)
+        if mode == "eval":
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            values["rouge_l"] = rouge_l_to_references(texts, inputs)
+        ended = self._ended(batch)
+        for name in [name for name in self._metrics[mode] if name.startswith("completions/")]:
+            del self._metrics[mode][name]  # GRPO's, which are means of the means of rollouts
+        self._log_totals(completion_totals(mask.sum(dim=1), ended, values, self._counts))
+        counts = self.accelerator.gather(self._counts)
+        self._log_rewards(mode, counts)
+        self._log_table(batch, counts.tolist())
+
+    def _ended(self, batch: Batch) -> torch.Tensor:
+        """Which completions end by themselves, by GRPO's rule, `(B,)`; an empty one does."""
+        lengths = batch["completion_mask"].sum(dim=1)
+        last = batch["completion_ids"].gather(1, (lengths - 1).clamp(min=0)[:, None].long())[:, 0]
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        return torch.isin(last, ends) | (lengths == 0)
+
+    def _halves(self, num_rows: int) -> torch.Tensor:
+        """Which half of the buffer each row of this process is in `(B,)`; completions of a prompt are in the same.
+
+        Rows are dealt to optimizer steps from blocks of neighbours, so halves of whole blocks are halves of each step.
+        """
+        first = self.accelerator.process_index * num_rows
+        rows = torch.arange(first, first + num_rows, device=self.accelerator.device)
+        num_steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        unit = math.lcm(num_steps, self.num_generations)
+        if 2 * unit > num_rows * self.accelerator.num_processes:
+            unit = self.num_generations
+        return rows // unit % 2
+
+    def _log_gradients(self, term_gradients: torch.Tensor, half: torch.Tensor, mask: torch.Tensor) -> None:
+        """Note the gradients of a micro-batch by term and half, and log what those of the optimizer step say."""
+        tokens = torch.stack([mask[half == number].sum() for number in range(2)])
+        self._term_gradients.append((term_gradients, tokens))
+        if not self.accelerator.sync_gradients:
+            return
+        gradients, tokens = (
+            self.accelerator.reduce(sum(each), reduction="sum") for each in zip(*self._term_gradients, strict=True)
+        )
+        self._term_gradients = []
+        self._log_totals(gradient_totals(gradients, tokens))
+
+    def _log_rewards(self, mode: str, counts: torch.Tensor) -> None:
+        """Drop what GRPO has logged of rewards and groups that are not there; keep an evaluation's to its end."""
+        one = (self.num_generations if mode == "train" else self.num_generations_eval) == 1
+        dropped = [] if self.reward_funcs else ["reward", "reward_std"]
+        dropped += ["frac_reward_zero_std"] if one or not self.reward_funcs else []
+        for name in dropped:
+            self._metrics[mode].pop(name, None)
+        if mode == "eval" and self.reward_funcs:
+            self._eval_rewards.append(self._rewards_per_func[counts])
+
+    def _log_table(self, batch: Batch, counts: list[bool]) -> None:
+        """Correct the last rows of GRPO's table of completions, which has advantages without the teacher's."""
+        advantages = masked_mean(batch["advantages"], sequences(batch)[2], dim=1)
+        logged = self._logs["advantages"]
+        advantages = self.accelerator.gather(advantages).tolist()
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+        if all(counts):
+            return
+        columns = [self._logs[name] for name in ("prompt", "completion", "advantages")]
+        for column in (*columns, *self._logs["rewards"].values(), *self._logs["extra"].values()):
+            last = [column.pop() for _ in range(min(len(counts), len(column)))]
+            column.extend(value for value, is_real in zip(last, reversed(counts), strict=False) if is_real)
+
+    def _log_means(self) -> None:
+        super()._log_means()
+        if self._eval_rewards and not self.model.training:
+            rewards = torch.cat(self._eval_rewards)
+            metrics = reward_metrics(rewards, self.reward_weights, self.reward_func_names, self.num_generations_eval)
+            for name in metrics.keys() & self._metrics["eval"].keys():
+                self._metrics["eval"][name] = [metrics[name]]
+            self._eval_rewards.clear()

@@ -1,0 +1,44 @@
+"""The metrics that an evaluation during training has, so that a misspelt one is refused before the training."""
+
+from collections.abc import Collection
+
+from ..errors import UserError
+from ..files.messages import nearest
+
+_ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", "entropy")
+_LENGTHS = ("mean_length", "min_length", "max_length")
+_TERMINATED = ("mean_terminated_length", "min_terminated_length", "max_terminated_length")
+_SAMPLES = ("rouge_l", "rollout/eos_rate", "rollout/repeated_4grams")
+
+FINE_TUNING = frozenset((*_ALWAYS, *_SAMPLES, "completions/mean_length", "mean_token_accuracy", "aux_loss"))
+_FROM_LOGITS = {"mean_token_accuracy", "num_tokens", "aux_loss"}  # which KD has no use for
+KD = FINE_TUNING - _FROM_LOGITS | {"kd/cross_entropy", "kd/forward_kl"}
+MINILLM = frozenset(
+    (
+        *(*_ALWAYS, *_SAMPLES, "kl"),
+        *(f"completions/{name}" for name in (*_LENGTHS, *_TERMINATED, "clipped_ratio")),
+        *(f"objective/{name}" for name in ("reverse_kl", "reverse_kl_per_token", "single_step", "long_term")),
+        *("objective/advantage", "objective/reverse_kl_median", "objective/reverse_kl_max"),
+        *(f"importance_weight/{name}" for name in ("mean", "max", "effective_sample_size")),
+        *(f"clip_ratio/{name}" for name in ("mixing", "drift")),
+    )
+)
+
+
+def check_metric_name(metric: str | None, known: Collection[str]) -> None:
+    """Check that evaluations can have the metric that chooses the checkpoint; else the first of them would fail.
+
+    Args:
+        metric (`str`, *optional*): `metric_for_best_model`, with `eval_` or without.
+        known (`Collection[str]`): the metrics of the subcommand, without `eval_`.
+
+    Raises:
+        ValueError: naming the nearest one.
+    """
+    if metric is None or (name := metric.removeprefix("eval_")) in known:
+        return
+    names = [f"eval_{each}" for each in sorted(known)]
+    raise UserError(
+        f"metric_for_best_model={metric!r} is no metric of an evaluation here.{nearest(f'eval_{name}', names)} There "
+        f"are {', '.join(names)}."
+    )

@@ -1,0 +1,117 @@
+"""What a run trains with, as each checkpoint keeps it, and what of it is different when the run is resumed."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from ..files.json_files import read_json
+from ..files.redaction import redact
+from ..models.fingerprints import dataset_fingerprint, model_fingerprint, weights_fingerprint
+
+SETTINGS = "run_settings.json"
+
+# Where a run writes, what it prints, how often it saves and evaluates: none changes what is trained
+_WITHOUT_EFFECT = re.compile(
+    r"output_dir|run_name|project|trackio_.*|report_to|disable_tqdm|debug|local_rank|do_.*|log_.*|logging_.*|save_.*|"
+    r"eval_.*|per_device_eval_batch_size|num_generations_eval|predict_with_generate|prediction_loss_only|"
+    r"include_for_metrics|batch_eval_metrics|load_best_model_at_end|hub_.*|push_to_hub.*|resume_from_checkpoint|"
+    r"restore_callback_states_from_checkpoint|ignore_data_skip|dataloader_(?!drop_last).*|dataset_num_proc|"
+    r"num_completions_to_print|skip_memory_metrics|ddp_.*|max_nonfinite_steps|allow_pickled_weights|"
+    r"trust_remote_code|use_cpu|torch_empty_cache_steps"
+)
+# The optimizer's parameter groups say it, however the optimizer was made
+_OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+_DIGEST = "digest"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another in each process
+
+
+def plain(value: Any) -> Any:
+    """As JSON and YAML have it."""
+    if is_dataclass(value):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(each) for each in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return _ADDRESS.sub("", str(value))
+
+
+def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The fields that change what is trained, without secrets; those of the optimizer are with its groups."""
+    names = [each.name for each in fields(args)]
+    kept = [name for name in names if not _WITHOUT_EFFECT.fullmatch(name) and name not in _OF_THE_OPTIMIZER]
+    return redact({name: plain(getattr(args, name)) for name in kept})
+
+
+def describe_dataset(dataset: Any) -> dict[str, Any] | None:
+    """Rows and columns, and a digest of the rows (see [`dataset_fingerprint`]), which a stream has not."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: describe_dataset(each) for name, each in dataset.items()}
+    if isinstance(dataset, Dataset):
+        words = f"{len(dataset)} rows of {', '.join(dataset.column_names)}"
+        return {"is": words, _DIGEST: dataset_fingerprint(dataset)}
+    columns = (dataset.column_names or []) if isinstance(dataset, IterableDataset) else []
+    return {"is": f"{type(dataset).__name__} of {', '.join(columns)}", _DIGEST: None}
+
+
+def describe_model(model: str | torch.nn.Module) -> dict[str, Any]:
+    """Name and digest of a model that is given by name, in a folder, or in memory."""
+    if isinstance(model, str):
+        return {"is": model, _DIGEST: model_fingerprint(Path(model))}
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return {"is": name, _DIGEST: weights_fingerprint(model)}
+
+
+def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`field: old -> new` for each field of nested settings that is not as it was; those of one side alone are left
+    out, since another version of the package may have written the other."""
+    changes = []
+    for name in then.keys() & now.keys():
+        old, new = then[name], now[name]
+        if _is_described(old) and _is_described(new):
+            by = _DIGEST if None not in (old[_DIGEST], new[_DIGEST]) else "is"
+            if old[by] != new[by]:
+                changes.append(f"{name}: {_words(old)} -> {_words(new)}")
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += [f"{name}.{change}" for change in find_changes(old, new)]
+        elif old != new:
+            changes.append(f"{name}: {_words(old)} -> {_words(new)}")
+    return sorted(changes)
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint's run trained with; None for a checkpoint of another program."""
+    path = checkpoint / SETTINGS
+    return read_json(path, dict[str, Any], "Resume from an earlier checkpoint.") if path.is_file() else None
+
+
+def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Write them into a checkpoint."""
+    (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_described(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {"is", _DIGEST}
+
+
+def _words(value: Any) -> str:
+    if not _is_described(value):
+        return json.dumps(value) if isinstance(value, Mapping) else str(value)
+    return value["is"] if value[_DIGEST] is None else f"{value['is']} ({value[_DIGEST][:8]})"

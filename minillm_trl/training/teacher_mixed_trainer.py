@@ -1,0 +1,358 @@
+"""`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+
+from ..hardware.precision import OverflowCounter, configure_wrappers, half_precision
+from ..models.attention import avoid_cudnn_attention
+from ..models.encoding import added_tokens, without_extra_tokens
+from ..models.forward_methods import rebind_fused_head
+from ..models.fused_head import ScoreRequest, add_scoring
+from ..models.lm_head import LMHead, check_head
+from ..models.student_copy import RolloutCopy, shards_student, student_of
+from ..models.teacher import (
+    TeacherOffload,
+    adapter_on_base,
+    is_sharded,
+    max_context,
+    place_new_teacher,
+    shared_vocab_size,
+    teacher_hidden_states,
+)
+from ..models.weight_formats import refuse_8bit_teacher
+from ..monitoring.degeneration_watch import DegenerationWatch
+from ..objectives import expected_rewards
+from ..rollouts.buffer import Batch, assemble_rows, parts_by_length, sequences
+from ..rollouts.decoding import CompiledDecoding, check_decoding
+from ..rollouts.sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, left_pad, sample_prompts
+from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
+from .checks import check_prompt_ids
+from .measured_rollouts import MeasuredRollouts
+
+
+class TeacherMixedTrainer(MeasuredRollouts):
+    """GRPO's generation, scoring, rewards and logs with a teacher: what [`MiniLLMTrainer`] does without an objective.
+
+    A subclass calls `_add_teacher` at the end of its constructor.
+    """
+
+    def _add_teacher(self, teacher_model: str | PreTrainedModel) -> None:
+        """Load and place the teacher, and let the models score in their own forward passes.
+
+        Raises:
+            ValueError: if teacher and student do not fit, or a head cannot be reproduced.
+        """
+        self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
+        self._turn = 0  # calls of generation within a rollout; tools make it several
+        self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
+        self._wants_old_logps = False  # whether GRPO's first call for log-probs is for those of the rollout's policy
+        # what the watch finds is logged too, so it comes before the callbacks that report
+        self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
+        half = half_precision(self.accelerator)
+        self._overflow_counter = None
+        if half is torch.float16:
+            self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
+            self.add_callback(self._overflow_counter)
+        avoid_cudnn_attention()
+        configure_wrappers(self.accelerator)
+        # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
+        self._rollout_copy = None
+        self._shown_at: int | None = None  # the step of the last log
+        sharded = shards_student(self.accelerator)
+        if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
+            self._rollout_copy = RolloutCopy(self._student, half, sharded)
+        student = self._student if self._rollout_copy is None else self._rollout_copy.model
+        self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
+        is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # as its files may be, or was by the caller
+        refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
+        self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
+        self.max_context = max_context(student, self.teacher_model)
+        self._scorer = self._make_scorer()
+        check_head(student, "student")
+        check_head(self.teacher_model, "teacher")
+        self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
+        rebind_fused_head(self._student)
+        add_scoring(self._student, self.vocab_size, self._teacher_head)
+        if self.ref_model is not None:
+            add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
+        if not self._decodes_with_trl and self.rollout_func is None:
+            static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
+            check_decoding(student, "student", static)
+            if self.args.teacher_mixed_alpha > 0:
+                check_decoding(self.teacher_model, "teacher")
+        self._compiled_decoding = None
+        if self.args.compile_rollouts:
+            self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
+        elif self._rollout_copy is not None:  # what is compiled has the addresses of the copy's weights
+            self._rollout_copy.release()
+        self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
+
+    def _make_scorer(self) -> RolloutScorer:
+        expected_reward = None
+        if self.args.reward_estimator == "expected":
+            options = {"scale": self.args.reward_scale, "clip": self.args.reward_clip}
+            expected_reward = partial(expected_rewards, **options)
+        kd_temperature = self.args.kd_temperature or self.temperature
+        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward)
+
+    def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        if self.args.teacher_shares_base:
+            return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
+        return place_new_teacher(
+            teacher_model,
+            self.accelerator,
+            init_kwargs=self.args.teacher_model_init_kwargs,
+            default_dtype=dtype,
+            shard=self.args.shard_teacher,
+            trust_remote_code=self.args.trust_remote_code,
+            allow_pickled_weights=self.args.allow_pickled_weights,
+        )
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        return student_of(self.model, self.accelerator)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in [`ReliableTrainer`]; each prompt is first checked for room for its completion."""
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for dataset in (self.train_dataset, *datasets.values()):
+            # tools and environments add to prompts as they run; a stream's are checked as they come
+            if self.max_context is not None and isinstance(dataset, Dataset) and not (self.tools or self.environments):
+                for start in range(0, len(dataset), 1000):
+                    self._tokenize_prompts(dataset[start : start + 1000]["prompt"])
+        return super().train(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str):
+            prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
+        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self._decodes_with_trl:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        training = self.model.training
+        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
+        if training:
+            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
+            keys = [(seed, TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
+        else:
+            first_row = process * self.args.eval_batch_size
+            keys = [
+                evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, self._turn)
+                for row, ids in enumerate(prompt_ids)
+            ]
+        max_new_tokens = self.max_completion_length
+        if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
+            max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
+        self._turn += 1
+        shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
+        lockstep = is_sharded(self.teacher_model)
+        coin_key = (seed, COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, COINS)
+        self._sampled = []
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=False,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ),
+            self._sampling_model() as student,
+        ):
+            completions = sample_prompts(
+                student,
+                prompt_ids,
+                keys=keys,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self._tokenizer.pad_token_id,
+                temperature=self.temperature,
+                batch_size=self.args.sampling_batch_size,
+                teacher=self.teacher_model,
+                alpha=self.args.teacher_mixed_alpha if training else 0.0,
+                coin_key=coin_key,
+                shared_coins=shared,
+                vocab_size=self.vocab_size,
+                keep_states=True,
+                compiled=self._compiled_decoding,
+                on_every_process=self._on_every_process if lockstep else None,
+                on_batch=lambda rows, sampled: self._sampled.append(
+                    (rows, self._score_sampled(student, [prompt_ids[row] for row in rows], sampled))
+                ),
+            )
+        if self._turn > 1:  # tools have answered in between
+            self._sampled = []
+        return completions, None
+
+    @property
+    def _grpo_scores_rollouts(self) -> bool:
+        """Whether GRPO asks for the log-probs of a rollout's tokens under the student that sampled them."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            return True
+        return self.args.gradient_accumulation_steps % generate_every != 0
+
+    @contextmanager
+    def _sampling_model(self) -> Iterator[PreTrainedModel]:
+        """The student in eval mode as it is, or its copy with the weights of now."""
+        if self._rollout_copy is not None:
+            self._rollout_copy.refresh(self._student)
+            yield self._rollout_copy.model
+            if self._compiled_decoding is None:
+                self._rollout_copy.release()
+            return
+        training = self._student.training
+        self._student.eval()
+        with self.accelerator.autocast():
+            yield self._student
+        self._student.train(training)
+
+    def _on_every_process(self, flag: bool) -> bool:
+        flags = torch.tensor(int(flag), device=self.accelerator.device)
+        return int(self.accelerator.reduce(flags, reduction="sum")) == self.accelerator.num_processes
+
+    # Scoring
+
+    def _score_sampled(
+        self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
+    ) -> RolloutScores:
+        """Scores from the hidden states of sampling; the teacher's are missing where it did not have to run."""
+        states = sampled.teacher_hidden_states
+        if states is None and self._scorer.expected_reward is not None:  # while the student's states are there
+            prompts = [each.to(sampled.ids.device) for each in left_pad(prompt_ids, self._tokenizer.pad_token_id)]
+            ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
+            states = self._teacher_states(ids, mask, sampled.mask.shape[1])
+        scores = self._scorer.score(
+            sampled.ids,
+            sampled.mask,
+            HeadStates(sampled.student_hidden_states, LMHead.of(student)),
+            None if states is None else HeadStates(states, LMHead.of(self.teacher_model)),
+        )
+        return scores._replace(teacher_hidden_states=self._keep(states))
+
+    def _sampled_scores(self, name: str, mask: torch.Tensor) -> torch.Tensor | None:
+        """The field `name` of the scores that sampling has left behind for the completions of `mask`, if it has."""
+        parts = [(rows, getattr(scores, name)) for rows, scores in self._sampled]
+        if not parts or any(part is None for _, part in parts):
+            return None
+        return assemble_rows(parts, *mask.shape)
+
+    def _keep(self, teacher_states: torch.Tensor | None) -> torch.Tensor | None:
+        where = self.args.teacher_hidden_states
+        if teacher_states is None or where == "recompute":
+            return None
+        return teacher_states.cpu() if where == "cpu" else teacher_states
+
+    def _teacher_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        batch_size = self.args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            return teacher_hidden_states(self.teacher_model, input_ids, attention_mask, length, batch_size)
+
+    def _teacher_states_of(self, inputs: Batch) -> torch.Tensor:
+        if "teacher_hidden_states" in inputs:
+            return inputs["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
+        input_ids, attention_mask, mask = sequences(inputs)
+        return self._teacher_states(input_ids, attention_mask, mask.shape[1])
+
+    def _score_rollout(self, batch: Batch) -> RolloutScores:
+        """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
+        input_ids, attention_mask, mask = sequences(batch)
+        scores = RolloutScores(*(self._sampled_scores(name, mask) for name in RolloutScores._fields))
+        if scores.student_logps is None:
+            scores = self._score_student(input_ids, attention_mask, mask)
+        if scores.teacher_logps is None:
+            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+            with self.accelerator.autocast():
+                teacher = self._scorer.score(
+                    batch["completion_ids"], mask, teacher=HeadStates(states, self._teacher_head)
+                )
+            scores = scores._replace(
+                teacher_logps=teacher.teacher_logps,
+                teacher_kd_logps=teacher.teacher_kd_logps,
+                teacher_hidden_states=self._keep(states),
+            )
+        return scores
+
+    def _score_student(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+    ) -> RolloutScores:
+        """Scores by a pass of the student, and by one of the teacher before it where both have to be there at once."""
+        states = None
+        if self._scorer.expected_reward is not None:
+            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+        request = RolloutRequest(input_ids, attention_mask, mask, self._scorer, states)
+        scores = self._score_without_gradient(self.model, request)
+        return scores._replace(teacher_hidden_states=self._keep(states))
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
+    ):
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        if self._wants_old_logps:
+            self._wants_old_logps = False
+            if not self._sampled:  # so that the student need not run again to score the rollout
+                self._sampled = [(list(range(len(mask))), self._score_student(input_ids, attention_mask, mask))]
+            return self._sampled_scores("student_logps", mask), None, None
+        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
+        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
+        return scores.logps, scores.entropy, None
+
+    def _score(self, model, *requests: ScoreRequest | RolloutRequest) -> list[Any]:
+        with self.accelerator.autocast():
+            return model(score_requests=requests)
+
+    @torch.no_grad()
+    def _score_without_gradient(self, model, request: ScoreRequest | RolloutRequest) -> Any:
+        """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
+        training = model.training
+        model.eval()
+        states = request.teacher_hidden_states
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+            batch_size, length = self.args.per_device_train_batch_size, request.completion_mask.shape[1]
+            parts = []
+            for rows, columns in parts_by_length(request.attention_mask, batch_size):
+                end = length - (request.input_ids.shape[1] - columns.stop)
+                part = request._replace(
+                    input_ids=request.input_ids[rows, columns],
+                    attention_mask=request.attention_mask[rows, columns],
+                    completion_mask=request.completion_mask[rows, :end],
+                    teacher_hidden_states=None if states is None else states[rows, :end],
+                )
+                parts.append((rows.tolist(), self._score(model, part)[0]))
+        model.train(training)
+        whole = request.completion_mask.shape
+        kind = type(parts[0][1])
+        return kind(
+            *(
+                None
+                if parts[0][1][field] is None
+                else assemble_rows([(rows, part[field]) for rows, part in parts], *whole)
+                for field in range(len(kind._fields))
+            )
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the completions that were left out, and in float16 the steps that overflowed."""
+        if "loss" in logs:
+            logs = {**logs, "nonfinite_completions": float(self._nonfinite_completions)}
+        if self._overflow_counter is not None and "loss" in logs:
+            logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
+        wanted = self.log_completions
+        # what ends a run is logged at the step of a log that has shown the completions
+        self.log_completions = wanted and not ("train_runtime" in logs and self._shown_at == self.state.global_step)
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+        self._shown_at = self.state.global_step

@@ -1,0 +1,265 @@
+"""Model families, and the ways to train them: scores, a training step and what it leaves on disk.
+
+How each family samples is in `test_sampling.py`.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import FAMILIES, build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.models.fused_head import ScoreRequest, add_scoring
+from minillm_trl.models.lm_head import LMHead, completion_hidden_states
+from minillm_trl.models.quantization import keep_4bit_layout
+from minillm_trl.rollouts.buffer import sequences
+
+TOKENIZER = build_tokenizer()
+TOKENIZER.add_tokens("<|endoftext|>", special_tokens=True)  # loaded as Qwen2's, a tokenizer has it in any case
+VOCAB = len(TOKENIZER)
+PROMPTS = Dataset.from_dict({"prompt": [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(8)]})
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+WAYS: dict[str, dict] = {
+    "full": {},
+    "LoRA": {"peft_config": LoraConfig(**LORA)},
+    "DoRA": {"peft_config": LoraConfig(**LORA, use_dora=True)},
+    "QLoRA": {"peft_config": LoraConfig(**LORA), "quantization_config": NF4},
+    "NF4 teacher": {"teacher_model_init_kwargs": {"quantization_config": NF4}},
+}
+IDS = torch.arange(2, 14).view(2, 6)
+
+
+def build(family: str, vocab_size: int = VOCAB, seed: int = 0, width: int = 32) -> PreTrainedModel:
+    """A model that has its biases and norms: at zero and one they could as well be missing."""
+    model = build_model(family, vocab_size, seed, width)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def make_trainer(output: Path, student, teacher, **options) -> MiniLLMTrainer:
+    arguments = {name: options.pop(name) for name in ("peft_config", "quantization_config") if name in options}
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "num_iterations": 2,  # an adapter that starts at zero moves all of its weights in the second update only
+        "max_steps": 2,
+        "max_completion_length": 10,
+        "teacher_mixed_alpha": 0.4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    args = MiniLLMConfig(str(output), **{**defaults, **options})
+    return MiniLLMTrainer(
+        student, teacher, args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, **copy.deepcopy(arguments)
+    )
+
+
+def score_alone(model: PreTrainedModel, prompt: torch.Tensor, completion: torch.Tensor, temperature: float = 1.0):
+    """Log-probs `(T, V)` of the next token in one completion, from a plain forward pass without padding."""
+    logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
+    return (student_log_probs.exp() * (student_log_probs - teacher_log_probs)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
+    student, teacher = build(family), build(family, seed=1, width=48)
+    rows = [([5, 6, 7, 8, 9], [10, 11, 12]), ([13], [14, 15, 16, 17]), ([18, 19, 20], [21])]
+    width, length = 6, 5  # more than any row has
+    ids, mask = torch.ones(3, width + length, dtype=torch.long), torch.zeros(3, width + length, dtype=torch.long)
+    for row, (prompt, completion) in enumerate(rows):
+        real = slice(width - len(prompt), width + len(completion))
+        ids[row, real], mask[row, real] = torch.tensor(prompt + completion), 1
+    temperature, kd_temperature = 1.3, 0.7
+    expected = []
+    for prompt, completion in (map(torch.tensor, each) for each in rows):
+        log_probs = score_alone(student, prompt, completion, temperature)
+        with torch.no_grad():
+            target = score_alone(teacher, prompt, completion, kd_temperature)
+        divergence = kl(score_alone(student, prompt, completion, kd_temperature), target)
+        logps = log_probs.gather(1, completion[:, None]).squeeze(1)
+        expected.append(torch.stack([logps, -(log_probs.exp() * log_probs).sum(dim=-1), divergence]))
+    expected = torch.cat(expected, dim=1)
+    parameters = list(student.parameters())
+    gradients = torch.autograd.grad((2 * expected[2] - expected[0]).sum(), parameters)
+
+    add_scoring(student, VOCAB, LMHead.of(teacher))
+    with torch.no_grad():
+        states = completion_hidden_states(teacher, ids, mask, length)
+    request = ScoreRequest(ids, mask, mask[:, -length:].bool(), temperature, states, kd_temperature)
+    (scores,) = student(score_requests=[request._replace(loss=lambda each, _: 2 * each.divergence - each.logps)])
+    found = torch.stack(scores[:3])
+    torch.testing.assert_close(found[:, request.completion_mask], expected.detach(), rtol=1e-4, atol=1e-5)
+    assert not found[:, ~request.completion_mask].any()
+    largest = max(each.abs().max().item() for each in gradients)
+    for actual, gradient in zip(torch.autograd.grad(scores.loss, parameters), gradients, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6 * largest)
+
+
+class Run(NamedTuple):
+    """A training run that has ended and is saved, the weights that it started from, and where its models came from."""
+
+    trainer: MiniLLMTrainer
+    has_adapter: bool
+    student_before: dict[str, torch.Tensor]
+    teacher_before: dict[str, torch.Tensor]
+    load_student: Callable[[], PreTrainedModel]
+    load_teacher: Callable[[], PreTrainedModel]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.clone() for name, each in model.state_dict().items() if torch.is_tensor(each)}
+
+
+def loader(folder: Path, quantization_config: BitsAndBytesConfig | None) -> Callable[[], PreTrainedModel]:
+    def load() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config)
+        keep_4bit_layout(model)
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture(scope="module", params=product(FAMILIES, WAYS), ids="-".join)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    family, way = request.param
+    student, teacher, output = (tmp_path_factory.mktemp(name) for name in ("student", "teacher", "output"))
+    for folder, seed, width in ((student, 0, 32), (teacher, 1, 48)):
+        build(family, seed=seed, width=width).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    trainer = make_trainer(output, str(student), str(teacher), **WAYS[way])
+    before = weights(trainer.model), weights(trainer.teacher_model)
+    trainer.train()
+    trainer.save_model()
+    student_nf4, teacher_nf4 = (NF4 if way == each else None for each in ("QLoRA", "NF4 teacher"))
+    has_adapter = "peft_config" in WAYS[way]
+    return Run(trainer, has_adapter, *before, loader(student, student_nf4), loader(teacher, teacher_nf4))
+
+
+class TestTrainedStudent:
+    def test_all_of_it_has_moved_and_nothing_else(self, run: Run):
+        after, teacher_after = weights(run.trainer.model), weights(run.trainer.teacher_model)
+        moved = {name for name, each in after.items() if not torch.equal(each, run.student_before[name])}
+        names = dict(run.trainer.model.named_parameters(remove_duplicate=False))
+        assert moved == {name for name in names if "lora_" in name or not run.has_adapter}
+        assert moved == {name for name, each in names.items() if each.requires_grad}
+        assert not any(each.requires_grad for each in run.trainer.teacher_model.parameters())
+        assert all(torch.equal(each, run.teacher_before[name]) for name, each in teacher_after.items())
+
+    def test_each_model_is_quantised_where_it_was_asked_for(self, run: Run):
+        loaded = run.load_student(), run.load_teacher()
+        for model, expected in zip((run.trainer.model, run.trainer.teacher_model), loaded, strict=True):
+            layers = [sum(isinstance(each, Linear4bit) for each in one.modules()) for one in (model, expected)]
+            assert layers[0] == layers[1]
+            assert bool(layers[0]) == (getattr(expected, "quantization_method", None) is not None)
+
+    @torch.no_grad()
+    def test_what_was_logged_is_of_the_models_on_disk(self, run: Run):
+        student, teacher = run.load_student(), run.load_teacher()
+        (batch,) = run.trainer._buffered_inputs  # whose first update is that of an adapter at zero
+        mask = sequences(batch)[2]
+        divergences, entropies = [], []
+        for row, real in enumerate(mask):
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            completion = batch["completion_ids"][row][real]
+            q, p = (score_alone(model, prompt, completion) for model in (student, teacher))
+            divergences.append(kl(q, p))
+            entropies.append(-(q.exp() * q).sum(dim=-1))
+            logps, teacher_logps = (each.gather(1, completion[:, None]).squeeze(1) for each in (q, p))
+            mixture = (0.6 * logps.exp() + 0.4 * teacher_logps.exp()).log()
+            torch.testing.assert_close(batch["student_logps"][row][real], logps, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(batch["old_per_token_logps"][row][real], mixture, rtol=1e-4, atol=1e-4)
+        first, second, *_ = run.trainer.state.log_history
+        reverse_kl = torch.stack([each.sum() for each in divergences]).mean().item()
+        assert first["objective/reverse_kl"] == pytest.approx(reverse_kl, rel=1e-3)
+        assert first["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
+        assert math.isfinite(first["loss"])
+        assert second["loss"] < first["loss"]
+
+    @torch.no_grad()
+    def test_dropout_was_off(self, run: Run):
+        model = run.trainer.model.train()
+        assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
+
+    @torch.no_grad()
+    def test_it_is_loaded_as_it_was_saved(self, run: Run):
+        model, output = run.trainer.model.eval(), Path(run.trainer.args.output_dir)
+        saved = {each.name for each in output.glob("*model*")}
+        if run.has_adapter:
+            assert saved == {"adapter_model.safetensors"}
+            assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
+            for parameter in model.parameters():  # to what they are loaded as
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            loaded = PeftModel.from_pretrained(run.load_student(), output)
+        else:
+            assert saved == {"model.safetensors"}
+            loaded = AutoModelForCausalLM.from_pretrained(output)
+        logits = model(IDS).logits
+        torch.testing.assert_close(loaded.eval()(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+        assert (run.load_student()(IDS).logits - logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows"), [(8, 3), (3, 8)], ids=["student's larger", "teacher's larger"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_vocabularies_train_like_those_cut_to_the_rows_they_share(
+    tmp_path, family: str, student_rows: int, teacher_rows: int
+):
+    shared = VOCAB + 3
+    padded = build(family, VOCAB + student_rows), build(family, VOCAB + teacher_rows, seed=1, width=48)
+    with torch.no_grad():  # where they may be sampled, most of the tokens are among them
+        for model in padded:
+            model.get_output_embeddings().weight[shared:] *= 20.0
+    cut = copy.deepcopy(padded)
+    moved = []
+    for student, teacher in (padded, cut):
+        if student is cut[0]:
+            for model in cut:
+                model.resize_token_embeddings(shared)
+        trainer = make_trainer(tmp_path, student, teacher, optim="sgd", learning_rate=0.1)
+        assert trainer.vocab_size == shared
+        before = weights(student)
+        trainer.train()
+        (batch,) = trainer._buffered_inputs
+        assert batch["completion_ids"].max() < shared
+        moved.append({name: each - before[name] for name, each in weights(student).items()})
+    for name, expected in moved[1].items():
+        actual = moved[0][name]
+        assert not actual[len(expected) :].any()
+        torch.testing.assert_close(actual[: len(expected)], expected, rtol=1e-3, atol=1e-6)
+    assert moved[1][next(iter(moved[1]))].abs().max() > 1e-3
+
+
+def test_page_lists_what_is_run_here():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")
+    )
+    assert header[2:] == list(WAYS)
+    assert [row[0].strip("`") for row in rows] == FAMILIES
+    assert all(cell == "CPU" for row in rows for cell in row[2:])

@@ -1,0 +1,75 @@
+"""The table of the benchmarks is that of their results, and each result says where it comes from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").rglob("*.json"))
+sys.path.insert(0, str(BENCHMARKS))
+
+import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
+import demo_seeds  # noqa: E402
+import report  # noqa: E402
+
+
+def test_tables_are_those_of_the_results():
+    text = (BENCHMARKS / "README.md").read_text()
+    for name, expected in report.tables().items():
+        start, end = report.marks(name)
+        assert text.split(start)[1].split(end)[0] == expected
+
+
+def test_table_of_the_demo_is_that_of_the_results():
+    result = json.loads(demo_seeds.RESULTS.read_text())
+    assert demo_seeds.markdown_table(result) in (BENCHMARKS / "README.md").read_text()
+    for seed in result["seeds"].values():  # what the text below the table says
+        for gain in seed["minillm_minus"].values():
+            assert gain["rouge_l"]["low"] > 0
+            assert gain["reverse_kl"]["high"] < 0
+
+
+def test_table_of_the_degeneration_page_is_that_of_the_results():
+    results = json.loads((BENCHMARKS / "results" / "degeneration.json").read_text())["results"]
+    assert degeneration.markdown_table(results) in (BENCHMARKS.parent / "docs" / "degeneration.md").read_text()
+
+
+def test_page_on_reliable_runs_says_what_was_counted():
+    results = json.loads((BENCHMARKS / "results" / "killed_runs.json").read_text())["results"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "reliable_runs.md").read_text().split())
+    assert f" {sum(each['kills'] for each in results)} kills " in text
+    lost = [each.get("weights", 0) + each.get("logs_that_differ", 0) for each in results]
+    assert {*lost, *(each.get("answers_that_differ", 0) for each in results)} == {0}
+
+
+def test_memory_estimate_is_near_what_training_took_on_a_gpu():
+    found = list(report.memory_errors())
+    assert len(found) == 12
+    for case, phase, measured, estimated in found:
+        assert 0.9 < estimated / measured < 1.15, f"{case}, {phase}"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_result_names_its_command_commit_machine_and_versions(path: Path):
+    record = json.loads(path.read_text())
+    script = record["command"].split()[1]
+    assert (BENCHMARKS.parent / script).exists()
+    assert not any(Path(word).is_absolute() for word in record["command"].split())
+    assert len(record["commit"]) == 40
+    assert record["machine"]
+    runs = record.get("seeds", {}).values()  # of the demo, each with an environment of its own
+    assert all(each["torch"] for each in [record.get("versions"), *(run["environment"] for run in runs)] if each)
+    assert "versions" in record or runs
+
+
+def test_aim_is_reached_on_the_right_side():
+    faster = report.Measured("a", "b", "c", [1.0, 2.0, 3.0], aim=2.0)
+    assert faster.reached
+    assert not report.Measured("a", "b", "c", [1.0, 1.9, 3.0], aim=2.0).reached
+    smaller = report.Measured("a", "b", "c", [0.11], aim=0.125, at_least=False, unit="%")
+    assert smaller.reached
+    assert not report.Measured("a", "b", "c", [0.13], aim=0.125, at_least=False).reached
+    assert "| 2.00x (1.00x to 3.00x) | at least 2.00x | yes |" in faster.row("results")
+    assert "| 11 % | at most 12 % | yes |" in smaller.row("results")

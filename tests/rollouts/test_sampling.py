@@ -1,0 +1,448 @@
+"""The law of sampled completions against enumeration, and what does not change it."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
+
+import minillm_trl.rollouts.sampling
+from minillm_trl.rollouts.buffer import deal_rows
+from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
+from minillm_trl.rollouts.sampling import (
+    ROLLOUT_ORDER,
+    draw_tokens,
+    keyed_uniforms,
+    sample_completions,
+    sample_prompts,
+    toss_coins,
+)
+
+VOCAB, HORIZON, EOS = 3, 3, 0
+PROMPTS = [[1], [2, 1, 2, 2]]
+
+
+def tiny(seed: int, family: str = "gpt2") -> PreTrainedModel:
+    model = build_model(family, vocab_size=VOCAB, seed=seed, width=8, layers=1).double()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6.0)
+    return model
+
+
+@torch.no_grad()
+def next_probs(model: PreTrainedModel, prompt: list[int], temperature: float) -> dict[tuple, torch.Tensor]:
+    """Next-token probabilities `(V,)` after the prompt and every beginning of a completion.
+
+    They come from plain forward passes without padding or a cache, one over all beginnings of the same length.
+    """
+    probs = {}
+    for length in range(HORIZON):
+        beginnings = list(product(range(VOCAB), repeat=length))
+        logits = model(torch.tensor([[*prompt, *tokens] for tokens in beginnings]), use_cache=False).logits[:, -1]
+        probs |= zip(beginnings, torch.softmax(logits / temperature, -1), strict=True)
+    return probs
+
+
+def mixture_law(student, teacher, prompt: list[int], alpha: float, temperature: float) -> dict[tuple, float]:
+    """Probability of every completion under the per-token mixture."""
+    of_student, of_teacher = (next_probs(model, prompt, temperature) for model in (student, teacher))
+    law = {}
+    for tokens in product(range(VOCAB), repeat=HORIZON):
+        completion = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+        if completion in law:
+            continue
+        probability = 1.0
+        for t, token in enumerate(completion):
+            mixed = alpha * of_teacher[completion[:t]] + (1 - alpha) * of_student[completion[:t]]
+            probability *= mixed[token].item()
+        law[completion] = probability
+    return law
+
+
+def distance(counts: dict[tuple, float], law: dict[tuple, float]) -> float:
+    """Total variation distance."""
+    return sum(abs(counts.get(key, 0.0) - value) for key, value in law.items()) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["padded by 4", "padded by 1"])
+def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(family: str, prompt: list[int]):
+    """With coins of probability alpha this is the mixture: P(token) = alpha p(token) + (1 - alpha) q(token)."""
+    models = [tiny(0, family), tiny(1, family)]
+    temperature, margin = 1.7, 1e-9
+    probs = [next_probs(model, prompt, temperature) for model in models]
+    completions = list(product(range(VOCAB), repeat=HORIZON))
+    padding = 5 - len(prompt)
+    for coins in product([False, True], repeat=HORIZON):
+        low, high = torch.zeros(2, len(completions), HORIZON, dtype=torch.float64)
+        for n, completion in enumerate(completions):
+            for t, coin in enumerate(coins):
+                bounds = probs[coin][completion[:t]].cumsum(0).tolist()
+                low[n, t], high[n, t] = [0.0, *bounds][completion[t]], bounds[completion[t]]
+        uniforms = torch.cat([low + margin, high - margin])
+        sampled, mask, *_ = sample_completions(
+            models[0],
+            torch.tensor([[1] * padding + prompt]).expand(len(uniforms), -1),
+            torch.tensor([[0] * padding + [1] * len(prompt)]).expand(len(uniforms), -1),
+            max_new_tokens=HORIZON,
+            eos_token_ids=[EOS],
+            pad_token_id=1,
+            uniforms=uniforms,
+            temperature=temperature,
+            teacher=models[1],
+            teacher_coins=np.array([coins]),
+        )
+        expected = torch.tensor(completions * 2)
+        assert torch.equal(sampled[mask], expected[mask])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("coin_key", [(99,), None], ids=["own key", "default coins"])
+@pytest.mark.parametrize(("family", "shared"), [("gpt2", True), ("gpt2", False), ("llama", False)])
+def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool, coin_key: tuple[int] | None):
+    student, teacher = tiny(0, family), tiny(1, family)
+    alpha = 0.4
+    calls, rows = (300, 8) if shared else (1, 2400)  # rows that share their coins are dependent, calls are not
+    counts: dict[tuple, float] = {}
+    for call in range(calls):
+        completions = sample_prompts(
+            student,
+            [PROMPTS[0], *[PROMPTS[1]] * rows],  # the first one is padded
+            keys=[(call, row) for row in range(rows + 1)],
+            max_new_tokens=HORIZON,
+            eos_token_ids=[EOS],
+            pad_token_id=1,
+            teacher=teacher,
+            alpha=alpha,
+            coin_key=coin_key and (*coin_key, call),
+            shared_coins=shared,
+        )
+        for completion in completions[1:]:
+            counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / (calls * rows)
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 0.0, 1.0)) > 0.08
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 1.0, 1.0)) > 0.08
+
+
+def sample(prompts: list[list[int]], batch_size: int | None, family: str = "gpt2", alpha: float = 0.0, **options):
+    model = build_model(family, vocab_size=50, width=16, layers=2)
+    keys = [(7, sum(prompt)) for prompt in prompts]
+    return sample_prompts(
+        model,
+        prompts,
+        keys=keys,
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=batch_size,
+        alpha=alpha,
+        teacher=build_model(family, vocab_size=50, seed=1, width=16, layers=2),
+        **options,
+    )
+
+
+LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.3, "shared_coins": False}], ids=["student", "coins of its own"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str, options: dict):
+    alone = sample(LONG_PROMPTS, batch_size=1, family=family, **options)
+    assert sample(LONG_PROMPTS, batch_size=5, family=family, **options) == alone
+    assert sample(LONG_PROMPTS[::-1], batch_size=None, family=family, **options) == alone[::-1]
+    assert len({len(completion) for completion in alone}) > 3  # rows finish at different steps
+
+
+def test_completions_end_with_the_first_of_several_ends_or_at_the_limit():
+    for completion in sample(LONG_PROMPTS, batch_size=4):
+        assert not {0, 3} & set(completion[:-1])
+        assert completion[-1] in (0, 3) or len(completion) == 24
+
+
+def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
+    student, teacher = tiny(0), tiny(1)
+    calls = []
+    for name, model in (("student", student), ("teacher", teacher)):
+        forward = model.forward
+
+        def counted(*args, _name=name, _forward=forward, **kwargs):
+            calls.append((_name, kwargs["input_ids"].shape[1]))
+            return _forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counted)
+    sample_completions(
+        student,
+        torch.tensor([[1, 2]]),
+        torch.ones(1, 2),
+        max_new_tokens=6,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=torch.full((1, 6), 0.5, dtype=torch.float64),
+        teacher=teacher,
+        teacher_coins=np.array([[False, False, True, False, True, True]]),
+    )
+    assert calls == [("student", 2), ("student", 1), ("teacher", 4), ("student", 2), ("teacher", 2), ("teacher", 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(family: str, alpha: float, shared: bool):
+    student = build_model(family, vocab_size=50, width=16)
+    teacher = build_model(family, vocab_size=50, width=24, seed=1)
+    batches = []
+    completions = sample_prompts(
+        student,
+        LONG_PROMPTS,
+        keys=[(7, sum(prompt)) for prompt in LONG_PROMPTS],
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=5,
+        teacher=teacher,
+        alpha=alpha,
+        shared_coins=shared,
+        keep_states=True,
+        on_batch=lambda rows, sampled: batches.append((rows, sampled)),
+    )
+    assert len({len(completion) for completion in completions}) > 3  # rows finish at different steps
+    for rows, sampled in batches:
+        for number, row in enumerate(rows):
+            ids = torch.tensor([LONG_PROMPTS[row] + completions[row]])
+            for model, states in zip((student, teacher), sampled[2:], strict=True):
+                if alpha == 0 and model is teacher:
+                    assert states is None
+                    continue
+                expected = model.base_model(ids).last_hidden_state[0, len(LONG_PROMPTS[row]) - 1 : -1]
+                torch.testing.assert_close(
+                    states[number, : len(completions[row])],
+                    expected,
+                    rtol=1e-3,
+                    atol=1e-3 * expected.abs().max().item(),
+                )
+
+
+def test_cudnn_attention_is_off_while_sampling_alone():
+    model, seen = build_model("gpt2", vocab_size=50, width=16), []
+    model.base_model.register_forward_hook(lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for enabled in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        sample_prompts(model, [[5]], keys=[(1,)], max_new_tokens=2, eos_token_ids=[], pad_token_id=1)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False] * 4
+
+
+@torch.no_grad()
+def test_neither_model_reads_a_token_twice():
+    models = {"student": build_model("gpt2", vocab_size=50, width=16), "teacher": build_model("gpt2", 50, 1, 24)}
+    read = dict.fromkeys(models, 0)
+    for name, model in models.items():
+
+        def count(module, args, kwargs, name=name):
+            read[name] += kwargs["input_ids"].shape[1]
+
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    sample_completions(
+        models["student"],
+        torch.full((2, 7), 4),
+        torch.ones(2, 7),
+        max_new_tokens=20,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=None,
+        teacher=models["teacher"],
+        teacher_coins=toss_coins(20, 0.3, 1)[None],
+        keep_states=True,
+    )
+    assert 7 + 20 - 1 <= min(read.values()) <= max(read.values()) <= 7 + 20
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3"])
+def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str):
+    model = build_model(family, vocab_size=50, width=16)
+    options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24)}
+    compiled = CompiledDecoding(model, "eager")
+    check_decoding(model, "student", compiled)
+    keys = [(7, sum(prompt)) for prompt in LONG_PROMPTS]
+    common = {"keys": keys, "max_new_tokens": 24, "eos_token_ids": [0, 3], "pad_token_id": 1, "batch_size": 4}
+    expected = sample_prompts(model, LONG_PROMPTS, **common, **options)
+    for keep_states in (True, False, True, False):
+        options |= {"keep_states": keep_states, "compiled": compiled}
+        assert sample_prompts(model, LONG_PROMPTS, **common, **options) == expected
+    assert len(compiled._caches) == 2  # of the check, and of every batch
+
+
+def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypatch: pytest.MonkeyPatch):
+    model = build_model("llama", vocab_size=50, width=16)
+    compiled = CompiledDecoding(model, "eager")
+    widths = []
+    function = compiled._compiled
+
+    def recorded(**inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return function(**inputs)
+
+    monkeypatch.setattr(compiled, "_compiled", recorded)
+    coins = np.array([[False, False, True, False, *[True] * 5, False, False]])
+    sample_completions(
+        model,
+        torch.tensor([[5, 6, 7]]),
+        torch.ones(1, 3),
+        max_new_tokens=11,
+        eos_token_ids=[],
+        pad_token_id=1,
+        uniforms=None,
+        teacher=build_model("llama", 50, 1, 24),
+        teacher_coins=coins,
+        compiled=compiled,
+    )
+    assert widths == [1, 2, 1]  # after the prompt; the student's tokens at 1, 3, 9 (six at once, not compiled), 10
+
+
+class TestCheckDecoding:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_attention_of_any_kind_passes(self, family: str):
+        check_decoding(build_model(family), "student")
+
+    def test_recurrent_layers_are_refused(self):
+        config = Mamba2Config(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=1)
+        with pytest.raises(ValueError, match=r"The student .* has recurrent layers"):
+            check_decoding(Mamba2ForCausalLM(config).eval(), "student")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_cache_that_does_not_work_is_refused_in_any_precision(self, monkeypatch: pytest.MonkeyPatch, dtype):
+        model = build_model("gpt2").to(dtype)
+        check_decoding(model, "student")
+        monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: self.reset())
+        with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time: logits differ by up to"):
+            check_decoding(model, "student")
+
+
+def test_rows_of_the_vocabulary_beyond_the_shared_ones_are_never_sampled():
+    completions = sample(LONG_PROMPTS, batch_size=4, alpha=0.5, vocab_size=10)
+    assert max(max(completion) for completion in completions) < 10
+    assert max(max(completion) for completion in sample(LONG_PROMPTS, batch_size=4, alpha=0.5)) >= 10
+
+
+def test_greedy_decoding_equals_generate():
+    model = build_model("gpt2", vocab_size=50, width=16)
+    prompt = [7, 8, 9]
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=0, pad_token_id=1
+    )[0, 3:].tolist()
+    actual = sample_prompts(model, [prompt, [4]], keys=None, max_new_tokens=10, eos_token_ids=[0], pad_token_id=1)
+    assert actual[0] == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_blocked_ngrams_are_those_of_generate(size: int):
+    """Greedy decoding of a model that repeats itself, with prompts of different lengths and finished rows."""
+    model = build_model("llama", vocab_size=40, seed=5).eval()
+    model.generation_config = GenerationConfig(pad_token_id=1)
+    prompts = [[5, 6, 7, 5, 6], [9], [8, 8, 8], [3, 4, 3, 4, 3, 4, 3]]
+    options = {"max_new_tokens": 24, "eos_token_ids": [11], "pad_token_id": 1}
+    plain = sample_prompts(model, prompts, keys=None, **options)
+    blocked = sample_prompts(model, prompts, keys=None, no_repeat_ngram_size=size, **options)
+    assert plain != blocked
+    for prompt, completion in zip(prompts, blocked, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=11,
+            no_repeat_ngram_size=size,
+        )
+        assert completion == expected[0, len(prompt) :].tolist()
+
+
+class TestDrawTokens:
+    def test_inverse_cdf_picks_the_token_whose_interval_holds_the_number(self):
+        logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(5, -1)
+        uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999999], dtype=torch.float64)
+        assert draw_tokens(logits, uniforms, 1.0).tolist() == [0, 0, 1, 1, 2]
+
+    def test_excluded_tokens_are_never_drawn(self):
+        logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+        uniforms = torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64)
+        assert draw_tokens(logits, uniforms, 1.0).tolist() == [1, 3, 3]
+
+
+class TestKeyedUniforms:
+    def test_numbers_are_a_function_of_the_key(self):
+        assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(5, 1, 2)).all()
+        assert (keyed_uniforms(5, 1, 2) == keyed_uniforms(9, 1, 2)[:5]).all()  # a longer limit keeps the first tokens
+        assert (keyed_uniforms(5, 1, 2) != keyed_uniforms(5, 2, 1)).all()
+        assert (keyed_uniforms(5, np.int64(7), 0) == keyed_uniforms(5, 7, 0)).all()
+
+    def test_different_keys_never_share_numbers(self):
+        """`SeedSequence` fills keys up with zeros, and takes a large number for several small ones."""
+        values = (0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**64)
+        keys = [key for length in range(5) for key in product(values, repeat=length)]
+        keys += [(*key, *more) for key in product((0, 1), repeat=4) for more in ((0,), (1,), (0, 0), (1, 0))]
+        assert len({tuple(keyed_uniforms(2, *key)) for key in keys}) == len(set(keys)) == len(keys)
+
+    def test_keys_of_the_package_keep_the_numbers_that_they_had(self):
+        """A run that is resumed, or repeated with a later version, samples what it did."""
+        keys = [(5, 7), (5, 0), (3, 0, 1, 2, 0), (3, 2, 4, 0, 1, 0), (3, 3, 1, 1), (3, 0, 2)]
+        found = [keyed_uniforms(2, *key).tolist() for key in keys]
+        expected = [np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(2) for key in keys]
+        expected = [numbers.tolist() for numbers in expected]
+        assert found == expected
+
+    def test_rows_are_dealt_by_the_numbers_that_they_had(self):
+        for step in (0, 4):
+            keys = [(1, ROLLOUT_ORDER, step, block) for block in (0, 1)]
+            orders = [np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(3) for key in keys]
+            expected = np.stack([orders[0].argsort(), orders[1].argsort() + 3], axis=1).reshape(-1)
+            assert deal_rows(6, 3, 0, 1, ROLLOUT_ORDER, step).tolist() == expected.tolist()
+
+    def test_negative_number_is_refused(self):
+        with pytest.raises(ValueError, match=r"non-negative integers, got \(1, -1\)"):
+            keyed_uniforms(3, 1, -1)
+
+    def test_coins_come_up_with_probability_alpha(self):
+        tosses = [coin for seed in range(200) for coin in toss_coins(50, 0.2, seed)]
+        assert sum(tosses) / len(tosses) == pytest.approx(0.2, abs=0.015)
+        assert not any(toss_coins(50, 0.0, 1))
+        assert all(toss_coins(50, 1.0, 1))
+
+
+class TestDefaultCoins:
+    """Of `sample_prompts` that is not told a `coin_key`."""
+
+    @staticmethod
+    def coins(monkeypatch: pytest.MonkeyPatch, keys, shared: bool) -> list[tuple[int, ...]]:
+        found = []
+
+        def recorded(length: int, alpha: float, *key: int) -> np.ndarray:
+            found.append(key)
+            return toss_coins(length, alpha, *key)
+
+        monkeypatch.setattr(minillm_trl.rollouts.sampling, "toss_coins", recorded)
+        with torch.random.fork_rng(devices=[]):  # it is seeded for each model
+            models = [build_model("gpt2", vocab_size=10, seed=seed, width=8, layers=1) for seed in (0, 1)]
+        options = {"max_new_tokens": 3, "eos_token_ids": [], "pad_token_id": 1, "batch_size": 2}
+        sample_prompts(models[0], [[5]] * 4, keys=keys, teacher=models[1], alpha=0.5, shared_coins=shared, **options)
+        return found
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_they_are_a_function_of_the_keys_and_share_no_number_with_the_tokens(self, monkeypatch, shared: bool):
+        keys = [[(call, row) for row in range(4)] for call in (0, 1)]
+        first, again, second = (self.coins(monkeypatch, each, shared) for each in (keys[0], keys[0], keys[1]))
+        assert first == again
+        assert len({*first, *second}) == (4 if shared else 8)
+        assert not {*first, *second} & {*keys[0], *keys[1]}
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_without_keys_they_come_from_the_generator_of_torch(self, monkeypatch, shared: bool):
+        torch.manual_seed(0)
+        first, second = (self.coins(monkeypatch, None, shared) for _ in range(2))
+        torch.manual_seed(0)
+        assert self.coins(monkeypatch, None, shared) == first
+        assert len({*first, *second}) == (4 if shared else 8)

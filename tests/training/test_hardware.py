@@ -1,0 +1,329 @@
+"""Verdicts on recorded machines, and the screen of `minillm-trl doctor` on this one."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import yaml
+from conftest import build_model, build_tokenizer
+from transformers import BitsAndBytesConfig, GPT2Config, Qwen2Config
+from trl import ModelConfig
+
+from minillm_trl import MiniLLMConfig
+from minillm_trl.cli import main
+from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
+from minillm_trl.cli.minillm import TeacherArguments
+from minillm_trl.hardware.machine import GPU, Machine, best_precision, probe, problems, runs_on
+from minillm_trl.hardware.memory_estimate import (
+    Workload,
+    count_parameters,
+    estimate_fine_tuning_memory,
+    estimate_memory,
+)
+
+GIB = 2**30
+CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+VERSIONS = {"torch": "2.13.0", "trl": "1.16.0", "transformers": "5.23.0", "bitsandbytes": None}
+
+
+def machine(*gpus: GPU, cuda: str | None = "12.6", architectures: tuple[str, ...] = CU126) -> Machine:
+    return Machine(gpus, 16, 128 * GIB, cuda, architectures, VERSIONS)
+
+
+V100 = GPU("Tesla V100-SXM2-32GB", (7, 0), 32 * GIB)
+A100 = GPU("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB)
+H200 = GPU("NVIDIA H200", (9, 0), 141 * GIB)
+CPU = machine(cuda=None, architectures=())
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("facts", "precision"),
+        [(machine(V100, V100), "fp16"), (machine(A100), "bf16"), (machine(H200), "bf16"), (CPU, "no")],
+        ids=["V100", "A100", "H200", "CPU"],
+    )
+    def test_precision(self, facts: Machine, precision: str):
+        assert best_precision(facts) == precision
+
+    def test_slowest_card_of_a_mixed_box_decides(self):
+        assert best_precision(machine(A100, V100)) == "fp16"
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"bf16": True}, "bf16=True: the Tesla V100-SXM2-32GB .sm_70. has no bfloat16. Set bf16=False and fp16"),
+            ({"attn_implementation": "flash_attention_2"}, "needs compute capability 8.0.*attn_implementation='sdpa'"),
+            ({"load_in_8bit": True}, "needs compute capability 7.5.*load_in_4bit=True with bnb_4bit_quant_type='nf4'"),
+        ],
+    )
+    def test_v100_refuses_what_it_lacks(self, settings: dict, message: str):
+        (found,) = problems(machine(V100), **settings)
+        assert re.search(message, found)
+        assert problems(machine(A100), **settings) == []
+        assert problems(machine(H200), **settings) == []
+
+    def test_v100_runs_in_float16_with_sdpa_and_nf4(self):
+        assert problems(machine(V100), fp16=True, attn_implementation="sdpa", compile_rollouts="inductor") == []
+
+    def test_build_without_the_architecture_is_recognised_with_the_install_line(self):
+        (found,) = problems(machine(V100, cuda="13.0", architectures=CU130), fp16=True)
+        assert "torch 2.13.0 was not built for the Tesla V100-SXM2-32GB (sm_70), only for sm_75" in found
+        assert "pip install 'torch>=2.13,<2.15' --index-url https://download.pytorch.org/whl/cu126" in found
+
+    def test_half_precision_without_a_gpu(self):
+        found = problems(CPU, bf16=True, fp16=True)
+        assert "fp16=True has no gradient scaler on a CPU" in found[0]
+        assert "is a build for CPUs" in found[1]
+        assert problems(CPU, bf16=True, use_cpu=True) == []
+        assert problems(CPU) == []
+
+    @pytest.mark.parametrize(
+        ("capability", "architectures", "expected"),
+        [
+            ((7, 0), CU126, True),
+            ((7, 0), CU130, False),
+            ((8, 9), ("sm_86",), True),
+            ((8, 0), ("sm_86",), False),
+            ((12, 1), ("compute_120",), True),
+            ((9, 0), ("sm_90a",), True),
+        ],
+    )
+    def test_architectures(self, capability: tuple[int, int], architectures: tuple[str, ...], expected: bool):
+        assert runs_on(GPU("card", capability, GIB), architectures) is expected
+
+
+class TestMemory:
+    LOAD = Workload(rows=8, sampled_rows=32, buffered_rows=32, prompt_tokens=256, completion_tokens=256)
+
+    def test_parameters_are_counted_without_memory(self):
+        assert count_parameters(GPT2Config()) == 124_439_808
+
+    def test_parts_by_hand(self):
+        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
+        parts = estimate_memory(student, teacher, self.LOAD)
+        size = count_parameters(student)
+        assert parts["student, gradients and optimizer"] == 16 * size
+        assert parts["teacher"] == 2 * count_parameters(teacher)
+        assert parts["teacher's states of a rollout"] == 32 * 256 * 128 * 2
+        assert parts["key-value caches while sampling"] == 32 * 512 * 2 * (2 * 2 * 64 + 2 * 3 * 128)
+        assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (4 * 2 + 34 + 15 * 4)
+        sampling = parts["teacher"] + parts["key-value caches while sampling"] + parts["teacher's states of a rollout"]
+        assert parts["while sampling"] == (12 + 2) * size + sampling
+
+    @pytest.mark.parametrize(("strategy", "shares"), [("ddp", 1), ("fsdp", 4)])
+    def test_base_of_a_lora_student_in_float32_is_copied_for_rollouts(self, strategy: str, shares: int):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        half = Workload(**{**vars(self.LOAD), "lora_rank": 4, "strategy": strategy, "processes": shares})
+        wide = Workload(**{**vars(half), "base_in_float32": True})
+        before, after = (estimate_memory(config, config, load) for load in (half, wide))
+        size, name = count_parameters(config), "student, gradients and optimizer"
+        assert after[name] - before[name] == pytest.approx(2 * size / shares)
+        copied = 0 if strategy == "fsdp" else 2 * size  # FSDP's rollouts are sampled from a whole copy in any case
+        assert after["copy for rollouts"] - before["copy for rollouts"] == pytest.approx(copied)
+
+    def test_in_float32_numbers_are_twice_as_wide_and_nothing_is_copied(self):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        load = Workload(**{**vars(self.LOAD), "mixed_precision": False, "half_precision_rollouts": False})
+        for checkpointing in (True, False):
+            parts = estimate_memory(config, config, replace(load, gradient_checkpointing=checkpointing))
+            assert parts["student, gradients and optimizer"] == 16 * count_parameters(config)
+            assert parts["copy for rollouts"] == 0
+            assert parts["teacher"] == 4 * count_parameters(config)
+            assert parts["teacher's states of a rollout"] == 32 * 256 * 64 * 4
+            assert parts["key-value caches while sampling"] == 32 * 512 * 4 * (2 * 2 * 2 * 64)
+        assert parts["activations of a micro-batch"] == 2 * 8 * 512 * 64 * 2 * (34 + 8 * 4)
+
+    def test_activations_by_hand(self):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = Qwen2Config(intermediate_size=160, **sizes)
+        layer = 8 * 512 * 64 * (20 + 7 + 8 * 2.5)
+        for change, expected in (
+            ({}, 8 * 512 * 64 * 3 * 4 + layer),
+            ({"lora_rank": 4}, 8 * 512 * 64 * 3 * 2 + layer),
+            ({"lora_rank": 4, "base_in_float32": True}, 8 * 512 * 64 * 3 * 4 + layer),
+            ({"gradient_checkpointing": False}, 3 * layer),
+        ):
+            parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), **change}))
+            assert parts["activations of a micro-batch"] == expected
+
+    def test_without_checkpointing_autocast_keeps_its_copies_of_the_weights(self):
+        model = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), "gradient_checkpointing": False}))
+        assert parts["student, gradients and optimizer"] == 18 * count_parameters(model)
+
+    def test_parts_of_fine_tuning_and_kd_by_hand(self):
+        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
+        size, sharded = count_parameters(student), Workload(**{**vars(self.LOAD), "strategy": "fsdp", "processes": 4})
+        plain = estimate_fine_tuning_memory(student, self.LOAD)
+        assert plain["logits"] == 3 * 8 * 512 * 1000 * 4
+        assert plain["while updating"] == 16 * size + plain["activations of a micro-batch"] + plain["logits"]
+        assert plain["while sampling"] == 12 * size + 32 * 512 * 2 * (2 * 2 * 64)
+        kd = estimate_fine_tuning_memory(student, sharded, teacher)
+        assert kd["teacher"] == 2 * count_parameters(teacher)
+        assert kd["while sampling"] == 3 * size + 2 * size + kd["teacher"] + 32 * 512 * 2 * (2 * 2 * 64)
+
+    def test_embeddings_and_head_stay_in_half_precision_under_nf4(self):
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+        load = Workload(**{**vars(self.LOAD), "teacher_4bit": True})
+        rest = count_parameters(config) - 64 * 1000
+        assert estimate_memory(config, config, load)["teacher"] == pytest.approx(0.56 * rest + 2 * 64 * 1000)
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            ({"lora_rank": 8}, "while updating"),
+            ({"teacher_4bit": True}, "while sampling"),
+            ({"keeps_teacher": False}, "while updating"),
+            ({"keeps_states": False}, "while updating"),
+            ({"sampled_rows": 8}, "while sampling"),
+            ({"rows": 4}, "while updating"),
+            ({"strategy": "zero2", "processes": 4}, "while updating"),
+            ({"strategy": "fsdp", "processes": 4}, "while sampling"),
+            ({"shard_teacher": True, "processes": 4}, "while sampling"),
+            ({"teacher_shares_base": True}, "while sampling"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+    )
+    def test_what_saves_memory_lowers_the_estimate(self, change: dict, part: str):
+        config = Qwen2Config(hidden_size=896, num_hidden_layers=4, num_attention_heads=14, num_key_value_heads=2)
+        plain = estimate_memory(config, config, self.LOAD)
+        assert estimate_memory(config, config, Workload(**{**vars(self.LOAD), **change}))[part] < plain[part]
+
+
+class TestDoctor:
+    def test_screen_names_cards_and_features(self):
+        screen = "\n".join(describe(machine(V100, V100)))
+        assert screen.count("Tesla V100-SXM2-32GB, sm_70, 32 GiB") == 2
+        assert "FlashAttention-2: no, LLM.int8(): no, NF4: yes" in screen
+        assert "precision to train in: fp16" in screen
+        assert "none that torch can use" in "\n".join(describe(CPU))
+
+    @pytest.mark.parametrize(
+        ("facts", "expected"),
+        [
+            (CPU, "--accelerate_config cpu"),
+            (machine(A100), "--accelerate_config single_gpu"),
+            (machine(V100, V100), "--accelerate_config v100_ddp_fp16 --num_processes 2"),
+            (machine(H200, H200), "--accelerate_config ddp_bf16 --num_processes 2"),
+        ],
+        ids=["CPU", "A100", "V100s", "H200s"],
+    )
+    def test_launch_line(self, facts: Machine, expected: str):
+        assert launch_line(facts, "run.yaml") == f"minillm-trl minillm --config run.yaml {expected}"
+
+    def test_one_v100_is_launched_in_float16(self):
+        assert launch_line(machine(V100), "run.yaml").endswith("--accelerate_config v100_single_gpu_fp16")
+
+    @pytest.mark.parametrize(
+        ("layers", "options", "cards", "strategy", "verdict"),
+        [
+            (8, {}, 4, "ddp", "is there: fits"),
+            (40, {}, 4, "zero2", "is there: fits"),
+            (64, {}, 8, "fsdp", "is there: fits"),
+            (72, {}, 8, "fsdp", "may not fit"),
+            (64, {"shard_teacher": True}, 8, "zero2", "is there: fits"),
+            (40, {}, 1, "ddp", "does not fit"),
+        ],
+    )
+    def test_strategy_is_the_first_that_fits(self, tmp_path, layers, options: dict, cards, strategy, verdict):
+        config = Qwen2Config(
+            hidden_size=2048,
+            intermediate_size=5504,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            vocab_size=32000,
+        )
+        config.save_pretrained(tmp_path)
+        facts = machine(*[V100] * cards)
+        facts = replace(facts, versions={**VERSIONS, "deepspeed": "0.19"})
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, **options)
+        model, teacher = ModelConfig(model_name_or_path=str(tmp_path)), TeacherArguments(str(tmp_path))
+        chosen, parts = choose_strategy(facts, model, teacher, args, prompt_tokens=256)
+        assert chosen == strategy
+        assert verdict in "\n".join(describe_memory(facts, chosen, parts))
+        expected = "v100_single_gpu_fp16" if cards == 1 else f"v100_{strategy}_fp16 --num_processes {cards}"
+        assert launch_line(facts, "run.yaml", chosen).endswith(expected)
+
+    @pytest.mark.parametrize("quantization", [{"load_in_8bit": True}, BitsAndBytesConfig(load_in_8bit=True)])
+    def test_teacher_is_checked_as_well(self, tmp_path, quantization):
+        quantized = {"quantization_config": quantization}
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, teacher_model_init_kwargs=quantized, teacher_mixed_alpha=0.0)
+        args.use_cpu = False
+        (found,) = check(machine(V100), ModelConfig(), TeacherArguments("teacher"), args)
+        assert "load_in_8bit=True: LLM.int8() needs compute capability 7.5" in found
+
+    def test_this_machine_is_described(self, capsys):
+        assert main(["doctor"]) == 0
+        shown = capsys.readouterr().out
+        assert f"{probe().cores} cores" in shown
+        assert probe().gpus or "precision to train in: float32" in shown
+        assert "Nothing found that stands against it." in shown
+
+    def write(self, folder, model_dir, **options) -> str:
+        run = {
+            "model_name_or_path": str(model_dir("gpt2")),
+            "teacher_model_name_or_path": str(model_dir("gpt2")),
+            "dataset": "e2e",
+            "output_dir": str(folder / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "max_completion_length": 16,
+            **options,
+        }
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(run))
+        return str(path)
+
+    def test_configuration_is_checked_with_an_estimate(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir)]) == 0
+        shown = capsys.readouterr().out
+        assert "GiB  teacher" in shown
+        assert "Nothing found" in shown
+
+    @pytest.mark.parametrize(("memory", "verdict"), [(128, "is there: fits"), (0.0001, "does not fit")])
+    def test_on_a_cpu_the_estimate_is_of_the_process_in_its_precision(self, tmp_path, model_dir, memory, verdict):
+        name = str(model_dir("gpt2"))
+        facts = replace(CPU, memory=int(memory * GIB))
+        peaks = []
+        for bf16 in (False, True):
+            args = MiniLLMConfig(str(tmp_path), use_cpu=True, bf16=bf16)
+            models = ModelConfig(model_name_or_path=name), TeacherArguments(name)
+            strategy, parts = choose_strategy(facts, *models, args, prompt_tokens=8)
+            shown = "\n".join(describe_memory(facts, strategy, parts))
+            assert "GPU" not in shown
+            assert verdict in shown
+            assert parts["copy for rollouts"] == 0
+            peaks.append(parts["teacher"])
+        assert peaks[0] == 2 * peaks[1]
+
+    def test_configuration_that_cannot_run_is_told_by_the_exit_code(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, fp16=True)]) == 1
+        assert "PROBLEM  " in capsys.readouterr().out
+
+    def test_models_that_do_not_fit_together_are_told(self, tmp_path, capsys, model_dir):
+        other = tmp_path / "other"
+        build_model("gpt2", 300).save_pretrained(other)
+        tokenizer = build_tokenizer()
+        tokenizer.add_tokens(["<other>"])
+        tokenizer.save_pretrained(other)
+        path = self.write(tmp_path, model_dir, teacher_model_name_or_path=str(other))
+        assert main(["doctor", "--config", path]) == 1
+        assert "PROBLEM  Student and teacher have different tokenizers" in capsys.readouterr().out
+
+    def test_weights_that_the_run_would_refuse_are_told(self, tmp_path, capsys, model_dir):
+        pickled = tmp_path / "pickled"
+        shutil.copytree(model_dir("gpt2"), pickled)
+        (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+        options: dict[str, object] = {"teacher_model_name_or_path": str(pickled)}
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 1
+        assert f"PROBLEM  {pickled} has its weights as a pickle" in capsys.readouterr().out
+        options["allow_pickled_weights"] = True
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 0
+
+    def test_context_without_room_for_a_prompt_is_told(self, tmp_path, capsys, model_dir):
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, max_completion_length=100_000)]) == 1
+        assert "PROBLEM  max_completion_length=100000 leaves no room for a prompt" in capsys.readouterr().out
