@@ -21,6 +21,7 @@ EXAMPLES = {
     "mend": "how to mend it",
     "lend": "to lend a machine",
     "what it has": "leave what it has",
+    "whatever the": "whatever the start",
     "none that": "none that fits",
     "at hand": "no GPU was at hand",
     "left alone": "a run left alone",
@@ -44,7 +45,7 @@ def test_each_phrase_is_found_in_its_example_and_listed_in_the_guide(banned: wor
 @pytest.mark.parametrize(
     "text",
     [
-        "`TEACHER` stands for a name. Stand-ins stand out.",
+        "`TEACHER` stands for a name. Stand-ins stand in for others and stand out.",
         "Of course it blends; besides, the calendar is in good order, for good reason.",
         "It has been going; what it has to do is clear. The amendment mentions length.",
         "the turn of the tool; in turn; the forest is unlike a mall",
@@ -77,6 +78,12 @@ def test_of_python_only_comments_and_strings_are_read(tmp_path: Path):
     ]
     path.write_text("\n".join(code))
     assert found(words.prose(path)) == [(5, "anew"), (1, "go on"), (7, "at hand")]
+
+
+def test_phrases_are_found_across_the_strings_of_one_message(tmp_path: Path):
+    path = tmp_path / "code.py"
+    path.write_text('raise ValueError(\n    f"The run {x} goes "\n    f"on from {y}, at "\n    "hand"\n)\n')
+    assert found(words.prose(path)) == [(2, "go on"), (3, "at hand")]
 
 
 def test_of_a_notebook_the_markdown_is_read(tmp_path: Path):
