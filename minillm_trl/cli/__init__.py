@@ -14,6 +14,7 @@ from ..errors import UserError
 SUBCOMMANDS = {
     "demo": "train a teacher and a student on real data, distil, and write a report (CPU, minutes)",
     "prepare-data": "check, filter and split data; write it for the other subcommands",
+    "shrink": "make a student out of a teacher: fewer layers, narrower feed-forward layers",
     "sft": "supervised fine-tuning of a teacher or a student",
     "kd": "word-level knowledge distillation, a baseline",
     "seqkd": "fine-tuning on the teacher's completions, a baseline",

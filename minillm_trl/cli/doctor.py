@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..models.weight_formats import quantization_settings
 from ..training.trl_version import TESTED
 from .arguments import PlainParser, TeacherArguments, parse, parse_plain
+from .shrink import read_settings
 
 # Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
 if TYPE_CHECKING:
@@ -128,6 +129,11 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
         check_room(
             names, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
         )
+        if read_settings(Path(model.model_name_or_path)) is not None:
+            found.append(
+                f"the student {model.model_name_or_path} comes straight from `minillm-trl shrink`. Heal it first with "
+                "`minillm-trl kd` or `seqkd`: its own samples are not yet text that a teacher can correct."
+            )
     except UserError as error:
         found.append(str(error))
     return found

@@ -1,17 +1,13 @@
 """`minillm-trl merge`: merge an adapter into its base, and save the plain model that comes of it."""
 
 import argparse
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import UserError
 from ..files.json_files import read_json
-from ..files.whole_files import make_folder, writing
+from ..files.whole_files import whole_folder, writing
 from ..models.multimodal import refuse_multimodal
 from .arguments import PlainParser, parse_plain
 
@@ -70,11 +66,11 @@ def _merge(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..models.adapters import find_adapter
-    from ..models.files import explained
+    from ..models.files import check_model_folder, explained
 
     adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
     output = arguments.output_dir.resolve()
-    _check_output(output, adapter, arguments.overwrite)
+    check_model_folder(output, {"adapter": adapter.name, "base": adapter.base}, arguments.overwrite)
     if getattr(adapter.base_config, "quantization_config", None) is not None:
         raise UserError(
             f"the base {adapter.base!r} is stored quantised. Name the full-precision model that it was made from: "
@@ -85,7 +81,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     print(f"Merging {adapter.name} into {adapter.base}.{_caveat(Path(adapter.name))}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = adapter.load_merged(dtype, arguments.trust_remote_code, arguments.allow_pickled_weights, progress=True)
-    with writing(output), _written_whole(output) as folder:
+    with writing(output), whole_folder(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             with explained(f"the tokenizer of {adapter.name!r} cannot be saved"):
@@ -116,29 +112,6 @@ def _is_quantised(attempt: _Attempt) -> bool:
     )
 
 
-def _check_output(output: Path, adapter: "Adapter", overwrite: bool) -> None:
-    for role, other in (("adapter", Path(adapter.name)), ("base", Path(adapter.base))):
-        if not other.is_dir():
-            continue
-        other = other.resolve()
-        if output == other or output in other.parents or other in output.parents:
-            raise UserError(
-                f"--output_dir {output}: this folder and that of the {role}, {other}, are the same, or one lies in "
-                "the other. Name one apart from it."
-            )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output}: this is a file. Name a folder.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"--output_dir {output}: this folder is not empty. Name another, or add --overwrite.")
-    if not (output / "config.json").is_file():
-        raise UserError(
-            f"--output_dir {output}: --overwrite replaces a whole folder, and this one holds no model (there is no "
-            "config.json). Name another."
-        )
-
-
 def _find_tokenizer(
     adapter: "Adapter", trust_remote_code: bool
 ) -> "tuple[PreTrainedTokenizerBase | None, str | None]":
@@ -152,26 +125,3 @@ def _find_tokenizer(
         if name == adapter.name:  # it has one that does not load; the base's may be another
             raise
         return None, str(error)
-
-
-@contextmanager
-def _written_whole(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place once the block has ended without an error."""
-    partial, previous = (output.with_name(f".{output.name}.{state}") for state in ("partial", "previous"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    make_folder(partial)
-    try:
-        yield partial
-        if output.is_dir():
-            shutil.rmtree(previous, ignore_errors=True)
-            os.replace(output, previous)
-        try:
-            os.replace(partial, output)
-        except OSError:
-            if previous.is_dir():
-                os.replace(previous, output)
-            raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)

@@ -23,7 +23,8 @@ from .arguments import Parser
 from .option_values import check_config, check_plain_yaml, with_first_names
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
-_SUBCOMMANDS = ("prepare-data", *TRAINING)
+_SUBCOMMANDS = ("prepare-data", "shrink", *TRAINING)
+_MODELS = ("shrink", *TRAINING)  # that make a model, which can be evaluated
 _MARKER = "stage.json"
 
 
@@ -281,11 +282,11 @@ def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: ya
     models = evaluation["models"]
     if not isinstance(models, list) or not models:
         raise UserError(f"{place('models')}: models: expected a list of stages, got {models!r}.")
-    trained = [stage.name for stage in stages if stage.subcommand in TRAINING]
+    made = [stage.name for stage in stages if stage.subcommand in _MODELS]
     for name in models:
-        if name not in trained:
+        if name not in made:
             raise UserError(
-                f"{place('models')}: models: there is no stage {name!r} that trains; there are {', '.join(trained)}."
+                f"{place('models')}: models: no stage {name!r} makes a model. Choose from {', '.join(made)}."
             )
         if models.count(name) > 1:
             raise UserError(f"{place('models')}: models: {name!r} stands there twice.")

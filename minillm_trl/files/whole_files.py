@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,30 @@ def writing(path: Path) -> Iterator[None]:
         raise FileError(
             f"{path} cannot be written: {error}. Make room, make its folder writable, or name another place."
         ) from error
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder next to `output` that takes its place once the block has ended without an error.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
+    partial, previous = (output.with_name(f".{output.name}.{state}") for state in ("partial", "previous"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    make_folder(partial)
+    try:
+        yield partial
+        if output.is_dir():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(output, previous)
+        try:
+            os.replace(partial, output)
+        except OSError:
+            if previous.is_dir():
+                os.replace(previous, output)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)

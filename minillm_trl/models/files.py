@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,39 @@ def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **
             "and its config.json do not belong together, or were not written to their end."
         )
     return model
+
+
+def check_model_folder(output: Path, sources: Mapping[str, str], overwrite: bool) -> None:
+    """Check that a model can be saved to a folder.
+
+    Args:
+        output (`Path`): the folder, resolved.
+        sources (`Mapping[str, str]`): what it is made from: names or folders by what messages call them.
+        overwrite (`bool`): whether a model that is there already is replaced.
+
+    Raises:
+        ValueError: if it is a file, not empty, or overlaps with the folder of a source.
+    """
+    for role, source in sources.items():
+        if not Path(source).is_dir():
+            continue
+        folder = Path(source).resolve()
+        if output == folder or output in folder.parents or folder in output.parents:
+            raise UserError(
+                f"--output_dir {output}: this folder and that of the {role}, {folder}, are the same, or one lies in "
+                "the other. Name another folder."
+            )
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: this is a file. Name a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--output_dir {output}: this folder is not empty. Name another, or add --overwrite.")
+    if not (output / "config.json").is_file():
+        raise UserError(
+            f"--output_dir {output}: --overwrite replaces a whole folder, and this one holds no model (there is no "
+            "config.json). Name another."
+        )
 
 
 def _shown(error: BaseException) -> str:

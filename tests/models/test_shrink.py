@@ -1,0 +1,268 @@
+"""Shrunken models: they compute what the large model computes with layers and channels skipped, and nothing else."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, build_model, build_tokenizer
+from test_cli import refused
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from minillm_trl.cli import main
+from minillm_trl.cli.doctor import run as doctor
+from minillm_trl.cli.stages import read_recipe
+from minillm_trl.errors import UserError
+from minillm_trl.evaluation.divergence import completion_losses
+from minillm_trl.models.encoding import encode_pair
+from minillm_trl.models.shrink import (
+    Sizes,
+    block_influence,
+    channel_importance,
+    decoder_layers,
+    evenly_spaced,
+    intermediate_size,
+    most_influential,
+    shrink,
+    skipping,
+)
+
+LAYERS = 6
+IDS = torch.arange(2, 26).view(2, 12)
+MASK = torch.ones(2, 12, dtype=torch.long)
+MASK[1, 7:] = 0
+ROWS = [{"prompt": f"the punter {i}\n", "completion": "near the river " * (i + 1)} for i in range(5)]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def kept_channels(model: torch.nn.Module, number: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = intermediate_size(model.config)
+    return [torch.randperm(size, generator=generator)[:number].sort().values for _ in range(LAYERS)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_result_computes_what_the_model_does_with_the_rest_skipped(family: str):
+    model = build_model(family, layers=LAYERS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for layers in ([0, 2, 3, 5], [1, 2, 4]):  # the second one shifts the Gemmas' windows against their positions
+        channels = kept_channels(model, 20)
+        with skipping(model, layers):
+            fewer = logits(model)
+        with skipping(model, layers, channels):
+            fewer_and_narrower = logits(model)
+        torch.testing.assert_close(logits(shrink(model, layers)), fewer)
+        small = shrink(model, layers, channels)
+        torch.testing.assert_close(logits(small), fewer_and_narrower)
+        assert (small.config.num_hidden_layers, intermediate_size(small.config)) == (len(layers), 20)
+        assert not torch.allclose(fewer, logits(model), atol=1e-3)
+        assert not torch.allclose(fewer, fewer_and_narrower, atol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_are_copies_and_ties_are_kept():
+    model = build_model("qwen2", layers=LAYERS)
+    small = shrink(model, [0, 5])
+    with torch.no_grad():
+        small.get_input_embeddings().weight.zero_()
+    assert small.get_output_embeddings().weight.abs().max() == 0
+    assert model.get_input_embeddings().weight.abs().max() > 0
+
+
+def test_half_precision_stays():
+    small = shrink(build_model("llama", layers=LAYERS).to(torch.bfloat16), [0, 1, 5])
+    assert small.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_influence_is_one_minus_the_mean_cosine_of_what_goes_in_and_out(family: str):
+    model = build_model(family, layers=LAYERS)
+    found = block_influence(model, [(IDS, MASK), (IDS[:1], MASK[:1])])
+    states = {}
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        layer.register_forward_hook(
+            lambda _, arguments, keywords, output, index=index: states.setdefault(index, []).append(
+                (
+                    arguments[0] if arguments else keywords["hidden_states"],
+                    output[0] if isinstance(output, tuple) else output,
+                )
+            ),
+            with_kwargs=True,
+        )
+    rows = [(IDS[:1], 12), (IDS[1:], 7), (IDS[:1], 12)]
+    with torch.no_grad():
+        for ids, length in rows:
+            model(ids[:, :length])
+    for index in range(LAYERS):
+        cosines = [
+            float(a @ b / (a.norm() * b.norm()))
+            for before, after in states[index]
+            for a, b in zip(before[0].double(), after[0].double(), strict=True)
+        ]
+        assert math.isclose(float(found[index]), 1 - sum(cosines) / len(cosines), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_importance_is_the_mean_size_of_a_channel_over_real_tokens(family: str):
+    model = build_model(family, layers=LAYERS)
+    found = channel_importance(model, [(IDS, MASK)])
+    for layer in (0, 3):
+        channel = int(found[layer].argmax())
+        others = [torch.arange(intermediate_size(model.config))] * LAYERS
+        others[layer] = torch.tensor([c for c in range(intermediate_size(model.config)) if c != channel])
+        with skipping(model, range(LAYERS), others):
+            without = logits(model)
+        assert not torch.allclose(without, logits(model), atol=1e-4)
+    padded = channel_importance(model, [(IDS.masked_fill(MASK == 0, 7), MASK)])
+    torch.testing.assert_close(padded, found)  # what padding holds does not matter
+
+
+def test_layers_are_chosen_by_spacing_or_influence():
+    assert evenly_spaced(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    assert evenly_spaced(4, 2) == [0, 3]
+    assert evenly_spaced(5, 5) == [0, 1, 2, 3, 4]
+    assert most_influential(torch.tensor([0.1, 0.5, 0.2, 0.5, 0.3]), 3) == [1, 3, 4]
+    for wrong in (1, 6):
+        with pytest.raises(UserError, match=f"num_layers={wrong}"):
+            evenly_spaced(5, wrong)
+
+
+def test_sizes_count_tied_weights_once_and_an_embedding_not_at_all_for_a_step():
+    tied, untied = build_model("qwen2"), build_model("llama")
+    assert Sizes.of(tied).total == Sizes.of(tied).per_token
+    assert Sizes.of(untied).total - Sizes.of(untied).per_token == untied.get_input_embeddings().weight.numel()
+
+
+def test_layers_that_depend_on_their_number_are_refused():
+    model = build_model("llama", layers=LAYERS)
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        layer.self_attn.window = 4 * index  # the new model's layers have none or, here, none to compare
+        layer.self_attn.scaling = layer.self_attn.scaling * (1 + index % 2)
+    with pytest.raises(UserError, match="scaling"):
+        shrink(model, [0, 1, 3])
+
+
+def test_mixtures_of_experts_lose_layers_but_not_channels():
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with skipping(model, [0, 3]):
+        expected = logits(model)
+    torch.testing.assert_close(logits(shrink(model, [0, 3])), expected)
+    with pytest.raises(UserError, match="intermediate_size"):
+        channel_importance(model, [(IDS, MASK)])
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("teacher"), build_tokenizer()
+    model = build_model("llama", len(tokenizer), layers=LAYERS)
+    model.generation_config = GenerationConfig(eos_token_id=[0, 5], temperature=0.7, do_sample=True)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_command_writes_a_model_with_all_that_belongs_to_it(teacher: Path, data: Path, tmp_path: Path, capsys):
+    words = ["shrink", "--model", str(teacher), "--num_layers", "3", "--by", "influence", "--intermediate_size", "16"]
+    output = tmp_path / "student"
+    assert main([*words, "--dataset", str(data), "--output_dir", str(output)]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    large = AutoModelForCausalLM.from_pretrained(teacher)
+    assert model.generation_config.eos_token_id == [0, 5]
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(teacher).chat_template
+    record = json.loads((output / "shrink.json").read_text())
+    assert record["parameters"] == [Sizes.of(each).total for each in (large, model)]
+    pairs = [encode_pair(tokenizer, row["prompt"], row["completion"]) for row in ROWS]
+    losses = completion_losses(model.eval(), *zip(*pairs, strict=True))
+    assert record["loss"][1] == pytest.approx(sum(map(sum, losses)) / sum(map(len, losses)), rel=1e-4)
+    assert f"{record['loss'][1]:.3f}" in capsys.readouterr().out
+    influence = block_influence(
+        large.eval(), [(torch.tensor([[*p, *c]]), torch.ones(1, len(p) + len(c))) for p, c in pairs]
+    )
+    assert record["layers"] == most_influential(influence, 3)
+
+
+def test_command_leaves_its_own_result_and_refuses_another(teacher: Path, tmp_path: Path, capsys):
+    words = ["shrink", "--model", str(teacher), "--output_dir", str(tmp_path / "student"), "--layers"]
+    assert main([*words, "0", "2", "5"]) == 0
+    written = (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns
+    assert main([*words, "0", "2", "5"]) == 0
+    assert (tmp_path / "student" / "model.safetensors").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert main([*words, "0", "5"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*words, "0", "5", "--overwrite"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "student").num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--num_layers"),
+        (["--num_layers", "7"], "has 6 layers"),
+        (["--num_layers", "1"], "has 6 layers"),
+        (["--layers", "0", "6"], "layers 0 to 5"),
+        (["--layers", "3", "1"], "ascending"),
+        (["--num_layers", "3", "--by", "influence"], "--dataset"),
+        (["--intermediate_size", "8"], "--dataset"),
+        (["--intermediate_size", "65", "--dataset", "DATA"], "64 channels"),
+        (["--num_layers", "0"], "positive"),
+        (["--num_layers", "3", "--num_processes", "2"], "single process"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(
+    teacher, data, tmp_path, words, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr("minillm_trl.models.loading.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    words = [str(data) if word == "DATA" else word for word in words]
+    message = refused(capsys, "shrink", "--model", teacher, "--output_dir", tmp_path / "student", *words)
+    assert expected in message
+
+
+def test_recipes_shrink_and_doctor_says_that_the_student_is_not_healed(teacher: Path, tmp_path: Path, capsys):
+    student = tmp_path / "student"
+    (tmp_path / "shrink.yaml").write_text(f"model: {teacher}\noutput_dir: {student}\nlayers: [0, 3, 5]\n")
+    (tmp_path / "evaluate.yaml").write_text("tasks: [e2e]\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "stages:\n  start: shrink shrink.yaml\n"
+        f"evaluate:\n  config: evaluate.yaml\n  models: [start]\n  output_dir: {tmp_path / 'report'}\n"
+    )
+    assert [stage.subcommand for stage in read_recipe(tmp_path).stages] == ["shrink", "evaluate"]
+    assert main(["recipe", str(tmp_path), "--stages", "start"]) == 0
+    assert AutoConfig.from_pretrained(student).num_hidden_layers == 3
+    run = tmp_path / "minillm.yaml"
+    run.write_text(
+        f"model_name_or_path: {student}\nteacher_model_name_or_path: {teacher}\ndataset: e2e\n"
+        f"output_dir: {tmp_path / 'run'}\nuse_cpu: true\nmax_completion_length: 8\n"
+    )
+    capsys.readouterr()
+    doctor(["--config", str(run)])
+    assert "Heal it first" in capsys.readouterr().out
