@@ -18,7 +18,7 @@ help:
 	@echo "make test      lint and the tests, but for those marked slow"
 	@echo "make test-all  lint and all tests, the slow ones too"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
-	@echo "make lint      ruff, and the ban list of the style guide"
+	@echo "make lint      ruff, the ban list of the style guide, and mypy"
 	@echo "make mutation-sweep  small faults in the core, and which test sees each (SWEEP_ARGS='--share 0.1' for some; hours)"
 	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
 	@echo "make clean     remove .venv and caches"
@@ -49,9 +49,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/words.py
+	$(BIN)/mypy
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache site
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache site

@@ -32,10 +32,12 @@ def test_public_names_can_be_imported():
 def test_constraints_lie_in_the_declared_ranges(name: str):
     project = PROJECT["project"]
     extras = [
-        each for name in ("deepspeed", "docs", "eval", "judge") for each in project["optional-dependencies"][name]
+        requirement
+        for extra in ("deepspeed", "dev", "docs", "eval", "judge")
+        for requirement in project["optional-dependencies"][extra]
     ]
     requirements = map(Requirement, [*project["dependencies"], *extras])
-    declared = {each.name: each.specifier for each in requirements}
+    declared = {requirement.name: requirement.specifier for requirement in requirements}
     lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     assert {"torch", "trl", "transformers"} <= {pin.name for pin in pins}
