@@ -1,4 +1,11 @@
-"""Examples to train on and to evaluate with: formats, checks with file and line, and the E2E NLG data."""
+"""Training and evaluation data: file formats, checks that name file and line, and the E2E NLG data.
+
+- `load`: examples from a file, folder or hub dataset; `corpus`: plain text for the language-modelling loss.
+- `files`: one reader per format, each remembering the line of every example.
+- `examples`, `conversations`: the checks of prompts, completions and references; whole conversations.
+- `prepare`, `rows`, `instructions`, `templates`: what `prepare-data` reads, filters, splits and writes.
+- `e2e`: the data set that ships with the package.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # `datasets` takes a second to import, and much of what imports from this package reads no examples
+    # importing `datasets` takes a second, and many importers of this package never read examples
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name], __name__), name)

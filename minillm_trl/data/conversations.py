@@ -1,4 +1,4 @@
-"""Whole conversations, a column `messages`, as prompts with completions."""
+"""Split whole conversations (a `messages` column) into prompts and completions."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,43 +10,47 @@ from .files import Table
 
 MESSAGES = "messages"
 _TOOL_FIELDS = ("tool_calls", "tool_call_id", "function_call")
-_NO_TOOLS = "Tools are not supported: no subcommand shows them to the model. Drop the row, or write them as text."
+_NO_TOOLS = "Tools are not supported: no subcommand shows them to the model. Drop the row, or write the tools as text."
 
 
 def split_conversations(table: Table, column: str, require_completion: bool = True) -> Table:
-    """Split conversations at their last message, the assistant's: it is the completion, all before it the prompt.
+    """Split each conversation into a prompt and the assistant's last message, its completion.
 
     Args:
-        table (`Table`): with a column of conversations, and none of completions.
-        column (`str`): its name.
-        require_completion (`bool`, *optional*, defaults to `True`): refuse conversations that end with a message of
-            the user's. They are otherwise prompts, with None for a completion.
+        table (`Table`): has a column of conversations and no column of completions.
+        column (`str`): name of the column of conversations.
+        require_completion (`bool`, *optional*, defaults to `True`): refuse conversations that end with a user message.
+            Otherwise the whole conversation is the prompt and the completion is None.
 
     Returns:
-        [`Table`], in which that column holds the prompts; the column `completion` is new.
+        [`Table`] in which `column` holds the prompts and the new column `completion` the completions.
 
     Raises:
-        DataError: naming file and line, what was seen and the fix.
+        DataError: naming file and line, the value and the fix.
     """
     refuse_tools(table)
     pairs = [
         _split(messages, table.place(index), column, require_completion)
         for index, messages in enumerate(table.columns[column])
     ]
-    made = {column: [prompt for prompt, _ in pairs], "completion": [completion for _, completion in pairs]}
-    dataset = table.dataset
-    if dataset is not None:
-        others = [name for name in dataset.column_names if name != column]
-        dataset = Dataset.from_dict(made)
+    split: dict[str, list[Any]] = {
+        column: [prompt for prompt, _ in pairs],
+        "completion": [completion for _, completion in pairs],
+    }
+    dataset = None
+    if table.dataset is not None:
+        others = [name for name in table.dataset.column_names if name != column]
+        dataset = Dataset.from_dict(split)
         if others:
             dataset = concatenate_datasets([dataset, table.dataset.select_columns(others)], axis=1)
-    return replace(table, columns={**table.columns, **made}, dataset=dataset)
+    return replace(table, columns={**table.columns, **split}, dataset=dataset)
 
 
 def holds_whole_conversations(table: Table, column: str, completion_column: str) -> bool:
-    """Return whether a column holds conversations with their answers: `messages`, or another whose first row does.
+    """Return whether a column holds conversations that include their answers.
 
-    A column `prompt` never does: what ends with an answer there is a mistake, which the checks name.
+    True for `messages`, and for any column whose first conversation ends with the assistant. Never for `prompt`: a
+    prompt that ends with an answer is a mistake, which the checks report.
     """
     if column not in table.columns or completion_column in table.columns or column == "prompt":
         return False
@@ -59,7 +63,7 @@ def refuse_tools(table: Table) -> None:
     """Refuse rows with tools.
 
     Raises:
-        DataError: naming the first one.
+        DataError: naming the first such row.
     """
     for index, tools in enumerate(table.columns.get("tools", ())):
         if tools:
@@ -67,10 +71,10 @@ def refuse_tools(table: Table) -> None:
 
 
 def refuse_tool_calls(value: Any, place: str, field: str) -> None:
-    """Refuse messages with calls of tools, or answers of them.
+    """Refuse messages that call a tool or hold its result.
 
     Raises:
-        DataError: naming the first one.
+        DataError: naming the first such message.
     """
     for position, message in enumerate(value if isinstance(value, list) else []):
         for name in _TOOL_FIELDS if isinstance(message, dict) else ():
@@ -84,12 +88,12 @@ def refuse_tool_calls(value: Any, place: str, field: str) -> None:
 def _split(
     messages: Any, place: str, field: str, require_completion: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    fix = "Make it a list of messages with texts, of which the last is the assistant's."
+    fix = "Make it a list of text messages that ends with the assistant's."
     if not isinstance(messages, list):
         raise DataError(f"{place}: field {field!r} is {shortened(messages)}. {fix}")
     refuse_tool_calls(messages, place, field)
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    # Arrow gives every message the fields of all others, as null
+    # Arrow gives every message the union of all messages' fields, with null for the absent ones
     messages = [_without_nulls(message) if isinstance(message, dict) else message for message in messages]
     if not require_completion and roles and roles[-1] == "user":
         return messages, None
@@ -99,8 +103,8 @@ def _split(
         raise DataError(f"{place}: field {field!r} ends with {shortened(messages[-1])}. {fix}")
     if roles[-2] == "assistant":
         raise DataError(
-            f"{place}: field {field!r} ends with two messages of the assistant, {shortened(messages[-2:])}. Join "
-            "them, or put the user's between them."
+            f"{place}: field {field!r} ends with two assistant messages, {shortened(messages[-2:])}. Join them, "
+            "or put a user message between them."
         )
     return messages[:-1], messages[-1:]
 

@@ -1,4 +1,4 @@
-"""Loads the corpus of the language-modelling loss (the paper's L_PT): plain text, or prompts with completions."""
+"""Load the corpus of the language-modelling loss (the paper's L_PT): plain text, or prompts with completions."""
 
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,25 @@ def load_corpus(
     """Load and check a corpus for `MiniLLMTrainer(lm_dataset=...)`.
 
     Args:
-        source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document a line, a folder with `<split>.txt`, or
-            any source of [`load_examples`]. One with the column `text_column` is plain text; any other is read as
+        source (`str` or `Path`): a `.txt` or `.txt.gz` file with one document per line, a folder with `<split>.txt`,
+            or any source of [`load_examples`]. A source with the column `text_column` is plain text; any other holds
             prompts and completions, or `messages`.
         split, max_rows, dataset_config: see [`load_examples`].
-        text_column (`str`, *optional*, defaults to `"text"`): the column with the text; another than the default must
-            exist.
+        text_column (`str`, *optional*, defaults to `"text"`): the column with the text. A column other than the
+            default must exist.
         streaming (`bool`, *optional*, defaults to `False`): read a dataset on the hub while training instead of
-            downloading it first. Its rows are not checked.
+            downloading it first. Streamed rows are not checked.
 
     Returns:
-        [`~datasets.Dataset`] with a column `text` (empty ones left out), or with `prompt` and `completion`; with
-        `streaming` an [`~datasets.IterableDataset`].
+        [`~datasets.Dataset`] with a column `text` (empty texts removed), or with `prompt` and `completion`. An
+        [`~datasets.IterableDataset`] if `streaming`.
 
     Raises:
-        DataError: naming file and line, what was seen and the fix.
+        DataError: naming file and line, the value and the fix.
     """
     if streaming:
         return _stream(str(source), split, text_column, max_rows, dataset_config)
-    path = local_path(source)
+    path = local_path(str(source))
     files = corpus_files(str(source), split) if path.is_dir() else [path]
     if len(files) == 1 and files[0].name.lower().endswith(TEXT_EXTENSIONS):
         refuse_configuration(str(source), dataset_config)
@@ -52,12 +52,13 @@ def load_corpus(
         if text_column != "text":
             raise DataError(
                 f"{table.source}: no column {text_column!r}; its columns are {listing(table.columns)}."
-                f"{nearest(text_column, table.columns)} Name the one with the text."
+                f"{nearest(text_column, table.columns)} Set text_column to the column with the text."
             )
         if not {"prompt", "completion"} <= set(table.columns) and MESSAGES not in table.columns:
             raise DataError(
                 f"{table.source}: neither a column 'text' nor the columns 'prompt' and 'completion', nor 'messages'; "
-                f"its columns are {listing(table.columns)}. Name the one with the text, or rename them."
+                f"its columns are {listing(table.columns)}. Set text_column to the column with the text, or rename "
+                "the columns."
             )
         examples = load_examples(
             source, split=split, require_completion=True, max_rows=max_rows, dataset_config=dataset_config
@@ -68,10 +69,10 @@ def load_corpus(
 
 
 def corpus_files(source: str, split: str) -> list[Path]:
-    """The files that [`load_corpus`] reads of a local source; none of a dataset on the hub.
+    """Return the files that [`load_corpus`] reads from a local source; an empty list for a dataset on the hub.
 
     Raises:
-        DataError: if a folder does not hold one file of the split.
+        DataError: if a folder does not hold exactly one file of the split.
     """
     return local_files(source, split, (*EXTENSIONS, *TEXT_EXTENSIONS))
 
@@ -91,7 +92,7 @@ def _stream(
     if not set(names) <= set(first):
         raise DataError(
             f"{source}: neither a column {text_column!r} nor the columns 'prompt' and 'completion'; its columns are "
-            f"{listing(first)}. Name the one with the text."
+            f"{listing(first)}. Set text_column to the column with the text."
         )
     stream = stream.select_columns(names)
     stream = stream.rename_column(text_column, "text") if names == [text_column] and text_column != "text" else stream

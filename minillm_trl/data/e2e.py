@@ -1,4 +1,4 @@
-"""The E2E NLG data: restaurant descriptions that people wrote for a list of facts. It ships with the package."""
+"""The E2E NLG data, which ships with the package: human-written restaurant descriptions of lists of facts."""
 
 import hashlib
 import re
@@ -14,17 +14,17 @@ _ATTRIBUTE = re.compile(r"([^\[\]]+)\[([^\[\]]+)\]")
 
 
 def load_e2e() -> DatasetDict:
-    """Load the E2E NLG data (Novikova, Dusek, Rieser 2017, CC BY-SA 4.0), split anew.
+    """Load the E2E NLG data (Novikova, Dusek, Rieser 2017, CC BY-SA 4.0) in our own splits.
 
-    The published development and test files differ in distribution, so both are pooled and split by meaning
-    representation: the SHA-256 of its UTF-8 text, as a number modulo 100, is below 20 for `test`, below 28 for
-    `validation`, and else means `train`. Descriptions lose white space at their ends; the 267 rows that repeat a
-    (meaning representation, description) pair are dropped, which leaves 9,098 rows of 1,177 meaning representations.
+    The published development and test files differ in distribution, so we pool them and split by meaning
+    representation. The SHA-256 of its UTF-8 text modulo 100 decides: 0-19 is `test`, 20-27 `validation`, 28-99
+    `train`. Descriptions are stripped of surrounding white space, and the 267 repeated (meaning representation,
+    description) pairs are dropped, which leaves 9,098 rows with 1,177 meaning representations.
 
     Returns:
-        [`~datasets.DatasetDict`] with `train`, `validation` and `test`. No meaning representation is in two of them.
-        Meaning representations are ordered by their SHA-256, so that the first rows are a fair sample of a split, and
-        the descriptions of each follow one another. One row a description:
+        [`~datasets.DatasetDict`] with `train`, `validation` and `test`, which share no meaning representation. Rows
+        are ordered by the SHA-256 of the meaning representation, so the first rows are a random sample of the split.
+        One row per description:
 
         - `mr`: the meaning representation as published, `"name[The Mill], near[Avalon]"`;
         - `prompt`: the same, `"name: The Mill | near: Avalon\\n"`;
@@ -32,7 +32,7 @@ def load_e2e() -> DatasetDict:
         - `references` (`list[str]`): all descriptions of that meaning representation.
 
     Raises:
-        DataError: if a file of the package is missing or damaged.
+        DataError: if a data file of the package is missing or damaged.
     """
     descriptions: dict[str, dict[str, None]] = {}  # a dict's keys are an ordered set
     for name in ("dev.jsonl.gz", "test.jsonl.gz"):
@@ -50,7 +50,7 @@ def load_e2e() -> DatasetDict:
 
 
 def split_of(mr: str) -> str:
-    """The split of a meaning representation, by its SHA-256 alone: 72 % `train`, 8 % `validation`, 20 % `test`."""
+    """Return the split of a meaning representation from its SHA-256: 72 % `train`, 8 % `validation`, 20 % `test`."""
     bucket = int.from_bytes(_digest(mr), "big") % 100
     if bucket < 20:
         return "test"
@@ -58,7 +58,7 @@ def split_of(mr: str) -> str:
 
 
 def format_prompt(mr: str) -> str:
-    """Write `"name[The Mill], near[Avalon]"` as `"name: The Mill | near: Avalon\\n"`.
+    """Rewrite `"name[The Mill], near[Avalon]"` as `"name: The Mill | near: Avalon\\n"`.
 
     Raises:
         DataError: if an attribute is not written as `name[value]`.

@@ -1,4 +1,4 @@
-"""Checks every example of a table, and gathers the references of each."""
+"""Check every example of a table and collect its references."""
 
 from typing import Any, Literal
 
@@ -13,11 +13,11 @@ Kind = Literal["text", "conversation"]
 def find_columns(
     table: Table, prompt_column: str, completion_column: str, references_column: str, require_completion: bool
 ) -> dict[str, str]:
-    """Map `prompt`, and those of `completion` and `references` that the table has, to the names they have there.
+    """Map `prompt`, `completion` and `references` to their column names in the table, omitting absent optional ones.
 
     Raises:
-        DataError: if a required or explicitly named column is missing, two options name the same column, or a column
-            would be renamed to a name that another column has.
+        DataError: if a required or explicitly named column is missing, two options name the same column, or renaming a
+            column would collide with another.
     """
     options = {"prompt": prompt_column, "completion": completion_column, "references": references_column}
     required = {"prompt": True, "completion": require_completion, "references": False}
@@ -33,64 +33,55 @@ def find_columns(
             )
     for role, name in found.items():
         if list(found.values()).count(name) > 1:
-            raise DataError(f"{table.source}: column {name!r} is named by two options. Give {role}_column another.")
+            raise DataError(f"{table.source}: column {name!r} is named by two options. Change {role}_column.")
         if role != name and role in table.columns:
             raise DataError(
-                f"{table.source}: {role}_column={name!r} becomes {role!r}, but another column has that name already; "
+                f"{table.source}: {role}_column={name!r} becomes {role!r}, but another column already has that name; "
                 f"the columns are {listing(table.columns)}. Drop or rename {role!r}, or leave {role}_column out."
             )
     return found
 
 
 def _hint(table: Table) -> str:
-    """What to do with columns that other tools know, with a leading space."""
+    """Return advice on columns that other tools use, with a leading space."""
     hints = {
         "text": "Plain text is for sft and kd, or for lm_dataset.",
         "conversations": "For whole conversations, name it `messages`, each with `role` and `content`.",
-        "instruction": "`minillm-trl prepare-data --task instructions` makes prompts of instructions.",
+        "instruction": "`minillm-trl prepare-data --task instructions` turns instructions into prompts.",
     }
     return "".join(f" {hint}" for name, hint in hints.items() if name in table.columns)
 
 
 def check_examples(table: Table, found: dict[str, str], require_completion: bool) -> list[list[str]] | None:
-    """Check every row, and return its references: the given ones, or else the text of its completion.
+    """Check every row and return its references: the given references, or else the text of its completion.
 
     Args:
-        table (`Table`): what was read.
+        table (`Table`): the rows.
         found (`dict[str, str]`): the result of [`find_columns`].
-        require_completion (`bool`): whether a row may have no completion.
+        require_completion (`bool`): whether every row must have a completion.
 
     Returns:
-        `list[list[str]]`, one list a row, empty only where the completion is null and there is no column of
-        references; `None` if the table has neither column.
+        `list[list[str]]`, one list per row, empty only if the completion is null and there is no column of references;
+        `None` if the table has neither column.
 
     Raises:
         DataError: at the first bad row.
     """
-    columns = [
-        table.columns[found[role]] if role in found else None for role in ("prompt", "completion", "references")
-    ]
-    prompts, completions, references = columns
+    completions, references = (
+        table.columns[found[role]] if role in found else None for role in ("completion", "references")
+    )
     gathered = []
     first_kind = None
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(table.columns[found["prompt"]]):
         place = table.place(index)
         kind = _kind(prompt, place, found["prompt"])
-        if kind == "conversation" and prompt[-1]["role"] == "assistant":
-            raise DataError(
-                f"{place}: field {found['prompt']!r} ends with an assistant message, {shortened(prompt[-1])}. Move it "
-                "to the completion: a prompt ends where the model's turn begins."
-            )
-        if kind == "conversation" and all(message["role"] != "user" for message in prompt):
-            raise DataError(
-                f"{place}: field {found['prompt']!r} has no user message, {shortened(prompt)}. Add what the model "
-                "is to answer, or drop the row."
-            )
+        if kind == "conversation":
+            _check_turns(prompt, place, found["prompt"])
         first_kind = first_kind or kind
         if kind != first_kind:
             raise DataError(
                 f"{place}: field {found['prompt']!r} is a {kind}, {shortened(prompt)}, but the rows from "
-                f"{table.place(0)} on hold a {first_kind}. Use one kind in the whole file."
+                f"{table.place(0)} on hold a {first_kind}. Use the same kind in the whole file."
             )
         answers = []
         if completions is not None:
@@ -101,7 +92,22 @@ def check_examples(table: Table, found: dict[str, str], require_completion: bool
     return gathered if len(found) > 1 else None
 
 
+def _check_turns(prompt: list[dict[str, Any]], place: str, field: str) -> None:
+    """Refuse a conversation that leaves the model nothing to answer."""
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{place}: field {field!r} ends with an assistant message, {shortened(prompt[-1])}. Move it to the "
+            "completion: a prompt ends where the model's turn begins."
+        )
+    if all(message["role"] != "user" for message in prompt):
+        raise DataError(
+            f"{place}: field {field!r} has no user message, {shortened(prompt)}. Add the message that the model is to "
+            "answer, or drop the row."
+        )
+
+
 def _kind(value: Any, place: str, field: str) -> Kind:
+    """Return whether a value is text or a conversation; refuse everything else and anything empty."""
     if isinstance(value, str) and value.strip():
         return "text"
     if isinstance(value, str):
@@ -131,13 +137,13 @@ def _check_message(message: Any, where: str) -> None:
         )
     content = message.get("content")
     if not isinstance(content, str):
-        raise DataError(f"{where} has the content {shortened(content)}. Make it text; only text is supported.")
+        raise DataError(f"{where} has the content {shortened(content)}. Make it text: no other content is supported.")
     if role == "user" and not content.strip():
         raise DataError(f"{where} is the user's and empty ({content!r}). Fill it in or drop the row.")
 
 
 def _check_completion(value: Any, prompt_kind: Kind, place: str, field: str, required: bool) -> list[str]:
-    """Check a completion and return its text as the only reference, or none if it is rightly null."""
+    """Check a completion and return its text as the only reference; an empty list if it is null and may be."""
     if value is None and not required:
         return []
     kind = _kind(value, place, field)
@@ -165,7 +171,6 @@ def _check_references(value: Any, place: str, field: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError(
-            f"{place}: field {field!r} is {shortened(value)}. Make it text or a non-empty list of texts, none of them "
-            "empty."
+            f"{place}: field {field!r} is {shortened(value)}. Make it a text, or a non-empty list of non-empty texts."
         )
     return texts

@@ -1,4 +1,4 @@
-"""Reads one file of examples and remembers the line or row that each example came from."""
+"""Read one file of examples, remembering the line or row of each example for error messages."""
 
 import csv
 import gzip
@@ -22,22 +22,22 @@ from ..files.messages import DataError, listing, shortened
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 TEXT_EXTENSIONS = (".txt", ".txt.gz")
 
-# the csv module's own limit is 128 KiB a cell, which a long text exceeds; this one fits a C long everywhere
+# The csv module's default limit, 128 KiB per cell, is too small for long texts; this one fits a C long everywhere
 _MAX_CELL = 2**31 - 1
-# what `datasets` reads back: it recurses
-_MOST_LEVELS = 32
+# `datasets` recurses over nested types and cannot read back more levels
+_MAX_LEVELS = 32
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a source, before anything is checked.
+    """The unchecked columns of a source.
 
     Attributes:
-        source (`str`): what the user called it.
-        columns (`Mapping[str, Sequence]`): the values of each column, `None` where a row has none.
-        place (`Callable[[int], str]`): maps a row index to the place that an error names.
-        dataset (`Dataset`, *optional*): the same rows, where they came as Arrow.
+        source (`str`): the source as the user named it.
+        columns (`Mapping[str, Sequence]`): the values of each column, `None` where a row lacks the field.
+        place (`Callable[[int], str]`): maps a row index to its place in the source, for error messages.
+        dataset (`Dataset`, *optional*): the same rows, if they were read as Arrow.
     """
 
     source: str
@@ -47,7 +47,7 @@ class Table:
 
     @classmethod
     def from_dataset(cls, source: str, dataset: Dataset, max_rows: int | None = None) -> "Table":
-        """Wrap Arrow rows, which have row numbers only.
+        """Wrap Arrow rows; their places are row numbers.
 
         Raises:
             DataError: if there are no rows.
@@ -61,7 +61,7 @@ class Table:
 
     @classmethod
     def from_records(cls, source: str, records: list[dict[str, Any]], place: Callable[[int], str]) -> "Table":
-        """Turn a list of JSON-like objects, which may have different keys, into columns.
+        """Turn JSON objects, whose keys may differ, into columns.
 
         Raises:
             DataError: if there are no records.
@@ -72,41 +72,38 @@ class Table:
         return cls(source, {name: [record.get(name) for record in records] for name in names}, place)
 
     def select(self, rows: Sequence[int]) -> "Table":
-        """Some of the rows, with the places that they have in the source."""
+        """Return the given rows, which keep their places in the source."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         dataset = None if self.dataset is None else self.dataset.select(rows)
         return Table(self.source, columns, lambda index: self.place(rows[index]), dataset)
 
     def to_dataset(self, without: str | None = None) -> Dataset:
-        """The rows as a [`~datasets.Dataset`], leaving out the column `without`.
+        """Return the rows as a [`~datasets.Dataset`], dropping the column `without`.
 
         Raises:
-            DataError: naming the first row whose value does not fit the type of the rows above it, or a field whose
-                name Arrow cannot hold.
+            DataError: naming the first row whose value does not fit the type of the earlier rows, or a field name that
+                Arrow cannot hold.
         """
         if self.dataset is not None:
             return self.dataset.remove_columns([without] if without else [])
         columns = {name: values for name, values in self.columns.items() if name != without}
         for name, values in columns.items():
-            if "\0" in name:  # where Arrow ends it
+            if "\0" in name:  # Arrow would cut the name there
                 raise DataError(f"{self.place(0)}: the name of field {name[:60]!r} has a null character. Rename it.")
-            reason = _misfit(values)
-            if reason:
-                row = bisect_left(
-                    range(len(values)), True, key=lambda last, cells=values: bool(_misfit(cells[: last + 1]))
-                )
+            if reason := _misfit(values):
+                row = _first_misfit(values)
                 raise DataError(
                     f"{self.place(row)}: field {name!r} is {shortened(values[row])}, which does not fit its column "
-                    f"({reason}). Give the column values of one type in all rows, or remove it."
+                    f"({reason}). Use one type in all rows of the column, or remove it."
                 )
         return Dataset.from_dict(columns)
 
 
 def plain_texts(table: Table, column: str) -> Dataset:
-    """Return a column of texts alone, without those that are empty.
+    """Return the non-empty texts of a column as a dataset of this one column.
 
     Raises:
-        DataError: if a value is no text, or all are empty.
+        DataError: if a value is not text, or all texts are empty.
     """
     texts = []
     for index, text in enumerate(table.columns[column]):
@@ -122,22 +119,31 @@ def plain_texts(table: Table, column: str) -> Dataset:
 
 
 def _misfit(values: Sequence) -> str | None:
-    """Why the values cannot be one Arrow column, or None if they can."""
+    """Return why the values cannot form an Arrow column, or None if they can."""
     try:
         found = pa.array(values).type
     except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
         return str(error)
     inside, levels = [found], 0
-    while inside and levels <= _MOST_LEVELS:
-        inside = [each.field(number).type for each in inside for number in range(each.num_fields)]
+    while inside and levels <= _MAX_LEVELS:
+        inside = [kind.field(number).type for kind in inside for number in range(kind.num_fields)]
         levels += 1
-    return f"it is nested in more than {_MOST_LEVELS} levels" if inside else None
+    return f"it is nested in more than {_MAX_LEVELS} levels" if inside else None
+
+
+def _first_misfit(values: Sequence) -> int:
+    """Return the first row whose value does not fit the rows before it, given that there is one."""
+
+    def prefix_misfits(last: int) -> bool:
+        return _misfit(values[: last + 1]) is not None
+
+    return bisect_left(range(len(values)), True, key=prefix_misfits)
 
 
 def read_file(path: Path, max_rows: int | None = None) -> Table:
-    """Read a file of examples, at most the first `max_rows` of them.
+    """Read a file of examples, or its first `max_rows` examples.
 
-    - `.jsonl`, `.jsonl.gz`: one JSON object a line; blank lines are skipped.
+    - `.jsonl`, `.jsonl.gz`: one JSON object per line; blank lines are skipped.
     - `.json`: one array of objects.
     - `.csv`: a header and comma-separated text; an empty cell is a missing value, blank lines are skipped.
     - `.parquet`.
@@ -145,7 +151,7 @@ def read_file(path: Path, max_rows: int | None = None) -> Table:
     Text is UTF-8, with or without a byte order mark.
 
     Raises:
-        DataError: if the extension is another, the file cannot be read or has no rows, with the line or row.
+        DataError: if the extension is unknown, or the file cannot be read or has no rows. Names the line or row.
     """
     match next((extension for extension in EXTENSIONS if path.name.lower().endswith(extension)), None):
         case ".jsonl" | ".jsonl.gz":
@@ -161,10 +167,10 @@ def read_file(path: Path, max_rows: int | None = None) -> Table:
 
 
 def read_text_file(path: Path, max_rows: int | None = None) -> Table:
-    """Read a `.txt` or `.txt.gz` file, one document a line, as a column `text`; blank lines are skipped.
+    """Read a `.txt` or `.txt.gz` file with one document per line as a column `text`; blank lines are skipped.
 
     Raises:
-        DataError: if the file cannot be read or has no text, with the line.
+        DataError: if the file cannot be read or has no text. Names the line.
     """
     filled = [(number, line.rstrip("\r\n")) for number, line in _lines(path) if line.strip()][:max_rows]
     return Table.from_records(
@@ -190,12 +196,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether JSON that was decoded from UTF-8 has surrogates, which can only be escaped ones: two a character."""
+    """Return whether JSON text has escaped surrogates (two per character), the only kind that UTF-8 files can hold."""
     return _SURROGATE.search(text) is not None
 
 
 def check_characters(record: dict[str, Any], place: str) -> None:
-    """Refuse half a surrogate pair, which JSON can escape but UTF-8 cannot write.
+    """Refuse unpaired surrogates, which JSON can escape but UTF-8 cannot encode.
 
     Raises:
         DataError: naming the field.
@@ -212,10 +218,10 @@ def check_characters(record: dict[str, Any], place: str) -> None:
 
 
 def _json_problem(error: ValueError) -> str:
-    """With the column; a number of thousands of digits and deep nesting have none."""
+    """Describe the error, with the column if it has one (huge numbers and deep nesting do not)."""
     if isinstance(error, json.JSONDecodeError):
         return f"column {error.colno}: not valid JSON ({error.msg})"
-    return f"not JSON that can be read ({error})"
+    return f"not readable JSON ({error})"
 
 
 def _read_json_lines(path: Path, max_rows: int | None) -> Table:
@@ -227,12 +233,12 @@ def _read_json_lines(path: Path, max_rows: int | None) -> Table:
         except ValueError as error:
             raise DataError(
                 f"{path}:{number}: {_json_problem(error)}; the line is {shortened(line.rstrip())}. Write one JSON "
-                "object a line."
+                "object per line."
             ) from error
         if not isinstance(record, dict):
             raise DataError(
-                f"{path}:{number}: the line is {shortened(record)}, no JSON object. Write one object a line, like "
-                '{"prompt": "..."}; a file that is one JSON array is named .json.'
+                f"{path}:{number}: the line is {shortened(record)}, not a JSON object. Write one object per line, "
+                'like {"prompt": "..."}, or rename a file that is one JSON array to .json.'
             )
         if has_surrogates(line):
             check_characters(record, f"{path}:{number}")
@@ -249,13 +255,13 @@ def _read_json_array(path: Path, max_rows: int | None) -> Table:
         records = parse_json(text)
     except ValueError as error:
         raise DataError(
-            f"{path}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}. A .json file is one array of objects; a "
-            "file with one object a line is named .jsonl."
+            f"{path}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}. A .json file is one array of objects; "
+            "rename a file with one object per line to .jsonl."
         ) from error
     if not isinstance(records, list):
         raise DataError(
-            f"{path}:1: the file is {shortened(records)}, no JSON array. Write a list of objects, like "
-            '[{"prompt": "..."}]; a file with one object a line is named .jsonl.'
+            f"{path}:1: the file is {shortened(records)}, not a JSON array. Write a list of objects, like "
+            '[{"prompt": "..."}], or rename a file with one object per line to .jsonl.'
         )
 
     def place(index: int) -> str:
@@ -266,7 +272,7 @@ def _read_json_array(path: Path, max_rows: int | None) -> Table:
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(
-                f'{place(index)}: is {shortened(record)}, no object. Write objects, like {{"prompt": "..."}}.'
+                f'{place(index)}: is {shortened(record)}, not an object. Write objects, like {{"prompt": "..."}}.'
             )
         if to_check:
             check_characters(record, place(index))
@@ -280,8 +286,8 @@ def _read_csv(path: Path, max_rows: int | None) -> Table:
     try:
         header = next(reader, [])
         if len(set(header)) != len(header):
-            raise DataError(f"{path}:1: the header has a name twice: {listing(header)}. Rename or drop a column.")
-        # a quoted cell may span lines, so a row starts on the line after the one that the reader reached before it
+            raise DataError(f"{path}:1: the header repeats a name: {listing(header)}. Rename or drop a column.")
+        # a quoted cell may span lines, so a row starts on the line after the end of the row before it
         number = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -307,6 +313,6 @@ def _read_parquet(path: Path, max_rows: int | None) -> Table:
         table = pyarrow.parquet.read_table(path)
         table.validate(full=True)
         dataset = Dataset(table)
-    except (pa.ArrowException, OSError, RecursionError, ValueError) as error:  # the latter two for the schema
+    except (pa.ArrowException, OSError, RecursionError, ValueError) as error:  # a damaged schema raises the last two
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Copy or write the file again.") from error
     return Table.from_dataset(str(path), dataset, max_rows)

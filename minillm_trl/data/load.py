@@ -1,4 +1,4 @@
-"""Loads examples from anywhere, and the two views of them that training and evaluation ask for."""
+"""Load examples from a file, a folder or the hub, and pool their prompts for sampling and evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .e2e import load_e2e
 from .examples import check_examples, find_columns
 from .files import EXTENSIONS, Table, plain_texts, read_file
 
-# what `load_from_disk` makes of state.json and dataset_info.json with other values than it wrote
+# raised by `load_from_disk` if state.json or dataset_info.json were changed
 _DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, TypeError)
 _REFERENCES = List(Value("string"))
 
@@ -34,43 +34,43 @@ def load_examples(
     dataset_config: str | None = None,
     text_column: str | None = None,
 ) -> Dataset:
-    """Load and check prompts, with their completions and references where there are any.
+    """Load and check prompts, with their completions and references if the source has them.
 
-    A column `messages` in place of `prompt` (or another that `prompt_column` names) may hold whole conversations, as
-    TRL has them: the last message, the assistant's, is the completion, those before it are the prompt.
+    A column `messages` in place of `prompt` (or the column that `prompt_column` names) may hold whole conversations,
+    as in TRL: the last message, the assistant's, is the completion and the messages before it are the prompt.
 
     Args:
         source (`str` or `Path`): one of
 
-            - `"e2e"`: the data that ships with this package, see [`load_e2e`] (a folder of that name is `./e2e`);
+            - `"e2e"`: the data that ships with this package, see [`load_e2e`] (for a folder of that name, `./e2e`);
             - a file: `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet`;
-            - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one that holds
+            - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or a folder that holds
               `<split>.jsonl` (or another of these formats);
             - the name of a dataset on the hub.
-        split (`str`, *optional*, defaults to `"train"`): which split of `"e2e"`, a folder or a hub dataset. A file,
-            or a folder of a single saved `Dataset`, has no splits: all of it is loaded, whatever the split.
+        split (`str`, *optional*, defaults to `"train"`): split of `"e2e"`, a folder or a hub dataset. A file, or a
+            folder with a single saved `Dataset`, has no splits and is always loaded whole.
         prompt_column, completion_column, references_column (`str`, *optional*): the names in the source. `prompt` must
-            exist; a name other than the default must exist too.
+            exist, and so must every name other than the default.
         require_completion (`bool`, *optional*, defaults to `False`): refuse rows without a completion, as supervised
             training must.
-        max_rows (`int`, *optional*): read the first rows only; what comes after them is not checked.
+        max_rows (`int`, *optional*): read only the first rows; later rows are not checked.
         dataset_config (`str`, *optional*): configuration of a hub dataset.
-        text_column (`str`, *optional*): a column of plain text, which is all that is returned of a source that has it
-            and no prompts.
+        text_column (`str`, *optional*): a column of plain text. If the source has this column and no prompts, only
+            this column is returned.
 
     Returns:
         [`~datasets.Dataset`] with the columns
 
-        - `prompt`: text, or a list of `{"role", "content"}` messages, the same in all rows;
-        - `completion`: of the same kind, only if the source has it, null where the source has null;
-        - `references` (`list[str]`): the given ones (a single text counts as a list of one), else the text of the
-          completion (as messages: of the first); only if the source has one of the two, and `[]` where the
+        - `prompt`: text, or a list of `{"role", "content"}` messages, the same kind in all rows;
+        - `completion`: of the same kind, only if the source has completions; null where the source has null;
+        - `references` (`list[str]`): the given references (a single text becomes a list of one), or else the text of
+          the completion (of its first message). Only if the source has references or completions; `[]` where the
           completion is null and no references are given;
-        - all others of the source, untouched.
+        - all other columns of the source, unchanged.
 
     Raises:
         DataError: if the source cannot be found or read, or a row cannot be used. The message names the file and line
-            (the row, counting from 0, where a format has no lines), the field, what was seen and the fix.
+            (the row, counting from 0, if the format has no lines), the field, the value and the fix.
     """
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
@@ -78,7 +78,7 @@ def load_examples(
     if prompt_column == "prompt" and "prompt" not in table.columns:
         if MESSAGES in table.columns:
             prompt_column = MESSAGES
-        elif text_column in table.columns:
+        elif text_column is not None and text_column in table.columns:
             return plain_texts(table, text_column)
     if holds_whole_conversations(table, prompt_column, completion_column):
         table = split_conversations(table, prompt_column, require_completion)
@@ -88,12 +88,12 @@ def load_examples(
 
 
 def make_examples(table: Table, found: dict[str, str], require_completion: bool) -> Dataset:
-    """Check the rows of a table and give its columns their names: what [`load_examples`] returns.
+    """Check the rows of a table and rename its columns to the standard names, as [`load_examples`] returns them.
 
     Args:
-        table (`Table`): what was read.
+        table (`Table`): the rows.
         found (`dict[str, str]`): the result of [`find_columns`].
-        require_completion (`bool`): whether a row may have no completion.
+        require_completion (`bool`): whether every row must have a completion.
 
     Raises:
         DataError: at the first bad row.
@@ -109,14 +109,14 @@ def make_examples(table: Table, found: dict[str, str], require_completion: bool)
 
 
 def unique_prompts(dataset: Dataset) -> Dataset:
-    """Keep each prompt once, as training on the student's own samples and evaluation want it.
+    """Keep each prompt once, for training on the student's own samples and for evaluation.
 
     Args:
         dataset ([`~datasets.Dataset`]): the result of [`load_examples`].
 
     Returns:
-        [`~datasets.Dataset`], one row for each different prompt, in order of first appearance: its first row without
-        `completion`, and with all different `references` of that prompt, in order, if the dataset has them.
+        [`~datasets.Dataset`] with one row per distinct prompt, in order of first appearance: the prompt's first row
+        without `completion`. `references`, if present, holds all distinct references of the prompt, in order.
     """
     keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
     first_rows: dict[str, int] = {}
@@ -126,7 +126,7 @@ def unique_prompts(dataset: Dataset) -> Dataset:
         pooled: dict[str, dict[str, None]] = {key: {} for key in first_rows}  # a dict's keys are an ordered set
         for key, references in zip(keys, dataset["references"], strict=True):
             pooled[key].update(dict.fromkeys(references))
-        # added before the selection: adding to selected rows would copy the whole dataset
+        # add the column before selecting rows: adding to selected rows would copy the whole dataset
         column = [list(pooled[key]) if first_rows[key] == row else [] for row, key in enumerate(keys)]
         dataset = dataset.remove_columns("references").add_column("references", column, feature=_REFERENCES)
     dataset = dataset.remove_columns([name for name in dataset.column_names if name == "completion"])
@@ -143,20 +143,20 @@ def check_prompt_lengths(
 ) -> None:
     """Check that every prompt leaves room for its completion, before a model is loaded.
 
-    Prompts are tokenized as the trainer does it: text by the tokenizer with its special tokens, conversations through
-    its chat template with the generation prompt.
+    Tokenizes prompts as the trainer does: text with the tokenizer's special tokens, conversations through its chat
+    template with the generation prompt.
 
     Args:
         dataset ([`~datasets.Dataset`]): has a column `prompt`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
-        max_prompt_tokens (`int`): the most tokens a prompt may have, usually the models' context less
+        max_prompt_tokens (`int`): maximum number of tokens of a prompt, usually the models' context minus
             `max_completion_length`.
-        source (`str`): what the user called the dataset; errors begin with it.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        source (`str`): the dataset as the user named it; errors begin with it.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
 
     Raises:
-        DataError: with the number of longer prompts, the first of them and its length; or if prompts are conversations
-            and the tokenizer has no chat template.
+        DataError: if prompts are longer, with their number and the first of them; or if prompts are conversations and
+            the tokenizer has no chat template.
     """
     prompts = list(dataset["prompt"])
     if not prompts:
@@ -178,10 +178,10 @@ def check_prompt_lengths(
 
 
 def read_table(source: str, split: str, dataset_config: str | None, max_rows: int | None) -> Table:
-    """Find a source, see [`load_examples`], and read it without looking at what its columns hold.
+    """Find a source, see [`load_examples`], and read it without checking its values.
 
     Raises:
-        DataError: if it cannot be found or read.
+        DataError: if the source cannot be found or read.
     """
     path = local_path(source)
     if source == "e2e" or path.exists():
@@ -199,15 +199,15 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
 
 
 def local_path(source: str) -> Path:
-    """The path that a source would have as a file or folder.
+    """Return the path of a source as a file or folder, whether or not it exists.
 
     Raises:
-        DataError: if the system cannot look it up: its name is too long, say, or its folder may not be read.
+        DataError: if the path cannot be looked up, for example because it is too long or its folder is unreadable.
     """
     try:
         path = Path(source).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of a user that there is not
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of an unknown user
         raise DataError(f"{source}: cannot be looked up ({error}). Check the path.") from error
     return path
 
@@ -216,7 +216,7 @@ def refuse_configuration(source: str, dataset_config: str | None) -> None:
     """Refuse a configuration for a local source.
 
     Raises:
-        DataError: if there is one.
+        DataError: if `dataset_config` is set.
     """
     if dataset_config is not None:
         raise DataError(
@@ -226,16 +226,16 @@ def refuse_configuration(source: str, dataset_config: str | None) -> None:
 
 
 def has_splits(source: str) -> bool:
-    """Whether a split can be chosen from the source: not from a file, nor from a folder of one saved `Dataset`."""
+    """Return whether the source has splits: a file, or a folder with one saved `Dataset`, has none."""
     path = local_path(source)
     return source == "e2e" or not (path.is_file() or _is_single(path))
 
 
 def local_files(source: str, split: str, extensions: Sequence[str] = EXTENSIONS) -> list[Path]:
-    """The files that [`read_table`] reads of a local source; none of the package's own data and of the hub's.
+    """Return the files that [`read_table`] reads from a local source; an empty list for `"e2e"` and hub datasets.
 
     Raises:
-        DataError: if a folder does not hold one file of the split.
+        DataError: if a folder does not hold exactly one file of the split.
     """
     path = local_path(source)
     if source == "e2e" or not path.exists():
@@ -243,15 +243,15 @@ def local_files(source: str, split: str, extensions: Sequence[str] = EXTENSIONS)
     if path.is_file():
         return [path]
     if _is_saved(path):
-        return sorted(each for each in path.rglob("*") if each.is_file())
+        return sorted(file for file in path.rglob("*") if file.is_file())
     return [split_file(path, split, extensions)]
 
 
 def split_file(folder: Path, split: str, extensions: Sequence[str]) -> Path:
-    """The one file of a split in a folder.
+    """Return the only file of a split in a folder.
 
     Raises:
-        DataError: if there is none, or more than one.
+        DataError: if the folder has no such file, or more than one.
     """
     files = [folder / f"{split}{extension}" for extension in extensions]
     files = [file for file in files if file.is_file()]
@@ -272,12 +272,12 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_single(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` wrote the folder, which then has no splits."""
+    """Return whether `Dataset.save_to_disk` wrote the folder, which then has no splits."""
     return (folder / "state.json").exists() and not (folder / "dataset_dict.json").exists()
 
 
 def _looks_like_path(source: str) -> bool:
-    """Whether the name can only be meant as a path: a dataset on the hub is `name` or `owner/name`."""
+    """Return whether the name can only be a path: a dataset on the hub is `name` or `owner/name`."""
     return source.startswith((".", "/", "~")) or source.lower().endswith(EXTENSIONS) or source.count("/") > 1
 
 
@@ -291,12 +291,12 @@ def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
     if _is_saved(path):
         try:
             saved = load_from_disk(path)
-            for each in saved.values() if isinstance(saved, DatasetDict) else [saved]:
-                each.data.validate(full=True)  # to read a damaged file would end the process
+            for dataset in saved.values() if isinstance(saved, DatasetDict) else [saved]:
+                dataset.data.validate(full=True)  # reading a damaged file would crash the process
         except (*_DAMAGE, OSError, ValueError, pa.ArrowException) as error:
             problem = f"{type(error).__name__}: {str(error)[:300]}"
             raise DataError(f"{path}: cannot be read as a saved dataset ({problem}). Save it again.") from error
-        saved = saved.with_format(None)  # one with columns that it hides, say
+        saved = saved.with_format(None)  # a saved format may hide columns
         if isinstance(saved, DatasetDict):
             return Table.from_dataset(f"{path} ({split})", _choose_split(str(path), saved, split), max_rows)
         return Table.from_dataset(str(path), saved, max_rows)

@@ -1,4 +1,4 @@
-"""Filters examples, splits them, counts what happened, and writes a folder that every subcommand reads."""
+"""Filter and split examples, count the dropped rows, and write a folder that every subcommand reads."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Filters:
-    """Which rows are dropped.
+    """Length limits, in tokens; rows outside them are dropped.
 
     Attributes:
-        max_prompt_length (`int`, *optional*): tokens that a prompt may have.
-        max_length (`int`, *optional*): tokens that prompt, completion and end-of-sequence token may have together.
-        min_reference_length (`int`, *optional*): tokens that the first reference must have, as for the paper's
-            subset [11, inf) of S-NI and UnNI.
+        max_prompt_length (`int`, *optional*): maximum length of a prompt.
+        max_length (`int`, *optional*): maximum length of prompt, completion and EOS together.
+        min_reference_length (`int`, *optional*): minimum length of the first reference, as for the paper's subset
+            [11, inf) of S-NI and UnNI.
     """
 
     max_prompt_length: int | None = None
@@ -43,7 +43,7 @@ class Filters:
 
 @dataclass
 class Prepared:
-    """Rows by split, and what was dropped on the way, by reason."""
+    """Rows by split, the number of dropped rows by reason, and the number of rows read."""
 
     splits: dict[str, list[Row]]
     dropped: Counter = field(default_factory=Counter)
@@ -51,7 +51,7 @@ class Prepared:
 
 
 class Length(Protocol):
-    """Measures a text or a conversation."""
+    """Return the length of a text or a conversation, in tokens or characters (see [`token_counter`])."""
 
     def __call__(self, value: Any, is_answer: bool = False) -> int: ...
 
@@ -59,10 +59,10 @@ class Length(Protocol):
 def token_counter(
     tokenizer: "PreTrainedTokenizerBase | None", chat_template_kwargs: dict[str, Any] | None = None
 ) -> Length:
-    """The function that measures lengths: in tokens, a conversation through the chat template; else in characters.
+    """Return a function that measures lengths in tokens, or in characters without a tokenizer.
 
-    Answers (completions and references) are counted without the tokenizer's special tokens and without the template's:
-    they follow a prompt, which has them.
+    Conversations are measured through the chat template. Answers (completions and references) are counted without
+    special tokens and without the template, because the prompt before them has those already.
     """
 
     def length(value: Any, is_answer: bool = False) -> int:
@@ -73,7 +73,7 @@ def token_counter(
         if not isinstance(value, str) and tokenizer.chat_template is None:
             raise DataError(
                 f"prompts are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template to "
-                "measure them with. Name one that has, or write the prompts as text."
+                "measure them with. Use a tokenizer that has one, or write the prompts as text."
             )
         return len(encode_prompts(tokenizer, [value], chat_template_kwargs)[0])
 
@@ -84,12 +84,13 @@ def filter_rows(rows: Iterable[Row], filters: Filters, length: Length, prepared:
     """Drop empty completions, rows that are too long or whose reference is too short, and repeated rows.
 
     Args:
-        rows (`Iterable[dict]`): with `prompt` and, where they have one, `completion` and `references`.
-        filters ([`Filters`]): limits.
+        rows (`Iterable[dict]`): have `prompt` and may have `completion` and `references`.
+        filters ([`Filters`]): the limits.
         length ([`Length`]): from [`token_counter`].
-        prepared ([`Prepared`]): counts are added to it.
+        prepared ([`Prepared`]): its counts are updated in place.
     """
-    kept, seen = [], set()
+    kept: list[Row] = []
+    seen: set[str] = set()
     for row in rows:
         reason = _reason_to_drop(row, filters, length)
         if reason is None:
@@ -111,7 +112,7 @@ def _reason_to_drop(row: Row, filters: Filters, length: Length) -> str | None:
     prompt_length = length(row["prompt"])
     if filters.max_prompt_length is not None and prompt_length > filters.max_prompt_length:
         return f"prompt has more than {filters.max_prompt_length} tokens"
-    whole = prompt_length + (0 if completion is None else length(completion, True) + 1)  # the end-of-sequence token
+    whole = prompt_length + (0 if completion is None else length(completion, True) + 1)  # +1 for EOS
     if filters.max_length is not None and whole > filters.max_length:
         return f"prompt and completion have more than {filters.max_length} tokens"
     shortest = filters.min_reference_length
@@ -123,25 +124,27 @@ def _reason_to_drop(row: Row, filters: Filters, length: Length) -> str | None:
 def split_rows(
     rows: Sequence[Row], validation_rows: int, test_rows: int, seed: int | None, prepared: Prepared
 ) -> Prepared:
-    """Split into the first `test_rows`, the next `validation_rows`, and the rest, without a prompt in two of them.
+    """Split rows into test (the first `test_rows`), validation (the next `validation_rows`) and train (the rest).
+
+    No prompt is in two splits: the rows of a prompt that an earlier split has (in the order test, validation, train)
+    are dropped.
 
     Args:
         rows (`Sequence[dict]`): from [`filter_rows`].
-        validation_rows, test_rows (`int`): sizes.
-        seed (`int`, *optional*): with one, rows are first ordered by the SHA-256 of seed and prompt, so that the split
-            of a prompt does not depend on the other rows' order; without, the order is that of the source.
-        prepared ([`Prepared`]): counts are added to it. Of a prompt in two parts, the rows in the later one (of test,
-            validation, train) are dropped.
+        validation_rows, test_rows (`int`): sizes before such rows are dropped.
+        seed (`int`, *optional*): order the rows by the SHA-256 of seed and prompt first, so that the split of a prompt
+            does not depend on the order of the source. Without a seed, keep the order of the source.
+        prepared ([`Prepared`]): its splits and counts are updated in place.
 
     Raises:
-        DataError: if no row is left to train on, or for a part that was asked for.
+        DataError: if the training split, or a requested split, would be empty.
     """
     if seed is not None:
         rows = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{_prompt_key(row)}".encode()).digest())
     if len(rows) <= validation_rows + test_rows:
         raise DataError(
-            f"{len(rows)} rows are left after the filters, of which validation_rows={validation_rows} and "
-            f"test_rows={test_rows} leave none to train on. Lower them, or look at what the filters dropped: "
+            f"{len(rows)} rows remain after the filters; validation_rows={validation_rows} and "
+            f"test_rows={test_rows} leave no rows to train on. Lower them, or check what the filters dropped: "
             f"{dict(prepared.dropped) or 'nothing'}."
         )
     cuts = {"test": (0, test_rows), "validation": (test_rows, test_rows + validation_rows)}
@@ -156,9 +159,9 @@ def split_rows(
                 prepared.dropped[f"{split}: its prompt is in {other}"] += 1
         if stop > start and not prepared.splits[split]:
             raise DataError(
-                f"The split {split!r} is left empty: the prompts of its {stop - start} rows are all in the splits "
-                f"before it. {len(rows)} rows are left after the filters, with {len(set(map(_prompt_key, rows)))} "
-                "different prompts. Change test_rows and validation_rows, or add rows with other prompts."
+                f"The split {split!r} is empty: the prompts of all its {stop - start} rows are in earlier splits. "
+                f"{len(rows)} rows remain after the filters, with {len(set(map(_prompt_key, rows)))} different "
+                "prompts. Change test_rows and validation_rows, or add rows with other prompts."
             )
     return prepared
 
@@ -168,17 +171,17 @@ def _prompt_key(row: Row) -> str:
 
 
 def statistics(prepared: Prepared, length: Length) -> dict[str, Any]:
-    """Rows read, dropped by reason and kept, and quantiles of the lengths of each split."""
+    """Return the number of rows read and dropped (by reason), and each split's size and length quantiles."""
 
     def quantiles(values: list[int]) -> dict[str, float]:
         return {f"{quantile:.0%}": float(np.quantile(values, quantile)) for quantile in QUANTILES}
 
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split, rows in prepared.splits.items():
         if not rows:
             continue
         splits[split] = {"rows": len(rows)}
-        # beside a prompt, `text` is a column that is kept and not read
+        # in rows with a prompt, `text` is just another column
         for name in ("prompt", "completion") if "prompt" in rows[0] else ("text",):
             values = [length(row[name], name == "completion") for row in rows if row.get(name) is not None]
             if values:
@@ -189,39 +192,39 @@ def statistics(prepared: Prepared, length: Length) -> dict[str, Any]:
 
 
 def format_statistics(stats: dict[str, Any], unit: str) -> str:
-    """The statistics as a table for a terminal."""
+    """Format the statistics as a table for a terminal."""
     lines = [f"{stats['rows_read']} rows read"]
     lines += [f"  dropped {count}: {reason}" for reason, count in stats["dropped"].items()]
     head = [f"{quantile:.0%}" for quantile in QUANTILES]
     lines.append(f"{'':<24}{'rows':>8}" + "".join(f"{name:>8}" for name in head) + f"   length in {unit}")
-    for split, each in stats["splits"].items():
+    for split, counts in stats["splits"].items():
         for name in ("prompt", "completion", "text"):
-            if (values := each.get(f"{name}_length")) is not None:
+            if (values := counts.get(f"{name}_length")) is not None:
                 cells = "".join(f"{value:>8.0f}" for value in values.values())
-                lines.append(f"{f'{split}, {name}':<24}{each['rows']:>8}{cells}")
+                lines.append(f"{f'{split}, {name}':<24}{counts['rows']:>8}{cells}")
     return "\n".join(lines)
 
 
 def own_names() -> set[str]:
-    """The names that prepared folders have in them; a recipe's marker is written to them too."""
+    """Return the names of all files that we write to a prepared folder, including a recipe's marker."""
     return {f"{split}.jsonl" for split in SPLITS} | {"statistics.json", "stage.json"}
 
 
 def write_prepared(folder: Path, prepared: Prepared, record: dict[str, Any]) -> None:
-    """Write `<split>.jsonl` and `statistics.json`; the folder is there whole or not at all.
+    """Write `<split>.jsonl` and `statistics.json` to a folder atomically.
 
     Args:
-        folder (`Path`): takes the place of what was there.
+        folder (`Path`): replaced if it exists.
         prepared ([`Prepared`]): the rows.
-        record (`dict`): what `statistics.json` holds.
+        record (`dict`): content of `statistics.json`.
 
     Raises:
-        FileError: if it cannot be written.
+        FileError: if the folder cannot be written.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir()
         for split, rows in prepared.splits.items():
             if rows:

@@ -1,4 +1,4 @@
-"""Makes the rows that `prepare-data` filters and writes, checked as every subcommand checks what it reads."""
+"""Build the rows that `prepare-data` filters and writes, with the same checks as in every other subcommand."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,22 +15,22 @@ from .templates import Template, is_empty, make_completion, make_prompt
 
 
 def instruction_rows(instructions: Sequence[Instruction], template: Template) -> list[Row]:
-    """One row an instruction, in the wrapper.
+    """Return one row per instruction, in the template.
 
     Raises:
         DataError: naming the place in the source.
     """
     rows = [
         {
-            "prompt": make_prompt(each.instruction, each.context, template),
-            "completion": make_completion(each.references[0], template),
-            "references": each.references,
-            "instruction": each.instruction,
-            "input": each.context,
-            "category": each.category,
-            "row": each.row,
+            "prompt": make_prompt(instruction.instruction, instruction.context, template),
+            "completion": make_completion(instruction.references[0], template),
+            "references": instruction.references,
+            "instruction": instruction.instruction,
+            "input": instruction.context,
+            "category": instruction.category,
+            "row": instruction.row,
         }
-        for each in instructions
+        for instruction in instructions
     ]
     _check(rows, lambda index: instructions[index].place, "prompt")
     return rows
@@ -44,17 +44,17 @@ def read_example_rows(
     dataset_config: str | None,
     template: Template | None = None,
 ) -> list[Row]:
-    """Read prompts with what they have of completions and references, or `messages`, of which the last is learnt.
+    """Read prompts with their completions and references, if any, or `messages` whose last one is the completion.
 
     Args:
         source (`str`): file, folder or name on the hub, see [`load_examples`].
-        columns (`dict[str, str]`): names of the columns `prompt`, `completion` and `references`, where they differ.
+        columns (`dict[str, str]`): names of the columns `prompt`, `completion` and `references`, if different.
         split, dataset_config: see [`load_examples`].
-        template (`str`, *optional*): what prompts and completions that are texts are put into; as they are by default.
+        template (`str`, *optional*): template for text prompts and completions; unchanged by default.
 
     Returns:
-        `list[dict]`, in the source's order. A row whose completion is empty is not checked, as it will be dropped; all
-        that is left of it is the empty completion.
+        `list[dict]`, in the source's order. A row with an empty completion will be dropped, so it is not checked and
+        becomes `{"completion": ""}`.
 
     Raises:
         DataError: naming file and line, field and fix.
@@ -69,10 +69,10 @@ def read_example_rows(
     for role in found.keys() - {"references"}:
         for index, value in enumerate(table.columns[found[role]]):
             refuse_tool_calls(value, table.place(index), found[role])
-    # without a single one they are prompts to sample from, and not rows that lack something
-    has_completions = any(each is not None for each in completions)
+    # without any completion, the rows are prompts to sample from rather than incomplete examples
+    has_completions = any(completion is not None for completion in completions)
     unused = set() if has_completions else {"completion"} | ({"references"} - found.keys())
-    empty = {index for index, each in enumerate(completions) if is_empty(each)}
+    empty = {index for index, completion in enumerate(completions) if is_empty(completion)}
     filled = [index for index in range(len(table.columns[found["prompt"]])) if index not in empty]
     checked = make_examples(table.select(filled), found, has_completions).to_list() if filled else []
     made = {
@@ -84,16 +84,16 @@ def read_example_rows(
 
 
 def read_text_rows(source: str, text_column: str, *, split: str, dataset_config: str | None) -> list[Row]:
-    """Read plain text.
+    """Read plain text, one row per document.
 
     Raises:
-        DataError: naming file and line, what was seen and the fix.
+        DataError: naming file and line, the value and the fix.
     """
     corpus = load_corpus(source, split=split, text_column=text_column, dataset_config=dataset_config)
     if "text" not in corpus.column_names:
         raise DataError(
-            f"{source}: has no column {text_column!r}, but prompts and completions. Take --task examples, whose "
-            "folder lm_dataset reads too, or name the column of text with text_column."
+            f"{source}: has no column {text_column!r}, but prompts and completions. Use --task examples (lm_dataset "
+            "reads its folder too), or set text_column to the column with the text."
         )
     return corpus.to_list()
 
@@ -102,11 +102,11 @@ def _in_template(rows: list[Row], template: Template | None, table: Table) -> li
     if template is None:
         return rows
     for index, row in enumerate(rows):
-        if "prompt" not in row:  # its completion is empty, so it will be dropped
+        if "prompt" not in row:  # the completion is empty, so the filters will drop the row
             continue
         if not isinstance(row["prompt"], str):
             raise DataError(
-                f"{table.place(index)}: the prompt is a conversation, and template={template!r} is for texts. Leave "
+                f"{table.place(index)}: the prompt is a conversation, but template={template!r} is for texts. Leave "
                 "template out."
             )
         row["prompt"] = make_prompt(row["prompt"], "", template)
@@ -126,8 +126,8 @@ def _conversation_rows(table: Table) -> list[Row]:
 
 
 def _check(rows: Sequence[Row], place: Callable[[int], str], field: str) -> None:
-    """Refuse what a subcommand that reads the rows would refuse, by the place and the field that prompts come from."""
-    filled = [index for index, row in enumerate(rows) if not is_empty(row["completion"])]  # the others are dropped
+    """Refuse the rows that a subcommand would refuse, naming their place and `field`, the source of the prompts."""
+    filled = [index for index, row in enumerate(rows) if not is_empty(row["completion"])]  # the filters drop the rest
 
     def column(name: str) -> list[Any]:
         return [rows[index][name] for index in filled]

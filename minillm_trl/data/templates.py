@@ -1,4 +1,4 @@
-"""How an instruction and its input become a prompt."""
+"""Turn an instruction and its input into a prompt."""
 
 from typing import Any, Literal
 
@@ -6,11 +6,12 @@ Template = Literal["alpaca", "chat"]
 
 
 def format_instruction(instruction: str, context: str = "") -> str:
-    """The Alpaca-style wrapper that the paper's code puts around every instruction (`process_data_dolly.py`).
+    """Wrap an instruction in the Alpaca-style template of the authors' code (`process_data_dolly.py`).
 
     Args:
         instruction (`str`): the instruction.
-        context (`str`, *optional*): the input that it speaks of; without one the wrapper has no `### Input:`.
+        context (`str`, *optional*): the input that the instruction refers to. If empty, the prompt has no `### Input:`
+            section.
     """
     task = "Below is an instruction that describes a task"
     request = "Write a response that appropriately completes the request."
@@ -21,7 +22,7 @@ def format_instruction(instruction: str, context: str = "") -> str:
 
 
 def split_instruction(prompt: str) -> tuple[str, str] | None:
-    """Instruction and input (empty without one) of a prompt in the wrapper; None if it is not in it."""
+    """Return instruction and input (empty if there is none) of a wrapped prompt; None if the prompt is not wrapped."""
     before, between, after = format_instruction("\0", "\0").split("\0")
     if prompt.startswith(before) and prompt.endswith(after) and between in prompt:
         instruction, _, context = prompt[len(before) : -len(after)].partition(between)
@@ -33,24 +34,24 @@ def split_instruction(prompt: str) -> tuple[str, str] | None:
 
 
 def make_prompt(instruction: str, context: str, template: Template) -> str | list[dict[str, str]]:
-    """The prompt of an instruction: the wrapper's text, or a conversation of one message for chat models."""
+    """Return the prompt of an instruction: the wrapped text, or a conversation of one message for chat models."""
     if template == "alpaca":
         return format_instruction(instruction, context)
     return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
 
 
 def make_completion(text: str, template: Template) -> str | list[dict[str, str]]:
-    """The answer in the same form as [`make_prompt`]'s prompt."""
+    """Return the answer in the form of [`make_prompt`]'s prompt."""
     return text if template == "alpaca" else [{"role": "assistant", "content": text}]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a completion has no text. What is no completion at all is not empty: the checks name it."""
+    """Return whether a completion has no text. False for values of other types, which the checks refuse."""
     if isinstance(value, list):
-        return all(isinstance(each, dict) and is_empty(each.get("content")) for each in value)
+        return all(isinstance(message, dict) and is_empty(message.get("content")) for message in value)
     return isinstance(value, str) and not value.strip()
 
 
 def message_text(value: Any) -> str:
-    """The text of a prompt or completion, whichever form it has."""
+    """Return the text of a prompt or completion, whether text or conversation."""
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)

@@ -194,7 +194,7 @@ class TestData:
     def test_json_beyond_what_can_be_read_is_refused_with_its_line(self, tmp_path, deep: bytes):
         path = tmp_path / "x.jsonl"
         path.write_bytes(b'{"prompt": "a"}\n' + deep + b"\n")
-        with pytest.raises(DataError, match=r"x.jsonl:2: not JSON that can be read"):
+        with pytest.raises(DataError, match=r"x.jsonl:2: not readable JSON"):
             load_examples(path)
 
     def test_parquet_of_a_type_that_datasets_does_not_know_is_refused(self, tmp_path):
