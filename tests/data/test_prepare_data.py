@@ -326,7 +326,7 @@ class TestYourOwnData:
         options = ("--task", "examples", "--source", source, "--test_rows", "1")
         assert "The split 'train' is empty" in refused(capsys, tmp_path / "out", *options)
         options = (*options, "--validation_rows", "1")
-        assert "The split 'validation' is left empty" in refused(capsys, tmp_path / "out", *options)
+        assert "The split 'validation' is empty" in refused(capsys, tmp_path / "out", *options)
         assert not (tmp_path / "out").exists()
 
     def test_values_that_json_cannot_hold_are_named(self, tmp_path, capsys):
