@@ -11,7 +11,8 @@ numbers, and an interrupted run resumes with the samples it would have drawn.
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -141,7 +142,8 @@ def sample_completions(
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
         prompt_ids (`torch.Tensor` of shape `(B, P)`): left-padded prompts, P >= 1 real token each.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens. A row without any is finished from the
+            start: with it, a process that has no prompts takes part in the calls of a sharded model.
         max_new_tokens (`int`): length limit N, the end-of-sequence token included.
         eos_token_ids (`Sequence[int]`): ids that end a completion.
         pad_token_id (`int`): fills up finished rows.
@@ -158,8 +160,9 @@ def sample_completions(
             accepts.
         on_every_process (`Callable[[bool], bool]`, *optional*): whether its argument is True on every process. To be
             given where a model is sharded over processes, whose calls are then the same on all: a model that one
-            process needs at a step is called by all, and all go on until the rows of all have finished. Shared coins
-            that are the same on all spare calls. The number of batches and `max_new_tokens` must be the same on all.
+            process needs at a step is called by all, and all continue until the rows of all have finished. Shared
+            coins that are the same on all spare calls. The number of calls of this function and `max_new_tokens` must
+            be the same on all.
         compiled ([`CompiledDecoding`], *optional*): of the student, whose steps then run compiled.
         no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no row may repeat an n-gram of its own
             or of its prompt, see [`NgramBlock`]; 0 for none.
@@ -182,13 +185,13 @@ def sample_completions(
     if no_repeat_ngram_size:
         prompts = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
         block = NgramBlock(no_repeat_ngram_size, prompts)
-    finished = np.zeros(batch_size, dtype=bool)
+    finished = ~mask.any(dim=1).cpu().numpy()
     last = np.full(batch_size, prompt_length + max_new_tokens - 1)  # index of each row's last token
 
     for step in range(max_new_tokens):
         tokens = torch.full((batch_size,), pad_token_id, device=device)
         for decoder, chosen in zip(decoders, (~coins[:, step], coins[:, step]), strict=False):
-            idle = not chosen.any()
+            idle = not (chosen & ~finished).any()
             if on_every_process is not None and teacher_coins is not None:
                 idle = on_every_process(idle)  # a sharded model is called by all processes or by none
             if idle:
@@ -246,6 +249,8 @@ def sample_prompts(
 ) -> list[list[int]]:
     """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
 
+    Where processes sample together (`on_every_process`) they may have different numbers of prompts, or none.
+
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
@@ -272,18 +277,18 @@ def sample_prompts(
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))  # the largest batch comes first
     batch_size = batch_size or max(len(order), 1)
     completions: list[list[int]] = [[] for _ in order]
-    for number, start in enumerate(range(0, len(order), batch_size)):
-        rows = order[start : start + batch_size]
-        ids, mask = left_pad([prompt_ids[row] for row in rows], pad_token_id)
+    for number, rows in enumerate(_batches(order, batch_size, on_every_process)):
+        ids, mask = left_pad([prompt_ids[row] for row in rows] or [[]], pad_token_id)
         uniforms = None
-        if keys is not None:
+        if keys is not None and rows:
             noise = np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
             uniforms = torch.from_numpy(noise).to(device)
         coins = None
         if alpha > 0:
             own_keys = [None if keys is None else keys[row] for row in rows]
             coin_keys = _coin_keys(coin_key, number, own_keys, shared_coins)
-            coins = np.stack([toss_coins(max_new_tokens, alpha, *key) for key in coin_keys])
+            tossed = [toss_coins(max_new_tokens, alpha, *key) for key in coin_keys]
+            coins = np.stack(tossed) if tossed else np.zeros((1, max_new_tokens), dtype=bool)
         sampled = sample_completions(
             student,
             ids.to(device),
@@ -301,11 +306,25 @@ def sample_prompts(
             compiled=compiled,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )
+        if not rows:
+            continue
         for row, length, tokens in zip(rows, sampled.mask.sum(dim=1).tolist(), sampled.ids.tolist(), strict=True):
             completions[row] = tokens[:length]
         if on_batch is not None:
             on_batch(rows, sampled)
     return completions
+
+
+def _batches(
+    order: Sequence[int], batch_size: int, on_every_process: Callable[[bool], bool] | None
+) -> Iterator[Sequence[int]]:
+    """Cut `order` into batches; where processes sample together, empty ones follow until the last has no more."""
+    for start in count(0, batch_size):
+        rows = order[start : start + batch_size]
+        done = not rows
+        if done if on_every_process is None else on_every_process(done):
+            return
+        yield rows
 
 
 def _coin_keys(
@@ -333,7 +352,7 @@ def _coin_keys(
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and bool mask `(B, L)` of sequences of unequal length."""
-    width = max(len(sequence) for sequence in sequences)
+    width = max(1, max(map(len, sequences)))
     ids = torch.full((len(sequences), width), pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):

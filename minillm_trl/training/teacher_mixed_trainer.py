@@ -73,6 +73,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
         is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # as its files may be, or was by the caller
         refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
+        # whether all processes take part in a turn if one does
+        self._collective_turns = not self._decodes_with_trl and (sharded or is_sharded(self.teacher_model))
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
         self._scorer = self._make_scorer()
@@ -83,7 +85,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         add_scoring(self._student, self.vocab_size, self._teacher_head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
-        if not self._decodes_with_trl and self.rollout_func is None:
+        if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
             static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
             check_decoding(student, "student", static)
             if self.args.teacher_mixed_alpha > 0:
@@ -142,6 +144,29 @@ class TeacherMixedTrainer(MeasuredRollouts):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        return self._sample_turn(prompt_ids, self._turn_budget(prompt_ids)), None
+
+    def _tool_call_loop(self, *args: Any):
+        self._turn = 1  # also after a rollout function
+        outputs = super()._tool_call_loop(*args)
+        # without tool calls of its own, a process takes part in the turns of the others
+        while self._collective_turns and (budget := self._turn_budget([])) is not None:
+            self._sample_turn([], budget)
+        return outputs
+
+    def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
+        """Most tokens that a turn may sample, the same on all that take part; None where nobody has prompts."""
+        if self._turn == 0:  # everybody has some, which were checked before
+            return self.max_completion_length
+        budget, longest = self.max_completion_length, max(map(len, prompt_ids), default=0)
+        if self.max_context is not None:
+            budget = max(min(budget, self.max_context - longest), 0)
+        if not self._collective_turns:
+            return budget
+        own = torch.tensor([budget if prompt_ids else -1], device=self.accelerator.device)
+        return min((value for value in self.accelerator.gather(own).tolist() if value >= 0), default=None)
+
+    def _sample_turn(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         training = self.model.training
         seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
         if training:
@@ -153,14 +178,16 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, self._turn)
                 for row, ids in enumerate(prompt_ids)
             ]
-        max_new_tokens = self.max_completion_length
-        if self._turn > 0 and self.max_context is not None:  # the budget of the first turn was checked before
-            max_new_tokens = min(max_new_tokens, self.max_context - max(map(len, prompt_ids)))
+        first_turn = self._turn == 0  # later, tools have answered in between
         self._turn += 1
         shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
         lockstep = is_sharded(self.teacher_model)
         coin_key = (seed, COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, COINS)
         self._sampled = []
+
+        def score(rows: list[int], sampled: Completions) -> None:
+            self._sampled.append((rows, self._score_sampled(student, [prompt_ids[row] for row in rows], sampled)))
+
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -170,7 +197,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ),
             self._sampling_model() as student,
         ):
-            completions = sample_prompts(
+            return sample_prompts(
                 student,
                 prompt_ids,
                 keys=keys,
@@ -180,20 +207,15 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 temperature=self.temperature,
                 batch_size=self.args.sampling_batch_size,
                 teacher=self.teacher_model,
-                alpha=self.args.teacher_mixed_alpha if training else 0.0,
+                alpha=self.args.teacher_mixed_alpha if training and self.rollout_func is None else 0.0,
                 coin_key=coin_key,
                 shared_coins=shared,
                 vocab_size=self.vocab_size,
-                keep_states=True,
+                keep_states=first_turn,
                 compiled=self._compiled_decoding,
                 on_every_process=self._on_every_process if lockstep else None,
-                on_batch=lambda rows, sampled: self._sampled.append(
-                    (rows, self._score_sampled(student, [prompt_ids[row] for row in rows], sampled))
-                ),
+                on_batch=score if first_turn else None,
             )
-        if self._turn > 1:  # tools have answered in between
-            self._sampled = []
-        return completions, None
 
     @property
     def _grpo_scores_rollouts(self) -> bool:

@@ -39,6 +39,13 @@ def test_version_is_of_a_tested_line():
             "_generate_single_turn",
             ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
         ),
+        (
+            "_tool_call_loop",
+            [
+                *("self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images"),
+                "multimodal_fields",
+            ],
+        ),
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_prepare_inputs", ["self", "generation_batch"]),

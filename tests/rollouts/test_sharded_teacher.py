@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT
-from sharded_sampling import CASES, build_teacher, sample
+from sharded_sampling import CASES, ROWS, build_teacher, sample
 from test_distributed import assert_same, run, train_distributed
 
 from minillm_trl.models.teacher import is_sharded
@@ -22,10 +23,21 @@ def test_processes_that_finish_at_different_steps_sample_as_with_a_whole_teacher
     assert result.returncode == 0, result.stderr[-3000:]
     lengths = []
     for rank in (0, 1):
-        expected = [sample(rank, build_teacher(), *case) for case in CASES]
+        expected = [sample(rank, build_teacher(), *case, rows[rank]) for case, rows in product(CASES, ROWS)]
         assert torch.load(tmp_path / f"{rank}.pt") == expected
-        lengths.append(max(len(completion) for each in expected[::2] for completion in each))  # in batches of two
+        lengths.append(max(map(len, expected[0])))  # in batches of two
     assert lengths[0] + 5 < lengths[1]  # the first process has long finished when the second samples its last token
+    of_tools = (torch.load(tmp_path / f"tools-{rank}.pt") for rank in (0, 1))
+    whole, sharded_teacher, sharded_student = zip(*of_tools, strict=True)
+    assert [process["rows"] for process in whole] == [[2, 2, 1, 2, 1], [2, 2, 2, 1]]
+    for one, other in zip(whole, sharded_teacher, strict=True):
+        assert one["rows"] == other["rows"]
+        assert one["completions"][0] == other["completions"][0]
+        assert one["losses"][0] == pytest.approx(other["losses"][0], rel=1e-4)
+    for one, other in zip(sharded_student, sharded_teacher, strict=True):
+        assert one["rows"] == other["rows"]
+        assert one["completions"] == other["completions"]  # where both sample, as long on both
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
 
 
 @pytest.mark.distributed

@@ -11,27 +11,31 @@ from test_trainer import make_config
 from test_trainer_options import ScriptedFirstTurn, weather
 from transformers import PreTrainedModel
 
+from minillm_trl import MiniLLMTrainer
 from minillm_trl.rollouts.buffer import sequences
 
 MAX_LENGTH = 200
 CONVERSATIONS = [[{"role": "user", "content": f"weather {i}"}] for i in range(8)]
 
 
-def build_trainer(tmp_path: Path, **options) -> ScriptedFirstTurn:
+def build_trainer(
+    tmp_path: Path, trainer_class: type[MiniLLMTrainer] = ScriptedFirstTurn, **options
+) -> MiniLLMTrainer:
     """Models whose context is exactly that of the longest prompt and its completion."""
+    options = {"max_completion_length": MAX_LENGTH, "max_steps": 2, **options}
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
     render = {"tools": [weather], "add_generation_prompt": True, "return_dict": False}
     prompts = [tokenizer.apply_chat_template(conversation, **render) for conversation in CONVERSATIONS]
-    positions = max(map(len, prompts)) + MAX_LENGTH
+    positions = max(map(len, prompts)) + options["max_completion_length"]
     models = [build_model("gpt2", len(tokenizer), seed, positions=positions) for seed in (0, 1)]
     for model in models:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return ScriptedFirstTurn(
+    return trainer_class(
         *models,
-        args=make_config(tmp_path, max_completion_length=MAX_LENGTH, max_steps=2, **options),
+        args=make_config(tmp_path, **options),
         train_dataset=Dataset.from_dict({"prompt": CONVERSATIONS}),
         processing_class=tokenizer,
         tools=[weather],
