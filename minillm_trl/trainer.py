@@ -68,7 +68,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         rollout_func (*optional*):
             As in [`~trl.GRPOTrainer`]. Its `logprobs` are taken as those of the policy that sampled, whatever that
             is, and its `env_mask` marks with 0 what is neither rewarded nor trained; None stands for samples of the
-            student as it is.
+            student as it is. An empty completion has no tokens to train, but counts as a completion.
         lm_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Corpus of the language-modelling loss (the paper's L_PT): a column `text`, or `prompt` and `completion`.
         reward_processing_classes, callbacks, optimizers, peft_config, quantization_config, tools, environment_factory
@@ -278,6 +278,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
         batch["completion_mask"] = batch["completion_mask"] * self._counts[:, None]
+        batch["completion_mask"][self._empty_rows] = 0
         alpha = self.args.teacher_mixed_alpha if training else 0.0
         # an evaluation has none: its values would depend on what else is in the batch
         baseline = self.args.advantage_baseline if training else "none"

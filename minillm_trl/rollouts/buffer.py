@@ -1,6 +1,7 @@
 """The rollout buffer: its batches, and how its rows are dealt to optimizer steps."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,22 @@ def sequences(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if "tool_mask" in batch:
         mask = mask & batch["tool_mask"].bool()
     return input_ids, attention_mask, mask
+
+
+def fill_empty_completions(output: dict[str, Any], pad_token_id: int) -> tuple[dict[str, Any], list[int]]:
+    """Give each empty completion of a rollout function one token of padding, as GRPO reads the last token of each.
+
+    Returns:
+        The output with `completion_ids`, `logprobs` and `env_mask` filled, and the numbers of the empty rows.
+    """
+    empty = [row for row, ids in enumerate(output.get("completion_ids", ())) if len(ids) == 0]
+    fillers = {"completion_ids": pad_token_id, "logprobs": 0.0, "env_mask": 0}
+    filled = {
+        name: [[fillers[name]] if row in empty else values for row, values in enumerate(output[name])]
+        for name in fillers
+        if empty and output.get(name) is not None
+    }
+    return {**output, **filled}, empty
 
 
 def assemble_rows(parts: Sequence[tuple[Sequence[int], torch.Tensor]], num_rows: int, length: int) -> torch.Tensor:

@@ -35,6 +35,11 @@ class FiniteSteps(Trainer):
         self._nonfinite_in_row = 0
         self._scaler_before: dict[str, Any] = {}
 
+    def _forget_last_run(self) -> None:
+        """Drop what an earlier call of `train()` has left behind; a checkpoint is restored after this."""
+        self._faults.clear()
+        self._nonfinite_steps = self._nonfinite_in_row = 0
+
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As in the TRL trainer; a loss that is not finite makes the optimizer step one to be skipped."""
         result = super().compute_loss(model, inputs, *args, **kwargs)

@@ -124,6 +124,11 @@ class MeasuredTrainer(ReliableTrainer):
 
     # Resuming
 
+    def _forget_last_run(self) -> None:
+        super()._forget_last_run()
+        self._totals["train"].clear()
+        self._metrics["train"].clear()
+
     def _run_state(self) -> dict[str, Any]:
         totals = [(list(names), torch.cat(parts).cpu()) for names, parts in self._totals["train"].items()]
         values = {name: torch.cat(parts).cpu() for name, parts in self._values["train"].items()}

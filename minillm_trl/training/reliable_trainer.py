@@ -82,6 +82,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._compare_settings(checkpoint)
         self._resumed_state = None if checkpoint is None else self._read_run_state(Path(checkpoint))
+        self._forget_last_run()
         restore = _OnTrainBegin(self)
         eval_on_start = self.args.eval_on_start
         self.args.eval_on_start = eval_on_start and checkpoint is None  # the start was evaluated before

@@ -103,6 +103,11 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             {**batch, **{name: each[i // window] for name, each in counts.items()}} for i, batch in enumerate(batches)
         ]
 
+    def _forget_last_run(self) -> None:
+        super()._forget_last_run()
+        self._buffered_inputs = None
+        self._nonfinite_completions = 0
+
     def _run_state(self) -> dict[str, Any]:
         within_buffer = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return {

@@ -1,6 +1,6 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from ..models.teacher import (
 from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards
-from ..rollouts.buffer import Batch, assemble_rows, parts_by_length, sequences
+from ..rollouts.buffer import Batch, assemble_rows, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, left_pad, sample_prompts
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
@@ -54,6 +54,9 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self._turn = 0  # calls of generation within a rollout; tools make it several
         self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
         self._wants_old_logps = False  # whether GRPO's first call for log-probs is for those of the rollout's policy
+        self._empty_rows: list[int] = []  # of the rollout function's completions
+        if self.rollout_func is not None:
+            self.rollout_func = self._fill_empty_completions(self.rollout_func)
         # what the watch finds is logged too, so it comes before the callbacks that report
         self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
         half = half_precision(self.accelerator)
@@ -138,6 +141,15 @@ class TeacherMixedTrainer(MeasuredRollouts):
             prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
         check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
         return prompt_ids, images, multimodal_fields
+
+    def _fill_empty_completions(self, rollout_func: Callable) -> Callable:
+        def filled(prompts: list, trainer: "TeacherMixedTrainer") -> dict[str, Any]:
+            output, self._empty_rows = fill_empty_completions(
+                rollout_func(prompts, trainer), self._tokenizer.pad_token_id
+            )
+            return output
+
+        return filled
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self._decodes_with_trl:

@@ -16,6 +16,7 @@ from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.objectives import reference_kl
+from minillm_trl.rollouts.buffer import sequences
 
 
 def first_token(completion_ids, **kwargs) -> list[float]:
@@ -151,14 +152,17 @@ class TestReferenceModel:
 
 
 class TestRolloutFunction:
-    def make(self, tmp_path, logps, env_mask=None, **options):
+    def make(self, tmp_path, logps, env_mask=None, empty=(), **options):
         def rollout(prompts, trainer):
+            def of_rows(values: list) -> list[list]:
+                return [[] if row in empty else list(values) for row in range(len(prompts))]
+
             output = {
                 "prompt_ids": trainer.processing_class(prompts)["input_ids"],
-                "completion_ids": [[8, 9, 10, 0]] * len(prompts),
-                "logprobs": None if logps is None else [logps] * len(prompts),
+                "completion_ids": of_rows([8, 9, 10, 0]),
+                "logprobs": None if logps is None else of_rows(logps),
             }
-            return output if env_mask is None else {**output, "env_mask": [env_mask] * len(prompts)}
+            return output if env_mask is None else {**output, "env_mask": of_rows(env_mask)}
 
         return make_trainer(tmp_path, rollout_func=rollout, **options)
 
@@ -204,6 +208,32 @@ class TestRolloutFunction:
             assert masked.compute_loss(masked.model, noise).item() == loss
             other = {**batch, "completion_ids": torch.tensor([[8, 30, 31, 0]] * 2)}
             assert masked.compute_loss(masked.model, other).item() != loss
+
+    @pytest.mark.parametrize(("given", "env_mask"), [(None, None), ([-1.0, -2.0, -0.5, -3.0], [1, 0, 1, 1])])
+    def test_empty_completion_leaves_the_others_as_they_are(self, tmp_path, given, env_mask):
+        options = {"steps_per_generation": 1, "max_steps": 1, "loss_reduction": "token_mean"}
+        one_empty = self.make(tmp_path, given, env_mask, empty=(1, 2), **options)
+        none_empty = self.make(tmp_path, given, env_mask, **options)
+        batch, whole = (
+            trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:4]])
+            for trainer in (one_empty, none_empty)
+        )
+        assert batch["completion_mask"].sum(dim=1).tolist() == [4, 0, 0, 4]
+        mask = sequences(batch)[2]
+        for name in ("advantages", "old_per_token_logps", "student_logps"):
+            torch.testing.assert_close(batch[name][mask], whole[name][mask])
+        one_empty.train()
+        logged = one_empty.state.log_history[0]
+        assert logged["completions/min_length"] == 0
+        assert logged["rollout/eos_rate"] == 0.5  # an empty one has no end token
+        assert logged["grad_norm"] > 0
+
+    def test_rollout_of_empty_completions_alone_moves_nothing(self, tmp_path):
+        trainer = self.make(tmp_path, None, empty=range(8), max_steps=1, optim="sgd")
+        before = weights(trainer)
+        trainer.train()
+        assert torch.equal(weights(trainer), before)
+        assert trainer.state.log_history[0]["loss"] == 0.0
 
     def test_token_outside_the_shared_vocabulary_is_refused(self, tmp_path):
         trainer = self.make(tmp_path, None, teacher=build_model("gpt2", 300, 1))

@@ -230,6 +230,17 @@ class TestResume:
         assert train(2, True).state.global_step == 6
         assert train(9, True).state.global_step == 10
 
+    def test_second_run_samples_from_the_first_step_on_as_one_of_its_own(self, tmp_path):
+        """Neither the first one's buffer, whose rollouts are of other weights, nor what it had not logged is left."""
+        options = {"max_steps": 5, "steps_per_generation": 3, "logging_steps": 3, "optim": "sgd"}  # Adam has a state
+        trainer, other = (make_trainer(tmp_path, **options) for _ in range(2))
+        trainer.train()
+        trainer._nonfinite_steps = trainer._nonfinite_completions = 2
+        other.model.load_state_dict(trainer.model.state_dict())
+        for second_run in (trainer, other):
+            second_run.train()
+        assert_same_run(trainer, other)
+
     def test_evaluation_before_the_first_step_is_not_repeated(self, tmp_path):
         options = {**SAVED, **EVALUATED, "eval_on_start": True}
         whole = make_trainer(tmp_path, **options)
