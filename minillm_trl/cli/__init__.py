@@ -1,4 +1,16 @@
-"""The command `minillm-trl`: finds the subcommand and turns its errors into one clear message."""
+"""The command `minillm-trl`: find the subcommand, run it, and turn its errors into one clear message.
+
+A subcommand is a module of its name with `build_parser()` and `run(argv) -> int`:
+
+- `sft`, `kd`, `seqkd`, `minillm`: training. `training` has their shared checks, saving and resuming, `examples` loads
+  their data, `recording` writes the run's record.
+- `evaluate`, `benchmark`, `compare`, `judge`: measuring. `task_results` decides which tasks are done.
+- `recipe` runs `stages`; `prepare_data`, `shrink`, `merge`, `generate`, `doctor` and `demo` are a command each.
+
+Options: `arguments` parses the command line and YAML, `option_values` checks values by YAML line, `option_names` maps
+aliases and offers the right name for a wrong one, `chat` adds the options for chat models, and `launch` hands a
+subcommand over to `accelerate launch`.
+"""
 
 import difflib
 import logging
@@ -10,33 +22,33 @@ from importlib import import_module
 from .. import __version__
 from ..errors import UserError
 
-# Each is a module of this package with `run(argv) -> int`, imported only when it is chosen.
+# Imported only when chosen, since most take seconds to import
 SUBCOMMANDS = {
     "demo": "train a teacher and a student on real data, distil, and write a report (CPU, minutes)",
     "prepare-data": "check, filter and split data; write it for the other subcommands",
     "shrink": "make a student out of a teacher: fewer layers, narrower feed-forward layers",
     "sft": "supervised fine-tuning of a teacher or a student",
-    "kd": "word-level knowledge distillation, a baseline",
-    "seqkd": "fine-tuning on the teacher's completions, a baseline",
+    "kd": "word-level knowledge distillation (baseline)",
+    "seqkd": "fine-tuning on the teacher's completions (baseline)",
     "minillm": "distil a teacher into a student with MiniLLM",
-    "merge": "make a plain model of an adapter and its base",
+    "merge": "merge an adapter into its base model",
     "generate": "sample completions from a model",
     "evaluate": "measure a model on prompts with references",
     "benchmark": "measure a model on general benchmarks (GSM8K, MATH, BBH, IFEval, ...) with lm-eval",
     "recipe": "run all stages of a recipe, from the data to the table",
-    "compare": "one table of models that were evaluated",
-    "judge": "let an LLM score answers beside the references or another model's",
-    "doctor": "what this machine can run, with which precision and launch line",
+    "compare": "compare evaluated models in one table",
+    "judge": "let an LLM score answers against the references or another model",
+    "doctor": "show what this machine can run, in which precision, and the launch command",
 }
 
-# Those whose processes share the work; of the others each would do the whole of it, in the same folder
+# Subcommands whose processes share the work. Several processes of another would each do all of it, in one folder.
 _SHARED = ("sft", "kd", "seqkd", "minillm", "evaluate")
 
-# What libraries reach out for without being asked. For a model on the hub without safetensors, transformers would have
-# a service convert the weights, and send it the user's token.
+# Network requests that libraries make unasked. For a hub model without safetensors, transformers asks a service to
+# convert the weights and sends it the user's token.
 _SWITCHED_OFF = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_SAFETENSORS_CONVERSION")
 
-_END = 1900  # characters of a message at least, before its middle is left out
+_END = 1900  # characters kept at both ends of a message whose middle is left out
 
 _USAGE = """\
 usage: minillm-trl SUBCOMMAND [options]
@@ -58,7 +70,7 @@ class AboveProgressBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print to stderr."""
-        from tqdm import tqdm  # `--help` need not wait for it
+        from tqdm import tqdm  # slow to import; `--help` does not need it
 
         tqdm.write(self.format(record), file=sys.stderr)
 
@@ -70,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): arguments without the program's name; those of the process by default.
 
     Returns:
-        `int`: exit status: 0, 2 for a mistake in the input, 3 for a training that was stopped because the student
-        degenerated, 130 after Ctrl-C, 141 if nobody reads the output any more. Exceptions other than [`UserError`] are
-        faults of the program or of a library: they are raised, so that Python shows where, and ends with status 1.
+        `int`: exit status: 0 for success, 2 for a mistake in the input, 3 for training stopped because the student
+        degenerated, 130 after Ctrl-C, 141 if the reader of the output is gone. Exceptions other than [`UserError`] are
+        bugs of the program or of a library: they propagate, so Python prints the traceback and exits with status 1.
     """
     arguments = sys.argv[1:] if argv is None else argv
     for variable in _SWITCHED_OFF:
@@ -93,11 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_launch(name)
         return import_module(f".{name.replace('-', '_')}", __name__).run(rest)
-    except KeyboardInterrupt as stop:  # who knows how to continue has noted it
+    except KeyboardInterrupt as stop:  # code that knows how to continue has added a note
         advice = " ".join(getattr(stop, "__notes__", [])) or _how_to_continue(name)
         print(f"\nminillm-trl {name}: stopped. {advice}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         return 128 + signal.SIGPIPE
     except UserError as error:
@@ -114,7 +126,7 @@ def _check_launch(name: str) -> None:
 
 
 def printed(error: BaseException) -> str:
-    """The message of an error; of an endless one, such as that of a path of a thousand letters, its two ends."""
+    """Return the message of an error, shortened in the middle if it is very long (it may quote any input)."""
     message = str(error)
     if len(message) <= 2 * _END:
         return message

@@ -1,10 +1,10 @@
-"""Dataclasses shared by the subcommands, and parsers that refuse what they do not know by its nearest right name."""
+"""Dataclasses shared by the subcommands, and parsers that refuse an unknown option and offer the nearest known one."""
 
 import argparse
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataArguments:
-    """Where the examples come from."""
+    """Source of the examples."""
 
     dataset_name: str = field(
         metadata={
@@ -40,7 +40,7 @@ class DataArguments:
         metadata={"help": "Split to evaluate on while training.", "aliases": ["--dataset_eval_split"]},
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Source of the evaluation split, if it is not `dataset_name`."}
+        default=None, metadata={"help": "Source of the evaluation split, if different from `dataset_name`."}
     )
     prompt_column: str = field(
         default="prompt",
@@ -63,19 +63,19 @@ class TeacherArguments:
 
 @dataclass
 class EarlyStoppingArguments:
-    """When to stop before the last step."""
+    """Early stopping."""
 
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
     )
-    early_stopping_threshold: float = field(default=0.0, metadata={"help": "How much better counts as better."})
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "Smallest improvement that counts."})
 
     def callbacks(self, args: "TrainingArguments") -> "list[TrainerCallback]":
-        """The callback that stops, if it is asked for.
+        """Return the early-stopping callback, or nothing without `early_stopping_patience`.
 
         Raises:
-            ValueError: if there is no best checkpoint to go back to, or the patience is none.
+            ValueError: if the run keeps no best checkpoint to go back to, or the patience is below 1.
         """
         if self.early_stopping_patience is None:
             if self.early_stopping_threshold:
@@ -88,14 +88,14 @@ class EarlyStoppingArguments:
                 f"early_stopping_patience={self.early_stopping_patience} goes back to the best checkpoint: set "
                 "load_best_model_at_end=true and metric_for_best_model (eval_rouge_l or eval_loss)."
             )
-        from transformers import EarlyStoppingCallback  # takes seconds
+        from transformers import EarlyStoppingCallback  # takes seconds to import
 
         return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # HfArgumentParser has each option with dashes too, which doubles the length of the help
+        # HfArgumentParser also has every option with dashes, which would double the length of the help
         shown = copy.copy(action)
         shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
         return super()._format_action_invocation(shown)
@@ -105,7 +105,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class PlainParser(argparse.ArgumentParser):
-    """The parser of a subcommand without dataclasses: options are not guessed from their beginnings."""
+    """Parser of a subcommand without dataclasses. Options cannot be abbreviated."""
 
     def __init__(self, name: str, **kwargs: Any):
         super().__init__(f"minillm-trl {name}", allow_abbrev=False, **kwargs)
@@ -121,7 +121,8 @@ def _parsing_error(parser: argparse.ArgumentParser, message: str) -> UserError:
 class Parser(TrlParser):
     """`TrlParser` whose help groups the options by dataclass, inherited ones last, and whose errors are exceptions."""
 
-    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any):
+    def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any):
+        dataclass_types = tuple(dataclass_types)
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         for dataclass_type in dataclass_types:
             summary = (dataclass_type.__doc__ or "").strip().splitlines()[0].rstrip(".")
@@ -130,7 +131,7 @@ class Parser(TrlParser):
             for base in filter(is_dataclass, dataclass_type.__mro__[1:]):
                 self._move(base, f"inherited from {base.__name__.lstrip('_')}")
 
-    def _move(self, dataclass_type: type, title: str) -> None:
+    def _move(self, dataclass_type: Any, title: str) -> None:
         names = vars(dataclass_type).get("__annotations__", {})
         moved = [action for action in self._optionals._group_actions if action.dest in names]
         if not moved:
@@ -140,7 +141,7 @@ class Parser(TrlParser):
             self._optionals._group_actions.remove(action)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Take the values of a YAML file, also by the second names of options."""
+        """Set defaults from the values of a YAML file, which may use aliases of options."""
         return super().set_defaults_with_config(**with_first_names(self, kwargs))
 
     def error(self, message: str) -> NoReturn:
@@ -148,7 +149,7 @@ class Parser(TrlParser):
 
 
 def make_parser(name: str, dataclass_types: Sequence[type], description: str) -> Parser:
-    """The parser of a training subcommand."""
+    """Return the parser of a training subcommand."""
     parser = Parser(
         dataclass_types,
         prog=f"minillm-trl {name}",
@@ -159,7 +160,7 @@ def make_parser(name: str, dataclass_types: Sequence[type], description: str) ->
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with values for any of these options")
     for action in parser._actions:
-        if action.dest == "model_name_or_path":  # TRL's dataclass has a default of None that no command can use
+        if action.dest == "model_name_or_path":  # TRL's default is None, with which no command works
             action.required = True
         elif action.dest.endswith("_kwargs"):
             action.type = mapping
@@ -176,13 +177,13 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
         argv (`list[str]`): arguments; `--config FILE` names a YAML file whose values they override.
 
     Returns:
-        The dataclass instances, and the flags meant for `accelerate launch`: none unless a hand-over is asked for, and
-        none in a process that a launcher has started, whose settings stand already.
+        The dataclass instances, and the flags for `accelerate launch`. The flags are empty without a hand-over, and in
+        a process that a launcher has started, since its settings are fixed.
 
     Raises:
-        ValueError: for YAML that cannot be read, unknown keys and flags (with the nearest right name) and wrong
-            values, for YAML with file and line; for a package that is not installed; for a process that does not know
-            about the others of its launch.
+        ValueError: for unreadable YAML, unknown keys and flags (with the nearest known name) and wrong values, in YAML
+            with file and line; for a package that is not installed; for a process that is unaware of the others of
+            its launch.
     """
     argv = [
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
@@ -196,15 +197,15 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
         )
     except UserError:
         raise
-    except (ImportError, ValueError) as error:  # what the configurations of TRL and transformers refuse
+    except (ImportError, ValueError) as error:  # raised by the configurations of TRL and transformers
         if "Default process group has not been initialized" not in str(error):
             raise UserError(str(error)) from error
         raise UserError(
-            "ddp_backend is for several processes, and this is one that no launcher has started. Leave it out, or add "
+            "ddp_backend needs several processes, and no launcher has started this one. Leave it out, or add "
             "--accelerate_config NAME --num_processes N."
         ) from error
-    # what follows the dataclasses is a namespace with --config, which only the help needs
-    instances = tuple(values[: len(parser.dataclass_types)])
+    # the namespace that follows the dataclasses holds --config, which only the help needs
+    instances = tuple(values[: len(tuple(parser.dataclass_types))])
     settings = {name: value for instance in instances for name, value in vars(instance).items()}
     for name, value in settings.items():
         if isinstance(value, float) and math.isnan(value):
@@ -213,7 +214,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     flags = read_flags(from_yaml, from_cli)
     if flags and not is_launched():
         return instances, flags
-    if any(hasattr(instance, "distributed_state") for instance in instances):  # of training arguments
+    if any(hasattr(instance, "distributed_state") for instance in instances):  # training arguments
         from ..hardware.processes import check_processes
 
         check_processes()
@@ -221,17 +222,17 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
 
 
 def parse_plain(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments of a subcommand that has no YAML.
+    """Parse the arguments of a subcommand without `--config`.
 
     Raises:
-        ValueError: for an unknown flag, with the nearest right name.
+        ValueError: for an unknown flag, with the nearest known name.
     """
     _check_words(parser, argv, is_launchable=False)
     return parser.parse_args(argv)
 
 
 def _check_words(parser: argparse.ArgumentParser, argv: list[str], is_launchable: bool) -> None:
-    """Refuse what argparse would take for something else, or complain of after options that are missing."""
+    """Refuse words that argparse would misread, or would report only after missing options."""
     for option in given_options(parser, argv):
         if option.word and option.action is None and not (is_launchable and is_launch_option(option.word[2:])):
             known = {action.dest for action in parser._actions} | aliases(parser).keys()
@@ -243,18 +244,18 @@ def _check_words(parser: argparse.ArgumentParser, argv: list[str], is_launchable
 def parse_with_config(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, dict[str, str | None]]:
-    """Parse the arguments of a subcommand that starts no training and has an option `--config` for a YAML file.
+    """Parse the arguments of a subcommand without dataclasses that has `--config` for a YAML file.
 
     Args:
-        parser (`argparse.ArgumentParser`): in the YAML, an option with several values takes a list, and one whose
-            values are `NAME=VALUE` a mapping as well.
-        argv (`list[str]`): arguments; they override the file's.
+        parser (`argparse.ArgumentParser`): in YAML, an option with several values takes a list, or a mapping if its
+            values are `NAME=VALUE`.
+        argv (`list[str]`): arguments; they override the file.
 
     Returns:
         The values, and the flags meant for `accelerate launch`, see [`parse`].
 
     Raises:
-        ValueError: for an unknown option, and for a value of the file that its option does not take, with the line.
+        ValueError: for an unknown option, and for a value in the file that its option does not accept, with the line.
     """
     _check_words(parser, argv, is_launchable=True)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -270,7 +271,7 @@ def parse_with_config(
 
 
 def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]:
-    """The values of a YAML file as words of a command line."""
+    """Return the values of a YAML file as words of a command line."""
     known, words = {action.dest: action for action in parser._actions}, []
     for name, value in values.items():
         if value is None or value is False:
@@ -278,7 +279,7 @@ def _words(parser: argparse.ArgumentParser, values: dict[str, Any]) -> list[str]
         if known[name].type is json_object:
             value = json.dumps(value)
         if isinstance(value, dict):
-            value = [f"{key}={each}" for key, each in value.items()]
+            value = [f"{key}={item}" for key, item in value.items()]
         if known[name].nargs == "+":
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         else:

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "benchmark",
         description="Measure a model on general benchmarks, which EleutherAI's lm-eval runs "
-        "(pip install 'minillm-trl[eval]'), with 95 % bootstrap intervals over documents. Tasks that are in "
-        "output_dir already are not computed again.",
+        "(pip install 'minillm-trl[eval]'), with 95 % bootstrap intervals over documents. Tasks with results in "
+        "output_dir are skipped.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values for any of these options")
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
@@ -51,24 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"tasks, groups and tags of lm-eval; {suites}; each has a folder of its name in output_dir",
     )
-    parser.add_argument("--include_path", type=Path, metavar="DIR", help="folder with task YAMLs of your own")
-    parser.add_argument("--num_fewshot", type=int, metavar="N", help="solved examples (default: as the task says)")
+    parser.add_argument("--include_path", type=Path, metavar="DIR", help="folder with your own task YAMLs")
+    parser.add_argument(
+        "--num_fewshot", type=int, metavar="N", help="solved examples in the prompt (default: the task's)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N documents of each task only")
     parser.add_argument("--batch_size", default="8", help="requests run together, or auto (default: 8)")
-    parser.add_argument("--apply_chat_template", action="store_true", help="put prompts into the chat template")
+    parser.add_argument("--apply_chat_template", action="store_true", help="wrap prompts in the chat template")
     parser.add_argument(
-        "--chat_template_kwargs", type=json_object, metavar="JSON", help="what else the chat template is given"
+        "--chat_template_kwargs", type=json_object, metavar="JSON", help="further arguments of the chat template"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tasks' folders")
     parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "float16", "bfloat16"],
         default="auto",
-        help="of the model (default: auto, that of its files, which of a trained model is often float32)",
+        help="dtype of the model (default: auto, as saved; trained models are often saved in float32)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
-        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+        "--allow_pickled_weights", action="store_true", help="load weights that exist only as pickles (.bin)"
     )
     parser.add_argument(
         "--confirm_run_unsafe_code",
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class _Job:
-    """A benchmark to be done: folders of a group's tasks (none of a single task), and the tasks that are not done."""
+    """A benchmark to run: the folders of a group's tasks (empty for a single task), and the tasks without results."""
 
     folder: Path
     settings: dict[str, Any]
@@ -128,7 +130,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _jobs(arguments: argparse.Namespace, benchmarks: list[Benchmark]) -> Iterator[_Job]:
-    """What is left to do, none of it done with other settings."""
+    """Yield the benchmarks without results; raise if results of other settings are in the way."""
     files = weight_files((arguments.model, arguments.adapter))
     for benchmark in benchmarks:
         folder = arguments.output_dir / benchmark.name
@@ -173,7 +175,9 @@ def _load(arguments: argparse.Namespace, jobs: list[_Job]) -> "HFLM":
         for _, task, _ in job.to_do:
             check_room(task, context)
     model = load_model(arguments.model, arguments.adapter, arguments.dtype, trust, arguments.allow_pickled_weights)
-    if arguments.apply_chat_template:  # answers end with their turn, whatever the model was saved with
+    if (
+        arguments.apply_chat_template
+    ):  # answers end with their turn, even if the saved generation config says otherwise
         template = arguments.chat_template_kwargs
         declared = model.generation_config
         carry(find_end_tokens(tokenizer, conversational=True, student=declared, chat_template_kwargs=template), model)
@@ -207,13 +211,13 @@ def _save_pooled(job: _Job) -> None:
         **pooled,
     }
     texts = [(folder / "samples.jsonl").read_text(encoding="utf-8").removesuffix("\n") for folder in job.parts]
-    # not splitlines, which splits at characters inside of texts too
+    # not splitlines, which also splits at separators inside texts
     write_results(job.folder, results, [json.loads(line) for text in texts for line in text.split("\n")])
     _print(job.folder, results)
 
 
 def _results(settings: dict[str, Any], task_version: Any, summary: dict[str, MeanInterval]) -> dict[str, Any]:
-    """What all have in `results.json`; empty where only sampled texts have it."""
+    """Return the fields that every `results.json` has, empty where they concern sampled texts only."""
     versions = {name: version(name) for name in ("torch", "transformers", "lm-eval")}
     return {
         "settings": settings,
@@ -234,5 +238,5 @@ def _print(folder: Path, results: dict[str, Any]) -> None:
         print(f"{name:<30} {value:.3f}, without an interval")
     prompts = results["settings"]["prompts"]
     if count := results["truncated_prompts"]:
-        print(f"{count} of {prompts} prompts were longer than the model's context: it read their ends only")
+        print(f"{count} of {prompts} prompts were longer than the model's context, so it read only their ends")
     print(f"{prompts} documents; written to {folder}")

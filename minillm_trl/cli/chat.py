@@ -1,4 +1,4 @@
-"""Options of the subcommands that ask a model, for chat models."""
+"""Options for chat models, of the subcommands that sample from a model."""
 
 import argparse
 import sys
@@ -17,38 +17,36 @@ if TYPE_CHECKING:
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how prompts reach a chat model, and what ends its answers."""
-    parser.add_argument(
-        "--chat", action="store_true", help="take prompts that are texts for messages of the user's, for a chat model"
-    )
+    """Add the options that format prompts for a chat model and end its answers."""
+    parser.add_argument("--chat", action="store_true", help="turn text prompts into user messages, for a chat model")
     parser.add_argument(
         "--chat_template_kwargs",
         type=json_object,
         metavar="JSON",
-        help="what else the chat template is given, such as '{\"enable_thinking\": false}'",
+        help="further arguments of the chat template, such as '{\"enable_thinking\": false}'",
     )
     parser.add_argument("--eos_tokens", nargs="+", metavar="TOKEN", help=EOS_TOKENS_HELP)
 
 
 def chat_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the functions that sample take of these options."""
+    """Return these options as keyword arguments of the sampling functions."""
     return {"eos_tokens": arguments.eos_tokens, "chat_template_kwargs": arguments.chat_template_kwargs}
 
 
 def as_conversations(prompts: Sequence["Prompt"]) -> list["Prompt"]:
-    """Make a message of the user's of each prompt that is a text."""
+    """Turn each text prompt into a user message."""
     return [make_prompt(prompt, "", "chat") if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def check_chat(
     tokenizer: "PreTrainedTokenizerBase", arguments: argparse.Namespace, prompts: Sequence["Prompt"]
 ) -> None:
-    """Check that there is a chat template for `--chat`, and hint at it where texts go to a chat model.
+    """Check that `--chat` has a chat template, and suggest it if a chat model gets plain texts.
 
-    Texts in the wrapper of instructions, or with special tokens of their own, are taken for what was meant.
+    Texts in the instruction template, or with special tokens, are assumed to be intended.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if `--chat` is given and the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         if arguments.chat:
@@ -60,7 +58,7 @@ def check_chat(
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     if not any(token in first for token in special):
         print(
-            f"{arguments.model} has a chat template, and the prompts are texts, which do not go through it. For a "
-            "chat model add --chat.",
+            f"{arguments.model} has a chat template, but the prompts are texts, which do not use it. Add --chat for "
+            "a chat model.",
             file=sys.stderr,
         )

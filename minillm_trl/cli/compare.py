@@ -1,4 +1,4 @@
-"""`minillm-trl compare`: one table of models that were evaluated alike."""
+"""`minillm-trl compare`: compare models evaluated with the same settings in one table."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .arguments import PlainParser, parse_plain
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "compare",
         description="Put the results of `minillm-trl evaluate` side by side: models by tasks, with 95 % intervals, "
@@ -23,14 +23,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder that `evaluate` wrote, or NAME=FOLDER to name its row"
     )
-    parser.add_argument("--baseline", metavar="NAME", help="row to which differences, paired by prompt, are shown")
+    parser.add_argument("--baseline", metavar="NAME", help="row to compare the others with, paired by prompt")
     parser.add_argument("--teacher", metavar="NAME", help="row of the teacher, if no evaluation names it")
     parser.add_argument(
         "--training",
         nargs="+",
         default=[],
         metavar="NAME=OUTPUT_DIR",
-        help="training of a row, for its curves; found by itself where the model that was evaluated is such a folder",
+        help="training run of a row, for its curves (default: the evaluated model's folder, if it is one of a run)",
     )
     parser.add_argument("--output_dir", type=Path, help="folder for report.html, report.md and comparison.csv")
     return parser
@@ -48,16 +48,15 @@ def run(argv: list[str]) -> int:
 def read_histories(
     models: Sequence[EvaluatedModel], folders: Mapping[str, Path]
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """What the evaluations during training logged, by model.
+    """Return the metrics that evaluations during training logged, by model.
 
     Args:
-        models (`Sequence[EvaluatedModel]`): those that are compared.
-        folders (`Mapping[str, Path]`): folders of trainings by model; of the others they are found where the model
-            that was evaluated is the folder of its training.
+        models (`Sequence[EvaluatedModel]`): the compared models.
+        folders (`Mapping[str, Path]`): folders of training runs by model. For other models it is the folder of the
+            evaluated model, if that is the folder of a training run.
 
     Raises:
-        ValueError: if a folder is no training's, or its training has logged no evaluation; one that was found by
-            itself may have logged none.
+        ValueError: if a given folder holds no training run, or the run has logged no evaluation.
     """
     histories = {}
     for model in models:
@@ -94,7 +93,7 @@ def _trainings(words: list[str], names: list[str]) -> dict[str, Path]:
 
 
 def named_folder(word: str) -> tuple[str, Path]:
-    """Name and folder of `NAME=FOLDER`, or of a folder alone, whose name it is."""
+    """Return name and folder of `NAME=FOLDER`, or of a plain folder, which gives the name."""
     name, equals, folder = word.partition("=")
     if not equals or Path(word).is_dir():
         return Path(word).resolve().name, Path(word)

@@ -1,4 +1,4 @@
-"""`minillm-trl demo`."""
+"""`minillm-trl demo`: train, distil and report on a small example, on a CPU."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from .arguments import PlainParser, parse_plain
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "demo",
         description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
@@ -44,9 +44,9 @@ def run(argv: list[str]) -> int:
     if arguments.seed < 0:
         raise UserError(f"--seed must not be negative, got {arguments.seed}.")
 
-    # threads that spin while they wait slow each other down on a machine that is busy with something else, too
+    # threads that spin while they wait slow each other down on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from ..demo import DemoSettings, run_demo  # torch and transformers take seconds, --help should not
+    from ..demo import DemoSettings, run_demo  # torch and transformers take seconds to import
 
     settings = replace(DemoSettings(), seed=arguments.seed)
     folder = arguments.output_dir or Path("runs") / ("demo-full" if arguments.full else "demo")

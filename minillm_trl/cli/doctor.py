@@ -1,4 +1,4 @@
-"""`minillm-trl doctor`: what this machine has, whether a configuration can run on it, and how to start it."""
+"""`minillm-trl doctor`: show the machine, check a configuration on it, and print the launch command."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl import ModelConfig
 
@@ -14,15 +14,16 @@ from ..errors import UserError
 from ..models.weight_formats import quantization_settings
 from ..training.trl_version import TESTED
 from .arguments import PlainParser, TeacherArguments, parse, parse_plain
+from .option_values import parsed_mapping
 from .shrink import read_settings
 
-# Functions import what takes seconds (torch, transformers, TRL's configurations): `--help` need not wait for it.
+# Functions import torch, transformers and TRL's configurations, which take seconds, so that `--help` is quick.
 if TYPE_CHECKING:
     from ..config import MiniLLMConfig
     from ..hardware.machine import Machine
 
 _GIB = 2**30
-_MARGIN = 1.2  # for what a framework needs besides, and fragmentation
+_MARGIN = 1.2  # for framework overhead and fragmentation
 _SAVINGS = {
     "GPU": "shard_teacher, offload_teacher or a 4-bit teacher; teacher_hidden_states: cpu; a smaller "
     "per_device_train_batch_size or sampling_batch_size; an adapter (use_peft), its base in 4 bits or, by dtype, in "
@@ -32,7 +33,7 @@ _SAVINGS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser("doctor", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML of a `minillm` run to check, with a memory estimate")
     parser.add_argument(
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Print the screen; 0 if nothing stands against the configuration (without one, against any run), else 1."""
+    """Print the report; return 1 if it lists problems of the configuration (without one: of the machine), else 0."""
     options = parse_plain(build_parser(), argv)
     if options.config is not None and not Path(options.config).is_file():
         raise UserError(f"--config {options.config}: no such file.")
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> int:
     if options.config is not None:
         try:
             settings = _read(options.config)
-        except UserError as error:  # some settings are refused by TrainingArguments where there is no GPU for them
+        except UserError as error:  # TrainingArguments refuses some settings on a machine without a GPU
             found.append(str(error))
         else:
             found = check(machine, *settings) + check_pair(*settings)
@@ -62,19 +63,19 @@ def run(argv: list[str]) -> int:
             print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
             print("\n" + "\n".join(describe_ends(*settings)))
     print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
-    print("\n" + ("\n".join(f"PROBLEM  {each}" for each in found) or "Nothing found that stands against it."))
+    print("\n" + ("\n".join(f"PROBLEM  {problem}" for problem in found) or "No problems found."))
     return 1 if found else 0
 
 
 def describe(machine: "Machine") -> list[str]:
-    """The machine in lines for the screen."""
+    """Return a description of the machine, line by line."""
     from ..hardware.machine import best_precision
 
     lines = [f"CPU       {machine.cores} cores, {machine.memory / _GIB:.0f} GiB"]
     for gpu in machine.gpus or ():
         lines.append(f"GPU       {gpu.name}, {gpu.architecture}, {gpu.memory / _GIB:.0f} GiB")
     if not machine.gpus:
-        lines.append("GPU       none that torch can use")
+        lines.append("GPU       torch can use no GPU")
     build = "a build for CPUs" if machine.cuda is None else f"CUDA {machine.cuda}: {', '.join(machine.architectures)}"
     lines.append(f"torch     {machine.versions['torch']}, {build}")
     for name, installed in machine.versions.items():
@@ -92,12 +93,13 @@ def describe(machine: "Machine") -> list[str]:
 
 
 def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
-    """What stands against the settings of a run on a machine."""
+    """Return why the settings of a run cannot work on a machine; empty if they can."""
     from ..hardware.machine import problems
 
+    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
     return problems(
         machine,
-        bf16=args.bf16,
+        bf16=bool(args.bf16),
         fp16=args.fp16,
         attn_implementation=model.attn_implementation,
         load_in_8bit=model.load_in_8bit,
@@ -105,31 +107,33 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
         compile_rollouts=args.compile_rollouts,
     ) + problems(
         machine,
-        attn_implementation=(args.teacher_model_init_kwargs or {}).get("attn_implementation"),
-        load_in_8bit=quantization_settings(args.teacher_model_init_kwargs).get("load_in_8bit", False),
+        attn_implementation=(teacher_kwargs or {}).get("attn_implementation"),
+        load_in_8bit=quantization_settings(teacher_kwargs).get("load_in_8bit", False),
         use_cpu=args.use_cpu,
     )
 
 
 def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
-    """What stands against a student and a teacher: pickled weights, other tokenizers, a context without room."""
+    """Return problems of student and teacher: pickled weights, different tokenizers, a context that is too short."""
     from ..models.loading import check_room, load_tokenizer
     from ..models.pickled_weights import refuse_pickled_weights
     from ..models.teacher import check_same_tokenizer
 
-    names, found = [model.model_name_or_path, teacher.teacher_model_name_or_path], []
-    revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
-    student_kwargs = {"revision": model.model_revision, **(args.model_init_kwargs or {})}
+    sources, found = _sources(model, teacher, args), []
+    names = [name for name, _ in sources]
+    student_kwargs = {"revision": model.model_revision, **(parsed_mapping(args.model_init_kwargs) or {})}
+    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
+    assert args.max_completion_length is not None  # MiniLLMConfig refuses None
     try:
         if not args.allow_pickled_weights:
-            for name, init_kwargs in zip(names, (student_kwargs, args.teacher_model_init_kwargs), strict=True):
+            for name, init_kwargs in zip(names, (student_kwargs, teacher_kwargs), strict=True):
                 refuse_pickled_weights(name, init_kwargs)
-        tokenizers = [load_tokenizer(*each, args.trust_remote_code) for each in zip(names, revisions, strict=True)]
-        check_same_tokenizer(*tokenizers)
+        tokenizers = [load_tokenizer(*source, args.trust_remote_code) for source in sources]
+        check_same_tokenizer(tokenizers[0], tokenizers[1])
         check_room(
             names, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
         )
-        if read_settings(Path(model.model_name_or_path)) is not None:
+        if read_settings(Path(names[0])) is not None:
             found.append(
                 f"the student {model.model_name_or_path} comes straight from `minillm-trl shrink`. Heal it first with "
                 "`minillm-trl kd` or `seqkd`: its own samples are not yet text that a teacher can correct."
@@ -140,19 +144,15 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
 
 
 def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
-    """What ends completions, in lines for the screen; none where a tokenizer cannot be read."""
+    """Return the tokens that end completions, line by line, or the error if a tokenizer cannot be read."""
     from ..models.end_tokens import check_eos, find_end_tokens, read_generation_config
     from ..models.loading import generation_source, load_tokenizer
 
-    revisions = model.model_revision, (args.teacher_model_init_kwargs or {}).get("revision")
-    names = model.model_name_or_path, teacher.teacher_model_name_or_path
-    lines = {}
+    sources = _sources(model, teacher, args)
+    lines: dict[str, None] = {}  # an ordered set
     try:
-        tokenizers = [load_tokenizer(*each, args.trust_remote_code) for each in zip(names, revisions, strict=True)]
-        configs = [
-            read_generation_config(*generation_source(*each), args.trust_remote_code)
-            for each in zip(names, revisions, strict=True)
-        ]
+        tokenizers = [load_tokenizer(*source, args.trust_remote_code) for source in sources]
+        configs = [read_generation_config(*generation_source(*source), args.trust_remote_code) for source in sources]
         for conversational in (False, True) if tokenizers[0].chat_template is not None else (False,):
             ends = find_end_tokens(
                 tokenizers[0],
@@ -161,7 +161,7 @@ def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMC
                 teacher=configs[1],
                 teacher_tokenizer=tokenizers[1],
                 eos_tokens=args.eos_tokens,
-                chat_template_kwargs=args.chat_template_kwargs,
+                chat_template_kwargs=parsed_mapping(args.chat_template_kwargs),
             )
             check_eos(tokenizers[0], ends)
             kind = "Conversations" if conversational else "Texts"
@@ -174,15 +174,16 @@ def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMC
 def choose_strategy(
     machine: "Machine", model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig", prompt_tokens: int
 ) -> tuple[str, dict[str, float]]:
-    """How to spread the student over the GPUs, with the least communication that fits; and the estimate for it."""
+    """Choose the strategy with the least communication that fits the GPUs; return it with its memory estimate."""
     from ..hardware.memory_estimate import Workload, estimate_memory
     from ..models.loading import load_config
 
-    names = model.model_name_or_path, teacher.teacher_model_name_or_path
-    configs = [load_config(name, args.trust_remote_code) for name in names]
+    configs = [load_config(name, args.trust_remote_code) for name, _ in _sources(model, teacher, args)]
+    assert args.steps_per_generation is not None  # set by GRPOConfig
+    assert args.max_completion_length is not None  # MiniLLMConfig refuses None
     buffered = args.per_device_train_batch_size * args.steps_per_generation
-    teacher_kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}
-    dtype = (args.model_init_kwargs or {}).get("dtype", model.dtype)
+    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
+    dtype = (parsed_mapping(args.model_init_kwargs) or {}).get("dtype", model.dtype)
     dtype = configs[0].dtype if dtype == "auto" else dtype
     load = Workload(
         rows=args.per_device_train_batch_size,
@@ -207,7 +208,7 @@ def choose_strategy(
     if len(machine.gpus) > 1:
         able = {"zero2": bool(machine.versions.get("deepspeed")), "fsdp": not load.student_4bit}
         strategies += [name for name, is_able in able.items() if is_able and not args.teacher_shares_base]
-    estimates = {name: estimate_memory(*configs, replace(load, strategy=name)) for name in strategies}
+    estimates = {name: estimate_memory(configs[0], configs[1], replace(load, strategy=name)) for name in strategies}
     smallest = min((gpu.memory for gpu in machine.gpus), default=math.inf)
     fitting = [name for name, parts in estimates.items() if _MARGIN * _peak(parts) < smallest]
     chosen = fitting[0] if fitting else min(strategies, key=lambda name: _peak(estimates[name]))
@@ -215,21 +216,21 @@ def choose_strategy(
 
 
 def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) -> list[str]:
-    """The memory estimate in lines, beside what the smallest GPU has, or without a GPU the machine."""
+    """Return the memory estimate, line by line, compared with the smallest GPU or, without one, the machine."""
     place = f"each GPU in mixed precision under {strategy}" if machine.gpus else "the process on this CPU"
     lines = [f"Memory of {place}, an estimate:"]
     lines += [f"  {value / _GIB:7.2f} GiB  {name}" for name, value in parts.items()]
     smallest = min((gpu.memory for gpu in machine.gpus), default=machine.memory)
     fits = "fits" if _MARGIN * _peak(parts) < smallest else "may not fit"
     verdict = fits if _peak(parts) < smallest else "does not fit"
-    lines.append(f"  {smallest / _GIB:7.2f} GiB  is there: {verdict}")
+    lines.append(f"  {smallest / _GIB:7.2f} GiB  available: {verdict}")
     if verdict != "fits":
         lines.append(f"  To save memory: {_SAVINGS['GPU' if machine.gpus else 'CPU']}")
     return lines
 
 
 def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -> str:
-    """The command that starts a run with all GPUs of a machine."""
+    """Return the command that starts a run on all GPUs of a machine."""
     from ..hardware.machine import best_precision
 
     number, precision = len(machine.gpus), best_precision(machine)
@@ -238,6 +239,16 @@ def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -
         name = f"{'v100_' if precision == 'fp16' else ''}{name}_{precision}"
     processes = f" --num_processes {number}" if number > 1 else ""
     return f"minillm-trl minillm --config {config or 'FILE.yaml'} --accelerate_config {name}{processes}"
+
+
+def _sources(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[tuple[str, str | None]]:
+    """Return name or folder, and revision, of student and teacher."""
+    assert model.model_name_or_path is not None  # the parser requires it
+    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs) or {}
+    return [
+        (model.model_name_or_path, model.model_revision),
+        (teacher.teacher_model_name_or_path, teacher_kwargs.get("revision")),
+    ]
 
 
 def _peak(parts: dict[str, float]) -> float:

@@ -19,7 +19,7 @@ from .chat import add_chat_options, as_conversations, chat_options, check_chat
 from .launch import hand_over
 from .task_results import is_done, weight_files, write_results
 
-# Functions import what takes seconds (torch, transformers, datasets), so that `--help` need not wait for it.
+# Functions import torch, transformers and datasets, which take seconds, so that `--help` is quick.
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluation
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
-# What says how completions are sampled
+# Options that sampled results depend on
 _SAMPLING = (
     *("seeds", "greedy", "temperature", "no_repeat_ngram_size", "max_new_tokens"),
     *("forward_kl", "exposure_bias_samples"),
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         description="Sample completions as the paper does (temperature 1, five seeds, no repeated 6-grams as in its "
         "code) and measure Rouge-L, exact match, loss, length, repetition, diversity and, with a teacher, divergence: "
-        "means over prompts with 95 % intervals. What is in output_dir already is not computed again.",
+        "means over prompts with 95 % intervals. Tasks with results in output_dir are skipped.",
         epilog="`--num_processes N` and the other options of `accelerate launch` hand the command over to it.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with values for any of these options")
@@ -49,8 +49,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
     parser.add_argument(
         *("--teacher", "--teacher_model_name_or_path"),
-        help="name or folder of a teacher, for divergences (not measured of itself)",
+        help="name or folder of a teacher, for divergences (skipped when the model is the teacher)",
     )
+    _add_data_options(parser)
+    _add_measuring_options(parser)
+    parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and samples.jsonl")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="dtype of model and teacher (default: auto, as saved; trained models are often saved in float32)",
+    )
+    add_chat_options(parser)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--allow_pickled_weights", action="store_true", help="load weights that exist only as pickles (.bin)"
+    )
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", "--dataset_name", help="prompts with references, see `minillm-trl sft --help`")
     source.add_argument(
@@ -68,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--completion_column", default="completion")
     parser.add_argument("--references_column", default="references")
     parser.add_argument("--max_rows", type=int, help="use the first prompts only")
+
+
+def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="sampling seeds (default: 10 20 30 40 50)")
     parser.add_argument("--greedy", action="store_true", help="decode greedily, once, instead of sampling")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit (default: 256)")
@@ -76,37 +98,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--no_repeat_ngram_size",
         type=int,
         default=6,
-        help="no completion repeats an n-gram of its own or of its prompt; 0 for none (default: 6, as in the paper's "
-        "code)",
+        help="block n-grams of this size that occur earlier in prompt or completion; 0 blocks none (default: 6, as in "
+        "the paper's code)",
     )
     parser.add_argument("--forward_kl", action="store_true", help="sample from the teacher too, for forward KL")
     parser.add_argument(
         "--exposure_bias_samples",
         type=int,
         default=0,
-        help="samples of model and teacher for each prompt to measure exposure bias with (the paper: 10)",
+        help="samples of model and teacher per prompt, for exposure bias (default: 0, not measured; the paper: 10)",
     )
     parser.add_argument(
         "--label_words",
         nargs="+",
         metavar="WORD",
-        help="classify instead of sampling: accuracy and calibration of these words, which the completions are; with "
-        "the space before them (' positive') where prompts end without one",
+        help="classify instead of sampling: accuracy and calibration over these words, which are the completions. "
+        "Include the leading space (' positive') if prompts end without one",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together (default: 64)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and samples.jsonl")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "float16", "bfloat16"],
-        default="auto",
-        help="of model and teacher (default: auto, that of their files, which of a trained model is often float32)",
-    )
-    add_chat_options(parser)
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument(
-        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
-    )
-    return parser
 
 
 def run(argv: list[str]) -> int:
@@ -133,7 +141,7 @@ def run(argv: list[str]) -> int:
     if not todo:
         return 0
     parts = {folder: Parts(folder / "unfinished", settings[folder]) for folder in todo}
-    state.wait_for_everyone()  # all have seen the same before one of them writes
+    state.wait_for_everyone()  # all processes read the folders before one of them writes
     tokenizer, model, teacher = _load_models(arguments, [(sources[folder], prompts[folder]) for folder in todo])
     for folder in todo:
         evaluation = _evaluate(arguments, model, tokenizer, prompts[folder], teacher, parts[folder])
@@ -147,7 +155,10 @@ def run(argv: list[str]) -> int:
 def _load_models(
     arguments: argparse.Namespace, tasks: "list[tuple[str, Dataset]]"
 ) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel, PreTrainedModel | None]":
-    """Tokenizer, model and teacher (None without one, and for the teacher's own row), checked against the prompts."""
+    """Load tokenizer, model and teacher and check them against the prompts.
+
+    The teacher is None if there is none, or if the evaluated model is the teacher.
+    """
     from accelerate import PartialState
 
     from ..models.encoding import encode_texts
@@ -239,7 +250,7 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     if arguments.greedy:
         if arguments.teacher is not None:
-            raise UserError("--teacher: divergences are measured on samples. Drop it, or drop --greedy.")
+            raise UserError("--teacher measures divergences on samples. Drop it, or drop --greedy.")
         if arguments.seeds is not None or arguments.temperature != 1:
             raise UserError("--greedy takes the most likely tokens: --seeds and --temperature have no effect with it.")
         arguments.seeds = []
@@ -249,11 +260,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if min(arguments.seeds) < 0:
         raise UserError(f"--seeds must not be negative, got {min(arguments.seeds)}.")
     if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise UserError(f"--seeds has one twice: {arguments.seeds}. The same seed gives the same samples.")
+        raise UserError(f"--seeds repeats a seed: {arguments.seeds}. The same seed gives the same samples.")
 
 
 def _check_classification(arguments: argparse.Namespace) -> None:
-    """Nothing is sampled, so what says how has no effect."""
+    """Check the words, and refuse options of sampling, which would have no effect."""
     if len({word.strip() for word in arguments.label_words} - {""}) < max(2, len(arguments.label_words)):
         raise UserError(f"--label_words needs at least two different words, got {arguments.label_words}.")
     parser = build_parser()
@@ -294,10 +305,10 @@ def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":
 def _check_references(prompts: "Dataset", examples: "Dataset", source: str) -> None:
     if "references" not in prompts.column_names or all(prompts["references"]):
         return
-    prompt = prompts["prompt"][[bool(each) for each in prompts["references"]].index(False)]
+    prompt = prompts["prompt"][[bool(references) for references in prompts["references"]].index(False)]
     raise DataError(
         f"{source}: row {examples['prompt'][:].index(prompt)} (counting from 0) has neither references nor a "
-        "completion, so it has no Rouge-L. Fill one in, drop the row, or drop these columns to do without Rouge-L."
+        "completion, so Rouge-L cannot be computed. Fill one in, drop the row, or drop both columns to skip Rouge-L."
     )
 
 
@@ -327,14 +338,14 @@ def _settings(arguments: argparse.Namespace, dataset: str, prompts: "Dataset") -
         "dtype": arguments.dtype,
         "dataset": dataset,
         "split": arguments.split,
-        "chat": arguments.chat or None,  # None, so that results from before there were these options still count
+        "chat": arguments.chat or None,  # None, so that results from before this option existed still match
         **chat_options(arguments),
         "data_sha256": _digest(prompts),
     }
 
 
 def _digest(prompts: "Dataset") -> str:
-    """Of all prompts and references."""
+    """Return the SHA-256 of all prompts and references."""
     digest = hashlib.sha256()
     for row in prompts.select_columns([name for name in ("prompt", "references") if name in prompts.column_names]):
         digest.update(json.dumps(row, sort_keys=True).encode())
@@ -342,7 +353,7 @@ def _digest(prompts: "Dataset") -> str:
 
 
 def _files(arguments: argparse.Namespace, dataset: str) -> list[Path]:
-    """Local files that the results of a task come from."""
+    """Return the local files that the results of a task depend on."""
     files = [Path(dataset)] if Path(dataset).is_file() else list(Path(dataset).glob(f"{arguments.split}.*"))
     return files + weight_files((arguments.model, arguments.adapter, arguments.teacher))
 
@@ -365,7 +376,7 @@ def _save(folder: Path, settings: dict[str, Any], evaluation: "Evaluation") -> N
         "calibration": calibration
         and {
             **{name: getattr(calibration, name) for name in ("ece", "low", "high")},
-            "bins": [each._asdict() for each in calibration.bins],
+            "bins": [bin_._asdict() for bin_ in calibration.bins],
         },
         "per_prompt": evaluation.per_prompt,
     }

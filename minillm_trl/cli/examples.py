@@ -13,16 +13,16 @@ from .arguments import DataArguments
 def load_splits(
     data: DataArguments, eval_strategy: str, require_completion: bool, text_column: str | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """Load and check what to train on and, if it is asked for, what to evaluate on.
+    """Load and check the training examples and, if configured, the evaluation examples.
 
     Args:
         data ([`DataArguments`]): sources, splits and columns.
-        eval_strategy (`str`): `"no"`, or when the trainer evaluates.
+        eval_strategy (`str`): `"no"`, `"steps"` or `"epoch"`.
         require_completion (`bool`): whether each row must have a completion.
-        text_column (`str`, *optional*): column of plain text, where it may take the place of prompts.
+        text_column (`str`, *optional*): column of plain text that may replace prompts and completions.
 
     Raises:
-        ValueError: if evaluation is asked for without data for it, or on a split of what has none: a single
+        ValueError: if evaluation is configured without data, or on a split of data that has no splits: a single
             file, or the folder of a single saved `Dataset`.
     """
     wants_evaluation = data.dataset_test_split is not None or data.eval_dataset is not None
@@ -44,7 +44,7 @@ def load_splits(
             require_completion=require_completion,
             text_column=text_column,
             max_rows=max_rows,
-            # of `dataset_name`: other data to evaluate on may be a file
+            # belongs to `dataset_name`; evaluation data from elsewhere may be a file
             dataset_config=data.dataset_config if source == data.dataset_name else None,
         )
 
@@ -56,20 +56,20 @@ def load_splits(
 
 
 def distinct_prompts(examples: Dataset, source: str) -> Dataset:
-    """Keep each prompt once, see [`unique_prompts`], and say how many rows became how many prompts.
+    """Keep each prompt once, see [`unique_prompts`], and print how many rows became how many prompts.
 
     Args:
         examples ([`~datasets.Dataset`]): the result of [`load_examples`].
-        source (`str`): what the user called them.
+        source (`str`): name of the data, as the user gave it.
     """
     prompts = unique_prompts(examples)
     if (counts := describe_repeats(examples, prompts)) and PartialState().is_main_process:
-        print(f"{source}: {counts}. Each prompt is taken once.", file=sys.stderr)
+        print(f"{source}: {counts}. Each prompt is used once.", file=sys.stderr)
     return prompts
 
 
 def describe_repeats(examples: Dataset, prompts: Dataset) -> str:
-    """Return the numbers of rows and of different prompts in words; empty where no prompt is repeated."""
+    """Return a text with the numbers of rows and of different prompts, empty if no prompt repeats."""
     if len(prompts) == len(examples):
         return ""
     return f"{len(examples)} rows have {len(prompts)} different prompts"

@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -12,14 +14,17 @@ from ..files.whole_files import write_whole
 from .arguments import PlainParser, parse_plain
 from .chat import add_chat_options, as_conversations, chat_options, check_chat
 
+if TYPE_CHECKING:
+    from ..models.encoding import Prompt
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser("generate", description=__doc__)
     parser.add_argument("--model", required=True, help="name or folder of a model, or of a PEFT adapter alone")
     parser.add_argument("--adapter", help="name or folder of a PEFT adapter for the model")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", nargs="+", help="prompts as texts; \\n stands for a line break")
+    source.add_argument("--prompt", nargs="+", help="texts of prompts; \\n becomes a line break")
     source.add_argument("--dataset", "--dataset_name", help="prompts from a dataset, see `minillm-trl sft --help`")
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     parser.add_argument("--prompt_column", default="prompt")
@@ -34,13 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_chat_options(parser)
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
-        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+        "--allow_pickled_weights", action="store_true", help="load weights that exist only as pickles (.bin)"
     )
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Parse the arguments, sample, and write one JSON object a line: prompt, completion, sample, finished."""
+    """Parse the arguments, sample, and write one JSON object per line: prompt, completion, sample, finished."""
     arguments = parse_plain(build_parser(), argv)
     for name in ("max_new_tokens", "temperature", "num_samples", "batch_size"):
         if not getattr(arguments, name) > 0:
@@ -59,20 +64,11 @@ def run(argv: list[str]) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    # torch and transformers take seconds to import, which `--help` need not wait for
+    # torch and transformers take seconds to import, and `--help` does not need them
     from ..models.loading import load_model, load_tokenizer
     from ..rollouts.prompts import generate_completions
 
-    if arguments.prompt:
-        prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]
-    else:
-        from ..data import load_examples
-        from .examples import distinct_prompts
-
-        examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
-        prompts = distinct_prompts(examples, arguments.dataset)["prompt"][: arguments.max_rows]
-    if arguments.chat:
-        prompts = as_conversations(prompts)
+    prompts = _load_prompts(arguments)
     tokenizer = load_tokenizer(
         arguments.model, trust_remote_code=arguments.trust_remote_code, adapter=arguments.adapter
     )
@@ -101,14 +97,26 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
         lines += [
             json.dumps(
-                {"prompt": prompt, "completion": each.text, "sample": sample, "finished": each.finished},
+                {"prompt": prompt, "completion": completion.text, "sample": sample, "finished": completion.finished},
                 ensure_ascii=False,
             )
-            for prompt, each in zip(prompts, completions, strict=True)
+            for prompt, completion in zip(prompts, completions, strict=True)
         ]
     bar.close()
     _write(arguments.output, "\n".join(lines) + "\n")
     return 0
+
+
+def _load_prompts(arguments: argparse.Namespace) -> "Sequence[Prompt]":
+    if arguments.prompt:
+        prompts = [prompt.replace("\\n", "\n") for prompt in arguments.prompt]
+    else:
+        from ..data import load_examples
+        from .examples import distinct_prompts
+
+        examples = load_examples(arguments.dataset, split=arguments.split, prompt_column=arguments.prompt_column)
+        prompts = distinct_prompts(examples, arguments.dataset)["prompt"][: arguments.max_rows]
+    return as_conversations(prompts) if arguments.chat else prompts
 
 
 def _write(output: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`minillm-trl judge`: an LLM scores answers beside the references, or beside another model's."""
+"""`minillm-trl judge`: let an LLM score answers against the references, or against another model's answers."""
 
 import argparse
 import json
@@ -26,12 +26,12 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "judge",
-        description="Let an LLM score the answers that `minillm-trl evaluate` wrote from 1 to 10, each beside the "
-        "reference, as the paper's GPT-4 feedback does: 100 * sum of the model's scores / sum of the references'. "
-        "Verdicts are kept in output_dir and asked for once.",
+        description="Let an LLM score the answers that `minillm-trl evaluate` wrote from 1 to 10, each together with "
+        "the reference, as the paper's GPT-4 feedback does: 100 * sum of the model's scores / sum of the references'. "
+        "Verdicts are kept in output_dir and never requested twice.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder that `evaluate` wrote, or NAME=FOLDER to name its row"
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--samples_per_prompt", type=int, default=1, help="answers judged, of the first sampling seeds (default: 1)"
     )
     parser.add_argument(
-        "--no_swap", action="store_true", help="judge each pair in one order, for half the cost, and not in both"
+        "--no_swap", action="store_true", help="judge each pair in one order instead of both, at half the cost"
     )
     parser.add_argument("--max_tokens", type=int, default=512, help="length limit of a reply (default: 512)")
     parser.add_argument(
@@ -60,26 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="further fields of the requests; null leaves one out, as in "
         '\'{"max_tokens": null, "max_completion_tokens": 2000}\'',
     )
-    parser.add_argument("--concurrency", type=int, default=8, help="requests on their way at a time (default: 8)")
+    parser.add_argument("--concurrency", type=int, default=8, help="concurrent requests (default: 8)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer (default: 120)")
-    parser.add_argument("--max_retries", type=int, default=6, help="tries after a failed one (default: 6)")
+    parser.add_argument("--max_retries", type=int, default=6, help="retries of a failed request (default: 6)")
     parser.add_argument("--tokenizer", help="name or folder of a tokenizer, for the estimate of tokens")
     parser.add_argument(
-        "--price_per_million", type=float, nargs=2, metavar=("INPUT", "OUTPUT"), help="prices of a million tokens"
+        "--price_per_million", type=float, nargs=2, metavar=("INPUT", "OUTPUT"), help="price per million tokens"
     )
-    parser.add_argument("--max_requests", type=int, help="refuse to begin if more requests are needed")
-    parser.add_argument("--dry_run", action="store_true", help="print the estimate and end")
+    parser.add_argument("--max_requests", type=int, help="send nothing if more requests are needed")
+    parser.add_argument("--dry_run", action="store_true", help="print the estimate and exit")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Parse the arguments, estimate the cost, ask for what is missing, and write and print the scores."""
+    """Parse the arguments, estimate the cost, request missing verdicts, and write and print the scores."""
     arguments = parse_plain(build_parser(), argv)
     _check(arguments)
     pairs = _pairs(arguments)
     protocol = Protocol(arguments.judge_model, arguments.max_tokens, arguments.extra_body, not arguments.no_swap)
     requests = {
-        request.key: request.body for each in pairs.values() for pair in each for request in protocol.requests(pair)
+        request.key: request.body for place in pairs.values() for pair in place for request in protocol.requests(pair)
     }
     path = arguments.output_dir / "verdicts.jsonl"
     found = read_verdicts(path)
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> int:
         max_retries=arguments.max_retries,
     ) as client:
         verdicts, refused = collect_verdicts(requests, path, client, parse_scores, concurrency=arguments.concurrency)
-    scores = {place: score_pairs(each, protocol, verdicts) for place, each in pairs.items()}
+    scores = {place: score_pairs(judged, protocol, verdicts) for place, judged in pairs.items()}
     _check_judged(scores, verdicts, refused)
     _save(arguments, scores, verdicts)
     _show(arguments, scores, refused)
@@ -135,9 +135,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _api_key(name: str | None) -> str | None:
-    """The key, or None if there is none under the default name: local servers need none.
+    """Return the API key; None if the default variable is not set, since local servers need no key.
 
-    What was given as a name is not shown, as it may be the key itself.
+    A message never shows the given name, which may be the key by mistake.
     """
     key = os.environ.get(name or _KEY, "").strip()
     if name is not None and not key:
@@ -149,12 +149,12 @@ def _api_key(name: str | None) -> str | None:
 
 
 def _pairs(arguments: argparse.Namespace) -> dict[Place, list[Pair]]:
-    """The pairs of each task and model."""
+    """Return the pairs to judge for each task and model."""
     models = [read_evaluation(*named_folder(word)) for word in arguments.runs]
     opponent = None if arguments.against == REFERENCE else read_evaluation(*named_folder(arguments.against))
     names = [model.name for model in (*models, opponent) if model is not None]
     if len(set(names)) < len(names):
-        raise UserError(f"Cannot judge {names}: each run needs a name of its own, as in NAME=FOLDER.")
+        raise UserError(f"Cannot judge {names}: each run needs its own name, as in NAME=FOLDER.")
     known = list(dict.fromkeys(task for model in models for task in model.tasks))
     if unknown := sorted(set(arguments.tasks or ()) - set(known)):
         raise UserError(f"--tasks {unknown[0]}: there are only {', '.join(known)}.")
@@ -162,12 +162,12 @@ def _pairs(arguments: argparse.Namespace) -> dict[Place, list[Pair]]:
     for task in arguments.tasks or known:
         for model in (model for model in models if task in model.tasks):
             if not any(sample.get("outputs") for sample in model.tasks[task].samples):
-                print(f"{model.name}, {task}: no answers in words, so left out.")
+                print(f"{model.name}, {task}: skipped, as it has no text answers.")
                 continue
             pairs[task, model.name] = make_pairs(
                 model, opponent, task, samples_per_prompt=arguments.samples_per_prompt, max_rows=arguments.max_rows
             )
-        _check_same_questions(task, {model: each for (name, model), each in pairs.items() if name == task})
+        _check_same_questions(task, {model: its for (name, model), its in pairs.items() if name == task})
     if not pairs:
         raise UserError("There is nothing to judge.")
     return pairs
@@ -188,37 +188,39 @@ def _estimate(bodies: list[dict[str, Any]], tokenizer_name: str | None, prices: 
 
         tokenizer = load_tokenizer(tokenizer_name)
         prompt_tokens, how = sum(map(len, tokenizer(texts)["input_ids"])), f"tokenizer of {tokenizer_name}"
-    limits = [body.get("max_completion_tokens", body.get("max_tokens")) for body in bodies]
-    if None in limits:
-        raise UserError("--extra_body leaves out max_tokens. Set max_completion_tokens in its place.")
+    limits: list[int] = []
+    for body in bodies:
+        if (limit := body.get("max_completion_tokens", body.get("max_tokens"))) is None:
+            raise UserError("--extra_body leaves out max_tokens. Set max_completion_tokens instead.")
+        limits.append(limit)
     text = f"Estimate: {prompt_tokens:,} input tokens ({how}) and at most {sum(limits):,} output tokens"
     if prices is not None:
         text += f", at most {(prompt_tokens * prices[0] + sum(limits) * prices[1]) / 1e6:,.2f} at the given prices"
-    return f"{text}; replies that must be asked for again come on top."
+    return f"{text}; repeated requests for unusable replies come on top."
 
 
 def _check_judged(scores: dict[Place, Scores], verdicts: dict[str, Verdict], refused: dict[str, str]) -> None:
-    if any(each.summary for each in scores.values()):
+    if any(found.summary for found in scores.values()):
         return
     if refused:
         raise UserError(f"No pair was judged. {next(iter(refused.values()))}")
     reply = shortened(next(iter(verdicts.values())).reply)
     raise UserError(
-        f"No reply has two scores from 1 to 10 in its first line; one is {reply}. Take a judge that follows the "
+        f"No reply has two scores from 1 to 10 in its first line; one is {reply}. Choose a judge that follows the "
         "prompt, or raise --max_tokens if it thinks first."
     )
 
 
 def _save(arguments: argparse.Namespace, scores: dict[Place, Scores], verdicts: dict[str, Verdict]) -> None:
     tasks: dict[str, dict[str, Any]] = {}
-    for (task, model), each in scores.items():
-        summary = {name: interval._asdict() for name, interval in each.summary.items()}
-        tasks.setdefault(task, {})[model] = {**each.counts, "summary": summary, "per_prompt": each.per_prompt}
+    for (task, model), found in scores.items():
+        summary = {name: interval._asdict() for name, interval in found.summary.items()}
+        tasks.setdefault(task, {})[model] = {**found.counts, "summary": summary, "per_prompt": found.per_prompt}
     used = verdicts.values()
     results = {
         "settings": {
             "judge_model": arguments.judge_model,
-            "answered_as": sorted({verdict.model for verdict in used} - {None}),
+            "answered_as": sorted({verdict.model for verdict in used if verdict.model is not None}),
             "base_url": arguments.base_url,
             "prompt_sha256": PROMPT_SHA256,
             "runs": arguments.runs,
@@ -254,9 +256,10 @@ def _show(arguments: argparse.Namespace, scores: dict[Place, Scores], refused: d
         Column("position", "First minus second", "lower", 2),
     ]
     for task in dict.fromkeys(task for task, _ in scores):
-        rows = [Row(model, dict(each.summary)) for (name, model), each in scores.items() if name == task]
+        rows = [Row(model, dict(found.summary)) for (name, model), found in scores.items() if name == task]
         print(f"\n{task}, judged by {arguments.judge_model}\n{format_table(Table(columns, rows))}")
-    counts = {name: sum(each.counts[name] for each in scores.values()) for name in next(iter(scores.values())).counts}
+    all_scores = list(scores.values())
+    counts = {name: sum(found.counts[name] for found in all_scores) for name in all_scores[0].counts}
     print(f"\n{counts['judged']} of {counts['pairs']} pairs judged", end="")
     print(", each in one order." if arguments.no_swap else f", {counts['one_order']} of them in one order only.")
     if counts["unparsed"]:

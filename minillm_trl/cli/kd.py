@@ -12,7 +12,7 @@ from .sft import trainer_arguments
 
 
 def build_parser() -> Parser:
-    """The subcommand's parser."""
+    """Return the parser of the subcommand."""
     types = (DataArguments, TeacherArguments, EarlyStoppingArguments, ModelConfig, KDConfig)
     return make_parser("kd", types, __doc__)
 
@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
-    # the trainer takes seconds to import, which `--help` need not wait for
+    # the trainer takes seconds to import, and `--help` does not need it
     from ..baselines import KDTrainer
     from ..models import loading as models
     from . import recording, training

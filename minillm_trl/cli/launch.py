@@ -10,27 +10,27 @@ from pathlib import Path
 from ..errors import UserError
 from ..files.yaml_files import read_yaml
 
-# Set for the processes that a hand-over starts, so that they do not hand themselves over again.
+# Environment variable of the processes that a hand-over starts, so that they do not hand over again
 LAUNCHED = "MINILLM_TRL_LAUNCHED"
-_FLAGS = "MINILLM_TRL_LAUNCH_FLAGS"  # with what, as JSON
-_FILES = {"--accelerate_config", "--config_file"}  # a launch has one of them
+_FLAGS = "MINILLM_TRL_LAUNCH_FLAGS"  # the hand-over's flags, as JSON
+_FILES = {"--accelerate_config", "--config_file"}  # mutually exclusive
 
 
 def is_launched() -> bool:
-    """Whether a hand-over, `accelerate launch` or `torchrun` (both set LOCAL_RANK) started this process."""
+    """Return whether a hand-over, `accelerate launch` or `torchrun` (both set LOCAL_RANK) started this process."""
     return os.environ.get(LAUNCHED) == "1" or "LOCAL_RANK" in os.environ
 
 
 def launched_with() -> dict[str, str | bool]:
-    """The options of the hand-over that started this process, as a YAML has them; none without one."""
+    """Return the options of the hand-over that started this process, in the form of YAML; empty without one."""
     flags = json.loads(os.environ.get(_FLAGS, "{}"))
     return {option.removeprefix("--"): True if value is None else value for option, value in flags.items()}
 
 
 @cache
 def launch_options() -> dict[str, bool]:
-    """Whether each option of `accelerate launch`, and `--accelerate_config`, takes a value; with their dashes."""
-    from accelerate.commands.launch import launch_command_parser  # takes seconds, and few commands need it
+    """Return the options of the launcher, with dashes, and whether each takes a value."""
+    from accelerate.commands.launch import launch_command_parser  # takes seconds to import, and few commands need it
 
     options = {
         option: action.nargs != 0 for action in launch_command_parser()._actions for option in action.option_strings
@@ -39,26 +39,28 @@ def launch_options() -> dict[str, bool]:
 
 
 def is_launch_option(name: str) -> bool:
-    """Whether an option of this name, without dashes, is for the launcher."""
+    """Return whether an option of this name, without dashes, belongs to the launcher."""
     return f"--{name}" in launch_options()
 
 
 def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, str | None]:
-    """Sort what the subcommand's own parser left over into options of `accelerate launch`.
+    """Turn the words that the subcommand's parser did not use into options of `accelerate launch`.
 
     Args:
-        from_yaml (`Sequence[str]`): option and value by turns; an option without a value has `"True"` or `"False"`.
-        from_cli (`Sequence[str]`): the words of the command line, which win.
+        from_yaml (`Sequence[str]`): options and values, alternating; a flag without a value has `"True"` or `"False"`.
+        from_cli (`Sequence[str]`): the words of the command line, which override the YAML.
 
     Returns:
-        `dict[str, str | None]`: value of each option, `None` for one that takes none.
+        `dict[str, str | None]`: value of each option, `None` for a flag.
 
     Raises:
-        ValueError: for a word that is neither an option nor the value of one, and for two configuration files.
+        ValueError: for a word that is neither an option nor its value, and for two configuration files.
     """
     if not from_yaml and not from_cli:
         return {}
-    options, flags = launch_options(), {}
+    options = launch_options()
+    flags: dict[str, str | None] = {}
+    given: dict[str, str | None] = {}
     for option, value in zip(from_yaml[::2], from_yaml[1::2], strict=True):
         if options[option]:
             flags[option] = value
@@ -66,22 +68,22 @@ def read_flags(from_yaml: Sequence[str], from_cli: Sequence[str]) -> dict[str, s
             flags[option] = None
         elif value != "False":
             raise UserError(f"{option.removeprefix('--')} is true or false, got {value!r}.")
-    words, given = iter(from_cli), {}
+    words = iter(from_cli)
     for word in words:
         if word not in options:
-            raise UserError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
-        value = next(words, None) if options[word] else None
-        if options[word] and value is None:
+            raise UserError(f"unexpected {word!r}: it belongs to no option. Quote values that contain spaces.")
+        text = next(words, None) if options[word] else None
+        if options[word] and text is None:
             raise UserError(f"{word} needs a value.")
         if word in _FILES:
-            _check_file(word, value, given)
-        given[word] = value
+            _check_file(word, text, given)
+        given[word] = text
     if _FILES & given.keys():
         flags = {option: value for option, value in flags.items() if option not in _FILES}
     return flags | given
 
 
-def _check_file(option: str, value: str, given: dict[str, str | None]) -> None:
+def _check_file(option: str, value: str | None, given: dict[str, str | None]) -> None:
     for other in _FILES & given.keys():
         if (other, given[other]) != (option, value):
             raise UserError(
@@ -90,18 +92,18 @@ def _check_file(option: str, value: str, given: dict[str, str | None]) -> None:
 
 
 def accelerate_config_path(name: str) -> Path:
-    """The file that `--accelerate_config` names.
+    """Return the file that `--accelerate_config` names.
 
     Args:
         name (`str`): a file, or the name of one of `recipes/accelerate_configs` without `.yaml`.
 
     Raises:
-        ValueError: if it is neither, with the names that there are.
+        ValueError: if it is neither, with the available names.
     """
     if Path(name).is_file():
         return Path(name)
     package = Path(__file__).resolve().parents[1]
-    # in a wheel the recipes lie inside the package, in a source tree beside it
+    # a wheel has the recipes inside the package, a source tree next to it
     folders = [package / "recipes" / "accelerate_configs", package.parent / "recipes" / "accelerate_configs"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
@@ -130,23 +132,23 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
 
     rest, given = _without(argv, flags), json.dumps(flags)
     flags = dict(flags)
-    if "--accelerate_config" in flags:
-        flags["--config_file"] = str(accelerate_config_path(flags.pop("--accelerate_config")))
+    if (name := flags.pop("--accelerate_config", None)) is not None:
+        flags["--config_file"] = str(accelerate_config_path(name))
     config, path = {}, flags.get("--config_file")
     if path is not None and not isinstance(config := read_yaml(Path(path))[0], dict):
         raise UserError(f"{path}: not a configuration of `accelerate launch`, which has `name: value` lines.")
     words = [word for pair in flags.items() for word in pair if word is not None]
     arguments = launch_command_parser().parse_args([*words, "--module", "minillm_trl", subcommand, *rest])
     variables = {LAUNCHED: "1", _FLAGS: given}
-    if config.get("use_cpu"):  # which accelerate tells a single process alone
+    if config.get("use_cpu"):  # accelerate passes it on only to a single process
         variables["ACCELERATE_USE_CPU"] = "true"
     with patch_environment(**variables):
         try:
             launch_command(arguments)
-        except KeyboardInterrupt as stop:  # which the processes hear of too
+        except KeyboardInterrupt as stop:  # the processes get the signal too
             stop.add_note("The training's own message says how to continue.")
             raise
-        except subprocess.CalledProcessError as error:  # the process has said what was wrong
+        except subprocess.CalledProcessError as error:  # the process has printed the error
             return max(error.returncode, 0) or 1
         except ChildFailedError as error:
             return max(error.get_first_failure()[1].exitcode, 0) or 1
@@ -154,7 +156,7 @@ def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) ->
 
 
 def _without(argv: list[str], flags: dict[str, str | None]) -> list[str]:
-    """`argv` without the flags and their values."""
+    """Return `argv` without the flags and their values."""
     rest, words = [], iter(argv)
     for word in words:
         name, equals, _ = word.partition("=")

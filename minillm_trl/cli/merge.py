@@ -1,4 +1,4 @@
-"""`minillm-trl merge`: merge an adapter into its base, and save the plain model that comes of it."""
+"""`minillm-trl merge`: merge an adapter into its base, and save the result as a plain model."""
 
 import argparse
 import sys
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..models.adapters import Adapter
 
 _NOTE = (
-    "An adapter that was trained on quantised weights (QLoRA) is merged into the full-precision ones: what comes out "
-    "differs slightly from the quantised model that was trained."
+    "An adapter trained on quantised weights (QLoRA) is merged into the full-precision weights, so the result differs "
+    "slightly from the model in training."
 )
 
 
@@ -27,20 +27,20 @@ class _Attempt(TypedDict):
 
 
 class _Record(TypedDict):
-    """What is needed of `run.json`."""
+    """The fields of `run.json` that are read here."""
 
     attempts: list[_Attempt]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "merge",
         description="Merge an adapter (LoRA, DoRA and others of PEFT that change weights) into its base, and save "
         f"model, generation configuration and tokenizer as a plain model. {_NOTE}",
     )
     parser.add_argument("--adapter", required=True, help="name or folder of a PEFT adapter")
-    parser.add_argument("--model", help="name or folder of its base (default: the one that the adapter names)")
+    parser.add_argument("--model", help="name or folder of its base (default: as recorded in the adapter)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the merged model")
     parser.add_argument(
         "--dtype",
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
     parser.add_argument(
-        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+        "--allow_pickled_weights", action="store_true", help="load weights that exist only as pickles (.bin)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model in output_dir, if there is one")
     return parser
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    # torch and peft take seconds to import, which `--help` need not wait for
+    # torch and peft take seconds to import, and `--help` does not need them
     import torch
 
     from ..models.adapters import find_adapter
@@ -93,10 +93,10 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _caveat(adapter: Path) -> str:
-    """The note on QLoRA, with a leading space; empty where the record of the training says that it was none."""
+    """Return the note on QLoRA, with a leading space; empty if the run's record shows no quantisation."""
     from ..training.run_record import RECORD
 
-    for folder in (adapter, adapter.parent):  # a checkpoint lies in the folder of its run
+    for folder in (adapter, adapter.parent):  # a checkpoint is in the folder of its run
         if (path := folder / RECORD).is_file():
             record = read_json(path, _Record, "Merge a copy of the adapter alone.")
             return f" {_NOTE}" if any(map(_is_quantised, record["attempts"])) else ""
@@ -115,13 +115,13 @@ def _is_quantised(attempt: _Attempt) -> bool:
 def _find_tokenizer(
     adapter: "Adapter", trust_remote_code: bool
 ) -> "tuple[PreTrainedTokenizerBase | None, str | None]":
-    """The tokenizer of the adapter or its base, or why there is none, which is not refused: weights do without one."""
+    """Return the tokenizer of the adapter or its base, or why it cannot be read: weights can be merged without it."""
     from ..models.loading import read_tokenizer
 
     name, revision = adapter.tokenizer_source()
     try:
         return read_tokenizer(name, revision, trust_remote_code), None
     except UserError as error:
-        if name == adapter.name:  # it has one that does not load; the base's may be another
+        if name == adapter.name:  # its own does not load, and the base's may differ
             raise
         return None, str(error)

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class CorpusArguments:
-    """The corpus of the language-modelling loss (the paper's L_PT); `lm_coef` and others weigh it."""
+    """The corpus of the language-modelling loss (the paper's L_PT); `lm_coef` and related fields weight it."""
 
     lm_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A .txt or .txt.gz file with a document a line, or any source of `dataset_name`, with a column of "
-            "text or with prompts and completions. None leaves the loss out."
+            "help": "A .txt or .txt.gz file with one document per line, or any source of `dataset_name` with a text "
+            "column or with prompts and completions. Without it there is no L_PT."
         },
     )
     lm_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
@@ -53,29 +53,28 @@ class CorpusArguments:
 
 @dataclass
 class DegenerationArguments:
-    """What to do where the student's text degenerates (docs/degeneration.md)."""
+    """Watch for degenerate text of the student (docs/degeneration.md)."""
 
     on_degeneration: str = field(
         default="warn",
         metadata={
-            "help": "Warn of lengths that collapse or grow, repetition, collapsing entropy and exploding weights; "
-            "stop the training too (exit status 3); or do not look.",
+            "help": "`warn` about collapsing or growing lengths, repetition, collapsing entropy and exploding "
+            "importance weights; `stop` the training too (exit status 3); or `ignore` them.",
             "choices": ["warn", "stop", "ignore"],
         },
     )
 
     def callbacks(self) -> "list[TrainerCallback]":
-        """The watch, if it is wanted."""
+        """Return the callback that watches, or nothing for `ignore`."""
         from ..monitoring.degeneration_watch import DegenerationWatch
 
         return [] if self.on_degeneration == "ignore" else [DegenerationWatch(stop=self.on_degeneration == "stop")]
 
 
 def build_parser() -> Parser:
-    """The subcommand's parser."""
-    types = (DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, DegenerationArguments)
-    types += (MiniLLMConfig, ModelConfig)
-    return make_parser("minillm", types, __doc__)
+    """Return the parser of the subcommand."""
+    types = [DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, DegenerationArguments]
+    return make_parser("minillm", [*types, MiniLLMConfig, ModelConfig], __doc__)
 
 
 def run(argv: list[str]) -> int:
@@ -88,7 +87,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
-    # the trainer takes seconds to import, which `--help` need not wait for
+    # the trainer takes seconds to import, and `--help` does not need it
     from trl import get_peft_config
 
     from ..models import loading as models
@@ -143,6 +142,6 @@ def _check_metric(args: MiniLLMConfig, evaluation: "Dataset | None", source: str
         return
     if "references" not in evaluation.column_names or not any(evaluation["references"]):
         raise UserError(
-            f"metric_for_best_model={metric} needs references or completions, and {source} has prompts alone. Add "
-            "them, or take another metric."
+            f"metric_for_best_model={metric} needs references or completions, but {source} has only prompts. Add "
+            "them, or choose another metric."
         )

@@ -1,4 +1,4 @@
-"""Names of options: aliases, what was given twice, and the right name for a wrong one."""
+"""Names of options: aliases, options given twice, and the right name for a wrong one."""
 
 import argparse
 import difflib
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 
-# Names in other trainers, in the authors' code and in older releases of transformers and TRL, with the options of ours
-# that mean the same: the first of them that a subcommand has is offered. Similar letters would lead astray.
+# Names in other trainers, the authors' code and older releases of transformers and TRL, with our options of the same
+# meaning: the first one that a subcommand has is suggested. The most similar spelling would often be wrong.
 ELSEWHERE = {
     "adam_eps": ("adam_epsilon",),
     "alpha": ("teacher_mixed_alpha", "kd_ratio"),
@@ -93,7 +93,7 @@ ELSEWHERE = {
     "warmup_iters": ("warmup_steps",),
     "warmup_ratio": ("warmup_steps",),
 }
-# Of those that have no option of the same meaning
+# Advice for names without an equivalent option
 _NOTES = {
     "dataset_streaming": "Examples are read whole; only the corpus of minillm can be streamed, with lm_streaming.",
     "max_prompt_length": "Prompts are never cut: `minillm-trl prepare-data --max_prompt_length` drops longer ones.",
@@ -104,11 +104,11 @@ _NOTES = {
 
 
 def right_name(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that offers the option for a wrong name, with a leading space; empty if there is none.
+    """Return a sentence with the right option for a wrong name, with a leading space; empty if there is none.
 
     Args:
-        name (`str`): as it was given, without its dashes; with `-` or `_`.
-        known (`Iterable[str]`): the options that there are.
+        name (`str`): as given, without the leading dashes; with `-` or `_`.
+        known (`Iterable[str]`): the options of the subcommand.
     """
     name, known = name.replace("-", "_"), list(known)
     found = [option for option in ELSEWHERE.get(name, ()) if option in known]
@@ -119,7 +119,7 @@ def right_name(name: str, known: Iterable[str]) -> str:
 
 
 def aliases(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the second names of options, as a YAML file may have them, with the first ones."""
+    """Return a map from the aliases of options, as in YAML, to their names."""
     return {
         name: action.dest
         for action in parser._actions
@@ -133,8 +133,8 @@ class GivenOption:
     """An option of a command line.
 
     Attributes:
-        word (`str`): the option as it was given, with its dashes; empty for the words before the first option.
-        action (`argparse.Action`, *optional*): the parser's; None where it has none of this name.
+        word (`str`): the option as given, with its dashes; empty for the words before the first option.
+        action (`argparse.Action`, *optional*): the parser's; None for an unknown option.
         values (`tuple[str, ...]`): the words that follow.
     """
 
@@ -144,16 +144,16 @@ class GivenOption:
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Iterator[GivenOption]:
-    """Return the options of a command line, without judging them.
+    """Yield the options of a command line, unchecked.
 
     Args:
-        parser (`argparse.ArgumentParser`): whose options have two dashes.
-        argv (`Sequence[str]`): the words, up to `--` at most, after which argparse takes all for positional ones.
+        parser (`argparse.ArgumentParser`): with options that have two dashes.
+        argv (`Sequence[str]`): the words; those after `--`, which argparse takes as positional, are ignored.
     """
     word, values = "", []
     for part in argv[: argv.index("--") if "--" in argv else None]:
         name, equals, value = part.partition("=")
-        if not name.startswith("--") or " " in name:  # argparse takes a word with a space for a value
+        if not name.startswith("--") or " " in name:  # argparse takes a word with a space as a value
             values.append(part)
             continue
         yield GivenOption(word, parser._option_string_actions.get(word), tuple(values))
@@ -162,13 +162,13 @@ def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Itera
 
 
 def check_given_once(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Refuse options of which argparse would drop a value that the user still counts on.
+    """Refuse repeated options where argparse would silently drop a value that the user expects to count.
 
-    These are configuration files, and options that were given by two of their names. Any other option may be repeated,
-    so that words at the end of a command override those in it.
+    These are configuration files, and options given by two of their names. Any other option may be repeated, so that
+    words appended to a command override earlier ones.
 
     Raises:
-        UserError: naming both.
+        UserError: names both.
     """
     first: dict[str, GivenOption] = {}
     for option in given_options(parser, argv):
@@ -178,11 +178,13 @@ def check_given_once(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
         if before is None or before.values == option.values:
             first.setdefault(name, option)
             continue
-        given = [" ".join((each.word, *each.values)) for each in (before, option)]
+        given = [" ".join((one.word, *one.values)) for one in (before, option)]
         if name == "config":
-            raise UserError(f"{given[0]} and {given[1]}: one of these files would be ignored. Put both into one.")
+            raise UserError(
+                f"{given[0]} and {given[1]}: one of these files would be ignored. Merge them into one file."
+            )
         if _spelling(before) != _spelling(option):
-            raise UserError(f"{given[0]} and {given[1]}: these are two names of one option. Drop one of them.")
+            raise UserError(f"{given[0]} and {given[1]}: these are two names of the same option. Drop one of them.")
 
 
 def _spelling(option: GivenOption) -> str:
@@ -190,19 +192,19 @@ def _spelling(option: GivenOption) -> str:
 
 
 def check_stray_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Refuse words that belong to no option, before argparse complains about options that are missing without them.
+    """Refuse words that belong to no option, before argparse reports missing options.
 
     Raises:
-        UserError: naming the first of them, and `--config` for a YAML file.
+        UserError: names the first word, and `--config` if it is a YAML file.
     """
     if any(not action.option_strings for action in parser._actions):
-        return  # they are its positional arguments
+        return  # they are positional arguments
     room = {None: 1, "?": 1, 0: 0}
     for option in given_options(parser, argv):
         if option.word and (option.action is None or option.action.nargs not in room):
             continue
-        most = room[option.action.nargs] if option.action is not None else 0
-        for stray in option.values[most:]:
+        capacity = room[option.action.nargs] if option.action is not None else 0
+        for stray in option.values[capacity:]:
             raise stray_word(parser, stray)
 
 
@@ -210,4 +212,4 @@ def stray_word(parser: argparse.ArgumentParser, word: str) -> UserError:
     """Return the error for a word that belongs to no option."""
     if word.endswith((".yaml", ".yml")) and "--config" in parser._option_string_actions:
         return UserError(f"unexpected {word!r}: it belongs to no option. Did you mean `--config {word}`?")
-    return UserError(f"unexpected {word!r}: it belongs to no option. Quote values that hold spaces.")
+    return UserError(f"unexpected {word!r}: it belongs to no option. Quote values that contain spaces.")

@@ -1,4 +1,4 @@
-"""Values of options: JSON on the command line, and what a YAML file gives them, checked by line."""
+"""Values of options: JSON on the command line, and YAML values, checked line by line."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from .option_names import aliases, right_name
 
 
 def mapping(text: str) -> str:
-    """JSON of an object, which the dataclasses parse; they take any other text as it is."""
+    """Return the text if it is a JSON object. The dataclasses parse it, but accept any other text unchecked."""
     try:
         check(parse_json(text), dict[str, Any])
     except ValueError as error:
@@ -26,16 +26,22 @@ def mapping(text: str) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The type of an option that takes a JSON object, or in YAML a mapping."""
+    """Parse a JSON object: the type of an option that takes one, or in YAML a mapping."""
     return parse_json(mapping(text))
 
 
+def parsed_mapping(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Return a field such as `model_init_kwargs`; TRL's annotation has the JSON text that `__post_init__` parses."""
+    assert not isinstance(value, str), value
+    return value
+
+
 def mapping_or_file(text: str) -> str:
-    """The same, or the name of a file of it."""
+    """Return the text if it is a JSON object, or the name of a file with one."""
     if not Path(text).is_file():
         return mapping(text)
     try:
-        read_json(Path(text), dict[str, Any], "Mend the file, or name another.")
+        read_json(Path(text), dict[str, Any], "Fix the file, or name another.")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
@@ -47,7 +53,7 @@ def check_config(parser: TrlParser, path: Path) -> None:
     Raises:
         ValueError: with file and line.
     """
-    # `env` is TrlParser's: variables of the environment
+    # TrlParser reads `env`: environment variables
     _check_yaml(
         parser, path, lambda name: name == "env" or is_launch_option(name), _annotations(parser.dataclass_types)
     )
@@ -59,7 +65,7 @@ def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
     Raises:
         ValueError: with file and line.
     """
-    # all of them become words of a command line
+    # the values become words of a command line
     annotations = {
         action.dest: "list | dict | None"
         if action.nargs == "+"
@@ -77,9 +83,9 @@ def _check_yaml(
     """Check a YAML file against the options.
 
     Args:
-        parser (`argparse.ArgumentParser`): has the options.
-        path (`Path`): of the file.
-        is_other (`Callable`): whether a name that no option has may stand there too; nothing is checked of its value.
+        parser (`argparse.ArgumentParser`): the parser with the options.
+        path (`Path`): the YAML file.
+        is_other (`Callable`): whether the file may have this name although it is no option; its value is not checked.
         annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
 
     Raises:
@@ -90,9 +96,10 @@ def _check_yaml(
     content, node = read_yaml(path)
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}:1: expected `name: value` lines.")
-    # reversed, so that of an option and its `--no_` twin, which share a name, the option itself is kept
+    # reversed: an option and its `--no_` twin share a name, and the option, which comes first, must win
     known = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "config")}
-    first_names, lines = aliases(parser), {}
+    first_names = aliases(parser)
+    lines: dict[str, tuple[str, int]] = {}
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
         option = first_names.get(name, name)
@@ -105,7 +112,7 @@ def _check_yaml(
             other = lines.setdefault(option, (name, line))
             if content[other[0]] != content[name]:
                 raise UserError(
-                    f"{path}:{line}: {name} is another name of {other[0]}, whose value in line {other[1]} differs. "
+                    f"{path}:{line}: {name} is another name of {other[0]}, and line {other[1]} has a different value. "
                     "Drop one of them."
                 )
         elif name == "env":
@@ -113,7 +120,7 @@ def _check_yaml(
 
 
 def with_first_names(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of a YAML file by the first names of the options."""
+    """Return the values of a YAML file with aliases replaced by the names of the options."""
     first_names = aliases(parser)
     return {first_names.get(name, name): value for name, value in values.items()}
 
@@ -131,7 +138,7 @@ def _check_environment(node: yaml.Node, place: str) -> None:
             or not key.value
             or {"=", "\0"} & set(key.value + value.value)
         ):
-            raise UserError(f"{place}: expected lines of `NAME: value`, which become variables of the environment.")
+            raise UserError(f"{place}: expected lines of `NAME: value`, which become environment variables.")
 
 
 def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str, place: str) -> None:
@@ -141,25 +148,30 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
         raise UserError(f"{place}: expected one value, got a list.")
     kind = getattr(action.type, "__name__", "")
     if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
-        for each in node.value:
-            _check_yaml_value(action, each, annotation, place)
+        for item in node.value:
+            _check_yaml_value(action, item, annotation, place)
     if node.tag.endswith(":null") and "None" not in annotation:
         raise UserError(f"{place}: expected a value, got null. Leave it out for the default.")
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         return
-    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which is true as well
+    is_text = annotation in _TEXT and action.dest != "resume_from_checkpoint"  # which may also be `true`
     if is_text and not node.tag.endswith(":str"):
         raise UserError(f"{place}: expected text, got {shortened(node.value)} without quotes. Put it in quotes.")
     if action.nargs == 0 and not node.tag.endswith(":bool"):
         raise UserError(f"{place}: expected true or false, got {shortened(node.value)}.")
     if action.choices is not None and node.value not in map(str, action.choices):
-        # argparse checks the choices of the command line, but not those of a default, which a YAML value becomes
+        # a YAML value becomes a default, and argparse does not check the choices of defaults
         raise UserError(
             f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
         )
     is_number = kind in ("int", "float")
-    is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not know
-    if action.type in (None, str) or action.choices is not None or (is_yaml_bool and not is_number):
+    is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not accept
+    if (
+        not callable(action.type)
+        or action.type is str
+        or action.choices is not None
+        or (is_yaml_bool and not is_number)
+    ):
         return
     try:
         action.type(node.value)
@@ -175,7 +187,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
 
 
 def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
-    """Annotations of the fields, as HfArgumentParser simplifies their types."""
+    """Return the annotations of the fields as text, since HfArgumentParser simplifies the types of its options."""
     classes = [base for dataclass_type in dataclass_types for base in reversed(dataclass_type.__mro__)]
-    annotations = [each for base in classes for each in vars(base).get("__annotations__", {}).items()]
+    annotations = [pair for base in classes for pair in vars(base).get("__annotations__", {}).items()]
     return {name: str(annotation) for name, annotation in annotations}

@@ -1,4 +1,4 @@
-"""`minillm-trl prepare-data`: check, filter and split data, and write it where every other subcommand can read it."""
+"""`minillm-trl prepare-data`: check, filter and split data, and write it in the form that all subcommands read."""
 
 import hashlib
 import sys
@@ -31,7 +31,7 @@ from .arguments import Parser, make_parser, parse
 from .option_values import json_object
 
 Task = Literal["dolly", "selfinst", "vicuna", "sni", "unni", "instructions", "examples", "text"]
-_SPLIT = ("dolly", "instructions", "examples")  # the others are test sets, and text is all for training
+_SPLIT = ("dolly", "instructions", "examples")  # the others are test sets only; text is for training only
 _HUB_NAMES = {"dolly": "databricks/databricks-dolly-15k"}
 _DOLLY_ROWS = {"validation_rows": 1000, "test_rows": 500}
 _LIMITS = ("max_prompt_length", "max_length", "min_reference_length")
@@ -41,73 +41,81 @@ _INSTANCES_PER_TASK = 100
 
 @dataclass
 class PreparationArguments:
-    """What to read, what to keep, and where to write it."""
+    """Source, filters, split and output folder."""
 
     task: str = field(
         metadata={
             "help": "dolly, selfinst, vicuna, sni or unni: the paper's data; instructions: any table with a column "
-            "`instruction`; examples: any with `prompt` or `messages`; text: plain text for L_PT."
+            "`instruction`; examples: any table with `prompt` or `messages`; text: plain text for L_PT."
         }
     )
     output_dir: str = field(metadata={"help": "Folder for <split>.jsonl and statistics.json."})
     source: str | None = field(
         default=None,
-        metadata={"help": "File, folder or name on the hub. Dolly has a default on the hub."},
+        metadata={"help": "File, folder or name on the hub (dolly: default databricks/databricks-dolly-15k)."},
     )
     answers: str | None = field(default=None, metadata={"help": "vicuna: the file of answers."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset on the hub, or of a folder."})
     max_rows: int | None = field(
-        default=None, metadata={"help": "Keep this many rows, drawn by `seed`; all by default."}
+        default=None, metadata={"help": "Keep this many rows, drawn by `seed`; default: all."}
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "examples: column of prompts, if not `prompt`."})
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "examples: column of prompts, default `prompt`."}
+    )
     completion_column: str | None = field(
-        default=None, metadata={"help": "examples: column of completions, if not `completion`."}
+        default=None, metadata={"help": "examples: column of completions, default `completion`."}
     )
     references_column: str | None = field(
-        default=None, metadata={"help": "examples: column of references, if not `references`."}
+        default=None, metadata={"help": "examples: column of references, default `references`."}
     )
-    text_column: str | None = field(default=None, metadata={"help": "text: column of texts, if not `text`."})
+    text_column: str | None = field(default=None, metadata={"help": "text: column of texts, default `text`."})
     instances_per_task: int | None = field(
-        default=None, metadata={"help": "sni, from its repository: rows of each task; 100 by default."}
+        default=None, metadata={"help": "sni, from its repository: rows of each task; default: 100."}
     )
     template: Literal["alpaca", "chat"] | None = field(
         default=None,
         metadata={
-            "help": "Wrapper of instructions: alpaca, the paper's text (default), or chat, a conversation. For "
-            "`examples` prompts that are texts stay as they are by default."
+            "help": "Template of instructions: alpaca, as in the paper (default), or chat, a conversation. "
+            "`examples` keeps text prompts unchanged by default."
         },
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer that lengths are counted with; without one, in characters."}
+        default=None, metadata={"help": "Tokenizer to count lengths with; characters without one."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "What else the tokenizer's chat template is given, as JSON."}
+        default=None, metadata={"help": "Further arguments of the chat template, as JSON."}
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Drop rows whose prompt has more tokens (the paper's code: 256)."}
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Drop rows with more tokens in all (the paper's code keeps them, and training cuts them)."},
+        metadata={"help": "Drop rows with more tokens in total (the paper's code keeps them; training truncates)."},
     )
     min_reference_length: int | None = field(
         default=None, metadata={"help": "Drop rows whose reference has fewer tokens (11 for the paper's [11, inf))."}
     )
-    validation_rows: int | None = field(default=None, metadata={"help": "Rows for validation. dolly: 1000, else 0."})
-    test_rows: int | None = field(default=None, metadata={"help": "Rows for testing. dolly: 500, else 0."})
-    seed: int = field(default=0, metadata={"help": "Of the split, and of which rows `max_rows` keeps."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a folder that has other settings."})
+    validation_rows: int | None = field(
+        default=None, metadata={"help": "Rows for validation (default: 1000 for dolly, else 0)."}
+    )
+    test_rows: int | None = field(
+        default=None, metadata={"help": "Rows for testing (default: 500 for dolly, else 0)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the split and of the choice of `max_rows`."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace a folder that was prepared with other settings."}
+    )
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
             known = ", ".join(get_args(Task))
-            raise UserError(f"task={self.task!r} is none of {known}.{nearest(self.task, get_args(Task))}")
+            raise UserError(f"task={self.task!r} is not one of {known}.{nearest(self.task, get_args(Task))}")
         if self.source is None and self.task not in _HUB_NAMES:
             raise UserError(f"task={self.task!r} needs source: a file, a folder or a name on the hub.")
         if (self.answers is None) == (self.task == "vicuna"):
             raise UserError("answers is the file with the answers to Vicuna's questions: give it with task=vicuna.")
-        self._refuse_what_has_no_meaning()
+        self._refuse_options_of_other_tasks()
         for name in (*_LIMITS, "max_rows", "instances_per_task"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -122,11 +130,11 @@ class PreparationArguments:
                 setattr(self, name, _DOLLY_ROWS[name] if self.task == "dolly" else 0)
             elif getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
-        # what stands in statistics.json, also for tasks that have none: folders are compared by it
+        # set for tasks without them too: statistics.json records them, and reruns are compared with it
         self.instances_per_task = self.instances_per_task or _INSTANCES_PER_TASK
         self.template = self.template or (None if self.task == "examples" else "alpaca")
 
-    def _refuse_what_has_no_meaning(self) -> None:
+    def _refuse_options_of_other_tasks(self) -> None:
         reasons = dict.fromkeys(_EXAMPLE_COLUMNS, "task=examples") if self.task != "examples" else {}
         if self.task != "text":
             reasons["text_column"] = "task=text"
@@ -136,7 +144,7 @@ class PreparationArguments:
             reasons["template"] = "instructions and examples"
         if self.task not in _SPLIT:
             kind = "for training" if self.task == "text" else "a test set"
-            reasons |= dict.fromkeys(_DOLLY_ROWS, f"data that are split, and this is all {kind}")
+            reasons |= dict.fromkeys(_DOLLY_ROWS, f"data to split, and this is all {kind}")
         if self.task == "vicuna" or self.is_repository:
             reasons["dataset_config"] = "a dataset on the hub"
         if not self.is_repository:
@@ -147,11 +155,11 @@ class PreparationArguments:
 
     @property
     def is_repository(self) -> bool:
-        """Whether the source is a clone of Super-NaturalInstructions."""
-        return self.task == "sni" and (Path(self.source).expanduser() / "tasks").is_dir()
+        """Return whether the source is a clone of Super-NaturalInstructions."""
+        return self.task == "sni" and (Path(str(self.source)).expanduser() / "tasks").is_dir()
 
     def files(self) -> dict[str, list[Path]]:
-        """The local files that are read, by the option that names them."""
+        """Return the local files to read, by source name."""
         from ..data.corpus import corpus_files
         from ..data.instructions import natural_instructions_files
         from ..data.load import local_files
@@ -168,19 +176,19 @@ class PreparationArguments:
 
 
 class _Record(TypedDict):
-    """What is needed of `statistics.json`."""
+    """The fields of `statistics.json` that are read here."""
 
     settings: dict[str, Any]
     splits: dict[str, Any]
 
 
 def build_parser() -> Parser:
-    """The subcommand's parser."""
+    """Return the parser of the subcommand."""
     return make_parser("prepare-data", (PreparationArguments,), __doc__)
 
 
 def run(argv: list[str]) -> int:
-    """Parse the arguments, read and check the data, and write the folder; a folder that is done is left as it is."""
+    """Parse the arguments, read and check the data, and write the folder unless it is up to date."""
     (arguments,), launch = parse(build_parser(), argv)
     if launch:
         raise UserError(f"{next(iter(launch))}: prepare-data runs in one process. Leave it out.")
@@ -188,11 +196,11 @@ def run(argv: list[str]) -> int:
     settings = {name: value for name, value in asdict(arguments).items() if name not in ("output_dir", "overwrite")}
     settings["sha256"] = {name: _sha256(files) for name, files in arguments.files().items()}
     if _is_done(folder, settings, arguments.overwrite):
-        print(f"{folder} was prepared with these settings before.")
+        print(f"{folder} is up to date: prepared with these settings before.")
         return 0
     tokenizer = None
     if arguments.tokenizer is not None:
-        from ..models.loading import read_tokenizer  # torch takes seconds, and without a tokenizer nothing needs it
+        from ..models.loading import read_tokenizer  # torch takes seconds to import, and only tokenizers need it
 
         tokenizer = read_tokenizer(arguments.tokenizer)
     length = token_counter(tokenizer, arguments.chat_template_kwargs)
@@ -225,7 +233,9 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
     if arguments.task not in _SPLIT:
         prepared.splits["test"] = kept
         return prepared
-    # Dolly's published order is that of the authors' split
+    assert arguments.validation_rows is not None  # set by __post_init__, as the next one
+    assert arguments.test_rows is not None
+    # the authors split Dolly in its published order
     seed = None if arguments.task == "dolly" else arguments.seed
     return split_rows(kept, arguments.validation_rows, arguments.test_rows, seed, prepared)
 
@@ -235,21 +245,24 @@ def _read(arguments: PreparationArguments) -> list[Row]:
     from ..data.rows import instruction_rows, read_example_rows, read_text_rows
 
     source = arguments.source or _HUB_NAMES[arguments.task]
-    options = {"split": arguments.dataset_split, "dataset_config": arguments.dataset_config}
+    split, config = arguments.dataset_split, arguments.dataset_config
     if arguments.task == "text":
-        return read_text_rows(source, arguments.text_column or "text", **options)
+        return read_text_rows(source, arguments.text_column or "text", split=split, dataset_config=config)
     if arguments.task == "examples":
         named = {name.removesuffix("_column"): getattr(arguments, name) for name in _EXAMPLE_COLUMNS}
         columns = {role: name for role, name in named.items() if name is not None}
-        return read_example_rows(source, columns, template=arguments.template, **options)
+        return read_example_rows(source, columns, template=arguments.template, split=split, dataset_config=config)
     if arguments.task == "vicuna":
+        assert arguments.answers is not None  # checked by __post_init__
         instructions = read_vicuna(source, arguments.answers)
     elif arguments.is_repository:
+        assert arguments.instances_per_task is not None  # set by __post_init__
         with tqdm(desc="Reading", unit=" tasks") as bar:
             folder = Path(source).expanduser()
-            instructions = read_natural_instructions(folder, arguments.instances_per_task, bar.update)
+            instructions = read_natural_instructions(folder, arguments.instances_per_task, lambda: bar.update())
     else:
-        instructions = read_instructions(source, **options)
+        instructions = read_instructions(source, split=split, dataset_config=config)
+    assert arguments.template is not None  # set by __post_init__ for instructions
     return instruction_rows(instructions, arguments.template)
 
 
@@ -274,16 +287,16 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         )
     if foreign := sorted({entry.name for entry in folder.iterdir()} - own_names()):
         raise UserError(
-            f"output_dir={folder} would be replaced, but prepare-data has not written {listing(foreign)} in it. Move "
-            "them, or name another folder."
+            f"output_dir={folder} would be replaced, but prepare-data did not write {listing(foreign)} in it. Move "
+            "these files, or name another folder."
         )
-    reason = "its settings are others" if different else f"{listing(missing)} is missing"
+    reason = "its settings differ" if different else f"{listing(missing)} is missing"
     print(f"Replacing {folder}: {reason}", file=sys.stderr)
     return False
 
 
 def _sha256(files: Sequence[Path]) -> str:
-    """Of the file, or of the names and digests of several."""
+    """Return the SHA-256 of a file, or for several of their names and digests."""
     digests = []
     for path in files:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""`minillm-trl recipe`: all stages of a recipe in order, from the data to the table; what is done is skipped."""
+"""`minillm-trl recipe`: run all stages of a recipe, from the data to the table, and skip finished ones."""
 
 import argparse
 import signal
@@ -13,47 +13,47 @@ from ..evaluation.results import read_evaluation
 from .arguments import PlainParser, parse_plain
 from .compare import read_histories, show
 from .launch import accelerate_config_path
-from .stages import TRAINING, Recipe, Stage, how_to_mend, move_aside, read_recipe
+from .stages import TRAINING, Recipe, Stage, move_aside, read_recipe, remedy
 
-# After Ctrl-C, seconds until a stage is told that has not got it from the terminal
+# Seconds after Ctrl-C until a stage that did not get it from the terminal is interrupted
 _PATIENCE = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "recipe",
-        description="Run the stages of a recipe in order, from the data to the table. A stage that is done is "
-        "skipped, and a training that was stopped goes on from its newest checkpoint.",
+        description="Run the stages of a recipe in order, from the data to the table. Finished stages are "
+        "skipped, and interrupted training resumes from its newest checkpoint.",
     )
     parser.add_argument("folder", type=Path, help="folder with recipe.yaml, such as recipes/gpt2-120m-from-1.5b")
-    parser.add_argument("--list", action="store_true", help="show the stages and what is done, and run nothing")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="run these only; `evaluate` is all evaluations")
+    parser.add_argument("--list", action="store_true", help="show the stages and their state, and run nothing")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="run only these; `evaluate` is all evaluations")
     parser.add_argument(
         "--rerun",
         nargs="+",
         default=[],
         metavar="STAGE",
-        help="run these, and what builds on them, again; their folders are moved aside",
+        help="rerun these and the stages that build on them; their folders are moved aside",
     )
     parser.add_argument(
         "--accept",
         nargs="+",
         default=[],
         metavar="STAGE",
-        help="take what lies in their folders as their results, show the stages, and run nothing",
+        help="accept the contents of their folders as results, show the stages, and run nothing",
     )
     parser.add_argument("--accelerate_config", help="launch configuration of the training stages: a file or a name")
-    parser.add_argument("--num_processes", type=int, help="number of their processes, one for each GPU")
+    parser.add_argument("--num_processes", type=int, help="number of training processes, one per GPU")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Parse the arguments, check the YAMLs of all stages, run what is left, and print the table."""
+    """Parse the arguments, check the YAMLs of all stages, run the unfinished ones, and print the table."""
     arguments = parse_plain(build_parser(), argv)
     launch = _launch_words(arguments)
     if arguments.accept and (arguments.rerun or arguments.stages):
-        raise UserError("--accept runs nothing. Leave --rerun and --stages out, and run what is left afterwards.")
+        raise UserError("--accept runs nothing. Leave --rerun and --stages out, and run the recipe afterwards.")
     recipe = read_recipe(arguments.folder)
     chosen = recipe.stages if arguments.stages is None else recipe.named(arguments.stages)
     again = recipe.with_dependents(_to_rerun(recipe, arguments.rerun, chosen))
@@ -68,16 +68,16 @@ def run(argv: list[str]) -> int:
     for number, stage in enumerate(recipe.stages, start=1):
         if stage not in chosen:
             continue
-        recipe.check(stage)  # once more: an earlier stage may have made new data
-        # prepare-data is asked each time, since it knows whether its source has changed
+        recipe.check(stage)  # again, since an earlier stage may have made new data
+        # prepare-data always runs, since only it knows whether its source has changed
         if recipe.is_done(stage) and (stage.subcommand != "prepare-data" or stage.is_accepted):
             continue
         print(f"\n{number}/{len(recipe.stages)}  {stage.name}", flush=True)
         status = _run_stage(recipe, stage, launch)
         if status != 0:
             print(
-                f"minillm-trl recipe: stage {stage.name} ended with status {status}; what it said stands above. Once "
-                "that is mended, the same command goes on with this stage (without --rerun).",
+                f"minillm-trl recipe: stage {stage.name} ended with status {status}; see its output above. Fix "
+                "the cause, and rerun the same command, without --rerun, to resume with this stage.",
                 file=sys.stderr,
             )
             return status
@@ -101,8 +101,8 @@ def _to_rerun(recipe: Recipe, names: list[str], chosen: list[Stage]) -> list[Sta
     for stage in stages:
         if stage not in chosen:
             raise UserError(
-                f"--rerun {stage.name}: --stages leaves it out, so that its folder would be moved aside and nothing "
-                "run. Name it in both."
+                f"--rerun {stage.name}: --stages leaves it out, so its folder would be moved aside without a rerun. "
+                "Name it in both."
             )
     return stages
 
@@ -131,13 +131,13 @@ def _state(recipe: Recipe, stage: Stage) -> str:
 
 
 def _check_chosen(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> None:
-    """Check the chosen stages and what they build on; what is wrong with others does not matter."""
+    """Check the chosen stages and those they build on; problems of other stages do not matter."""
     for stage in recipe.with_inputs(chosen):
         if stage not in again:
             recipe.check(stage)
     done = [stage for stage in recipe.stages if stage not in again and recipe.is_done(stage)]
     for stage in chosen:
-        missing = [each.name for each in recipe.inputs(stage) if each not in chosen and each not in done]
+        missing = [source.name for source in recipe.inputs(stage) if source not in chosen and source not in done]
         if stage not in done and missing:
             raise UserError(f"stage {stage.name} builds on {missing[0]}, which is not done. Add it to --stages.")
 
@@ -147,11 +147,11 @@ def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
     if stage.subcommand in TRAINING:
         stage.mark(inputs, finished=False)
         words = [*stage.words, *launch, "--resume_from_checkpoint", "true"]
-        # a process of its own, which leaves no GPU memory behind
+        # a separate process, which frees its GPU memory
         status = _run_child([sys.executable, "-m", "minillm_trl", stage.subcommand, *words])
     else:
         status = _run_here(stage)
-    # prepare-data leaves a folder that is done, and its marker, as they are
+    # prepare-data leaves an up-to-date folder and its marker unchanged
     if status == 0 and not stage.is_finished:
         stage.mark(inputs, finished=True)
     return status
@@ -164,11 +164,11 @@ def _run_here(stage: Stage) -> int:
     except UserError as error:
         if not was_finished:
             raise
-        raise UserError(f"stage {stage.name}: {error} {how_to_mend(stage)}") from error
+        raise UserError(f"stage {stage.name}: {error} {remedy(stage)}") from error
 
 
 def _run_child(command: list[str]) -> int:
-    """Run a command to its end, whatever stops this process; 128 and its number for a signal that ended it."""
+    """Run a command and wait for it even if this process is stopped; return its status, 128 + N for a signal N."""
     process = subprocess.Popen(command)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
@@ -189,12 +189,12 @@ def _compare(recipe: Recipe) -> None:
     evaluations = [stage for stage in recipe.stages if stage.subcommand == "evaluate" and stage.is_finished]
     if not evaluations:
         return
-    fit = [stage for stage in evaluations if all(map(recipe.is_done, recipe.with_inputs([stage])))]
-    if left_out := [stage.name for stage in evaluations if stage not in fit]:
-        print(f"\nNot in the table, since what they build on has changed: {', '.join(left_out)}")
-    if not fit:
+    valid = [stage for stage in evaluations if all(map(recipe.is_done, recipe.with_inputs([stage])))]
+    if left_out := [stage.name for stage in evaluations if stage not in valid]:
+        print(f"\nNot in the table, since stages they build on have changed: {', '.join(left_out)}")
+    if not valid:
         return
-    names = [stage.name.split(":")[1] for stage in fit]
-    models = [read_evaluation(name, stage.output) for name, stage in zip(names, fit, strict=True)]
+    names = [stage.name.split(":")[1] for stage in valid]
+    models = [read_evaluation(name, stage.output) for name, stage in zip(names, valid, strict=True)]
     baseline, teacher = (name if name in names else None for name in (recipe.baseline, recipe.teacher))
     show(compare_models(models, baseline, teacher, read_histories(models, {})), recipe.report)

@@ -1,9 +1,9 @@
-"""The record of a training subcommand's run, and the YAML that repeats it."""
+"""Record the run of a training subcommand, with the YAML that repeats it."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import TrainingArguments
@@ -13,39 +13,47 @@ from ..files.redaction import is_secret
 from ..training.run_record import RunRecord
 from .arguments import Parser
 from .launch import launched_with
+from .option_values import parsed_mapping
+
+if TYPE_CHECKING:
+    from .training import TrainerConfig
 
 
 def record_run(
     subcommand: str, argv: Sequence[str], parser: Parser, parsed: Sequence[Any], checkpoint: str | bool | None
 ) -> RunRecord:
-    """The record of a run, to be entered once its input is checked.
+    """Return the record of a run; enter it as a context once the input is checked.
 
     Args:
-        subcommand (`str`): of `minillm-trl`.
+        subcommand (`str`): name of the subcommand.
         argv (`Sequence[str]`): its arguments.
-        parser ([`Parser`]): that has parsed them.
-        parsed (`Sequence`): the dataclasses.
-        checkpoint (`str` or `bool`, *optional*): that the run goes on from; True for the newest, if there is one.
+        parser ([`Parser`]): the parser that parsed them.
+        parsed (`Sequence`): the parsed dataclasses.
+        checkpoint (`str` or `bool`, *optional*): the checkpoint to resume from; True for the newest, if any.
     """
     _hide_tokens(parsed)
     return RunRecord(subcommand, argv, repeating_options(parser, argv), parsed, checkpoint)
 
 
-def add_models(record: RunRecord, args: TrainingArguments, student: str, teacher: str | None = None) -> None:
-    """Note the models of a training, with the revisions that its arguments name."""
-    record.add_model("student", student, args.model_init_kwargs["revision"])
+def add_models(record: RunRecord, args: "TrainerConfig", student: str, teacher: str | None = None) -> None:
+    """Record the models of a run, with the revisions that its arguments name."""
+    record.add_model("student", student, (parsed_mapping(args.model_init_kwargs) or {})["revision"])
     if teacher is not None:
-        record.add_model("teacher", teacher, (args.teacher_model_init_kwargs or {}).get("revision"))
+        record.add_model(
+            "teacher",
+            teacher,
+            (parsed_mapping(getattr(args, "teacher_model_init_kwargs", None)) or {}).get("revision"),
+        )
 
 
 def repeating_options(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that make the same run again: those that were given, then the defaults of the others.
+    """Return the options that repeat the run: first those given, then the defaults of the others.
 
-    They are as they were before the dataclasses complete them, so that nothing is said twice in two ways. Options
-    with secrets are left out, the checkpoint that a run goes on from, and defaults of None.
+    The values are those before the dataclasses complete them, which would set some options by two names. Options with
+    secrets, the checkpoint to resume from, and defaults of None are left out.
 
     Args:
-        parser ([`Parser`]): that has parsed `argv` before, so that its defaults are those of the YAML by now.
+        parser ([`Parser`]): the parser that parsed `argv`, so its defaults are now those of the YAML.
         argv (`Sequence[str]`): arguments.
     """
     values = vars(parser.parse_known_args([*argv])[0])
@@ -58,7 +66,7 @@ def repeating_options(parser: Parser, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _variables(config: str | None) -> dict[str, dict[str, Any]]:
-    """The `env` of a YAML, which sets variables of the environment, without the secrets."""
+    """Return the `env` of a YAML, which sets environment variables, without secrets."""
     if config is None:
         return {}
     variables = yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("env", {})
@@ -67,18 +75,18 @@ def _variables(config: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _hide_tokens(parsed: Sequence[Any]) -> None:
-    """Let the environment know the hub's token, not the arguments, which are saved with the model.
+    """Move the hub's token from the arguments, which are saved with the model, to the environment.
 
     Raises:
-        ValueError: for a token among the keyword arguments of a model.
+        ValueError: for a token in the keyword arguments of a model.
     """
-    for args in (each for each in parsed if isinstance(each, TrainingArguments)):
+    for args in (values for values in parsed if isinstance(values, TrainingArguments)):
         if args.hub_token is not None:
             os.environ["HF_TOKEN"] = args.hub_token
             args.hub_token = None
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             for key in filter(is_secret, getattr(args, name, None) or {}):
                 raise UserError(
-                    f"{name} has {key!r}, which would be saved with the model. Set the variable HF_TOKEN of the "
-                    "environment instead."
+                    f"{name} has {key!r}, which would be saved with the model. Set the environment "
+                    "variable HF_TOKEN instead."
                 )

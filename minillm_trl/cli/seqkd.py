@@ -1,4 +1,4 @@
-"""`minillm-trl seqkd`: sequence-level knowledge distillation, fine-tuning on what the teacher answers."""
+"""`minillm-trl seqkd`: sequence-level knowledge distillation: fine-tune on completions of the teacher."""
 
 import gc
 from collections.abc import Collection
@@ -15,6 +15,7 @@ from ..models.encoding import holds_conversations
 from ..training.metric_names import FINE_TUNING, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
+from .option_values import parsed_mapping
 from .sft import trainer_arguments
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The subcommand's parser."""
+    """Return the parser of the subcommand."""
     types = (DataArguments, TeacherArguments, EarlyStoppingArguments, ModelConfig, SeqKDConfig)
     return make_parser("seqkd", types, __doc__)
 
 
 def run(argv: list[str]) -> int:
-    """Parse the arguments, let the teacher answer (or what is left of it), fine-tune, and save to `output_dir`."""
+    """Parse the arguments, generate missing teacher completions, fine-tune, and save to `output_dir`."""
     parser = build_parser()
     parsed, launch = parse(parser, argv)
     if launch:
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
-    # the trainer takes seconds to import, which `--help` need not wait for
+    # the trainer takes seconds to import, and `--help` does not need it
     from ..baselines import FineTuningTrainer
     from ..data import load_examples
     from ..models import loading as models
@@ -76,23 +77,24 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
 
 
 def generate_teacher_data(teacher: str, args: SeqKDConfig, prompts: "Dataset", source: str) -> Path:
-    """Generate what is missing in `teacher_data_dir`, on all processes, and let go of the teacher.
+    """Generate the completions missing in `teacher_data_dir`, on all processes, and free the teacher's memory.
 
     Args:
-        teacher (`str`): name or folder.
+        teacher (`str`): name or folder of the teacher.
         args ([`SeqKDConfig`]): configuration.
-        prompts ([`~datasets.Dataset`]): one row a prompt.
-        source (`str`): what the user called the data.
+        prompts ([`~datasets.Dataset`]): one row per prompt.
+        source (`str`): name of the data, as the user gave it.
     """
     from ..baselines.seqkd import generation_settings
     from ..baselines.teacher_data import TeacherData
 
     state = PartialState()
+    assert args.teacher_data_dir is not None  # SeqKDConfig sets a default
     data = TeacherData(Path(args.teacher_data_dir), generation_settings(teacher, args, prompts))
     found, finished_with = data.read(), data.finished_with
-    state.wait_for_everyone()  # all have seen the same before one of them writes
+    state.wait_for_everyone()  # all processes read the folder before one of them writes
     if len(found) == len(prompts) * args.num_generations:
-        state.print(f"{data.folder}: the teacher's completions were there before.")
+        state.print(f"{data.folder}: has all completions of the teacher already.")
     else:
         _generate_missing(data, found, teacher, args, prompts, source)
         state.wait_for_everyone()
@@ -116,19 +118,25 @@ def _generate_missing(
     from ..models.teacher import load_teacher, place_teacher, whole_weights
 
     state = PartialState()
-    revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    teacher_kwargs, template_kwargs = map(parsed_mapping, (args.teacher_model_init_kwargs, args.chat_template_kwargs))
+    revision = (teacher_kwargs or {}).get("revision")
     tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
     length, conversational = args.max_completion_length, holds_conversations(prompts)
-    options = {"trust_remote_code": args.trust_remote_code, "chat_template_kwargs": args.chat_template_kwargs}
-    check_room([teacher], [(source, prompts)], tokenizer, "max_completion_length", length, **options)
+    check_room(
+        [teacher],
+        [(source, prompts)],
+        tokenizer,
+        "max_completion_length",
+        length,
+        args.trust_remote_code,
+        template_kwargs,
+    )
     if args.use_vllm:
         sample = sample_with_vllm(teacher, tokenizer, args, conversational=conversational)
     else:
         dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
         with whole_weights(args.deepspeed_plugin):
-            loaded = load_teacher(
-                teacher, args.teacher_model_init_kwargs, dtype, args.trust_remote_code, args.allow_pickled_weights
-            )
+            loaded = load_teacher(teacher, teacher_kwargs, dtype, args.trust_remote_code, args.allow_pickled_weights)
         sample = sample_with_transformers(place_teacher(loaded, args.device), tokenizer, args, conversational)
         del loaded
     generate(
@@ -141,7 +149,7 @@ def _generate_missing(
         state.process_index,
         state.num_processes,
         progress=state.is_main_process and not args.disable_tqdm,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs=template_kwargs,
     )
     del sample
     gc.collect()
@@ -150,7 +158,7 @@ def _generate_missing(
 
 
 def _check_completions(evaluation: "Dataset", source: str) -> None:
-    """The teacher answers the prompts to train on alone."""
+    """Check that evaluation rows have completions: the teacher answers only training prompts."""
     completions = evaluation["completion"][:] if "completion" in evaluation.column_names else [None]
     if None in completions:
         raise DataError(

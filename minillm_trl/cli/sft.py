@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> Parser:
-    """The subcommand's parser."""
+    """Return the parser of the subcommand."""
     return make_parser("sft", (DataArguments, EarlyStoppingArguments, ModelConfig, FineTuningConfig), __doc__)
 
 
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
-    # the trainer takes seconds to import, which `--help` need not wait for
+    # the trainer takes seconds to import, and `--help` does not need it
     from ..baselines import FineTuningTrainer
     from ..models import loading as models
     from . import recording, training
@@ -62,7 +62,7 @@ def trainer_arguments(
     train: "Dataset",
     evaluation: "Dataset | None",
 ) -> dict[str, Any]:
-    """What all trainers that learn from prompts and completions are given.
+    """Return the arguments common to all trainers that learn from prompts and completions.
 
     Raises:
         ValueError: if prompts are conversations and the tokenizer has no chat template.

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -14,14 +14,14 @@ from .option_values import json_object
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _EXAMPLE = """\
 example:
   minillm-trl shrink --model HuggingFaceTB/SmolLM2-135M-Instruct --num_layers 10 --output_dir runs/student
 
   keeps 10 of 30 layers: the first, the last, and others at equal distances. Add --by influence and --dataset to keep
-  those that change the hidden states most. The result has to be healed (minillm-trl kd or seqkd) before MiniLLM.
+  those that change the hidden states most. Heal the result (minillm-trl kd or seqkd) before MiniLLM.
 """
 
 
@@ -54,7 +54,7 @@ class _Pairs:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the subcommand."""
+    """Return the parser of the subcommand."""
     parser = PlainParser(
         "shrink",
         description="Make a student out of a teacher: drop decoder layers and, on request, channels of the "
@@ -88,12 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--completion_column", default="completion")
     data.add_argument("--chat_template_kwargs", type=json_object, metavar="JSON", help="passed to the chat template")
     data.add_argument("--max_rows", type=int, default=128, help="use the first rows only (default: 128)")
-    data.add_argument("--max_length", type=int, default=512, help="cut rows to so many tokens (default: 512)")
+    data.add_argument("--max_length", type=int, default=512, help="truncate rows to this many tokens (default: 512)")
     data.add_argument("--batch_size", type=int, default=8, help="rows of one forward pass (default: 8)")
     parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
-        "--allow_pickled_weights", action="store_true", help="load weights that are there as pickles (.bin) alone"
+        "--allow_pickled_weights", action="store_true", help="load weights that exist only as pickles (.bin)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the model in output_dir, if there is one")
     return parser
@@ -150,7 +150,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _shrink(arguments: argparse.Namespace) -> int:
-    # torch and transformers take seconds to import, which `--help` need not wait for
+    # torch and transformers take seconds to import, and `--help` does not need them
     from ..models.files import check_model_folder
     from ..models.loading import load_config, load_model, load_tokenizer
     from ..models.shrink import Sizes, shrink
@@ -186,7 +186,7 @@ def _shrink(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_sizes(arguments: argparse.Namespace, config: "object") -> None:
+def _check_sizes(arguments: argparse.Namespace, config: "PreTrainedConfig") -> None:
     from ..models.shrink import intermediate_size
 
     config = config.get_text_config()
@@ -260,10 +260,11 @@ def _choose_channels(
 
 
 def _progress(
-    pairs: _Pairs, arguments: argparse.Namespace, model: "PreTrainedModel", title: str
-) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+    pairs: _Pairs | None, arguments: argparse.Namespace, model: "PreTrainedModel", title: str
+) -> "Iterable[tuple[torch.Tensor, torch.Tensor]]":
     from tqdm.auto import tqdm
 
+    assert pairs is not None  # `_check` requires a dataset for whatever is measured
     number = -(-len(pairs.prompt_ids) // arguments.batch_size)
     return tqdm(pairs.batches(arguments.batch_size, model.device), total=number, desc=title, unit=" batches")
 

@@ -1,4 +1,4 @@
-"""The stages of a recipe: what they run, what they build on, and whether they are done."""
+"""The stages of a recipe: their commands, their dependencies, and whether they are done."""
 
 import argparse
 import hashlib
@@ -24,7 +24,7 @@ from .option_values import check_config, check_plain_yaml, with_first_names
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 _SUBCOMMANDS = ("prepare-data", "shrink", *TRAINING)
-_MODELS = ("shrink", *TRAINING)  # that make a model, which can be evaluated
+_MODELS = ("shrink", *TRAINING)  # their models can be evaluated
 _MARKER = "stage.json"
 
 
@@ -40,11 +40,11 @@ class Stage:
     """One command of a recipe.
 
     Attributes:
-        name (`str`): as in `--stages`.
-        subcommand (`str`): of `minillm-trl`.
-        config (`Path`): its YAML.
-        values (`dict`): what the YAML and the recipe say; a change of it makes another stage of it.
-        output (`Path`): the folder that it writes to, relative to where the command is run.
+        name (`str`): name for `--stages`.
+        subcommand (`str`): subcommand of `minillm-trl`.
+        config (`Path`): the subcommand's YAML.
+        values (`dict`): settings from the YAML and the recipe; if they change, the stage is no longer done.
+        output (`Path`): the folder that it writes to, relative to the working directory.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Stage:
 
     @property
     def words(self) -> list[str]:
-        """Arguments of the subcommand."""
+        """Return the arguments of the subcommand."""
         if self.subcommand != "evaluate":
             return ["--config", str(self.config)]
         return ["--config", str(self.config), "--model", self.values["model"], "--output_dir", str(self.output)]
 
     @property
     def answers(self) -> Path | None:
-        """Where SeqKD keeps the teacher's answers."""
+        """Return the folder where SeqKD keeps the teacher's answers; None for other subcommands."""
         if self.subcommand != "seqkd":
             return None
         folder = self.values.get("teacher_data_dir") or default_teacher_data_dir(str(self.output))
@@ -70,44 +70,46 @@ class Stage:
 
     @property
     def folders(self) -> list[Path]:
-        """All that it writes to."""
+        """Return all folders that the stage writes to."""
         return [self.output] if self.answers is None else [self.output, self.answers]
 
     @property
     def marker(self) -> dict[str, Any] | None:
-        """What the stage's folder says of the run in it: configuration, inputs, and when it was finished."""
+        """Return the marker in the stage's folder: configuration, inputs and time of completion of the run in it."""
         path = self.output / _MARKER
-        mend = "Delete this file; `--accept STAGE` then takes what is in the folder as the stage's result."
-        return read_json(path, _Marker, mend) if path.is_file() else None
+        hint = "Delete this file; `--accept STAGE` then accepts the contents of the folder as the stage's result."
+        return read_json(path, _Marker, hint) if path.is_file() else None
 
     @property
     def is_finished(self) -> bool:
+        """Return whether the marker records a finished run."""
         return self.marker is not None and self.marker["finished"] is not None
 
     @property
     def is_accepted(self) -> bool:
-        return self.is_finished and self.marker.get("accepted", False)
+        """Return whether `--accept` took the folder as the result."""
+        return self.marker is not None and self.is_finished and self.marker.get("accepted", False)
 
     def mark(self, inputs: list["Stage"], finished: bool, accepted: bool = False) -> None:
-        """Write the marker."""
+        """Write the marker into the stage's folder."""
         make_folder(self.output)
         marker = {
             "subcommand": self.subcommand,
             "config": self.values,
-            "inputs": {str(each.output): each.digest() for each in inputs},
+            "inputs": {str(source.output): source.digest() for source in inputs},
             "finished": datetime.now(UTC).isoformat() if finished else None,
             "accepted": accepted,
         }
         write_whole(self.output / _MARKER, json.dumps(marker, indent=1))
 
     def digest(self) -> str | None:
-        """Of the marker, so another one for each run; None before the stage is finished."""
+        """Return the SHA-256 of the marker, which differs for each run; None before the stage is finished."""
         return hashlib.sha256(json.dumps(self.marker).encode()).hexdigest() if self.is_finished else None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of a recipe in order, the evaluations last, and the names of baseline and teacher."""
+    """The stages of a recipe in order, evaluations last, and the names of baseline and teacher."""
 
     folder: Path
     stages: list[Stage]
@@ -116,102 +118,104 @@ class Recipe:
     report: Path
 
     def inputs(self, stage: Stage) -> list[Stage]:
-        """The earlier stages whose folders the stage's configuration names."""
+        """Return the earlier stages whose folders the stage's configuration names."""
         return self._earlier(stage, stage.values)
 
     def _earlier(self, stage: Stage, values: Any) -> list[Stage]:
         paths = [Path(os.path.normpath(text)) for text in _texts(values)]
         return [
-            each
-            for each in self.stages[: self.stages.index(stage)]
-            if any(folder == path or folder in path.parents for folder in each.folders for path in paths)
+            earlier
+            for earlier in self.stages[: self.stages.index(stage)]
+            if any(folder == path or folder in path.parents for folder in earlier.folders for path in paths)
         ]
 
     def with_inputs(self, stages: list[Stage]) -> list[Stage]:
-        """The stages, and all that they build on, in order."""
+        """Return the stages and all stages they build on, in order."""
         found = list(stages)
         for stage in reversed(self.stages):
             if stage in found:
-                found += [each for each in self.inputs(stage) if each not in found]
+                found += [source for source in self.inputs(stage) if source not in found]
         return [stage for stage in self.stages if stage in found]
 
     def with_dependents(self, stages: list[Stage]) -> list[Stage]:
-        """The stages, and those that build on them, in order."""
+        """Return the stages and all stages that build on them, in order."""
         found: list[Stage] = []
         for stage in self.stages:
-            if stage in stages or any(each in found for each in self.inputs(stage)):
+            if stage in stages or any(source in found for source in self.inputs(stage)):
                 found.append(stage)
         return found
 
     def named(self, names: list[str]) -> list[Stage]:
-        """Stages by name; `evaluate` names all evaluations.
+        """Return stages by name; `evaluate` names all evaluations.
 
         Raises:
-            ValueError: for a name that no stage has.
+            ValueError: for an unknown name.
         """
         for name in names:
             if name != "evaluate" and name not in [stage.name for stage in self.stages]:
                 known = ", ".join(stage.name for stage in self.stages)
-                raise UserError(f"{self.folder} has no stage {name!r}. There are: {known}; `evaluate` is all of them.")
+                raise UserError(
+                    f"{self.folder} has no stage {name!r}. Choose from {known}; `evaluate` is all evaluations."
+                )
         return [stage for stage in self.stages if stage.name in names or stage.name.split(":")[0] in names]
 
     def outdated(self, again: list[Stage]) -> list[Path]:
-        """The folders that hold nothing of worth once the stages `again` are run again.
+        """Return the folders made obsolete by rerunning the stages `again`.
 
-        SeqKD's answers stay: they are checked against the configuration, and may have taken long. But with another
-        teacher or other prompts they are of no use.
+        SeqKD's answers may have taken long and are checked against the configuration, so they are kept unless the
+        stage that makes the teacher or the prompts is rerun too.
         """
         folders = []
         for stage in again:
             folders.append(stage.output)
             sources = [stage.values.get(name) for name in ("teacher_model_name_or_path", "dataset_name")]
-            if stage.answers is not None and any(each in again for each in self._earlier(stage, sources)):
+            if stage.answers is not None and any(earlier in again for earlier in self._earlier(stage, sources)):
                 folders.append(stage.answers)
         return folders
 
     def problem(self, stage: Stage) -> str | None:
-        """Why the stage's folder can be neither its result nor gone on with.
+        """Return why the stage's folder is neither its result nor a run to resume; None if it is one of them.
 
-        It may hold the result of another configuration (the differences are named) or of other inputs, or files of
-        unknown origin.
+        It may hold the result of another configuration (the text names the differences) or of other inputs, or files
+        of unknown origin.
         """
         marker = stage.marker
         if marker is None:
-            # what is not a training looks at its folder by itself
+            # other subcommands check their folders themselves
             if stage.subcommand not in TRAINING or not stage.output.is_dir() or not any(stage.output.iterdir()):
                 return None
-            return f"{stage.output} is not empty, and no recipe has written it"
+            return f"{stage.output} is not empty, and no recipe wrote it"
         if changed := _difference(with_first_names(_parser(stage.subcommand), marker["config"]), stage.values):
             return f"{stage.output} was made with {changed}"
-        for each in self.inputs(stage):
-            if marker["inputs"].get(str(each.output)) != each.digest():
-                return f"{stage.output} builds on {each.output}, which has been made again since"
+        for source in self.inputs(stage):
+            if marker["inputs"].get(str(source.output)) != source.digest():
+                return f"{stage.output} builds on {source.output}, which has been made again since"
         return None
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage's folder holds its result."""
+        """Return whether the stage's folder holds its result."""
         return stage.is_finished and self.problem(stage) is None
 
     def check(self, stage: Stage) -> None:
-        """Check that the stage can be taken as it is, gone on with, or begun.
+        """Check that the stage is done, or can be resumed or started.
 
         Raises:
             ValueError: if there is a [`problem`].
         """
         if (problem := self.problem(stage)) is not None:
-            raise UserError(f"stage {stage.name}: {problem}. {how_to_mend(stage)}")
+            raise UserError(f"stage {stage.name}: {problem}. {remedy(stage)}")
 
 
-def how_to_mend(stage: Stage) -> str:
-    """The two ways out where a stage's folder does not fit."""
+def remedy(stage: Stage) -> str:
+    """Return the two ways out if a stage's folder does not match the recipe."""
     return (
-        f"`--rerun {stage.name}` moves the folder aside and runs the stage, and what builds on it, again; "
-        f"`--accept {stage.name}` takes what is there as the result."
+        f"`--rerun {stage.name}` moves the folder aside and reruns the stage and those that build on it; "
+        f"`--accept {stage.name}` accepts its contents as the result."
     )
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename the folder, if there is one, to `FOLDER.replaced-N`."""
+    """Rename the folder, if it exists, to `FOLDER.replaced-N`, and return the new name."""
     if not folder.exists():
         return None
     free = (folder.with_name(f"{folder.name}.replaced-{number}") for number in count(1))
@@ -224,13 +228,13 @@ def read_recipe(folder: Path) -> Recipe:
     """Read `recipe.yaml` of a folder and the YAMLs of its stages, and check all of them.
 
     Raises:
-        ValueError: with file and line; or if two stages would write to one folder, or one inside that of another.
+        ValueError: with file and line; also if two stages would write to one folder, or one inside the other's.
     """
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no recipe.yaml in this folder. Name one such as recipes/gpt2-120m-from-1.5b.")
     content, node = read_yaml(path)
-    if not isinstance(content, dict) or content.keys() != {"stages", "evaluate"}:
+    if node is None or not isinstance(content, dict) or content.keys() != {"stages", "evaluate"}:
         raise UserError(f"{path}: expected `stages` and `evaluate`.")
     if not isinstance(content["stages"], dict):
         place = f"{path}:{line_of(node, 'stages')}"
@@ -254,14 +258,14 @@ def read_recipe(folder: Path) -> Recipe:
 
 def _stage(folder: Path, name: Any, command: Any, place: str) -> Stage:
     if not isinstance(name, str) or name == "evaluate" or {":", "/"} & set(name):
-        raise UserError(f"{place}: not a name for a stage. Take a word (not `evaluate`) without : and /.")
+        raise UserError(f"{place}: not a name for a stage. Choose a word (not `evaluate`) without : and /.")
     subcommand, _, file = str(command).partition(" ")
     if subcommand not in _SUBCOMMANDS:
-        raise UserError(f"{place}: {subcommand!r} is none of {', '.join(_SUBCOMMANDS)}.")
+        raise UserError(f"{place}: {subcommand!r} is not one of {', '.join(_SUBCOMMANDS)}.")
     config = Path(os.path.normpath(folder / (file or f"{name}.yaml")))
     values = _read(config, subcommand)
     if not values.get("output_dir"):
-        raise UserError(f"{config}: output_dir is missing, which a recipe needs.")
+        raise UserError(f"{config}: output_dir is missing; a recipe needs it.")
     return Stage(name, subcommand, config, values, Path(os.path.normpath(str(values["output_dir"]))))
 
 
@@ -269,8 +273,8 @@ def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: ya
     needed, allowed = {"config", "models", "output_dir"}, {"baseline", "teacher"}
     if not isinstance(evaluation, dict) or not needed <= evaluation.keys() <= needed | allowed:
         raise UserError(
-            f"{path}:{line_of(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, at most "
-            "`baseline` and `teacher` more."
+            f"{path}:{line_of(node, 'evaluate')}: evaluate: expected `config`, `models` and `output_dir`, and "
+            "optionally `baseline` and `teacher`."
         )
 
     def place(name: str) -> str:
@@ -289,18 +293,18 @@ def _check_evaluation(evaluation: Any, stages: list[Stage], path: Path, node: ya
                 f"{place('models')}: models: no stage {name!r} makes a model. Choose from {', '.join(made)}."
             )
         if models.count(name) > 1:
-            raise UserError(f"{place('models')}: models: {name!r} stands there twice.")
+            raise UserError(f"{place('models')}: models: {name!r} is listed twice.")
     for name in allowed & evaluation.keys():
         if evaluation[name] not in (None, *models):
-            raise UserError(f"{place(name)}: {evaluation[name]!r} is none of the models.")
+            raise UserError(f"{place(name)}: {evaluation[name]!r} is not one of the models.")
 
 
 def _check_folders(path: Path, recipe: Recipe) -> None:
-    """Check that no stage writes to the folder of another: it would go on from the other's checkpoint."""
+    """Check that no stage writes to the folder of another: it would resume from the other's checkpoint."""
     outputs = [(stage.name, stage.output) for stage in recipe.stages]
     pairs = list(combinations(outputs, 2))
     for stage in recipe.stages:
-        if stage.answers is not None:  # two may share them, and they may lie in the stage's own folder
+        if stage.answers is not None:  # two stages may share answers, and the stage's own folder may contain them
             theirs = (f"{stage.name}'s teacher_data_dir", stage.answers)
             pairs += [(theirs, (name, output)) for name, output in outputs if name != stage.name]
         if stage.subcommand != "evaluate" and _contains(stage.output, recipe.report):
@@ -308,8 +312,8 @@ def _check_folders(path: Path, recipe: Recipe) -> None:
     for (one, first), (other, second) in pairs:
         if _contains(first, second) or _contains(second, first):
             raise UserError(
-                f"{path}: {one} and {other} would write to one place: {first} and {second}. Give each a folder of its "
-                "own, none inside another."
+                f"{path}: {one} and {other} would write to one place: {first} and {second}. Give each its own "
+                "folder, none inside another."
             )
 
 
@@ -332,8 +336,8 @@ def _parser(subcommand: str) -> argparse.ArgumentParser:
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
     elif isinstance(value, str):
         yield value
 

@@ -1,4 +1,4 @@
-"""Folders with the results of a task: whether one is done, and writing it."""
+"""Result folders of evaluation tasks: check whether a task is done, and write its results."""
 
 import json
 from collections.abc import Iterable
@@ -16,21 +16,21 @@ class _Done(TypedDict):
 
 
 def weight_files(names: Iterable[str | None]) -> list[Path]:
-    """Files with weights in those folders among `names` (of models and adapters)."""
+    """Return the weight files in the local folders among `names` (of models and adapters)."""
     folders = [Path(name) for name in names if name is not None]
     return [path for folder in folders for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
 
 
 def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bool:
-    """Whether the folder holds the results of these settings.
+    """Return whether the folder holds the results of these settings.
 
     Args:
-        folder (`Path`): of the task.
-        settings (`dict`): what the results depend on.
-        files (`Iterable[Path]`): local files that they come from.
+        folder (`Path`): folder of the task.
+        settings (`dict`): all settings that the results depend on.
+        files (`Iterable[Path]`): local files that the results depend on.
 
     Raises:
-        ValueError: if it holds those of others, or its sources have been written since.
+        ValueError: if it holds results of other settings, or results older than one of the files.
     """
     path = folder / "results.json"
     if not path.is_file():
@@ -46,14 +46,14 @@ def is_done(folder: Path, settings: dict[str, Any], files: Iterable[Path]) -> bo
     ]
     if problems:
         raise UserError(f"{folder} holds {problems[0]}. Delete this folder, or name another with --output_dir.")
-    from accelerate import PartialState  # takes seconds, for torch
+    from accelerate import PartialState  # imports torch, which takes seconds
 
     PartialState().print(f"{folder}: done before")
     return True
 
 
 def write_results(folder: Path, results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> None:
-    """Write `samples.jsonl`, a line for each sample, and `results.json`, which says that the task is done, last."""
+    """Write `samples.jsonl`, one line per sample, then `results.json`, which marks the task as done."""
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     make_folder(folder)
     for name, text in (("samples.jsonl", lines), ("results.json", json.dumps(results, indent=1))):

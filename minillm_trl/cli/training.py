@@ -1,14 +1,14 @@
-"""What the training subcommands share: checks before a model is loaded, training and saving, resuming."""
+"""Shared steps of the training subcommands: checks before models are loaded, training, saving, resuming."""
 
 import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
 from ..errors import UserError
@@ -24,38 +24,45 @@ from ..monitoring.degeneration_watch import DegenerationWatch
 from ..training.checkpoints import finish_replacements, newest_whole_checkpoint
 from ..training.reliable_trainer import ReliableTrainer
 from ..training.run_record import RunRecord
+from .option_values import parsed_mapping
+
+if TYPE_CHECKING:
+    from ..baselines import FineTuningConfig, KDConfig
+    from ..config import MiniLLMConfig
+
+    TrainerConfig = MiniLLMConfig | FineTuningConfig
 
 DEGENERATED = 3  # exit status
 
 
 def check_teacher_tokenizer(
-    teacher: str, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset
+    teacher: str, args: "MiniLLMConfig | KDConfig", tokenizer: PreTrainedTokenizerBase, train: Dataset
 ) -> None:
     """Check that the teacher has the student's tokenizer, before either model is loaded; see [`check_same_tokenizer`].
 
     Args:
         teacher (`str`): name or folder of the teacher.
-        args ([`~transformers.TrainingArguments`]): with `teacher_model_init_kwargs` and `trust_remote_code`.
+        args ([`MiniLLMConfig`] or [`KDConfig`]): with `teacher_model_init_kwargs` and `trust_remote_code`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
         train ([`~datasets.Dataset`]): with a column `prompt`; for conversations the chat templates must agree too.
     """
-    revision = (args.teacher_model_init_kwargs or {}).get("revision")
+    revision = (parsed_mapping(args.teacher_model_init_kwargs) or {}).get("revision")
     teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=holds_conversations(train))
 
 
-def check_models(names: Sequence[str], args: TrainingArguments) -> None:
-    """Check the files of local models, of a student and its teacher if any, that a trainer will load, before it does.
+def check_models(names: Sequence[str], args: "TrainerConfig") -> None:
+    """Check the local files of the student and, if any, of the teacher before a trainer loads them.
 
     Raises:
-        ValueError: naming what is damaged, may not be loaded, or cannot be trained as a model of text.
+        ValueError: names the file that is damaged or may not be loaded, or the model that is not a text model.
     """
     if is_adapter(student := names[0]):
         raise UserError(
-            f"--model_name_or_path {student} is an adapter; a student is trained from a whole model. Merge it first "
+            f"--model_name_or_path {student} is an adapter, but training starts from a whole model. Merge it first "
             f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
         )
-    loaded_with = args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)
+    loaded_with = map(parsed_mapping, (args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)))
     for name, init_kwargs in zip(names, loaded_with, strict=False):
         if not Path(name).is_dir():
             continue
@@ -68,46 +75,49 @@ def check_models(names: Sequence[str], args: TrainingArguments) -> None:
                 refuse_multimodal(config, f"--model_name_or_path {student}")
 
 
-def set_model_init_kwargs(args: TrainingArguments, model: ModelConfig) -> None:
-    """Let the trainer load the student as `model` says; what `args.model_init_kwargs` says comes first."""
+def set_model_init_kwargs(args: "TrainerConfig", model: ModelConfig) -> None:
+    """Set how the trainer loads the student: by `args.model_init_kwargs`, then by the options in `model`."""
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         "use_safetensors": None if args.allow_pickled_weights else True,
-        **(args.model_init_kwargs or {}),
+        **(parsed_mapping(args.model_init_kwargs) or {}),
     }
 
 
-def quantization_config(model: ModelConfig, args: TrainingArguments) -> BitsAndBytesConfig | None:
-    """What `load_in_4bit` and `load_in_8bit` ask for; 4-bit layers compute in the run's precision or in `dtype`."""
+def quantization_config(model: ModelConfig, args: "TrainerConfig") -> BitsAndBytesConfig | None:
+    """Return the configuration for `load_in_4bit` or `load_in_8bit`, if set.
+
+    4-bit layers compute in the run's precision unless `dtype` is set.
+    """
     config = get_quantization_config(model)
-    if config is not None and config.load_in_4bit and model.dtype in (None, "auto"):  # bitsandbytes takes float32
+    if config is not None and config.load_in_4bit and model.dtype in (None, "auto"):  # bitsandbytes would take float32
         config.bnb_4bit_compute_dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
     return config
 
 
 def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, record: RunRecord) -> int:
-    """Train, from `checkpoint` on if there is one, and save the model to `output_dir`.
+    """Train, resuming from `checkpoint` if given, and save the model to `output_dir`.
 
     Returns:
-        `int`: exit status: 0, or 3 if the training was stopped because the student degenerated. Then a model is saved
-        only if it is that of the best checkpoint.
+        `int`: exit status: 0, or 3 if training stopped because the student degenerated. In that case only the model of
+        the best checkpoint is saved, if there is one.
 
     Raises:
-        ValueError: if the checkpoint holds pickles of more than tensors and numbers.
+        ValueError: if the checkpoint has pickles with more than tensors and numbers.
     """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as stop:
-        stop.add_note(how_to_continue(trainer.args.output_dir))
+        stop.add_note(how_to_continue(str(trainer.args.output_dir)))
         raise
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) holds more than a trainer saves. "
-            "It was not unpickled, since that can run any code. Resume from a checkpoint that your own run wrote."
+            f"--resume_from_checkpoint {checkpoint}: a file in it (.pt, .pth, .bin) contains objects that no trainer "
+            "saves. It was not unpickled, since that can run any code. Resume from a checkpoint that your run wrote."
         ) from error
-    watches = (each for each in trainer.callback_handler.callbacks if isinstance(each, DegenerationWatch))
+    watches = (watch for watch in trainer.callback_handler.callbacks if isinstance(watch, DegenerationWatch))
     kinds = {found.kind for watch in watches for found in watch.stopped_for}
     folder = trainer.args.output_dir
     if kinds:
@@ -121,49 +131,50 @@ def train_and_save(trainer: ReliableTrainer, checkpoint: str | bool | None, reco
 
 
 def how_to_continue(output_dir: str) -> str:
-    """What to do after a training was stopped: resume if it has saved a checkpoint, or start again."""
+    """Return how to continue after training was stopped: resume from the newest checkpoint, or start again."""
     newest = newest_whole_checkpoint(Path(output_dir))
     if newest is None:
-        return "It has saved no checkpoint yet (save_strategy, save_steps): the same command starts again."
+        return "It has saved no checkpoint yet (save_strategy, save_steps); the same command starts over."
     return f"Add --resume_from_checkpoint true to continue from {newest}."
 
 
 def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | bool | None:
-    """What `--resume_from_checkpoint` asks for: a folder, or with `true` the newest whole checkpoint of a run, if any.
+    """Return the checkpoint for `--resume_from_checkpoint`: a folder, or for `true` the newest whole one, if any.
 
     Raises:
-        ValueError: if there is no such folder or a file of it is damaged, or if `output_dir` holds a run that would be
-            written over.
+        ValueError: if the folder does not exist, a file in it is damaged, or `output_dir` holds a run that would be
+            overwritten.
     """
     finish_replacements(Path(output_dir))
     if value is None or str(value).lower() == "false":
         if (found := newest_whole_checkpoint(Path(output_dir))) is not None:
             raise UserError(
-                f"--output_dir {output_dir} holds a run that came to {found}. Go on with it by "
-                "--resume_from_checkpoint true, or choose another --output_dir, or delete it."
+                f"--output_dir {output_dir} holds a run that reached {found}. Resume it with "
+                "--resume_from_checkpoint true, choose another --output_dir, or delete this one."
             )
         return None
     if str(value).lower() == "true":
         return True
-    finish_replacements(Path(value).parent)
-    if not Path(value).is_dir():
+    folder = Path(str(value))
+    finish_replacements(folder.parent)
+    if not folder.is_dir():
         raise UserError(
-            f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest in output_dir, if any."
+            f"--resume_from_checkpoint {value}: no such folder. `true` takes the newest one in output_dir, if any."
         )
-    check_checkpoint(Path(value))
+    check_checkpoint(folder)
     return str(value)
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Check that the files of a checkpoint are whole, as far as that can be told without reading them.
+    """Check that the files of a checkpoint are complete, as far as possible without reading them.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: names the file.
     """
     check_weights(str(folder))
-    mend = "Resume from an earlier checkpoint."
+    hint = "Resume from an earlier checkpoint."
     if (state := folder / "trainer_state.json").is_file():
-        read_json(state, dict[str, Any], mend)
+        read_json(state, dict[str, Any], hint)
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
         if not zipfile.is_zipfile(path):  # what torch.save writes
-            raise UserError(f"{path}: damaged, or not written whole. {mend}")
+            raise UserError(f"{path}: damaged, or not written completely. {hint}")
