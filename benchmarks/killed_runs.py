@@ -42,7 +42,7 @@ def main() -> None:
             command = [sys.executable, str(KILLER), "--work", str(arguments.work or folder), *words]
             done = subprocess.run([*command, "--kills", str(arguments.kills)], stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                raise SystemExit(f"{' '.join(words)} ended with {done.returncode}; what it said stands above.")
+                raise SystemExit(f"{' '.join(words)} ended with {done.returncode}; see its output above.")
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(results[-1], flush=True)
     settings = {"kills": arguments.kills, "dtype": "torch.float32"}

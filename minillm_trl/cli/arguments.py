@@ -122,14 +122,16 @@ class Parser(TrlParser):
     """`TrlParser` whose help groups the options by dataclass, inherited ones last, and whose errors are exceptions."""
 
     def __init__(self, dataclass_types: Iterable[Any], **kwargs: Any):
-        dataclass_types = tuple(dataclass_types)
-        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        for dataclass_type in dataclass_types:
+        classes: tuple[Any, ...] = tuple(dataclass_types)
+        super().__init__(classes, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        for dataclass_type in classes:
             summary = (dataclass_type.__doc__ or "").strip().splitlines()[0].rstrip(".")
             self._move(dataclass_type, f"{dataclass_type.__name__}: {summary}")
-        for dataclass_type in dataclass_types:
-            for base in filter(is_dataclass, dataclass_type.__mro__[1:]):
-                self._move(base, f"inherited from {base.__name__.lstrip('_')}")
+        for dataclass_type in classes:
+            for base in dataclass_type.__mro__[1:]:
+                title = f"inherited from {base.__name__.lstrip('_')}"
+                if is_dataclass(base):
+                    self._move(base, title)
 
     def _move(self, dataclass_type: Any, title: str) -> None:
         names = vars(dataclass_type).get("__annotations__", {})

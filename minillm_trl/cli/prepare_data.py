@@ -259,7 +259,7 @@ def _read(arguments: PreparationArguments) -> list[Row]:
         assert arguments.instances_per_task is not None  # set by __post_init__
         with tqdm(desc="Reading", unit=" tasks") as bar:
             folder = Path(source).expanduser()
-            instructions = read_natural_instructions(folder, arguments.instances_per_task, lambda: bar.update())
+            instructions = read_natural_instructions(folder, arguments.instances_per_task, bar.update)
     else:
         instructions = read_instructions(source, split=split, dataset_config=config)
     assert arguments.template is not None  # set by __post_init__ for instructions

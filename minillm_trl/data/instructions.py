@@ -198,7 +198,9 @@ def natural_instructions_files(folder: Path) -> list[Path]:
     return [listed, *(folder / "tasks" / f"{name}.json" for name in names)]
 
 
-def read_natural_instructions(folder: Path, instances_per_task: int, on_task: Callable[[], None]) -> list[Instruction]:
+def read_natural_instructions(
+    folder: Path, instances_per_task: int, on_task: Callable[[], object]
+) -> list[Instruction]:
     """Read the English test tasks from a clone of the Super-NaturalInstructions repository.
 
     Args:

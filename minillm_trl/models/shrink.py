@@ -6,7 +6,7 @@ small model must compute what the large one computes with the dropped parts skip
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,7 @@ def _check_number(num_layers: int, num_kept: int) -> None:
 
 
 @torch.no_grad()
-def block_influence(model: PreTrainedModel, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def block_influence(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     r"""Measure how much each decoder layer changes the hidden states that pass through it.
 
     $$ \mathrm{BI}_l = 1 - \mathbb{E}_t \frac{h_{l,t} \cdot h_{l+1,t}}{\|h_{l,t}\| \, \|h_{l+1,t}\|} $$
@@ -114,7 +114,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[tuple[torch.Tensor
 
     Args:
         model ([`~transformers.PreTrainedModel`]): in eval mode.
-        batches (`Sequence[tuple[torch.Tensor, torch.Tensor]]`): ids and attention masks `(B, L)`.
+        batches (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): ids and attention masks `(B, L)`.
 
     Returns:
         `torch.Tensor` of shape `(num_layers,)`, float64.
@@ -145,7 +145,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[tuple[torch.Tensor
 
 @torch.no_grad()
 def channel_importance(
-    model: PreTrainedModel, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """Measure the mean absolute activation of each intermediate channel of each feed-forward layer.
 

@@ -168,7 +168,7 @@ class TestMistakes:
     def test_backend_of_several_processes_in_a_single_one_is_named(self, tmp_path, capsys, data_file):
         words = ["sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path]
         message = refused(capsys, *words, "--use_cpu", "true", "--bf16", "false", "--ddp_backend", "gloo")
-        assert "ddp_backend is for several processes" in message
+        assert "ddp_backend needs several processes" in message
 
     def test_endless_message_keeps_its_two_ends(self, capsys):
         message = refused(capsys, "generate", "--model", "none", "--dataset", f"{'x' * 10_000}.jsonl")
@@ -200,7 +200,7 @@ class TestMistakes:
             *("sft", "--dataset", data_file, "--model_name_or_path", "none", "--output_dir", tmp_path),
             *("--use_cpu", "true", "--bf16", "false"),
         )
-        assert "holds a run that came to" in message
+        assert "holds a run that reached" in message
         assert "--resume_from_checkpoint true" in message
 
 

@@ -144,7 +144,7 @@ class TestValues:
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         adapter = save_adapter(base, tmp_path / "adapter", quantization_config=nf4)
         assert run(["--adapter", adapter, "--output_dir", str(tmp_path / "merged")]) == 0
-        assert "merged into the full-precision ones" in capsys.readouterr().out
+        assert "merged into the full-precision weights" in capsys.readouterr().out
         merged = logits(load(tmp_path / "merged"))
         torch.testing.assert_close(merged, with_adapter(base, adapter), rtol=0, atol=1e-5)
         assert (merged - with_adapter(base, adapter, quantization_config=nf4)).abs().max() > 1e-2

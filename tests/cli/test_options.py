@@ -84,7 +84,7 @@ class TestNamesOfTrl:
         assert "--dataset a and --dataset_name b" in said
         config = file("dataset: a\noutput_dir: out\ndataset_name: b\n")
         said = message(capsys, "sft", "--config", config)
-        assert f"{config}:3: dataset_name is another name of dataset, whose value in line 1 differs" in said
+        assert f"{config}:3: dataset_name is another name of dataset, and line 1 has a different value" in said
         said = message(capsys, "evaluate", "--teacher", "a", "--teacher_model_name_or_path", "b")
         assert "--teacher a and --teacher_model_name_or_path b" in said
 

@@ -199,14 +199,14 @@ class TestStates:
         Path("runs/sft").mkdir(parents=True)
         Path("runs/sft/model.safetensors").touch()
         assert main(["recipe", "toy"]) == 2
-        assert "stage sft: runs/sft is not empty, and no recipe has written it" in capsys.readouterr().err
+        assert "stage sft: runs/sft is not empty, and no recipe wrote it" in capsys.readouterr().err
         assert self.states(capsys, "--accept", "sft") == ["done", "pending", "pending", "pending"]
 
     def test_chosen_stage_needs_what_it_builds_on(self, recipe, capsys):
         assert main(["recipe", "toy", "--stages", "minillm"]) == 2
         assert "stage minillm builds on sft, which is not done" in capsys.readouterr().err
         assert main(["recipe", "toy", "--stages", "kd"]) == 2
-        assert "toy has no stage 'kd'. There are: sft, minillm, evaluate:sft" in capsys.readouterr().err
+        assert "toy has no stage 'kd'. Choose from sft, minillm, evaluate:sft" in capsys.readouterr().err
 
     def test_mistake_in_a_later_stage_is_found_before_the_first_runs(self, recipe, capsys):
         change(recipe / "minillm.yaml", teacher_mixed_alfa=0.2)
@@ -218,7 +218,7 @@ class TestStates:
         ("content", "message"),
         [
             ("stages: {}\n", "expected `stages` and `evaluate`"),
-            ("stages: {sft: train}\nevaluate: {}\n", "stages: sft: 'train' is none of prepare-data, sft"),
+            ("stages: {sft: train}\nevaluate: {}\n", "stages: sft: 'train' is not one of prepare-data, shrink, sft"),
             ("stages: {sft: sft}\nevaluate: {config: eval.yaml}\n", "evaluate: expected `config`, `models`"),
             (
                 "stages: {sft: sft}\nevaluate: {config: eval.yaml, models: [sft], output_dir: e, base: sft}\n",
@@ -226,11 +226,11 @@ class TestStates:
             ),
             (
                 "stages: {sft: sft}\nevaluate: {config: eval.yaml, models: [sft], output_dir: e, baseline: kd}\n",
-                "evaluate: 'kd' is none of the models",
+                "evaluate: 'kd' is not one of the models",
             ),
             (
                 "stages: {sft: sft}\nevaluate: {config: eval.yaml, models: [kd], output_dir: runs/e}\n",
-                "evaluate: models: there is no stage 'kd'",
+                "evaluate: models: no stage 'kd' makes a model",
             ),
             (
                 "stages: {sft: sft}\nevaluate:\n  config: eval.yaml\n  models:\n  output_dir: e\n",
@@ -242,7 +242,7 @@ class TestStates:
             ),
             (
                 "stages: {sft: sft}\nevaluate:\n  config: eval.yaml\n  models: [sft, sft]\n  output_dir: e\n",
-                "recipe.yaml:4: evaluate: models: 'sft' stands there twice",
+                "recipe.yaml:4: evaluate: models: 'sft' is listed twice",
             ),
             ("stages:\n  sft: sft\n  sft: kd\nevaluate: {}\n", "recipe.yaml:3: 'sft' stands in line 2 already"),
             ("stages: {sft: sft, sft: kd}\n", "recipe.yaml:1: 'sft' stands in line 1 already"),
@@ -311,7 +311,7 @@ class TestStates:
             assert "stage minillm: runs/minillm was made with max_steps=2 (now 3)" in capsys.readouterr().err
         assert main(["recipe", "toy", "--stages", "sft", "evaluate:sft"]) == 0
         output = capsys.readouterr().out
-        assert "Not in the table, since what they build on has changed: evaluate:minillm" in output
+        assert "Not in the table, since stages they build on have changed: evaluate:minillm" in output
         assert [line.split()[0] for line in output.splitlines() if line.startswith(("sft ", "minillm "))] == ["sft"]
 
     def test_rerun_of_a_stage_that_is_not_chosen_is_refused(self, recipe, capsys):

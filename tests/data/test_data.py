@@ -400,7 +400,7 @@ def test_unique_prompts_pools_different_references_in_order():
 def test_distinct_prompts_say_how_many_rows_they_came_from(capsys):
     rows = Dataset.from_dict({"prompt": ["a", "b", "a", "a"]})
     assert distinct_prompts(rows, "my.jsonl")["prompt"][:] == ["a", "b"]
-    assert capsys.readouterr().err == "my.jsonl: 4 rows have 2 different prompts. Each prompt is taken once.\n"
+    assert capsys.readouterr().err == "my.jsonl: 4 rows have 2 different prompts. Each prompt is used once.\n"
     distinct_prompts(rows.select([0, 1]), "my.jsonl")
     assert capsys.readouterr().err == ""
 

@@ -344,7 +344,7 @@ class TestFolders:
         prepare(tmp_path / "out", "examples", source)
         before = (tmp_path / "out" / "train.jsonl").stat().st_mtime_ns
         prepare(tmp_path / "out", "examples", source)
-        assert "was prepared with these settings before" in capsys.readouterr().out
+        assert "is up to date" in capsys.readouterr().out
         assert (tmp_path / "out" / "train.jsonl").stat().st_mtime_ns == before
 
     def test_other_settings_and_changed_files_are_refused_until_told_to_overwrite(self, tmp_path, capsys):
@@ -383,7 +383,7 @@ class TestFolders:
         fill("one")
         prepare(tmp_path / "out", task, source)
         prepare(tmp_path / "out", task, source)
-        assert "was prepared with these settings before" in capsys.readouterr().out
+        assert "is up to date" in capsys.readouterr().out
         fill("two")
         assert "prepared with sha256=" in refused(capsys, tmp_path / "out", "--task", task, "--source", source)
 
@@ -393,7 +393,7 @@ class TestFolders:
         prepare(tmp_path / "out", "examples", tmp_path / "source")
         write(tmp_path / "source" / "test.jsonl", {"prompt": "q", "completion": "c"})
         prepare(tmp_path / "out", "examples", tmp_path / "source")
-        assert "was prepared with these settings before" in capsys.readouterr().out
+        assert "is up to date" in capsys.readouterr().out
 
     def test_a_part_that_is_missing_is_written_again(self, tmp_path, capsys):
         source = self.rows(tmp_path)

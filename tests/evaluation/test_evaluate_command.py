@@ -176,11 +176,11 @@ def test_greedy_decodes_once_and_without_measures_of_several_samples(tmp_path, r
     ("options", "message"),
     [
         (["--greedy"], "--greedy takes the most likely tokens: --seeds and --temperature have no effect"),
-        (["--greedy", "--teacher", "t"], "--teacher: divergences are measured on samples"),
+        (["--greedy", "--teacher", "t"], "--teacher measures divergences on samples"),
         (["--forward_kl"], "--forward_kl needs --teacher"),
         (["--exposure_bias_samples", "2"], "--exposure_bias_samples needs --teacher"),
         (["--no_repeat_ngram_size", "-1"], "--no_repeat_ngram_size must not be negative, got -1"),
-        (["--seeds", "3", "3"], "--seeds has one twice: [3, 3]"),
+        (["--seeds", "3", "3"], "--seeds repeats a seed: [3, 3]"),
         (["--temprature", "1"], "unknown option '--temprature'. Did you mean 'temperature'?"),
     ],
 )

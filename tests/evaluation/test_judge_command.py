@@ -96,7 +96,7 @@ class TestCommand:
         write_run(tmp_path / "run" / "boolq", {"boolq?": []}, task="boolq")
         assert main(self.words(server, tmp_path, tmp_path / "run")) == 0
         assert self.results(tmp_path)["tasks"].keys() == {"dolly", "vicuna"}
-        assert "run, boolq: no answers in words, so left out." in capsys.readouterr().out
+        assert "run, boolq: skipped, as it has no text answers." in capsys.readouterr().out
         assert main(self.words(server, tmp_path, tmp_path / "run", "--tasks", "vicuna")) == 0
         assert self.results(tmp_path)["tasks"].keys() == {"vicuna"}
 
@@ -254,11 +254,11 @@ class TestCommand:
             (["{other}"], "sft and other were evaluated on different prompts or references of dolly."),
             (["{bare}"], "bare, dolly, prompt 0 (counting from 0) has no reference."),
             (["--against", "{elsewhere}"], "elsewhere was not evaluated on dolly, sft was. Leave it out with --tasks"),
-            (["{sft}"], "each run needs a name of its own"),
+            (["{sft}"], "each run needs its own name"),
             (["--concurrency", "0"], "--concurrency must be positive, got 0."),
             (["--max_retries", "-1"], "--max_retries must not be negative, got -1."),
             (["--price_per_million", "1", "-2"], "--price_per_million must not be negative, got -2.0."),
-            (["--extra_body", '{"max_tokens": null}'], "Set max_completion_tokens in its place"),
+            (["--extra_body", '{"max_tokens": null}'], "Set max_completion_tokens instead"),
             (["--api_key_env", "NOT_SET_ANYWHERE"], "--api_key_env: no environment variable of this name is set"),
         ],
     )

@@ -200,7 +200,7 @@ class TestDoctor:
         assert screen.count("Tesla V100-SXM2-32GB, sm_70, 32 GiB") == 2
         assert "FlashAttention-2: no, LLM.int8(): no, NF4: yes" in screen
         assert "precision to train in: fp16" in screen
-        assert "none that torch can use" in "\n".join(describe(CPU))
+        assert "torch can use no GPU" in "\n".join(describe(CPU))
 
     @pytest.mark.parametrize(
         ("facts", "expected"),
@@ -221,11 +221,11 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("layers", "options", "cards", "strategy", "verdict"),
         [
-            (8, {}, 4, "ddp", "is there: fits"),
-            (40, {}, 4, "zero2", "is there: fits"),
-            (64, {}, 8, "fsdp", "is there: fits"),
+            (8, {}, 4, "ddp", "available: fits"),
+            (40, {}, 4, "zero2", "available: fits"),
+            (64, {}, 8, "fsdp", "available: fits"),
             (72, {}, 8, "fsdp", "may not fit"),
-            (64, {"shard_teacher": True}, 8, "zero2", "is there: fits"),
+            (64, {"shard_teacher": True}, 8, "zero2", "available: fits"),
             (40, {}, 1, "ddp", "does not fit"),
         ],
     )
@@ -261,7 +261,7 @@ class TestDoctor:
         shown = capsys.readouterr().out
         assert f"{probe().cores} cores" in shown
         assert probe().gpus or "precision to train in: float32" in shown
-        assert "Nothing found that stands against it." in shown
+        assert "No problems found." in shown
 
     def write(self, folder, model_dir, **options) -> str:
         run = {
@@ -282,9 +282,9 @@ class TestDoctor:
         assert main(["doctor", "--config", self.write(tmp_path, model_dir)]) == 0
         shown = capsys.readouterr().out
         assert "GiB  teacher" in shown
-        assert "Nothing found" in shown
+        assert "PROBLEM" not in shown
 
-    @pytest.mark.parametrize(("memory", "verdict"), [(128, "is there: fits"), (0.0001, "does not fit")])
+    @pytest.mark.parametrize(("memory", "verdict"), [(128, "available: fits"), (0.0001, "does not fit")])
     def test_on_a_cpu_the_estimate_is_of_the_process_in_its_precision(self, tmp_path, model_dir, memory, verdict):
         name = str(model_dir("gpt2"))
         facts = replace(CPU, memory=int(memory * GIB))

@@ -376,7 +376,7 @@ class TestCheckpoints:
         shutil.rmtree(tmp_path / "checkpoint-2")
         shutil.rmtree(tmp_path / "checkpoint-4")
         if asked == "false":
-            with pytest.raises(ValueError, match=r"holds a run that came to .*checkpoint-6"):
+            with pytest.raises(ValueError, match=r"holds a run that reached .*checkpoint-6"):
                 checkpoint_to_resume(asked, str(tmp_path))
         elif asked == "true":
             assert checkpoint_to_resume(asked, str(tmp_path)) is True
