@@ -1,4 +1,4 @@
-"""Configuration of [`MiniLLMTrainer`]: the method's own fields, and a verdict on the inherited ones."""
+"""Define the configuration of [`MiniLLMTrainer`]: the method's own fields, and which of GRPO's are refused."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
@@ -11,12 +11,12 @@ from .hardware.precision import choose_precision
 from .hardware.processes import choose_device
 from .models.activation_checkpointing import use_new_names
 from .models.end_tokens import EOS_TOKENS_HELP, check_eos_tokens
-from .models.init_kwargs import rename_dtypes
+from .models.init_kwargs import parsed_kwargs, rename_dtypes
 from .models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from .objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
 from .training.metric_directions import greater_is_better
 
-# Settings under which tokens are not drawn from softmax(logits / temperature), with the value that switches each off.
+# Settings that make sampling differ from softmax(logits / temperature), with the values that switch them off.
 _RESHAPING_FIELDS: dict[str, tuple] = {
     "top_p": (1.0,),
     "top_k": (0, None),
@@ -26,7 +26,7 @@ _RESHAPING_FIELDS: dict[str, tuple] = {
     "cache_implementation": (None,),
 }
 
-# Inherited fields that act on something that MiniLLM replaces, or that would bias it: refused unless at their default.
+# Inherited fields that MiniLLM replaces, or that would bias it: refused unless at their default.
 _REFUSED_FIELDS: dict[str, str] = {
     "loss_type": "MiniLLM has a loss of its own; choose how it is reduced with `loss_reduction`",
     "sapo_temperature_neg": "it belongs to `loss_type='sapo'`",
@@ -49,8 +49,8 @@ _REFUSED_FIELDS: dict[str, str] = {
     "mask_truncated_completions": "a completion cut at the limit is a full sample of the problem with that horizon",
     "cast_lm_head_to_fp32": "the LM head's logits are reduced in float32 already",
     "use_liger_kernel": "its kernels need Triton and would bypass the scoring forward",
-    "use_transformers_continuous_batching": "it casts the trained weights to half precision for good",
-    "use_transformers_paged": "it casts the trained weights to half precision for good",
+    "use_transformers_continuous_batching": "it permanently casts the trained weights to half precision",
+    "use_transformers_paged": "it permanently casts the trained weights to half precision",
     "transformers_continuous_batching_config": "continuous batching is refused",
     "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not part of this trainer's loss",
     "pad_to_multiple_of": "the decode loop pads to the longest row",
@@ -103,10 +103,10 @@ class _OneGeneration(int):
 
 @dataclass
 class MiniLLMConfig(GRPOConfig):
-    r"""Configuration of [`MiniLLMTrainer`].
+    r"""Configure [`MiniLLMTrainer`].
 
-    Only what MiniLLM adds or changes is listed; the rest is [`~trl.GRPOConfig`]'s. Settings of GRPO that have no
-    meaning here are refused with a reason, never ignored.
+    Lists only the fields that MiniLLM adds or changes; the others are as in [`~trl.GRPOConfig`]. Settings of GRPO that
+    have no effect here are refused with a reason.
 
     Args:
         teacher_model_init_kwargs (`dict`, *optional*):
@@ -158,7 +158,7 @@ class MiniLLMConfig(GRPOConfig):
             all processes: `"none"`; `"tokens"` (or `True`), over the completions' tokens; `"padding"`, over
             `max_completion_length` slots a completion with zeros in those that are empty, as in the authors' code.
             Whitening makes the size of the long term independent of how far student and teacher are apart, so it
-            never fades beside the single step.
+            never fades relative to the single step.
         kd_temperature (`float`, *optional*):
             Temperature of the rewards and of the single-step term; the sampling temperature if not given. The ratio to
             the behavior policy is always at the sampling temperature.
@@ -181,8 +181,8 @@ class MiniLLMConfig(GRPOConfig):
         half_precision_rollouts (`bool`, *optional*):
             Whether rollouts are sampled from a copy of the student in the half precision that `fp16` or `bf16` names,
             brought up to date before each rollout. By default on CUDA devices under mixed precision, where
-            every decoding step would otherwise cast the float32 weights anew. The ratio to the behavior policy is to
-            what was sampled from.
+            every decoding step would otherwise cast the float32 weights again. The ratio to the behavior policy uses
+            the log-probs of this copy.
         compile_rollouts (`str`, *optional*):
             Backend of `torch.compile` for the student's decoding steps, over a static KV cache: `"inductor"`, or
             `"cudagraphs"` where there is no Triton (V100). Each shape (rows, and length rounded up to 128) is compiled
@@ -351,7 +351,10 @@ class MiniLLMConfig(GRPOConfig):
         default=False, metadata={"help": "Load models that have their weights as pickles (.bin) alone."}
     )
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's own annotation forgets ClassVar
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+    ]
 
     def __post_init__(self) -> None:
         choose_device(self)
@@ -378,6 +381,7 @@ class MiniLLMConfig(GRPOConfig):
         self._check_memory()
         self._check_sampling()
         self._check_inherited()
+        assert self.steps_per_generation is not None  # set by GRPOConfig
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise UserError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="
@@ -415,7 +419,7 @@ class MiniLLMConfig(GRPOConfig):
     def _check_weights(self) -> None:
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             check_init_kwargs(name, getattr(self, name))
-        quantization = quantization_settings(self.teacher_model_init_kwargs)
+        quantization = quantization_settings(parsed_kwargs(self.teacher_model_init_kwargs))
         refuse_8bit_teacher(quantization.get("load_in_8bit", False), self.teacher_mixed_alpha)
 
     def _check_long_term(self) -> None:
@@ -493,12 +497,12 @@ class MiniLLMConfig(GRPOConfig):
                     f"{name}={value!r} is not supported by MiniLLM: {reason}. Leave it at {defaults[name]!r}."
                 )
 
-        if self.accelerator_config.split_batches:
+        if getattr(self.accelerator_config, "split_batches", False):  # parsed by TrainingArguments
             raise UserError(
                 "accelerator_config.split_batches=True would split a rollout's prompts a second time over the "
                 "processes. Leave it at False."
             )
 
     def reshaping_fields(self) -> list[str]:
-        """Names of the fields whose value makes sampling differ from softmax(logits / temperature)."""
+        """Return the names of the set fields that make sampling differ from softmax(logits / temperature)."""
         return [name for name, neutral in _RESHAPING_FIELDS.items() if getattr(self, name) not in neutral]

@@ -1,4 +1,10 @@
-"""What MiniLLM is compared with: fine-tuning, word-level KD (`kd`) and sequence-level KD (`seqkd`)."""
+"""The baselines of the paper: fine-tuning (`sft`), word-level KD (`kd`) and sequence-level KD (`seqkd`).
+
+- `configs`: the configurations, importable without a trainer.
+- `fine_tuning`, `training_data`: TRL's `SFTTrainer` with sampled evaluation, and the data that it encodes.
+- `kd`: the forward KL to the teacher on the data.
+- `seqkd`, `teacher_data`: the teacher's completions, sampled and collected in a folder, to fine-tune on.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # the options of a command need a configuration, and not TRL's trainers, which take seconds to import
+    # command-line options need only a configuration; importing TRL's trainers takes seconds
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name], __name__), name)

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning on TRL's `SFTTrainer`, measured during training by the student's own samples."""
+"""Fine-tune with TRL's `SFTTrainer`, evaluating on the student's own samples during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -17,6 +17,7 @@ from ..models.attention import avoid_cudnn_attention
 from ..models.encoding import encode_prompts, holds_conversations
 from ..models.end_tokens import EndTokens, carry, read_generation_config
 from ..models.forward_methods import rebind_fused_head
+from ..models.init_kwargs import parsed_kwargs
 from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
 from ..models.quantization import keep_4bit_layout
@@ -31,79 +32,86 @@ from ..training.trained_weights import check_trained_weights
 from .configs import FineTuningConfig
 from .training_data import with_chat_template_kwargs, without_bos
 
-_IGNORED = -100  # label of a token without a loss
+_IGNORED = -100  # label of tokens that do not count in the loss
 
 
 class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
     r"""[`~trl.SFTTrainer`] that can sample from the student at each evaluation.
 
-    Samples are of the student alone at temperature 1, one for each different prompt of the evaluation dataset, with
-    the same random numbers at each evaluation. Every process samples its share, and the means are over all prompts.
+    Each evaluation samples one completion per distinct prompt of the evaluation dataset, from the student alone, at
+    temperature 1 and always with the same random numbers. Every process samples its share; means are over all prompts.
 
     Args:
         args ([`FineTuningConfig`]):
             Configuration.
         eval_dataset ([`~datasets.Dataset`], *optional*):
-            With the columns `prompt` and `completion` and, for several references of a prompt, `references`.
+            Has the columns `prompt` and `completion` and, for several references per prompt, `references`.
         kwargs:
             As in [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: if `predict_with_generate` is set and there are no prompts to sample for.
+        ValueError: if `predict_with_generate` is set and the dataset has no prompts, or leaves no room for samples.
     """
 
+    # TRL types these as optional, and more widely than this trainer accepts
     args: FineTuningConfig
+    model: PreTrainedModel
+    _tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, *, args: FineTuningConfig, eval_dataset: Dataset | None = None, **kwargs: Any):
-        prompts = None
-        if args.predict_with_generate:
-            prompts = _prompts_with_references(eval_dataset)
+        prompts = _prompts_with_references(eval_dataset) if args.predict_with_generate else None
         if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
             eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
+        init_kwargs = parsed_kwargs(args.model_init_kwargs)
         if isinstance(kwargs["model"], str) and not args.allow_pickled_weights:
-            refuse_pickled_weights(kwargs["model"], args.model_init_kwargs)
+            refuse_pickled_weights(kwargs["model"], init_kwargs)
         self._ends: EndTokens | None = None
         self._generation_config = read_generation_config(
-            kwargs["model"], (args.model_init_kwargs or {}).get("revision"), args.trust_remote_code
+            kwargs["model"], (init_kwargs or {}).get("revision"), args.trust_remote_code
         )
         tokenizer = kwargs.get("processing_class")
         chosen_by_trl = args.eos_token is not None or args.chat_template_path is not None
         if tokenizer is not None and tokenizer.eos_token is None and not chosen_by_trl:
-            self._tokenizer = tokenizer  # its EOS is the padding that TRL looks for
+            # TRL pads with the EOS, so settle it before TRL looks for a padding token
+            self._tokenizer = tokenizer
             self._settle_ends(args, holds_conversations(kwargs["train_dataset"]))
         super().__init__(args=args, eval_dataset=eval_dataset, **kwargs)
+        self._set_up_student()
+        self._eval_prompts = prompts
+        self._whole_copy: RolloutCopy | None = None
+        if prompts is not None:
+            self._check_room(prompts)
+            if shards_student(self.accelerator):  # copy the model before FSDP shards it
+                self._whole_copy = self._copy_student()
+                self._whole_copy.release()
+
+    def _set_up_student(self) -> None:
+        """Give the loaded student its end tokens, and check that its weights can be trained as configured."""
         if not isinstance(self.processing_class, ProcessorMixin):
             refuse_multimodal(self.model.config, f"model={self.model.config._name_or_path!r}")
-        if self._ends is None:  # the data holds token ids
-            self._settle_ends(args, conversational=False)
-        carry(self._ends, self.model)
+        # data of token ids skips `_prepare_dataset`, which settles the ends of texts and conversations
+        ends = self._settle_ends(self.args, conversational=False) if self._ends is None else self._ends
+        carry(ends, self.model)
         if self.accelerator.is_main_process:
-            self._ends.announce(self._tokenizer)
+            ends.announce(self._tokenizer)
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         keep_4bit_layout(self.model)
         keep_adapters_in_float32(self.model)
         check_trained_weights(self)
         rebind_fused_head(self._student)
-        self._eval_prompts = prompts
-        self._whole_copy: RolloutCopy | None = None
-        if prompts is not None:
-            self._check_room(prompts)
-            if shards_student(self.accelerator):  # the copy is made before FSDP takes the model apart
-                self._whole_copy = self._copy_student()
-                self._whole_copy.release()
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        # TRL encodes the data here, so this is the last moment to settle how a text begins and ends
+        # TRL encodes the data here, so BOS and EOS must be settled before
         if self._ends is None:
             self._settle_ends(args, holds_conversations(dataset))
-        dataset = with_chat_template_kwargs(dataset, args.chat_template_kwargs)
+        dataset = with_chat_template_kwargs(dataset, parsed_kwargs(args.chat_template_kwargs))
         dataset = without_bos(dataset, self._tokenizer, args.dataset_text_field)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-    def _settle_ends(self, args: FineTuningConfig, conversational: bool) -> None:
-        """Find what ends a completion of the training data, and give the tokenizer its EOS."""
-        self._ends = settle_tokenizer(
+    def _settle_ends(self, args: FineTuningConfig, conversational: bool) -> EndTokens:
+        """Find the tokens that end a completion of the training data, and set the tokenizer's EOS."""
+        ends = self._ends = settle_tokenizer(
             self._tokenizer,
             keep_eos=args.eos_token is not None,
             conversational=conversational,
@@ -111,13 +119,14 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
             eos_tokens=args.eos_tokens,
             chat_template_kwargs=args.chat_template_kwargs,
         )
-        if conversational and self._ends.turn_end is None:
-            self._ends.doubts.append(
-                "The chat template writes no special token after an assistant's turn, so the student is not taught to "
-                f"end. Let it write {self._tokenizer.eos_token!r} there: tokenizer.chat_template, or "
-                "chat_template_path."
+        if conversational and ends.turn_end is None:
+            ends.doubts.append(
+                "The chat template writes no special token after an assistant's turn, so the student does not learn "
+                f"to end. Make the template write {self._tokenizer.eos_token!r} there (tokenizer.chat_template, or "
+                "chat_template_path)."
             )
-        self._learnt_end = self._ends.turn_end if conversational else self._ends.eos
+        self._learnt_end = ends.turn_end if conversational else ends.eos
+        return ends
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -125,12 +134,12 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
 
     def _check_room(self, prompts: Dataset) -> None:
         context = max_context(self._student)
-        encoded = encode_prompts(self.processing_class, prompts["prompt"], self.args.chat_template_kwargs)
+        encoded = encode_prompts(self._tokenizer, prompts["prompt"], parsed_kwargs(self.args.chat_template_kwargs))
         longest = max(map(len, encoded))
         if context is not None and longest + self.args.max_completion_length > context:
             raise UserError(
-                f"The longest prompt of eval_dataset has {longest} tokens, which with max_completion_length="
-                f"{self.args.max_completion_length} is more than the student's context of {context}. Lower "
+                f"The longest prompt of eval_dataset has {longest} tokens; with max_completion_length="
+                f"{self.args.max_completion_length} that is more than the student's context of {context}. Lower "
                 "max_completion_length, or filter the prompts."
             )
 
@@ -144,14 +153,17 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As in [`~trl.SFTTrainer`], whose metrics are means of the means of micro-batches."""
+        """Compute the loss as [`~trl.SFTTrainer`] does, but log means over all tokens.
+
+        TRL would log the mean of the micro-batches' means.
+        """
         found: list[Any] = []
         hook = model.register_forward_hook(lambda module, args, outputs: found.append(outputs))
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             hook.remove()
-        scores = next(each for each in reversed(found) if hasattr(each, "label_mask"))
+        scores = next(output for output in reversed(found) if hasattr(output, "label_mask"))
         mode, mask = "train" if self.model.training else "eval", scores.label_mask.bool()
         per_token = {"entropy": scores.entropy, "mean_token_accuracy": scores.is_top1}
         self._log_totals(token_totals(per_token, mask))
@@ -163,7 +175,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         return result
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """As in [`~trl.SFTTrainer`]; with `predict_with_generate` the metrics of the samples are among the result."""
+        """Evaluate as [`~trl.SFTTrainer`] does, and with `predict_with_generate` also on samples."""
         if self._eval_prompts is not None and metric_key_prefix == "eval":
             self.model.eval()
             for name, value in self._sample_metrics().items():
@@ -175,14 +187,17 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
 
     @contextmanager
     def _whole_student(self) -> Iterator[PreTrainedModel]:
-        """The student, or a copy of it, in half precision if it trains so, where ZeRO-3 or FSDP shards its weights."""
+        """Yield the student, or a whole copy of it if ZeRO-3 or FSDP shards its weights.
+
+        The copy is in half precision if the student trains in mixed precision.
+        """
         if not shards_student(self.accelerator):
             yield self._student
         elif self._whole_copy is None:
-            yield self._copy_student().model
+            yield cast(PreTrainedModel, self._copy_student().model)
         else:
             self._whole_copy.refresh(self._student)
-            yield self._whole_copy.model
+            yield cast(PreTrainedModel, self._whole_copy.model)
             self._whole_copy.release()
 
     @contextmanager
@@ -192,7 +207,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=False,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=parsed_kwargs(self.args.gradient_checkpointing_kwargs),
             ),
             self._whole_student() as student,
             self.accelerator.autocast(),
@@ -201,10 +216,12 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
 
     @torch.no_grad()
     def _sample_metrics(self) -> dict[str, float]:
-        """Means over the samples of all processes."""
-        tokenizer, processes, ends = self.processing_class, self.accelerator.num_processes, self._ends.ids
+        """Sample a completion of every prompt and return the metrics' means over all processes."""
+        assert self._eval_prompts is not None
+        assert self._ends is not None
+        tokenizer, processes, ends = self._tokenizer, self.accelerator.num_processes, self._ends.ids
         rows = self._eval_prompts.select(range(self.accelerator.process_index, len(self._eval_prompts), processes))
-        prompt_ids = encode_prompts(tokenizer, rows["prompt"], self.args.chat_template_kwargs)
+        prompt_ids = encode_prompts(tokenizer, rows["prompt"], parsed_kwargs(self.args.chat_template_kwargs))
         with self._sampling_model() as student:
             completions = sample_prompts(
                 student,
@@ -217,18 +234,19 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
                 vocab_size=min(len(tokenizer), student.get_output_embeddings().weight.shape[0]),
             )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        values = {
+        values: dict[str, list[float]] = {
             "rouge_l": rouge_l_to_references(texts, rows),
             "completions/mean_length": list(map(len, completions)),
             **degeneration(completions, ends),
         }
-        # a process may have one prompt fewer than another, or none
-        totals = torch.tensor([*map(sum, values.values()), len(completions)])
+        # processes may have different numbers of prompts, so reduce sums and counts rather than means
+        totals = torch.tensor([*(sum(per_row) for per_row in values.values()), len(completions)])
         *sums, count = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
         return {name: total / count for name, total in zip(values, sums, strict=True)}
 
 
 def _prompts_with_references(eval_dataset: Any) -> Dataset:
+    """Return the distinct prompts of an evaluation dataset, with the completions as references if it has none."""
     if not isinstance(eval_dataset, Dataset) or not {"prompt", "completion"} <= set(eval_dataset.column_names):
         raise UserError(
             "predict_with_generate=True needs an eval_dataset (one datasets.Dataset) with the columns 'prompt' and "

@@ -1,4 +1,4 @@
-"""Word-level knowledge distillation, the KD baseline of the paper, on TRL's `SFTTrainer`."""
+"""Train the paper's KD baseline, word-level knowledge distillation, with TRL's `SFTTrainer`."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..hardware.precision import half_precision
 from ..models.end_tokens import declared_ends, token_name
 from ..models.fused_head import add_scoring
+from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import LMHead, check_head
 from ..models.teacher import place_new_teacher, shared_vocab_size
 from ..training.checks import check_apart, check_student
@@ -23,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 class KDTrainer(FineTuningTrainer):
-    r"""Fine-tunes a student on data and on the teacher's distributions over it.
+    r"""Fine-tune a student on data and on the teacher's next-token distributions at each of its tokens.
 
     The loss of a completion token $y_t$ of the data is
 
@@ -31,20 +32,20 @@ class KDTrainer(FineTuningTrainer):
     q_\theta(\cdot|y_{<t}, x)\big) $$
 
     with $\lambda$ = `kd_ratio`, in nats, averaged over the completion tokens of the optimizer step on all processes.
-    The teacher's part has no gradient. Logits of either model exist for a chunk of tokens at a time. `eval_loss` is
-    the cross-entropy of the data alone, comparable with that of fine-tuning; `kd/forward_kl` and
+    The teacher's distribution $p$ is detached. Logits of both models are computed for one chunk of tokens at a time.
+    `eval_loss` is the cross-entropy alone, comparable with `eval_loss` of fine-tuning. `kd/forward_kl` and
     `kd/cross_entropy` are logged in training, and with the prefix `eval_` in evaluation.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`]):
-            The teacher, with the student's tokenizer. It is frozen and put in eval mode.
+            The teacher. It shares the student's tokenizer; it is frozen and put in eval mode.
         args ([`KDConfig`]):
             Configuration.
         kwargs:
             As in [`FineTuningTrainer`].
 
     Raises:
-        ValueError: for settings that have no meaning here, and for heads or vocabularies that do not fit.
+        ValueError: for settings that have no effect in KD, and for unsupported heads or vocabularies.
     """
 
     args: KDConfig
@@ -57,7 +58,7 @@ class KDTrainer(FineTuningTrainer):
         self.teacher_model = place_new_teacher(
             teacher_model,
             self.accelerator,
-            init_kwargs=args.teacher_model_init_kwargs,
+            init_kwargs=parsed_kwargs(args.teacher_model_init_kwargs),
             default_dtype=half_precision(self.accelerator) or torch.float32,
             shard=args.shard_teacher,
             trust_remote_code=args.trust_remote_code,
@@ -67,7 +68,7 @@ class KDTrainer(FineTuningTrainer):
             self._compare_ends()
         check_head(self.teacher_model, "teacher")
         with self._whole_student() as student:
-            vocab_size = shared_vocab_size(student, self.teacher_model, self.processing_class)
+            vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
             check_head(student, "student")
         add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
 
@@ -75,8 +76,8 @@ class KDTrainer(FineTuningTrainer):
         return {**super()._own_settings(), "teacher_model": self._given_teacher}
 
     def _compare_ends(self) -> None:
-        """Warn if the teacher ends completions otherwise than the data does."""
-        tokenizer = self.processing_class
+        """Warn if the data ends completions with a token that does not end them for the teacher."""
+        tokenizer = self._tokenizer
         ends = [
             id_ for id_ in declared_ends(self.teacher_model.generation_config, "the teacher") if id_ < len(tokenizer)
         ]
@@ -84,9 +85,9 @@ class KDTrainer(FineTuningTrainer):
             return
         logger.warning(
             f"The data ends completions with {token_name(tokenizer, self._learnt_end)}, the teacher with "
-            f"{' or '.join(token_name(tokenizer, id_) for id_ in ends)} (its generation config). Unless it knows the "
-            "data's end too, it takes an answer for unfinished where it ends. Fine-tune the teacher on the data, or "
-            "for texts set eos_token to its end."
+            f"{' or '.join(token_name(tokenizer, id_) for id_ in ends)} (its generation config). If the teacher has "
+            "not learnt the data's end token, it will expect every answer to continue. Fine-tune the teacher on the "
+            "data, or, for texts, set eos_token to the teacher's end token."
         )
 
     def compute_loss(
@@ -96,13 +97,13 @@ class KDTrainer(FineTuningTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The loss of one micro-batch, divided by the tokens of the whole optimizer step.
+        """Return the summed loss of a micro-batch divided by the number of tokens of the whole optimizer step.
 
         Raises:
-            ValueError: if `return_outputs` is set: there are no logits to return.
+            ValueError: if `return_outputs` is set, since there are no logits to return.
         """
         if return_outputs:
-            raise UserError("KDTrainer never has whole logits, so compute_metrics is not supported. Drop it.")
+            raise UserError("KDTrainer never holds all logits, so it does not support compute_metrics. Drop it.")
         mask = inputs["labels"][:, 1:] != -100
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "loss_mask": mask}
         with self.accelerator.autocast():

@@ -1,4 +1,4 @@
-"""Sequence-level knowledge distillation (SeqKD): the teacher's completions, kept as they come, to fine-tune on."""
+"""Sample the teacher's completions for sequence-level knowledge distillation (SeqKD), saving every batch."""
 
 import hashlib
 import json
@@ -14,22 +14,29 @@ from ..errors import MissingPackageError
 from ..models.encoding import encode_prompts
 from ..models.end_tokens import find_turn_end
 from ..models.fingerprints import model_fingerprint
+from ..models.init_kwargs import parsed_kwargs
 from ..models.pickled_weights import refuse_pickled_weights
 from ..rollouts.prompts import end_token_ids
 from ..rollouts.sampling import sample_key, sample_prompts
 from .configs import SeqKDConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
 
-# The number of a job, the token ids of its completion (the end of sequence included), and whether it ended by itself
+# Index of the job, token ids of its completion (including EOS), and whether it ended before the length limit
 Answer = tuple[int, list[int], bool]
 Sampler = Callable[[list[Job], list[list[int]]], Iterator[list[Answer]]]
 
 
 def generation_settings(teacher: str, args: SeqKDConfig, prompts: Dataset) -> dict[str, Any]:
-    """What the teacher's completions depend on; of a local teacher also what its files hold."""
+    """Return everything that the teacher's completions depend on, including a hash of a local teacher's files."""
     digest = hashlib.sha256("".join(json.dumps(prompt, sort_keys=True) for prompt in prompts["prompt"]).encode())
-    names = ("num_generations", "generation_temperature", "generation_seed", "max_completion_length")
-    names += ("use_vllm", "teacher_model_init_kwargs")
+    names = [
+        "num_generations",
+        "generation_temperature",
+        "generation_seed",
+        "max_completion_length",
+        "use_vllm",
+        "teacher_model_init_kwargs",
+    ]
     return {
         "teacher": teacher,
         **{name: getattr(args, name) for name in names},
@@ -51,25 +58,25 @@ def generate(
     progress: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Generate this process's share of what is missing, and append it batch by batch.
+    """Generate this process's share of the missing completions, and append them batch by batch.
 
     Args:
-        data ([`TeacherData`]): where it goes.
-        found (`Collection`): the jobs that are done, from [`TeacherData.read`]. All processes must have read them
-            before one of them begins here, or their shares would not fit together.
-        prompts ([`~datasets.Dataset`]): with a column `prompt`, one row a prompt.
+        data ([`TeacherData`]): receives the completions.
+        found (`Collection`): the finished jobs, from [`TeacherData.read`]. All processes must read them before any
+            process generates, or the shares would overlap.
+        prompts ([`~datasets.Dataset`]): has a column `prompt`, with one row per prompt.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the teacher's.
-        sample (`Callable`): yields the answers to jobs, of which it is given the prompts' token ids too, batch by
-            batch; see [`sample_with_transformers`] and [`sample_with_vllm`].
-        num_generations (`int`): samples of each prompt.
-        process, num_processes (`int`): of the distributed run.
+        sample (`Callable`): takes jobs and the token ids of their prompts, and yields answers batch by batch; see
+            [`sample_with_transformers`] and [`sample_with_vllm`].
+        num_generations (`int`): samples per prompt.
+        process, num_processes (`int`): index of this process, and number of processes.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
     """
     prompt_ids = encode_prompts(tokenizer, prompts["prompt"], chat_template_kwargs)
     missing = [
         (row, sample_number)
-        for row in sorted(range(len(prompts)), key=lambda row: -len(prompt_ids[row]))  # shares of like length
+        for row in sorted(range(len(prompts)), key=lambda row: -len(prompt_ids[row]))  # similar lengths per batch
         for sample_number in range(num_generations)
         if (row, sample_number) not in found
     ]
@@ -91,22 +98,32 @@ def generate(
 def _text(
     tokenizer: PreTrainedTokenizerBase, prompts: Dataset, prompt_ids: list[list[int]], row: int, ids: list[int]
 ) -> str:
-    """The completion's text, with the space that it begins with: decoded alone, some tokenizers drop it."""
+    """Return the text of a completion, including its leading space.
+
+    Some tokenizers drop the space if they decode the completion alone, so decode it after its prompt.
+    """
+
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
+
     if not isinstance(prompts[row]["prompt"], str):
-        return tokenizer.decode(ids, skip_special_tokens=True)
-    prompt = tokenizer.decode(prompt_ids[row], skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt_ids[row], *ids], skip_special_tokens=True)
-    return whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids, skip_special_tokens=True)
+        return decode(ids)
+    prompt = decode(prompt_ids[row])
+    whole = decode([*prompt_ids[row], *ids])
+    return whole[len(prompt) :] if whole.startswith(prompt) else decode(ids)
 
 
 def sample_with_transformers(
     teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SeqKDConfig, conversational: bool = False
 ) -> Sampler:
-    """Sample with the package's own decoding: a completion depends on seed, prompt and sample alone.
+    """Return a sampler that uses this package's decoding.
 
-    The teacher ends with tokens of its own (see [`find_end_tokens`]); `args.eos_tokens` are the student's.
+    A completion depends only on the seed and the numbers of its prompt and sample. The teacher ends completions with
+    its own end tokens (see [`find_end_tokens`]); `args.eos_tokens` are the student's.
     """
-    ends = end_token_ids(teacher, tokenizer, conversational, None, args.chat_template_kwargs)
+    ends = end_token_ids(teacher, tokenizer, conversational, None, parsed_kwargs(args.chat_template_kwargs))
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
@@ -134,10 +151,10 @@ def sample_with_vllm(
     chunk: int = 256,
     conversational: bool = False,
 ) -> Sampler:
-    """Sample with vLLM, `chunk` prompts at a time so that what is done is kept.
+    """Return a sampler that uses vLLM, `chunk` prompts at a time, so that finished chunks are saved.
 
-    vLLM ends with the tokens of the teacher's generation config and tokenizer; conversations also end with what the
-    chat template writes after an assistant's turn.
+    vLLM ends completions with the end tokens of the teacher's generation config and tokenizer. Conversations also end
+    with the token that the chat template writes after an assistant's turn.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -148,7 +165,7 @@ def sample_with_vllm(
         raise MissingPackageError(
             "use_vllm=True needs vLLM: pip install 'minillm-trl[vllm]', or set use_vllm=False."
         ) from error
-    init_kwargs = args.teacher_model_init_kwargs or {}
+    init_kwargs = parsed_kwargs(args.teacher_model_init_kwargs) or {}
     if not args.allow_pickled_weights:
         refuse_pickled_weights(teacher, init_kwargs)
         init_kwargs = {"load_format": "safetensors", **init_kwargs}
@@ -159,23 +176,23 @@ def sample_with_vllm(
         **init_kwargs,
     )
 
-    turn_end = find_turn_end(tokenizer, args.chat_template_kwargs) if conversational else None
+    turn_end = find_turn_end(tokenizer, parsed_kwargs(args.chat_template_kwargs)) if conversational else None
     stop = {} if turn_end is None else {"stop_token_ids": [turn_end]}
+
+    def sampling_params(job: Job) -> Any:
+        return SamplingParams(
+            temperature=args.generation_temperature,
+            max_tokens=args.max_completion_length,
+            seed=_request_seed(args.generation_seed, job),
+            **stop,
+        )
 
     def sample(jobs: list[Job], prompt_ids: list[list[int]]) -> Iterator[list[Answer]]:
         for start in range(0, len(jobs), chunk):
             numbers = range(start, min(start + chunk, len(jobs)))
             outputs = model.generate(
                 [{"prompt_token_ids": prompt_ids[number]} for number in numbers],
-                [
-                    SamplingParams(
-                        temperature=args.generation_temperature,
-                        max_tokens=args.max_completion_length,
-                        seed=_request_seed(args.generation_seed, jobs[number]),
-                        **stop,
-                    )
-                    for number in numbers
-                ],
+                [sampling_params(jobs[number]) for number in numbers],
                 use_tqdm=False,
             )
             answers = [output.outputs[0] for output in outputs]

@@ -1,4 +1,4 @@
-"""The folder in which the completions of a teacher are gathered, and what is learnt from them."""
+"""Collect a teacher's completions in a folder, and select those to fine-tune on."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from ..files.whole_files import make_folder, write_whole, writing
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Job = tuple[int, int]  # number of the prompt, and of its sample
+Job = tuple[int, int]  # number of the prompt, number of the sample
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-_MEND = "Set teacher_data_dir to another folder, or delete this one."
+_REMEDY = "Set teacher_data_dir to another folder, or delete this one."
 
 
 class TeacherCompletion(NamedTuple):
-    """One line of a file of completions."""
+    """One line of a `completions-<process>.jsonl` file."""
 
     row: int
     sample: int
@@ -33,7 +33,7 @@ class TeacherCompletion(NamedTuple):
 
 
 def default_teacher_data_dir(output_dir: str) -> str:
-    """Beside the run and not in it, so that another run of the student need not ask the teacher again."""
+    """Return a folder next to the run's folder, so that other runs can reuse the teacher's completions."""
     return f"{Path(output_dir)}_teacher_data"
 
 
@@ -42,17 +42,17 @@ class _Statistics(TypedDict):
 
 
 class TeacherData:
-    """The folder in which a teacher's completions are gathered, by any number of processes and runs.
+    """Collect a teacher's completions in a folder, over any number of processes and runs.
 
-    Each process appends to a file of its own, `completions-<process>.jsonl`, line by line; a line that a kill has torn
-    is made again. `train.jsonl` and `statistics.json` appear when all completions are there.
+    Each process appends to its own file, `completions-<process>.jsonl`. A line torn by a kill is generated again.
+    `train.jsonl` and `statistics.json` are written when all completions are complete.
 
     Args:
         folder (`Path`): the folder.
-        settings (`dict`): what the completions depend on, JSON values.
+        settings (`dict`): everything that the completions depend on, as JSON values.
 
     Raises:
-        ValueError: if the folder has completions that were made with other settings.
+        ValueError: if the folder holds completions made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -60,38 +60,38 @@ class TeacherData:
         self.settings = json.loads(json.dumps(settings))
         path = folder / "settings.json"
         if path.is_file():
-            found = read_json(path, dict[str, Any], _MEND)
-            check_unchanged(found, self.settings, f"{folder} holds completions that were made", _MEND)
+            found = read_json(path, dict[str, Any], _REMEDY)
+            check_unchanged(found, self.settings, f"{folder} holds completions that were made", _REMEDY)
 
     @property
     def finished_with(self) -> bool | None:
-        """The `keep_unfinished` that `train.jsonl` was made with; None before there is one."""
+        """Return the `keep_unfinished` with which `train.jsonl` was written; None if it was not written yet."""
         path = self.folder / "statistics.json"
-        return read_json(path, _Statistics, _MEND)["keep_unfinished"] if path.is_file() else None
+        return read_json(path, _Statistics, _REMEDY)["keep_unfinished"] if path.is_file() else None
 
     def read(self) -> dict[Job, TeacherCompletion]:
-        """All completions that are there, by number of prompt and sample.
+        """Return all completions so far, by the numbers of prompt and sample.
 
         Raises:
-            ValueError: if a line is no completion, with file and line.
+            ValueError: if a line is not a completion. Names the file and line.
         """
         found = {}
         for path in sorted(self.folder.glob("completions-*.jsonl")):
-            *lines, _ = path.read_bytes().split(b"\n")  # what ends without a line break is torn
+            *lines, _ = path.read_bytes().split(b"\n")  # a last line without a line break is torn
             for number, line in enumerate(lines, start=1):
                 try:
                     completion = TeacherCompletion(**check(parse_json(line), TeacherCompletion))
-                    completion.completion.encode()  # JSON can escape half a surrogate pair, but not write it
+                    completion.completion.encode()  # refuse unpaired surrogates, which JSON can escape
                 except ValueError as error:
                     raise UserError(
-                        f"{path}:{number}: no completion of a teacher ({error}). Delete this line, and it is "
-                        "generated again."
+                        f"{path}:{number}: not a completion of a teacher ({error}). Delete this line to generate it "
+                        "again."
                     ) from error
                 found[completion.row, completion.sample] = completion
         return found
 
     def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
-        """Begin or go on with a process's file; the function returned appends to it, on disk before it returns."""
+        """Open or continue a process's file and return a function that appends to it and syncs to disk."""
         make_folder(self.folder)
         write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
         path = self.folder / f"completions-{process}.jsonl"
@@ -101,7 +101,7 @@ class TeacherData:
                 file.truncate(data.rfind(b"\n") + 1)
 
         def append(completions: Sequence[TeacherCompletion]) -> None:
-            lines = (json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in completions)
+            lines = (json.dumps(completion._asdict(), ensure_ascii=False) + "\n" for completion in completions)
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
                 file.flush()
@@ -112,48 +112,76 @@ class TeacherData:
     def finish(self, prompts: "Dataset", keep_unfinished: bool) -> dict[str, Any]:
         """Write `train.jsonl` (fields `prompt`, `completion`) and `statistics.json`, and return the statistics.
 
-        Empty completions and those that say what another one said to the same prompt are left out, and unless
-        `keep_unfinished` those that were cut at the length limit. May be called again with another value of it.
+        Drops empty completions, repeated completions of a prompt and, unless `keep_unfinished`, completions cut at the
+        length limit. Can be called again with another `keep_unfinished`.
+
+        Raises:
+            ValueError: if a completion belongs to no prompt, or none is left to train on.
         """
-        completions = [each for _, each in sorted(self.read().items())]
-        if astray := [each.row for each in completions if not 0 <= each.row < len(prompts)]:
-            raise UserError(f"{self.folder} answers prompt {astray[0]}, but there are {len(prompts)}. {_MEND}")
-        rows, dropped, seen = [], Counter(), set()
-        for each in completions:
-            if not each.completion.strip():
-                dropped["empty"] += 1
-            elif not (each.finished or keep_unfinished):
-                dropped["cut at the length limit"] += 1
-            elif (each.row, each.completion) in seen:
-                dropped["said before to the same prompt"] += 1
-            else:
-                seen.add((each.row, each.completion))
-                rows.append(_example(prompts[each.row]["prompt"], each.completion))
-        if not rows:
+        completions = [completion for _, completion in sorted(self.read().items())]
+        if unknown := [completion.row for completion in completions if not 0 <= completion.row < len(prompts)]:
+            raise UserError(f"{self.folder} answers prompt {unknown[0]}, but there are {len(prompts)}. {_REMEDY}")
+        kept, dropped = _select(completions, keep_unfinished)
+        if not kept:
             raise UserError(
-                f"None of the teacher's {len(completions)} completions can be learnt from ({dict(dropped)}). Raise "
-                "max_completion_length, or look at them in " + str(self.folder)
+                f"The teacher's {len(completions)} completions leave nothing to train on ({dict(dropped)}). Raise "
+                f"max_completion_length, or check the completions in {self.folder}."
             )
-        lengths = np.quantile([each.tokens for each in completions], QUANTILES).tolist()
-        statistics = {
-            "completions": len(completions),
-            "keep_unfinished": keep_unfinished,
-            "kept": len(rows),
-            "dropped": dict(dropped),
-            "tokens": {f"{quantile:.0%}": length for quantile, length in zip(QUANTILES, lengths, strict=True)},
-        }
-        if "references" in prompts.column_names:
-            scores = [
-                rouge_l(each.completion, references)
-                for each in completions
-                if (references := prompts[each.row]["references"])
-            ]
-            if scores:
-                statistics["rouge_l"] = float(np.mean(scores))
-        (self.folder / "statistics.json").unlink(missing_ok=True)  # until it tells of the new train.jsonl
+        rows = [_example(prompts[completion.row]["prompt"], completion.completion) for completion in kept]
+        statistics = _statistics(completions, prompts, len(rows), dropped, keep_unfinished)
+        # statistics.json marks train.jsonl as complete, so remove it first and write it last
+        (self.folder / "statistics.json").unlink(missing_ok=True)
         write_whole(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_whole(self.folder / "statistics.json", json.dumps(statistics, indent=1))
         return statistics
+
+
+def _select(
+    completions: Sequence[TeacherCompletion], keep_unfinished: bool
+) -> tuple[list[TeacherCompletion], Counter[str]]:
+    """Return the completions to train on, and the number of the others by reason."""
+    kept: list[TeacherCompletion] = []
+    dropped: Counter[str] = Counter()
+    seen: set[tuple[int, str]] = set()
+    for completion in completions:
+        key = (completion.row, completion.completion)
+        if not completion.completion.strip():
+            dropped["empty"] += 1
+        elif not (completion.finished or keep_unfinished):
+            dropped["cut at the length limit"] += 1
+        elif key in seen:
+            dropped["said before to the same prompt"] += 1
+        else:
+            seen.add(key)
+            kept.append(completion)
+    return kept, dropped
+
+
+def _statistics(
+    completions: Sequence[TeacherCompletion],
+    prompts: "Dataset",
+    kept: int,
+    dropped: Counter[str],
+    keep_unfinished: bool,
+) -> dict[str, Any]:
+    """Return the content of `statistics.json`, with quantiles of all completions' lengths in tokens."""
+    lengths = np.quantile([completion.tokens for completion in completions], QUANTILES).tolist()
+    statistics: dict[str, Any] = {
+        "completions": len(completions),
+        "keep_unfinished": keep_unfinished,
+        "kept": kept,
+        "dropped": dict(dropped),
+        "tokens": {f"{quantile:.0%}": length for quantile, length in zip(QUANTILES, lengths, strict=True)},
+    }
+    if "references" in prompts.column_names:
+        scores = [
+            rouge_l(completion.completion, references)
+            for completion in completions
+            if (references := prompts[completion.row]["references"])
+        ]
+        if scores:
+            statistics["rouge_l"] = float(np.mean(scores))
+    return statistics
 
 
 def _example(prompt: Any, completion: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo's tokenizer and models, made from nothing."""
+"""Build the demo's tokenizer and models from scratch."""
 
 from collections.abc import Iterable
 
@@ -27,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def build_model(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama-shaped model with random weights for contexts of 256 tokens."""
+    """Return a Llama-shaped model with random weights and a context of 256 tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

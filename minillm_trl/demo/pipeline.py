@@ -1,4 +1,4 @@
-"""The demo's stages in order. Each keeps its result, so that a run that was stopped continues where it was."""
+"""Run the demo's stages in order. Every stage saves its result, so that an interrupted run resumes."""
 
 import json
 import platform
@@ -31,10 +31,10 @@ MODELS = ("teacher", "sft", "control", "minillm")
 
 
 def run_demo(folder: Path, settings: DemoSettings) -> Path:
-    """Run the demo in `folder`, or what is left of it, and print the comparison.
+    """Run the demo in `folder`, resuming an interrupted run, and print the comparison.
 
     Args:
-        folder (`Path`): where every stage keeps its result.
+        folder (`Path`): receives the result of every stage.
         settings ([`DemoSettings`]): what to train.
 
     Returns:
@@ -88,10 +88,10 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
 
 
 def train_pair(folder: Path, settings: DemoSettings) -> tuple[Path, Path]:
-    """Train the demo's teacher and its fine-tuned student in `folder`, or what is left of it, and nothing after them.
+    """Run the demo's first two stages, which train the teacher and the fine-tuned student, in `folder`.
 
     Args:
-        folder (`Path`): where both stages keep their result; [`run_demo`] can go on in it.
+        folder (`Path`): receives the results of both stages; [`run_demo`] can continue in it.
         settings ([`DemoSettings`]): what to train.
 
     Returns:
@@ -111,12 +111,12 @@ def load_model(folder: Path, name: str) -> PreTrainedModel:
 
 
 def load_sizes(folder: Path) -> dict[str, int]:
-    """Number of parameters of teacher and student."""
+    """Return the number of parameters of teacher and student."""
     return {name: load_model(folder, name).num_parameters() for name in ("teacher", "sft")}
 
 
 def _prepare(folder: Path, settings: DemoSettings) -> None:
-    # the stages say what they do; the libraries' own bars and notices would bury it
+    # the libraries' progress bars and notices would bury the messages of the stages
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -126,7 +126,7 @@ def _prepare(folder: Path, settings: DemoSettings) -> None:
 
 
 def _train_pair(folder: Path, train: Dataset, settings: DemoSettings, stages: int) -> dict[str, dict[str, Any]]:
-    """What was recorded of the first two of so many stages."""
+    """Run the first two of `stages` stages and return their records."""
     tokenizer = _tokenizer(folder, train, settings)
 
     def sft(name: str, title: str, shape: Shape, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _tokenizer(folder: Path, train, settings: DemoSettings) -> PreTrainedTokeniz
 
 
 def _stage(folder: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The stage's kept result, or a new one; `stage.json` appears only when the stage is complete."""
+    """Return the saved result of a stage, or run it. `stage.json` marks the stage as complete."""
     path = folder / "stage.json"
     if path.is_file():
         print("     done before")

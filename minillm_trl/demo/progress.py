@@ -1,4 +1,4 @@
-"""One progress bar for each training stage, and the seconds that its updates took."""
+"""Show one progress bar per training stage, and measure the seconds its updates take."""
 
 import time
 
@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 
 class StageProgress(TrainerCallback):
-    """A bar with the time left and the latest values of a few metrics."""
+    """Show a bar with the remaining time and the latest values of a few metrics."""
 
     def __init__(self, title: str, shown: dict[str, str]):
         self.title = title
@@ -20,19 +20,22 @@ class StageProgress(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"  {self.title}", unit=" updates")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.bar.update(1)
+        if self.bar is not None:
+            self.bar.update(1)
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
-        self.values |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in (logs or {})}
+        logs = logs or {}
+        self.values |= {label: f"{logs[name]:.3g}" for name, label in self.shown.items() if name in logs}
         if self.bar is not None:
             self.bar.set_postfix(self.values, refresh=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 class UpdateTimer(TrainerCallback, ExportableState):
-    """Seconds spent in updates (sampling and scoring included, evaluation and saving not), kept in checkpoints."""
+    """Measure the seconds of updates, with sampling and scoring but without evaluation and saving. Resumable."""
 
     def __init__(self):
         self.seconds = 0.0

@@ -1,4 +1,4 @@
-"""The demo's report from its records."""
+"""Build the demo's report from its records."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ _MEASURES = ("rouge_l", "reverse_kl", "length", "eos_rate", "repeated_4grams", "
 def build_report(
     records: dict[str, dict], evaluations: dict[str, dict], settings: DemoSettings, sizes: dict[str, int]
 ) -> Report:
-    """Put the stages' records and the evaluations of the four models into a [`Report`]."""
+    """Build a [`Report`] from the stages' records and the evaluations of the four models."""
     table = Table([COLUMNS[key] for key in _MEASURES], [_row(name, evaluations[name]) for name in NAMES])
     prompts = evaluations["minillm"]["settings"]["prompts"]
     gains = {name: _gains(evaluations, name) for name in ("sft", "control")}
@@ -52,12 +52,15 @@ def _is_full(settings: DemoSettings) -> bool:
 
 def _row(name: str, evaluation: dict) -> Row:
     summary = evaluation["summary"]
-    cells = {key: MeanInterval(*summary[key]) for key in _MEASURES if key in summary}  # the teacher has no reverse KL
+    # the teacher has no reverse KL
+    cells: dict[str, MeanInterval | float | str] = {
+        key: MeanInterval(*summary[key]) for key in _MEASURES if key in summary
+    }
     return Row(NAMES[name], cells, is_teacher=name == "teacher")
 
 
 def _gains(evaluations: dict[str, dict], baseline: str) -> dict[str, MeanInterval]:
-    """MiniLLM minus the baseline on the same prompts."""
+    """Return MiniLLM minus the baseline, paired by prompt."""
 
     def values(name: str, key: str) -> list[float]:
         return [row[key] for row in evaluations[name]["per_prompt"]]

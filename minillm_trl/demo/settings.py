@@ -1,4 +1,4 @@
-"""What the demo trains: sizes and learning rates that fit two CPU cores and a few minutes."""
+"""Define what the demo trains: sizes and learning rates for a few minutes on two CPU cores."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of a run, by default of the full one; a run resumes only with the settings that it was started with.
+    """Settings of a run; the defaults are those of the full run. A run resumes only with the settings it started with.
 
     Attributes:
         seed: seed of initialisation, data order and rollouts.

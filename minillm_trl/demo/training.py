@@ -1,4 +1,4 @@
-"""The demo's two kinds of training: supervised with TRL's `SFTTrainer`, and MiniLLM."""
+"""Run the demo's two kinds of training: supervised fine-tuning and MiniLLM."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def train_sft(
     """Fine-tune `model` on prompts and completions and save it in `folder/model`.
 
     Returns:
-        `dict` with `updates` and the `seconds` that they took.
+        `dict` with the number of `updates` and their `seconds`.
     """
     args = FineTuningConfig(
         str(folder / "checkpoints"),
@@ -79,7 +79,9 @@ def train_minillm(
         `dict` with `updates`, `seconds`, and `history`: the evaluations on the validation prompts.
     """
     rollout_steps = settings.steps_per_generation * settings.num_iterations
-    checkpoint_every = max(1, settings.minillm_steps // 5 // rollout_steps) * rollout_steps  # between two rollouts
+    checkpoint_every = (
+        max(1, settings.minillm_steps // 5 // rollout_steps) * rollout_steps
+    )  # at the end of a rollout buffer
     args = MiniLLMConfig(
         str(folder / "checkpoints"),
         per_device_train_batch_size=settings.minillm_batch_size,
@@ -122,4 +124,4 @@ def _train(trainer: ReliableTrainer, folder: Path) -> None:
 
 
 def _seconds(trainer: ReliableTrainer) -> float:
-    return sum(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, UpdateTimer))
+    return sum(timer.seconds for timer in trainer.callback_handler.callbacks if isinstance(timer, UpdateTimer))

@@ -29,3 +29,12 @@ def rename_dtypes(args: Any) -> None:
     for field in ("model_init_kwargs", "teacher_model_init_kwargs"):
         if hasattr(args, field):
             setattr(args, field, with_dtype(getattr(args, field), field))
+
+
+def parsed_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Return a field of keyword arguments of a configuration, which `__post_init__` has parsed.
+
+    TRL annotates these fields as `dict | str` because the command line gives JSON text.
+    """
+    assert not isinstance(value, str), value
+    return value

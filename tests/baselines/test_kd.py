@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_whole_logits(tmp_path, ratio):
     torch.testing.assert_close(loss, expected)
     for (name, ours), theirs in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name, atol=1e-6, rtol=1e-4)
-    assert all(each.grad is None for each in trainer.teacher_model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.teacher_model.parameters())
 
 
 def test_evaluation_reports_cross_entropy_and_forward_kl_of_all_tokens(tmp_path):
@@ -138,7 +138,7 @@ def test_evaluation_reports_cross_entropy_and_forward_kl_of_all_tokens(tmp_path)
 
 
 def weights(trainer: KDTrainer) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in trainer.model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
 def test_an_optimizer_step_does_not_depend_on_its_cut_into_micro_batches(tmp_path):
@@ -157,9 +157,11 @@ def test_an_optimizer_step_does_not_depend_on_its_cut_into_micro_batches(tmp_pat
 def test_adapters_learn_and_the_base_stays(tmp_path):
     tokenizer = build_tokenizer()
     trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    before = {name: each.clone() for name, each in trainer.model.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
-    changed = {name for name, each in trainer.model.named_parameters() if not torch.equal(each, before[name])}
+    changed = {
+        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+    }
     assert changed
     assert all("lora_" in name for name in changed)
     prompts = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
@@ -331,7 +333,7 @@ else:
 trainer.train()
 trainer.save_model(output)
 if trainer.accelerator.is_main_process:
-    found = [each for each in trainer.state.log_history if "eval_loss" in each]
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     facts = {"first": found[0], "strategy": str(trainer.accelerator.distributed_type)}
     pathlib.Path(output, "facts.json").write_text(json.dumps(facts))
 """
@@ -362,7 +364,7 @@ def test_two_processes_reach_what_one_does(tmp_path, kind, config):
             result = run_module("accelerate.commands.launch", *options, script, output, tests, 4, kind, config)
         assert result.returncode == 0, result.stderr[-3000:]
         after = AutoModelForCausalLM.from_pretrained(output)
-        moves.append(torch.cat([each.detach().flatten() for each in after.parameters()]) - before)
+        moves.append(torch.cat([parameter.detach().flatten() for parameter in after.parameters()]) - before)
         facts.append(json.loads((output / "facts.json").read_text()))
     assert moves[0].norm() > 1e-3
     assert (moves[0] - moves[1]).norm() < 1e-3 * moves[0].norm()

@@ -177,7 +177,7 @@ class TestNothingIsLost:
         path = data.folder / "completions-0.jsonl"
         broken = json.loads(path.read_text().splitlines()[0]) | {"completion": "\ud800"}
         path.write_text(path.read_text() + json.dumps(broken) + "\n")
-        with pytest.raises(ValueError, match=r"completions-0.jsonl:21: no completion of a teacher .*surrogates"):
+        with pytest.raises(ValueError, match=r"completions-0.jsonl:21: .*surrogates"):
             data.read()
 
     def test_nothing_to_learn_from_is_an_error(self, tmp_path, tokenizer):
@@ -306,7 +306,7 @@ class TestCommandLine:
         answers = tmp_path / "out_teacher_data"
         found = [json.loads(line) for line in (answers / "completions-0.jsonl").open()]
         found[0] |= {"finished": True, "completion": "a pub"}
-        (answers / "completions-0.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+        (answers / "completions-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
         for keep in (False, True):
             assert main([*run, "--keep_unfinished", str(keep).lower()]) == 0
             statistics = json.loads((answers / "statistics.json").read_text())

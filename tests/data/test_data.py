@@ -513,7 +513,7 @@ class TestSplitsForTraining:
         splits = {"train": Dataset.from_dict({"prompt": ["x"]}), "test": Dataset.from_dict({"prompt": ["y"]})}
         DatasetDict(splits).save_to_disk(tmp_path / "saved")
         data = DataArguments(str(tmp_path / "saved"), dataset_test_split="test")
-        assert [each["prompt"][:] for each in load_splits(data, "steps", False)] == [["x"], ["y"]]
+        assert [part["prompt"][:] for part in load_splits(data, "steps", False)] == [["x"], ["y"]]
 
     def test_configuration_is_that_of_the_training_data(self, write, monkeypatch):
         asked = []

@@ -79,11 +79,11 @@ class TestDolly:
             found = [(row["row"], row["prompt"], row["completion"]) for row in parts[split]]
             assert found == kept[start:stop], split
         assert {row["references"][0] for row in parts["test"]} == {row["completion"] for row in parts["test"]}
-        assert load_examples(tmp_path / "dolly", split="validation")["prompt"][:] == [each[1] for each in kept[20:50]]
+        assert load_examples(tmp_path / "dolly", split="validation")["prompt"][:] == [row[1] for row in kept[20:50]]
         statistics = json.loads((tmp_path / "dolly" / "statistics.json").read_text())
         assert statistics["rows_read"] == len(rows)
         assert statistics["dropped"] == {f"prompt has more than {limit} tokens": len(rows) - len(kept)}
-        lengths = [len(tokenizer(each[1])["input_ids"]) for each in kept[:20]]
+        lengths = [len(tokenizer(row[1])["input_ids"]) for row in kept[:20]]
         prompts = statistics["splits"]["test"]["prompt_length"]
         assert (prompts["0%"], prompts["100%"]) == (min(lengths), max(lengths))
 
@@ -283,9 +283,11 @@ class TestYourOwnData:
     def test_empty_completions_are_dropped_and_counted_in_every_form(self, tmp_path):
         rows = [{"prompt": f"p{i}", "completion": each} for i, each in enumerate(("c", "", " \n"))]
         prepare(tmp_path / "text", "examples", write(tmp_path / "a.jsonl", *rows))
-        turns = [[("user", "a"), ("assistant", each)] for each in ("b", "")]
-        messages = [[{"role": role, "content": content} for role, content in each] for each in turns]
-        prepare(tmp_path / "chat", "examples", write(tmp_path / "m.jsonl", *({"messages": each} for each in messages)))
+        turns = [[("user", "a"), ("assistant", answer)] for answer in ("b", "")]
+        messages = [[{"role": role, "content": content} for role, content in conversation] for conversation in turns]
+        prepare(
+            tmp_path / "chat", "examples", write(tmp_path / "m.jsonl", *({"messages": turns} for turns in messages))
+        )
         assert [row["completion"] for row in read(tmp_path / "text")["train"]] == ["c"]
         assert [row["prompt"] for row in read(tmp_path / "chat")["train"]] == [messages[0][:1]]
         assert dropped(tmp_path / "text") == {"completion is empty": 2}
