@@ -39,9 +39,9 @@ def test_table_of_the_degeneration_page_is_that_of_the_results():
 def test_page_on_reliable_runs_says_what_was_counted():
     results = json.loads((BENCHMARKS / "results" / "killed_runs.json").read_text())["results"]
     text = " ".join((BENCHMARKS.parent / "docs" / "reliable_runs.md").read_text().split())
-    assert f" {sum(each['kills'] for each in results)} kills " in text
-    lost = [each.get("weights", 0) + each.get("logs_that_differ", 0) for each in results]
-    assert {*lost, *(each.get("answers_that_differ", 0) for each in results)} == {0}
+    assert f" {sum(result['kills'] for result in results)} kills " in text
+    lost = [result.get("weights", 0) + result.get("logs_that_differ", 0) for result in results]
+    assert {*lost, *(result.get("answers_that_differ", 0) for result in results)} == {0}
 
 
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
@@ -60,7 +60,9 @@ def test_result_names_its_command_commit_machine_and_versions(path: Path):
     assert len(record["commit"]) == 40
     assert record["machine"]
     runs = record.get("seeds", {}).values()  # of the demo, each with an environment of its own
-    assert all(each["torch"] for each in [record.get("versions"), *(run["environment"] for run in runs)] if each)
+    assert all(
+        versions["torch"] for versions in [record.get("versions"), *(run["environment"] for run in runs)] if versions
+    )
     assert "versions" in record or runs
 
 

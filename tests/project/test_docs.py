@@ -75,7 +75,7 @@ class TestPage:
         for description, name, mode, shown_in in found:
             assert mode == shown_in
             modes.setdefault((description, name), []).append(mode)
-        assert all(description and each == ["light", "dark"] for (description, _), each in modes.items())
+        assert all(description and schemes == ["light", "dark"] for (description, _), schemes in modes.items())
 
 
 def test_settings_near_the_former_trainer_are_accepted():
@@ -144,7 +144,7 @@ class TestSite:
         def pages(entry) -> list[str]:
             if isinstance(entry, str):
                 return [entry]
-            return [page for each in (entry.values() if isinstance(entry, dict) else entry) for page in pages(each)]
+            return [page for item in (entry.values() if isinstance(entry, dict) else entry) for page in pages(item)]
 
         listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
         assert len(set(listed)) == len(listed)
@@ -208,7 +208,7 @@ class TestSite:
 class TestProjectFiles:
     def test_a_bug_report_asks_for_the_doctor_and_the_record_of_the_run(self):
         body = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())["body"]
-        labels = [each["attributes"]["label"] for each in body]
+        labels = [field["attributes"]["label"] for field in body]
         assert any("minillm-trl doctor" in label for label in labels)
         assert any("run.json" in label for label in labels)
 
@@ -216,7 +216,7 @@ class TestProjectFiles:
     def test_issue_template_is_whole(self, name: str):
         template = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
         assert {"name", "description", "labels", "body"} <= set(template)
-        assert any(each.get("validations", {}).get("required") for each in template["body"])
+        assert any(field.get("validations", {}).get("required") for field in template["body"])
 
     def test_citation_has_the_packages_version_and_licence_and_the_paper(self):
         citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

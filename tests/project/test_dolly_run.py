@@ -24,7 +24,7 @@ def run(tmp_path_factory) -> Path:
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
     examples = [{"prompt": TEMPLATE.format(row["instruction"]), "completion": row["response"]} for row in rows]
     for name, part in (("train", examples[:144]), ("eval", examples[144:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in part))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (folder / "corpus.txt").write_text("\n".join(row["response"].replace("\n", " ") for row in rows[:144]))
 
     tokenizer = Tokenizer(models.BPE())
@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([each["prompt"] + each["completion"] for each in examples], trainer)
+    tokenizer.train_from_iterator([row["prompt"] + row["completion"] for row in examples], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     for name, width, seed in (("student", 32, 0), ("teacher", 64, 1)):
         torch.manual_seed(seed)

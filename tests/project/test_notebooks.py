@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+notebook_test = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -32,7 +32,7 @@ def test_all_five_are_there_and_in_the_table():
     assert re.findall(r"\]\((\d\d_\w+\.ipynb)\)", (FOLDER / "README.md").read_text()) == [p.name for p in NOTEBOOKS]
 
 
-@each
+@notebook_test
 def test_nothing_but_the_source_is_in_git(path: Path):
     notebook = read(path)
     nbformat.validate(notebook)
@@ -47,7 +47,7 @@ def test_nothing_but_the_source_is_in_git(path: Path):
             assert cell.execution_count is None
 
 
-@each
+@notebook_test
 def test_links_and_files_that_it_names_exist(path: Path):
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
@@ -56,7 +56,7 @@ def test_links_and_files_that_it_names_exist(path: Path):
         assert (ROOT / name).exists(), name
 
 
-@each
+@notebook_test
 def test_versions_that_it_installs_are_the_tested_ones(path: Path):
     found = re.findall(r"[\w-]+[=<>]=[\d.]+(?:,<[\d.]+)?(?:; sys_platform == 'linux')?", install_cell(path))
     lines = (ROOT / "constraints" / "v100.txt").read_text().splitlines()
@@ -64,7 +64,7 @@ def test_versions_that_it_installs_are_the_tested_ones(path: Path):
     assert set(map(Requirement, found)) == {pin for pin in tested if pin.name != "deepspeed"}
 
 
-@each
+@notebook_test
 @pytest.mark.parametrize("installed", [True, False])
 def test_pip_runs_only_where_the_package_is_missing(path: Path, installed: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
@@ -133,8 +133,8 @@ def test_pictures_of_how_it_works_show_what_the_text_says(tmp_path: Path):
         "{'fits': {name: path[max(STEPS)].tolist() for name, path in fits.items()}, 'errors': errors, "
         "'lm_error': lm_error, 'table': list(table.values()), 'teacher_length': teacher_length, "
         "'curves': [runs.mean(dim=0).tolist() for runs in curves.values()], "
-        "'lengths': {name: each[0, -1].item() for name, each in weak_students.items()}, "
-        "'kl': {name: each[1, -1].item() for name, each in weak_students.items()}}",
+        "'lengths': {name: series[0, -1].item() for name, series in weak_students.items()}, "
+        "'kl': {name: series[1, -1].item() for name, series in weak_students.items()}}",
         figures=5,
     )
     forward, left, right = (mean for mean, _ in found["fits"].values())
@@ -175,7 +175,7 @@ def test_losses_are_those_of_trl_where_the_notebook_says_so(tmp_path: Path):
     found = execute(
         "05",
         tmp_path,
-        "{'difference': difference, 'angle': angle, 'curves': [list(each.values()) for each in curves.values()], "
+        "{'difference': difference, 'angle': angle, 'curves': [list(curve.values()) for curve in curves.values()], "
         "'former': list(former_curve.values()), 'losses': losses}",
         figures=0,
     )

@@ -31,7 +31,7 @@ SMALL = SmallTask(**{**vars(TASKS["e2e"]), "max_completion_length": 8, "seqkd_sa
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([each.detach().flatten() for each in model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -72,7 +72,7 @@ def commands(text: str) -> list[list[str]]:
         for line in block.replace("\\\n", " ").splitlines()
     ]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines += [each for each in re.findall(r"`(minillm-trl [^`]*)`", prose) if " --config" in each]
+    lines += [command for command in re.findall(r"`(minillm-trl [^`]*)`", prose) if " --config" in command]
     found = [shlex.split(line.replace("\n", " "), comments=True) for line in lines]
     # without the variables of the environment that stand before a command
     found = [list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)) for words in found]
@@ -158,12 +158,12 @@ class TestPaperRecipe:
 
     def test_stages_write_to_folders_of_their_own_and_seeds_agree(self, folder: Path):
         values = [load(folder, path.stem) for path in folder.glob("*.yaml") if path.stem not in ("recipe", "eval")]
-        outputs = [each["output_dir"] for each in values]
+        outputs = [config["output_dir"] for config in values]
         assert len(set(outputs)) == len(outputs)
         assert all(output.startswith(f"runs/{folder.name}/") for output in outputs)
-        assert {each["seed"] for each in values} == {10}
+        assert {config["seed"] for config in values} == {10}
         launch = {re.search(r"--num_processes (\d+)", path.read_text()) for path in folder.glob("[skm]*.yaml")}
-        assert {int(each.group(1)) for each in launch} == {processes(folder)}
+        assert {int(match.group(1)) for match in launch} == {processes(folder)}
 
     def test_page_has_the_launch_line_of_each_yaml_and_the_estimates(self, folder: Path):
         text = (folder / "README.md").read_text()
@@ -185,7 +185,7 @@ class TestPaperRecipe:
         names = [stage.name for stage in recipe.stages]
         assert {f"evaluate:{name}" for name in ("sft_teacher", "sft", "kd", "seqkd", "minillm")} <= set(names)
         by_name = {stage.name: stage for stage in recipe.stages}
-        inputs = {name: {each.name for each in recipe.inputs(stage)} for name, stage in by_name.items()}
+        inputs = {name: {source.name for source in recipe.inputs(stage)} for name, stage in by_name.items()}
         assert inputs["minillm"] == {"dolly", "sft_teacher", "sft_init"}
         assert inputs["kd"] == inputs["seqkd"] == {"dolly", "sft_teacher"}
         values = load(folder, "eval")

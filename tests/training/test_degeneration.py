@@ -262,7 +262,7 @@ class TestWatch:
         assert trainer.state.global_step == 14
         assert flags(trainer) == trainer.report.seen == [12, 13, 14]
         (message,) = (
-            each.message for each in caplog.records if each.name == "minillm_trl.monitoring.degeneration_watch"
+            record.message for record in caplog.records if record.name == "minillm_trl.monitoring.degeneration_watch"
         )
         # medians of five values are good up to step 10, so step 8 is known to be
         healthy = tmp_path / "healthy" / "checkpoint-8"
@@ -280,7 +280,9 @@ class TestWatch:
     def test_it_stops_and_says_why(self, tmp_path, monkeypatch, caplog):
         trainer = train(tmp_path, monkeypatch, stop=True)
         assert trainer.state.global_step == 12
-        (watch,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, DegenerationWatch))
+        (watch,) = (
+            callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DegenerationWatch)
+        )
         assert [found.kind for found in watch.stopped_for] == ["entropy_collapse"]
         assert caplog.text.count("The training stops here.") == 1
         resumed = train(tmp_path, monkeypatch, resume=tmp_path / "checkpoint-12", stop=True)

@@ -40,8 +40,8 @@ def no_kernels_of_trl(monkeypatch: pytest.MonkeyPatch):
 
     kernels = [importlib.import_module(f"trl.kernels.{name}") for name in KERNELS]
     for module in (*kernels, trl.trainer.utils, trl.trainer.grpo_trainer):
-        for name, each in list(vars(module).items()):
-            if callable(each) and str(getattr(each, "__module__", "")).startswith("trl.kernels"):
+        for name, member in list(vars(module).items()):
+            if callable(member) and str(getattr(member, "__module__", "")).startswith("trl.kernels"):
                 monkeypatch.setattr(module, name, refuse)
 
 
@@ -52,7 +52,7 @@ def train(tmp_path, **options) -> MiniLLMTrainer:
 
 
 def losses(trainer: MiniLLMTrainer) -> list[dict[str, float]]:
-    return [each for each in trainer.state.log_history if "loss" in each]
+    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def sample(student, teacher=None, **options) -> list[list[int]]:
@@ -67,7 +67,7 @@ class TestSampling:
         models = [build_model(family, 50, seed, 16).to(dtype) for seed in (0, 1)]
         for options in ({}, {"alpha": 0.3, "keep_states": True}, {"alpha": 0.3, "shared_coins": False}):
             expected = sample(*models, **options)
-            assert sample(*(copy.deepcopy(each).cuda() for each in models), **options) == expected
+            assert sample(*(copy.deepcopy(model).cuda() for model in models), **options) == expected
             assert len({len(completion) for completion in expected}) > 3  # rows finish at different steps
 
     @pytest.mark.parametrize(("family", "backend"), [("gpt2", "cudagraphs"), ("llama", "inductor")])
@@ -79,8 +79,8 @@ class TestSampling:
         for _ in range(2):
             assert sample(*models, **options, compiled=compiled) == expected
         with torch.no_grad():  # as the copy of the student is brought up to date: in place
-            for each in models[0].parameters():
-                each.mul_(0.9)
+            for parameter in models[0].parameters():
+                parameter.mul_(0.9)
         expected, before = sample(*models, **options), expected
         assert sample(*models, **options, compiled=compiled) == expected != before
 
@@ -101,8 +101,10 @@ class TestFusedHead:
         ids, mask = torch.randint(vocab, (rows, length)), torch.rand(rows, length) < 0.8
 
         def score(device: str, dtype: torch.dtype, teacher_dtype: torch.dtype) -> tuple:
-            inputs = [each.detach().to(device, dtype, copy=True).requires_grad_() for each in (hidden, weight, bias)]
-            states, head = (each.to(device, teacher_dtype) for each in (teacher_hidden, teacher_weight))
+            inputs = [
+                tensor.detach().to(device, dtype, copy=True).requires_grad_() for tensor in (hidden, weight, bias)
+            ]
+            states, head = (tensor.to(device, teacher_dtype) for tensor in (teacher_hidden, teacher_weight))
             where, counted = ids.to(device), mask.to(device)
             request = ScoreRequest(
                 where, counted, counted, 1.3, states, loss=lambda scores, _: 0.3 * scores.logps + scores.divergence
@@ -111,7 +113,7 @@ class TestFusedHead:
                 scores = score_hidden_states(inputs[0], LMHead(*inputs[1:]), request, vocab, LMHead(head, None))
             scale = 2.0**10 if precision == "fp16" else 1.0
             (scores.loss * scale).backward()
-            return scores, [each.grad / scale for each in inputs]
+            return scores, [tensor.grad / scale for tensor in inputs]
 
         expected, expected_gradients = score("cpu", torch.float64, torch.float64)
         scores, gradients = score("cuda", torch.float32, PRECISIONS.get(precision, torch.float32))
@@ -158,7 +160,7 @@ class TestAttention:
             for score in (trainer._score, lambda model, request: model(score_requests=[request])):
                 trainer.model.zero_grad()
                 score(trainer.model, request)[0].loss.backward()
-                gradients.append(torch.cat([each.grad.flatten() for each in trainer.model.parameters()]))
+                gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
             assert (gradients[0] - gradients[1]).norm() < {"fp16": 0.02, "bf16": 0.1}[precision] * gradients[1].norm()
 
 
@@ -185,11 +187,11 @@ class TestHalfPrecision:
         trainer.accelerator.scaler.step = follow
         trainer.train()
         logs = losses(trainer)
-        skipped = [int(each["fp16/skipped_steps"]) for each in logs]
+        skipped = [int(log["fp16/skipped_steps"]) for log in logs]
         assert 1 <= skipped[-1] < 12
         counts = zip([0, *skipped], skipped, strict=False)
         assert [torch.equal(*pair) for pair in itertools.pairwise(taken)] == [new > old for old, new in counts]
-        assert [each["fp16/loss_scale"] for each in logs] == [2.0 ** (24 - count) for count in skipped]
+        assert [log["fp16/loss_scale"] for log in logs] == [2.0 ** (24 - count) for count in skipped]
         assert taken[-1].isfinite().all()
         assert taken[-1].dtype == torch.float32
         saved = torch.load(tmp_path / "checkpoint-12" / "scaler.pt")
@@ -225,7 +227,7 @@ class TestHalfPrecision:
             tmp_path, fp16=precision == "fp16", bf16=precision == "bf16", compile_rollouts=backend, max_steps=8
         )
         logs = losses(trainer)
-        assert all(math.isfinite(value) for each in logs for value in each.values() if isinstance(value, float))
+        assert all(math.isfinite(value) for log in logs for value in log.values() if isinstance(value, float))
         assert weights(trainer).isfinite().all()
         assert ("fp16/loss_scale" in logs[-1]) == (precision == "fp16")
         assert logs[-1]["objective/reverse_kl"] < logs[0]["objective/reverse_kl"]
@@ -247,9 +249,9 @@ class TestPlaces:
         common = {"teacher_mixed_alpha": alpha, "bf16": False, "optim": "sgd", "learning_rate": 0.05, "max_steps": 6}
         before = weights(make_trainer(tmp_path, use_cpu=False, **common))
         expected, actual = train(tmp_path, **common), train(tmp_path, **common, **options)
-        assert {each.device.type for each in actual.model.parameters()} == {"cuda"}
+        assert {parameter.device.type for parameter in actual.model.parameters()} == {"cuda"}
         if "offload_teacher" in options:
-            places = [each.device.type for each in actual.teacher_model.base_model.h.parameters()]
+            places = [parameter.device.type for parameter in actual.teacher_model.base_model.h.parameters()]
             assert set(places) == {"cpu"}
         moved = weights(expected) - before
         assert (weights(actual) - weights(expected)).norm() < 1e-4 * moved.norm()
@@ -281,16 +283,16 @@ def test_qlora_student_of_an_nf4_teacher(tmp_path, model_dir, precision: str):
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
         quantization_config=nf4,
     )
-    trained = {name: each.detach().clone() for name, each in trainer.model.named_parameters() if each.requires_grad}
-    assert {each.dtype for each in trained.values()} == {torch.float32}
-    assert any(each.dtype == torch.uint8 for each in trainer.teacher_model.parameters())
+    trained = {name: w.detach().clone() for name, w in trainer.model.named_parameters() if w.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert any(parameter.dtype == torch.uint8 for parameter in trainer.teacher_model.parameters())
     trainer.train()
     logs = losses(trainer)
-    assert all(math.isfinite(value) for each in logs for value in each.values() if isinstance(value, float))
+    assert all(math.isfinite(value) for log in logs for value in log.values() if isinstance(value, float))
     assert logs[-1]["objective/reverse_kl"] < logs[0]["objective/reverse_kl"]
     parameters = dict(trainer.model.named_parameters())
     assert all(parameters[name].isfinite().all() for name in trained)
-    assert any(not torch.equal(parameters[name], each) for name, each in trained.items())
+    assert any(not torch.equal(parameters[name], parameter) for name, parameter in trained.items())
 
 
 def test_resumed_run_reaches_the_weights_of_an_uninterrupted_one(tmp_path):
@@ -325,5 +327,5 @@ class TestCommands:
         result = run_module("minillm_trl", "minillm", "--config", tmp_path / "run.yaml")
         assert result.returncode == 0, result.stderr[-3000:]
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-        assert "fp16/loss_scale" in next(each for each in state["log_history"] if "loss" in each)
+        assert "fp16/loss_scale" in next(log for log in state["log_history"] if "loss" in log)
         assert (tmp_path / "out" / "model.safetensors").exists()

@@ -110,11 +110,11 @@ class TestLaunchConfigurations:
 
         port = get_free_port()
         machines = run_machines(port)
-        if any("terminate called without an active exception" in each.stderr for each in machines):  # see run_module
+        if any("terminate called without an active exception" in run.stderr for run in machines):  # see run_module
             port = get_free_port()
             machines = run_machines(port)
-        for each in machines:
-            assert each.returncode == 0, each.stderr[-3000:]
+        for process in machines:
+            assert process.returncode == 0, process.stderr[-3000:]
         one = write_recipe(tmp_path, "minillm", model_dir)
         result = run_module("minillm_trl", "minillm", "--config", one, "--accelerate_config", "cpu")
         assert result.returncode == 0, result.stderr[-3000:]
@@ -152,4 +152,4 @@ def write_recipe(folder: Path, subcommand: str, model_dir) -> Path:
 
 def last_losses(folder: Path) -> list[float]:
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
-    return [each["loss"] for each in state["log_history"] if "loss" in each]
+    return [log["loss"] for log in state["log_history"] if "loss" in log]

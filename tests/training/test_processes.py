@@ -109,7 +109,9 @@ class TestRefusal:
         tokenizer.save_pretrained(tmp_path / "model")  # without weights
         (tmp_path / "model" / "model.safetensors").touch()
         model = str(tmp_path / "model")
-        fine_tuning, minillm = (each(str(tmp_path), report_to="none") for each in (FineTuningConfig, MiniLLMConfig))
+        fine_tuning, minillm = (
+            config_class(str(tmp_path), report_to="none") for config_class in (FineTuningConfig, MiniLLMConfig)
+        )
         with pytest.raises(UserError, match="WORLD_SIZE=2"):
             FineTuningTrainer(model=model, args=fine_tuning, **options)
         with pytest.raises(UserError, match="WORLD_SIZE=2"):

@@ -71,8 +71,8 @@ def make_fine_tuning(tmp_path, kind: type = FineTuningTrainer, **options) -> Fin
 def history(trainer) -> list[dict]:
     """What was logged, but for what the clock decides."""
     return [
-        {key: value for key, value in each.items() if not key.endswith(("runtime", "per_second", "step_time"))}
-        for each in trainer.state.log_history
+        {key: value for key, value in log.items() if not key.endswith(("runtime", "per_second", "step_time"))}
+        for log in trainer.state.log_history
     ]
 
 
@@ -139,7 +139,7 @@ class TestDeadProcess:
         assert again.returncode == 0, again.stderr[-3000:]
         state = json.loads((Path(newest_whole_checkpoint(output)) / "trainer_state.json").read_text())
         assert state["global_step"] == STEPS
-        assert [each["step"] for each in state["log_history"] if "loss" in each] == [1, *range(3, STEPS, 3)]
+        assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, *range(3, STEPS, 3)]
 
 
 class TestResume:
@@ -519,10 +519,10 @@ class TestNotFinite:
             trainer.train()
         assert all(self.moved(seen))
         assert seen[-1].isfinite().all()
-        logs = [each for each in trainer.state.log_history if "loss" in each]
-        assert [each["nonfinite_completions"] for each in logs] == [0, 0, 1, 1, 1, 1]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert [log["nonfinite_completions"] for log in logs] == [0, 0, 1, 1, 1, 1]
         assert logs[-1]["nonfinite_steps"] == 0
-        assert all(math.isfinite(value) for each in trainer.state.log_history for value in each.values())
+        assert all(math.isfinite(value) for log in trainer.state.log_history for value in log.values())
         index = DATASET["prompt"][:].index(faulty[0])
         named = "probability zero" if value == -torch.inf else "the teacher's log-prob is nan"
         assert f"Prompt {index} {faulty[0]!r}: the teacher" in caplog.text
@@ -560,7 +560,7 @@ class TestNotFinite:
         # mixed sampling has another behavior policy where tokens are the teacher's than where scores are anew
         loss = alone.compute_loss(alone.model, alone.score_rollouts(*rows.values()))
         loss.backward()
-        gradient = torch.cat([each.grad.flatten() for each in alone.model.parameters()])
+        gradient = torch.cat([parameter.grad.flatten() for parameter in alone.model.parameters()])
         torch.testing.assert_close(before - weights(trainer), gradient, rtol=1e-3, atol=1e-6)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
@@ -600,7 +600,7 @@ class TestNotFinite:
             trainer.train()
         assert "Prompt 3 'Z': the student's log-prob is nan" in caplog.text
         assert not torch.equal(trainer.model.lm_head.weight, head)
-        bad = {name: (~each.isfinite()).sum().item() for name, each in trainer.model.named_parameters()}
+        bad = {name: (~parameter.isfinite()).sum().item() for name, parameter in trainer.model.named_parameters()}
         assert {name: count for name, count in bad.items() if count} == {"model.embed_tokens.weight": 32}
         assert 1 <= trainer.state.log_history[0]["nonfinite_completions"] < 4  # the token may be sampled too
 
@@ -626,9 +626,9 @@ class TestNotFinite:
         trainer.train()
         assert self.moved(seen) == [True, True, True, False, True, True]
         assert trainer.optimizer.state[next(trainer.model.parameters())]["step"] == 5
-        logs = [each for each in trainer.state.log_history if "loss" in each]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
         assert (logs[-1]["nonfinite_steps"], logs[-1]["nonfinite_completions"]) == (1, 4)
-        finite = [value for each in logs for name, value in each.items() if name != "grad_norm"]
+        finite = [value for log in logs for name, value in log.items() if name != "grad_norm"]
         assert all(map(math.isfinite, finite))
 
     def test_counts_go_on_in_a_resumed_run(self, tmp_path):
@@ -665,11 +665,11 @@ class TestNotFinite:
         trainer.add_callback(Note())
         trainer.train()
         assert [scale for scale, _ in seen] == [2.0**10] * 5 + [2.0**11]  # four steps were taken by then
-        assert self.moved([each for _, each in seen]) == [False, False, True, True, True]
+        assert self.moved([weights for _, weights in seen]) == [False, False, True, True, True]
         assert trainer.optimizer.state[next(trainer.model.parameters())]["step"] == 4
-        logs = [each for each in trainer.state.log_history if "loss" in each]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
         assert logs[-1]["nonfinite_steps"] == 2
-        assert all(math.isfinite(value) for each in logs for name, value in each.items() if name != "grad_norm")
+        assert all(math.isfinite(value) for log in logs for name, value in log.items() if name != "grad_norm")
 
     def test_skipped_step_leaves_the_others_as_they_are(self, tmp_path):
         """A step whose gradient is not finite is as if the optimizer had not been called."""
@@ -705,7 +705,7 @@ class TestNotFinite:
         assert done.returncode == 0, done.stderr[-3000:]
         facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
         assert facts[0]["moved"] == [True, True, False, False, True]
-        assert [(each["left_out"], each["skipped"]) for each in facts] == [(1, 2)] * 2
+        assert [(fact["left_out"], fact["skipped"]) for fact in facts] == [(1, 2)] * 2
         assert len(set(facts[0]["scales"])) == 1  # DeepSpeed lowers its scale at the second overflow
         assert facts[0]["overflows"] in (None, 0)
         if "zero3" not in config:  # whose weights are gathered on the first process
@@ -743,9 +743,9 @@ class TestNotFinite:
         assert self.moved(seen) == [True, True]
         assert seen[-1].isfinite().all()
         assert "reward function endless returned inf" in caplog.text
-        logs = [each for each in trainer.state.log_history if "loss" in each]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
         assert logs[-1]["nonfinite_completions"] == 1
-        assert all(math.isfinite(value) for each in logs for value in each.values())
+        assert all(math.isfinite(value) for log in logs for value in log.values())
         mean = 25 / 7 if num_generations == 1 else 27 / 8  # the third of a group of two stands for the other
         assert logs[0]["rewards/endless/mean"] == pytest.approx(mean)
 

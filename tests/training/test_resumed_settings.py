@@ -41,13 +41,13 @@ def resume(folder: Path, **options):
 
 def said(caplog) -> list[str]:
     """The lines of the one message about settings, `field: old -> new`."""
-    messages = [each.getMessage() for each in caplog.records if SAID in each.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if SAID in record.getMessage()]
     assert len(messages) <= 1
     return [line.strip() for line in messages[0].splitlines()[1:]] if messages else []
 
 
 def rates(trainer) -> list[float]:
-    return [each["learning_rate"] for each in trainer.state.log_history if "learning_rate" in each]
+    return [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
 
 
 class TestHyperparameters:
@@ -64,7 +64,7 @@ class TestHyperparameters:
     def test_smaller_rate_moves_the_weights_less(self, saved):
         start = resume(saved, learning_rate=0.0)
         near, far = resume(saved, learning_rate=1e-5), resume(saved)
-        distances = [(weights(each) - weights(start)).norm() for each in (near, far)]
+        distances = [(weights(trainer) - weights(start)).norm() for trainer in (near, far)]
         assert 0 < distances[0] < 0.01 * distances[1]
 
     def test_others_are_too(self, saved, caplog):
@@ -124,7 +124,7 @@ class TestTakeOver:
 
     def pair(self, rate: float, schedule=None, **options):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=rate, **options)
-        scheduler = (schedule or (lambda each: torch.optim.lr_scheduler.StepLR(each, 2)))(optimizer)
+        scheduler = (schedule or (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2)))(optimizer)
         return optimizer, scheduler
 
     def resumed(self, schedule, given: float, steps: int = 3):
@@ -143,14 +143,14 @@ class TestTakeOver:
     @pytest.mark.parametrize(
         "schedule",
         [
-            lambda each: torch.optim.lr_scheduler.StepLR(each, 2),
-            lambda each: torch.optim.lr_scheduler.CosineAnnealingLR(each, 10),
-            lambda each: torch.optim.lr_scheduler.LambdaLR(each, lambda step: 0.5**step),
-            lambda each: torch.optim.lr_scheduler.SequentialLR(
-                each,
+            lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2),
+            lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+            lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+            lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+                optimizer,
                 [
-                    torch.optim.lr_scheduler.ConstantLR(each, 0.5, 2),
-                    torch.optim.lr_scheduler.LambdaLR(each, lambda step: 0.5**step),
+                    torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 2),
+                    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
                 ],
                 milestones=[2],
             ),
@@ -166,12 +166,12 @@ class TestTakeOver:
             other_scheduler.step()
         for _ in range(4):
             assert optimizer.param_groups[0]["lr"] == pytest.approx(other.param_groups[0]["lr"])
-            for each, its in ((optimizer, scheduler), (other, other_scheduler)):
-                each.step()
+            for one, its in ((optimizer, scheduler), (other, other_scheduler)):
+                one.step()
                 its.step()
 
     def test_rate_that_a_plateau_has_lowered_stays_as_much_lower(self):
-        optimizer, scheduler = self.pair(0.1, lambda each: torch.optim.lr_scheduler.ReduceLROnPlateau(each))
+        optimizer, scheduler = self.pair(0.1, lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
         before = read_groups(optimizer)
         optimizer.param_groups[0]["lr"] = 0.05
         assert take_over(optimizer, scheduler, [{**before[0], "lr": 0.02}], before) == [("lr", 0.1, 0.02)]
@@ -221,7 +221,7 @@ class TestWhatIsSaid:
                 saved,
                 dataset=other,
                 teacher=build_model("gpt2", seed=3, width=48),
-                reward_funcs=lambda completions, **unused: [float(len(each)) for each in completions],
+                reward_funcs=lambda completions, **unused: [float(len(completion)) for completion in completions],
             )
         found = said(caplog)
         assert [line.split(":")[0] for line in found] == ["reward_funcs", "teacher_model", "train_dataset"]

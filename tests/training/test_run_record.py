@@ -195,7 +195,7 @@ def test_recipe_is_parsed_into_the_same_configuration(module, tmp_path, monkeypa
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(plain(repeating_options(parser, words)), sort_keys=False))
     again, _ = parse(module.build_parser(), ["--config", str(path)])
-    assert [plain(each) for each in again] == [plain(each) for each in parsed]
+    assert [plain(values) for values in again] == [plain(values) for values in parsed]
     # what was given stands first
     names = list(yaml.safe_load(path.read_text()))
     assert {"dataset_name", "learning_rate", "report_to", "warmup_steps"} < set(names[:12])
@@ -224,7 +224,7 @@ class TestRecord:
         self.record(tmp_path).__enter__()
         with self.record(tmp_path):
             pass
-        assert [each["status"] for each in record_in(tmp_path)["attempts"]] == ["killed", "finished"]
+        assert [attempt["status"] for attempt in record_in(tmp_path)["attempts"]] == ["killed", "finished"]
 
     @pytest.mark.parametrize("content", ['{"stages": {}}', '{"attempts": [3]}', '{"attempts": [{}]}', "{"])
     def test_record_of_something_else_is_not_overwritten(self, tmp_path, content: str):
