@@ -409,7 +409,7 @@ class TestFolders:
         prepare(tmp_path / "out", "examples", source)
         (tmp_path / "out" / "notes.md").write_text("mine")
         options = ("--task", "examples", "--source", source, "--validation_rows", "2", "--overwrite", "true")
-        assert "has not written 'notes.md'" in refused(capsys, tmp_path / "out", *options)
+        assert "did not write 'notes.md'" in refused(capsys, tmp_path / "out", *options)
         assert (tmp_path / "out" / "notes.md").exists()
         (tmp_path / "out" / "notes.md").rename(tmp_path / "notes.md")
         (tmp_path / "out" / "stage.json").write_text("{}")  # of a recipe
