@@ -97,6 +97,11 @@ def run_chain(inputs: Path, output: Path) -> None:
     )
 
 
+def _hash(commit: str) -> str:
+    words = ["git", "rev-parse", commit]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def check_out(commit: str, folder: Path) -> Path:
     """Write the files of a commit to `folder`; `.` is the checkout as it is."""
     if commit == ".":
@@ -136,27 +141,26 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {str(path.relative_to(folder)): read(path) for path in paths}
 
 
-def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the file and name of every value that only one of two chains has, or that differs."""
-    values = [
-        {(file, name): value for file, part in chain.items() for name, value in part.items()} for chain in (one, other)
-    ]
-    keys = sorted(values[0].keys() | values[1].keys(), key=str)
+def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the names of the values that only one of two chains has, or that differ, by file."""
     missing = object()
-    return [
-        f"{file}: {name}"
-        for file, name in keys
-        if repr(values[0].get((file, name), missing)) != repr(values[1].get((file, name), missing))
-    ]
+    different = {}
+    for file in sorted(one.keys() | other.keys()):
+        values, others = one.get(file, {}), other.get(file, {})
+        names = sorted(values.keys() | others.keys(), key=str)
+        found = [str(name) for name in names if repr(values.get(name, missing)) != repr(others.get(name, missing))]
+        different |= {file: found} if found else {}
+    return different
 
 
 def compare(commits: list[str]) -> int:
     """Run the chain under each of two commits, and print what differs."""
+    hashes = [commit if commit == "." else _hash(commit) for commit in commits]  # a branch may move meanwhile
     with tempfile.TemporaryDirectory() as work:
         inputs, found = Path(work) / "inputs", []
         inputs.mkdir()
         write_inputs(inputs)
-        for number, commit in enumerate(commits):
+        for number, commit in enumerate(hashes):
             # the same path for both, as the seeds of some orders and the names of datasets may depend on it
             output, kept = Path(work) / "output", Path(work) / f"output-{number}"
             package = check_out(commit, Path(work) / f"package-{number}")
@@ -171,8 +175,10 @@ def compare(commits: list[str]) -> int:
             output.rename(kept)
             found.append(results(kept))
     different = differences(*found)
-    count = sum(map(len, found[0].values()))
-    print("\n".join(different[:40]) or f"none differs ({count} values in {len(found[0])} files)")
+    for file, names in different.items():
+        print(f"{file}: {len(names)} differ: {', '.join(names[:5])}")
+    if not different:
+        print(f"none differs ({sum(map(len, found[0].values()))} values in {len(found[0])} files)")
     return int(bool(different))
 
 
