@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from minillm_trl.demo import DemoSettings, run_demo
-from minillm_trl.evaluation.metrics import paired_bootstrap
+from minillm_trl.evaluation.statistics import paired_bootstrap
 
 RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
 PICTURE = RESULTS.with_suffix(".png")

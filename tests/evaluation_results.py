@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm_trl.evaluation.metrics import bootstrap_interval
+from minillm_trl.evaluation.statistics import bootstrap_interval
 
 SEEDS = [1, 2]
 SETTINGS = {

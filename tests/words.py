@@ -37,7 +37,6 @@ NOT_YET_CLEAN = (
     "minillm_trl/*.py",
     "minillm_trl/baselines/*.py",
     "minillm_trl/demo/*.py",
-    "minillm_trl/evaluation/*.py",
     "minillm_trl/files/*.py",
     "minillm_trl/hardware/*.py",
     "minillm_trl/models/*.py",

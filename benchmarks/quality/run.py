@@ -166,7 +166,8 @@ def measure(task, folder: Path, tokenizer, model, teacher, split: str, seeds: tu
     from minillm_trl.data import unique_prompts
     from minillm_trl.evaluation.divergence import token_divergences
     from minillm_trl.evaluation.evaluate import evaluate_model
-    from minillm_trl.evaluation.metrics import bootstrap_interval, distinct_ngrams
+    from minillm_trl.evaluation.metrics import distinct_ngrams
+    from minillm_trl.evaluation.statistics import bootstrap_interval
     from minillm_trl.models.teacher import shared_vocab_size
     from minillm_trl.rollouts.prompts import encode_prompts, generate_completions
 

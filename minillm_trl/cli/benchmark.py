@@ -20,8 +20,8 @@ from ..evaluation.general_benchmarks import (
     task_settings,
 )
 from ..evaluation.lm_eval_results import TaskOutcome, evaluate_task, pool, wrap_model
-from ..evaluation.metrics import MeanInterval
 from ..evaluation.report import format_cell
+from ..evaluation.statistics import MeanInterval
 from ..models.end_tokens import carry, find_end_tokens
 from .arguments import PlainParser, parse_with_config
 from .option_values import json_object

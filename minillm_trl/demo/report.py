@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from ..evaluation.comparison_tables import COLUMNS
-from ..evaluation.metrics import MeanInterval, paired_bootstrap
 from ..evaluation.plots import Curve, Plot
 from ..evaluation.report import Report, Row, Sample, Section, Table
+from ..evaluation.statistics import MeanInterval, paired_bootstrap
 from .settings import DemoSettings
 
 NAMES = {

@@ -1,4 +1,4 @@
-"""Answers of several models side by side: which prompts are shown."""
+"""Choose the prompts whose answers a comparison shows side by side."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,19 @@ _SEED = 0
 
 
 def side_by_side(results: Mapping[str, TaskResult], students: Sequence[str], count: int) -> dict[str, list[Sample]]:
-    """Choose prompts of a task, and put the answers to each side by side.
+    """Choose prompts of a task and return the models' answers to them.
+
+    Half of the prompts are random, the other half are those where the models' Rouge-L differs most.
 
     Args:
-        results (`Mapping[str, TaskResult]`): of the task by model, on the same prompts.
-        students (`Sequence[str]`): the models whose differences count, if there are two or more.
-        count (`int`): number of prompts chosen at random, and of those where the models differ most.
+        results (`Mapping[str, TaskResult]`): results by model, on the same prompts.
+        students (`Sequence[str]`): the models whose Rouge-L is compared, if two or more have results; otherwise all
+            models are compared.
+        count (`int`): number of prompts of each kind.
 
     Returns:
-        `dict[str, list[Sample]]`: by how they were chosen; empty if the models wrote no text.
+        `dict[str, list[Sample]]`: samples by a heading that says how they were chosen; empty if the models wrote no
+        text.
     """
     first = next(iter(results.values()))
     if not first.samples[0]["outputs"]:
@@ -52,7 +56,7 @@ def _sample(results: Mapping[str, TaskResult], row: int) -> Sample:
 
 
 def _scores(scores: Mapping[str, Sequence[float]]) -> str:
-    """Of the answer of the first seed, which is shown, beside the mean over all seeds."""
+    """Return the scores of the shown answer, which is the first seed's, with the Rouge-L mean over all seeds."""
     parts = []
     if scores.get("rouge_l"):
         rouge = scores["rouge_l"]
@@ -64,4 +68,6 @@ def _scores(scores: Mapping[str, Sequence[float]]) -> str:
 
 
 def _text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{each['role']}: {each['content']}" for each in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible endpoint for chat completions, through the `openai` client (extra `judge`)."""
+"""Request chat completions from an OpenAI-compatible endpoint with the `openai` client (extra `judge`)."""
 
 import importlib.util
 import random
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from openai import APIStatusError
 
 MAX_BACKOFF = 60.0
-MAX_REQUESTED_WAIT = 300.0  # a server that asks for more is given up
+MAX_REQUESTED_WAIT = 300.0  # seconds; give up if the server asks for more
 
-_TRANSIENT = (408, 429)  # and all of 500 and above
+_TRANSIENT = (408, 429)  # and every status from 500
 _REFUSED = (400, 413, 422)
 _MAX_SHOWN = 200  # characters of a server's message in an error
 
 
 class ChatError(UserError):
-    """The endpoint gives no completion. The message says why, and what to do."""
+    """The endpoint returns no completion. The message has the cause and the fix."""
 
 
 class RequestRefused(ChatError):
@@ -32,7 +32,7 @@ class RequestRefused(ChatError):
 
 
 class _Transient(Exception):
-    """A failure that may pass; `wait` is the number of seconds that the server asks for."""
+    """A failure worth a retry; `wait` is the number of seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -44,10 +44,10 @@ class ChatReply:
     """A completion.
 
     Attributes:
-        text (`str`): of the first choice, empty if it has none.
+        text (`str`): content of the first choice; empty if the reply has no content.
         model (`str`, *optional*): the model that answered, as the endpoint names it.
-        prompt_tokens, completion_tokens (`int`): as the endpoint counts them, 0 if it does not.
-        retries (`int`): failed attempts before it.
+        prompt_tokens, completion_tokens (`int`): as reported by the endpoint; 0 if it reports none.
+        retries (`int`): failed attempts before this reply.
     """
 
     text: str
@@ -58,18 +58,19 @@ class ChatReply:
 
 
 class ChatClient:
-    """Client of one endpoint; [`complete`] may be called from several threads.
+    """Client of one endpoint. [`complete`] is thread-safe.
 
     Args:
         base_url (`str`): the endpoint without `/chat/completions`, such as `http://localhost:8000/v1`.
-        api_key (`str`, *optional*): sent as a bearer token, and removed from everything that the endpoint says.
+        api_key (`str`, *optional*): sent as a bearer token and redacted in everything that the endpoint returns.
         key_name (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): environment variable of the key, for messages.
         timeout (`float`, *optional*, defaults to `120.0`): seconds to wait for an answer.
-        max_retries (`int`, *optional*, defaults to `6`): attempts after the first one of a request.
-        sleep (`Callable`, *optional*): waits for some seconds; by default until [`stop`] at most.
+        max_retries (`int`, *optional*, defaults to `6`): attempts after the first.
+        sleep (`Callable`, *optional*): waits for a number of seconds; by default [`stop`] ends the wait.
 
     Raises:
-        UserError: if the address or the key cannot be used (without showing the key), or openai is not installed.
+        UserError: if the address or the key is invalid (the message never shows the key).
+        MissingPackageError: if openai is not installed.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class ChatClient:
         sleep: Callable[[float], object] | None = None,
     ):
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            raise UserError(f"{key_name} holds characters that no HTTP header carries. Set it to the key alone.")
+            raise UserError(f"{key_name} contains characters that are invalid in an HTTP header. Set it to the key.")
         base_url = check_base_url(base_url)
         check_installed()
-        from openai import DefaultHttpxClient, OpenAI, omit  # takes a second to import, and only a judge needs it
+        from openai import DefaultHttpxClient, OpenAI, omit  # takes a second to import
 
         self.url = f"{base_url}/chat/completions"
         self._api_key = api_key
@@ -96,13 +97,14 @@ class ChatClient:
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
         self._headers = None if api_key else {"Authorization": omit}
-        # The client itself would wait where `stop` cannot wake it, back off for 8 s at most, and pass broken replies
+        # We retry ourselves: `stop` cannot interrupt the waits of the openai client, which also backs off for 8 s at
+        # most and accepts broken replies
         self._client = OpenAI(
             base_url=base_url,
             api_key=api_key or "none",
             timeout=timeout,
             max_retries=0,
-            http_client=DefaultHttpxClient(follow_redirects=False),  # answers go to the given address only
+            http_client=DefaultHttpxClient(follow_redirects=False),  # never send answers to another host
         )
 
     def __enter__(self) -> Self:
@@ -112,18 +114,19 @@ class ChatClient:
         self._client.close()
 
     def stop(self) -> None:
-        """Prevent new requests and retries, from any thread; requests in flight are still answered."""
+        """Prevent new requests and retries; requests in flight still complete. Thread-safe."""
         self._stopped.set()
 
     def complete(self, body: dict[str, Any]) -> ChatReply:
-        """Ask for a completion; retry after 408, 429, 5xx, a time-out, a lost connection or a broken reply.
+        """Request a completion; retry after 408, 429, 5xx, a time-out, a lost connection or a broken reply.
 
         Args:
-            body (`dict`): of the request: `model`, `messages` and parameters.
+            body (`dict`): request body: `model`, `messages` and parameters.
 
         Raises:
             RequestRefused: if the endpoint refuses the content of the request.
-            ChatError: if it refuses every request, or failed more than `max_retries` times.
+            ChatError: if it rejects every request, the request failed more than `max_retries` times, or [`stop`] was
+                called.
         """
         retries = 0
         while not self._stopped.is_set():
@@ -132,16 +135,18 @@ class ChatClient:
             except _Transient as failure:
                 self._wait(retries, failure)
             retries += 1
-        raise ChatError(f"{self.url} was not asked: stopped before.")
+        raise ChatError(f"{self.url}: no request was sent, because the client was stopped.")
 
     def _wait(self, retries: int, failure: _Transient) -> None:
         if retries == self._max_retries:
             raise ChatError(
-                f"{self.url} failed {retries + 1} times, last with {failure}. Check that it runs and that --base_url "
-                "is right, or send fewer requests at a time with --concurrency."
+                f"{self.url} failed {retries + 1} times, last with {failure}. Check that the server runs and that "
+                "--base_url is right, or lower --concurrency."
             ) from failure
         if failure.wait is not None and failure.wait > MAX_REQUESTED_WAIT:
-            raise ChatError(f"{self.url} asks to wait for {failure.wait:.0f} s ({failure}).") from failure
+            raise ChatError(
+                f"{self.url} asks to wait for {failure.wait:.0f} s ({failure}). Try again later."
+            ) from failure
         self._sleep(seconds_before_retry(retries, failure.wait))
 
     def _try(self, body: dict[str, Any], retries: int) -> ChatReply:
@@ -156,39 +161,41 @@ class ChatClient:
         except APIConnectionError as error:
             raise _Transient(f"{type(error.__cause__).__name__} ({error.__cause__})") from error
         except APIStatusError as error:
-            raise self._failure(error, body) from None  # the client's error shows the message with the key
+            raise self._failure(error, body) from None  # the openai error contains the key
         try:
             reply = response.parse()
             text = reply.choices[0].message.content
             if not isinstance(text, str | None):
                 raise TypeError(f"content is a {type(text).__name__}")
-            tokens = [int(getattr(reply.usage, f"{kind}_tokens", None) or 0) for kind in ("prompt", "completion")]
+            prompt_tokens = int(getattr(reply.usage, "prompt_tokens", None) or 0)
+            completion_tokens = int(getattr(reply.usage, "completion_tokens", None) or 0)
         except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise _Transient(f"a reply that is no chat completion: HTTP 200{self._quoted(response.text)}") from error
-        return ChatReply(self._without_key(text or ""), reply.model, *tokens, retries)
+            raise _Transient(f"the reply is not a chat completion: HTTP 200{self._quoted(response.text)}") from error
+        return ChatReply(self._without_key(text or ""), reply.model, prompt_tokens, completion_tokens, retries)
 
     def _failure(self, error: "APIStatusError", body: dict[str, Any]) -> Exception:
-        """Return the error for an answer that is not 200, with the status, and the message without the key."""
+        """Return the error for a status other than 200, with the server's message and without the key."""
         status, message = error.status_code, error.body
         if isinstance(message, dict):
             message = message.get("message") or error.response.text
-        said = f"HTTP {status}{self._quoted(str(message))}"
+        reply = f"HTTP {status}{self._quoted(str(message))}"
         if status in _TRANSIENT or status >= 500:
-            return _Transient(said, _retry_after(error.response.headers.get("Retry-After")))
+            return _Transient(reply, _retry_after(error.response.headers.get("Retry-After")))
         if status in _REFUSED:
-            return RequestRefused(f"{self.url} refuses a request: {said}.")
+            return RequestRefused(f"{self.url} refuses a request: {reply}.")
         if status in (401, 403):
             fix = f"Check the key in {self._key_name}" if self._api_key else f"No key was sent: set {self._key_name}"
-            return ChatError(f"{self.url} rejected the API key: {said}. {fix}.")
+            return ChatError(f"{self.url} rejected the API key: {reply}. {fix}.")
         if status == 404:
             return ChatError(
-                f"{self.url} does not exist, or has no model {body['model']!r}: {said}. Check --base_url, which often "
-                "ends with /v1, and --judge_model."
+                f"{self.url} does not exist, or has no model {body['model']!r}: {reply}. Check --base_url, which "
+                "often ends with /v1, and --judge_model."
             )
-        return ChatError(f"{self.url} does not answer as an OpenAI-compatible endpoint: {said}.")
+        return ChatError(f"{self.url} is not an OpenAI-compatible endpoint: {reply}.")
 
     def _quoted(self, text: str) -> str:
-        text = " ".join(self._without_key(text).split()).rstrip(".")  # before it is cut, which would leave a part
+        # Redact before cutting: a cut key would no longer match
+        text = " ".join(self._without_key(text).split()).rstrip(".")
         return f", {text[:_MAX_SHOWN]!r}" if text else ""
 
     def _without_key(self, text: str) -> str:
@@ -196,42 +203,45 @@ class ChatClient:
 
 
 def check_installed() -> None:
-    """Check that the `openai` client is there.
+    """Check that the `openai` client is installed.
 
     Raises:
-        MissingPackageError: if it is not, with the command that installs it.
+        MissingPackageError: if it is not; the message has the install command.
     """
     if importlib.util.find_spec("openai") is None:
-        raise MissingPackageError("A judge needs openai, which is not installed: pip install 'minillm-trl[judge]'")
+        raise MissingPackageError("The judge needs openai, which is not installed: pip install 'minillm-trl[judge]'")
 
 
 def check_base_url(base_url: str) -> str:
-    """Return the address without a slash at its end.
+    """Return the address without a trailing slash.
 
     Raises:
-        UserError: if it is not the address of an endpoint, or holds a possible secret, which is not shown.
+        UserError: if it is not an http(s) URL, or may contain a secret, which the message does not show.
     """
     try:
         url = urlsplit(base_url)
         _ = url.port  # raises if it is not a number
     except ValueError:
-        raise UserError("--base_url is no address. Give one like http://localhost:8000/v1.") from None
+        raise UserError("--base_url is not a URL. Give one like http://localhost:8000/v1.") from None
     if "@" in url.netloc or url.query or url.fragment:
-        raise UserError("--base_url must end with its path. A key goes into an environment variable: --api_key_env.")
+        raise UserError(
+            "--base_url must not contain credentials, a query or a fragment. Put the key into an environment variable "
+            "and name it with --api_key_env."
+        )
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--base_url {base_url} is no http or https address. Give one like http://localhost:8000/v1.")
+        raise UserError(f"--base_url {base_url} is not an http or https URL. Give one like http://localhost:8000/v1.")
     if url.path.rstrip("/").endswith("/chat/completions"):
-        raise UserError(f"--base_url {base_url}: leave out /chat/completions, which is added.")
+        raise UserError(f"--base_url {base_url}: remove /chat/completions, which is added automatically.")
     return base_url.rstrip("/")
 
 
 def seconds_before_retry(retries: int, asked: float | None) -> float:
-    """Return how long to wait: as long as the server asks for, or 1, 2, 4, ... up to 60 seconds; both with jitter.
+    """Return the wait before a retry: what the server asks for, else 1, 2, 4, ... up to 60 seconds, with jitter.
 
     Args:
         retries (`int`): retries so far.
-        asked (`float`, *optional*): seconds that the server asks for. The wait is up to a second longer; without them
-            it is between a half and the whole of the power of two.
+        asked (`float`, *optional*): seconds that the server asks for. Jitter adds up to a second. Without a request,
+            the wait is a random 50 % to 100 % of the power of two.
     """
     if asked is not None:
         return asked + random.random()
@@ -239,7 +249,7 @@ def seconds_before_retry(retries: int, asked: float | None) -> float:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Return the seconds of a `Retry-After` header, which may also be a date; None if it is missing or unreadable."""
+    """Return the seconds of a `Retry-After` header (a number or a date); None if it is missing or invalid."""
     if header is None:
         return None
     if header.strip().isdecimal():

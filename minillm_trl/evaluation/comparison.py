@@ -1,4 +1,4 @@
-"""Compares models that were evaluated alike: tables and figures of models and tasks, differences paired by prompt."""
+"""Compare models evaluated with the same settings: tables, figures and differences paired by prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from ..errors import UserError
 from .answers import side_by_side
 from .comparison_tables import Differences, columns_of, common_position, measured, overview, task_tables
 from .figures import task_figures, task_overview, training_curves
-from .metrics import MeanInterval
 from .report import Record, Report, Section, Table, best_students
 from .results import EvaluatedModel, TaskResult, check_comparable, results_of, task_names, teacher_names
 from .significance import paired_differences
+from .statistics import MeanInterval
 
 _SAMPLES, _SAMPLES_OF_SEVERAL_TASKS = 5, 3
 
@@ -23,31 +23,30 @@ def compare_models(
     teacher: str | None = None,
     histories: Mapping[str, Mapping[str, Mapping[int, float]]] | None = None,
 ) -> Report:
-    """Put the results of several models side by side.
+    """Compare the results of several models in a report.
 
     Args:
         models (`Sequence[EvaluatedModel]`): in the order of the rows.
-        baseline (`str`, *optional*): name of the model to which the others' differences are shown.
-        teacher (`str`, *optional*): name of the model that is no student, beside those that were a teacher in
-            another's evaluation.
-        histories (`Mapping`, *optional*): what [`~evaluation.training_history.read_history`] returns, by model.
+        baseline (`str`, *optional*): name of the model that the others are compared with.
+        teacher (`str`, *optional*): name of a model to show as a teacher. Models that were the teacher in
+            another model's evaluation are recognised without it.
+        histories (`Mapping`, *optional*): [`~evaluation.training_history.read_history`] of each model with a training.
 
     Raises:
-        ValueError: if there are no models, two have one name, none is called `baseline` or `teacher`, or two were
-            evaluated with different settings, prompts or references, or compared with different teachers; with the
-            names of both.
+        ValueError: if there are no models, two have the same name, `baseline` or `teacher` is not a model, or two
+            models were evaluated with different settings, prompts, references or teachers.
     """
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"Cannot compare {names}: each model needs a name of its own.")
+        raise UserError(f"Cannot compare {names}: give every model a different name.")
     for option, name in (("baseline", baseline), ("teacher", teacher)):
         if name is not None and name not in names:
-            raise UserError(f"--{option} {name}: there are only {', '.join(names)}.")
+            raise UserError(f"--{option} {name}: no such model. Choose one of {', '.join(names)}.")
     tasks = task_names(models)
     for task in tasks:
         check_comparable(task, results_of(models, task))
     differences = _differences(models, tasks, baseline)
-    teachers = teacher_names(models) | ({teacher} - {None})
+    teachers = teacher_names(models) | (set() if teacher is None else {teacher})
     table = overview(models, tasks, teachers, differences, baseline)
     sections = [
         Section(
@@ -74,7 +73,7 @@ def compare_models(
 def _differences(
     models: Sequence[EvaluatedModel], tasks: Sequence[str], baseline: str | None
 ) -> dict[str, Differences]:
-    """By task; empty where the baseline was not evaluated."""
+    """Return differences by task; empty for tasks that the baseline was not evaluated on."""
     differences: dict[str, Differences] = {}
     for task in tqdm(tasks, desc="Comparing", unit=" tasks", delay=5, leave=False):
         results = results_of(models, task)
@@ -85,9 +84,9 @@ def _differences(
 def _facts(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[tuple[str, str]]:
     settings = {task: next(iter(results_of(models, task).values())).settings for task in tasks}
     facts = [(task, f"{settings[task]['prompts']} prompts") for task in tasks]
-    described = {task: _described(each) for task, each in settings.items()}
-    for name in dict.fromkeys(name for each in described.values() for name in each):
-        by_task = {task: each[name] for task, each in described.items() if name in each}
+    described = {task: _described(task_settings) for task, task_settings in settings.items()}
+    for name in dict.fromkeys(name for task_facts in described.values() for name in task_facts):
+        by_task = {task: task_facts[name] for task, task_facts in described.items() if name in task_facts}
         if len(set(by_task.values())) == 1:
             facts.append((name, next(iter(by_task.values()))))
         else:
@@ -96,17 +95,17 @@ def _facts(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[tuple
 
 
 def _described(settings: Mapping[str, Any]) -> dict[str, str]:
-    """How a task was evaluated: by what was sampled, by the label words, or with lm-eval."""
+    """Return how a task was evaluated: decoding settings, label words, or lm-eval's examples."""
     if settings.get("kind") == "lm_eval":
         return {"lm-eval": f"{settings['num_fewshot']} examples"}
     if settings["label_words"] is not None:
         return {"Label words": ", ".join(settings["label_words"])}
     block = settings["no_repeat_ngram_size"]
-    how = (
+    decoding = (
         "greedy (the most likely token)" if settings["greedy"] else f"sampled at temperature {settings['temperature']}"
     )
     blocked = f"no {block}-gram twice" if block else "no n-gram blocked"
-    described = {"Decoding": f"{how}; {blocked} (no_repeat_ngram_size {block or 0})"}
+    described = {"Decoding": f"{decoding}; {blocked} (no_repeat_ngram_size {block or 0})"}
     if not settings["greedy"]:
         described["Sampling seeds"] = ", ".join(map(str, settings["seeds"]))
     return {**described, "Length limit": f"{settings['max_new_tokens']} tokens"}
@@ -115,9 +114,9 @@ def _described(settings: Mapping[str, Any]) -> dict[str, str]:
 def _summary(
     table: Table, differences: Mapping[str, Differences], models: Sequence[EvaluatedModel], baseline: str | None
 ) -> str:
-    """Who is ahead, from the overview of all tasks."""
+    """Return which students lead on which tasks, and which beat the baseline."""
     if not table.columns:
-        return "Neither references nor labels, so neither Rouge-L nor accuracy."
+        return "No references or labels, so no Rouge-L or accuracy."
     best = best_students(table)
     students = [row.name for row in table.rows if not row.is_teacher]
     tasks = [column.key for column in table.columns]
@@ -127,42 +126,44 @@ def _summary(
     if baseline is not None:
         better = {task: _significantly_better(results_of(models, task), differences[task]) for task in tasks}
         above = {name: [task for task in tasks if name in better[task]] for name in students}
-        sentences.append(f"Above {baseline} by more than chance: {_listed(above)}.")
+        sentences.append(f"Significantly better than {baseline}: {_listed(above)}.")
     return " ".join(sentences)
 
 
 def _listed(tasks: Mapping[str, Sequence[str]]) -> str:
-    """Models, each with its tasks."""
-    return "; ".join(f"{name} on {', '.join(found)}" for name, found in tasks.items() if found) or "no student"
+    """Return models with their tasks as text."""
+    return "; ".join(f"{name} on {', '.join(names)}" for name, names in tasks.items() if names) or "no student"
 
 
 def _significantly_better(results: Mapping[str, TaskResult], differences: Differences) -> list[str]:
-    """The models that are better than the baseline in what the task is judged by."""
-    found = []
+    """Return the models that beat the baseline in the task's main measure."""
+    names = []
     for name, result in results.items():
-        difference = differences.get(result.main_measure, {}).get(name)
-        if difference is not None and difference.is_significant:
-            sign = -1 if columns_of(results)[result.main_measure].better == "lower" else 1
+        measure = result.main_measure
+        difference = None if measure is None else differences.get(measure, {}).get(name)
+        if measure is not None and difference is not None and difference.is_significant:
+            sign = -1 if columns_of(results)[measure].better == "lower" else 1
             if sign * difference.interval.mean > 0:
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 def _notes(baseline: str | None) -> list[str]:
     notes = [
-        "Means over prompts with 95 % bootstrap intervals over prompts; each prompt counts with its mean over the "
-        "sampling seeds. ↑ higher is better, ↓ lower, ≈ closer to the teacher's. The best student is in bold, whether "
-        "or not the difference is larger than chance.",
+        "Means over prompts with 95 % bootstrap intervals over prompts; a prompt's value is its mean over the "
+        "sampling seeds. ↑ higher is better, ↓ lower is better, ≈ closer to the teacher is better. The best student "
+        "is in bold, even if the difference is not significant.",
         "Reverse KL is KL(student || teacher) on the student's samples, forward KL is KL(teacher || student) on the "
-        "teacher's, both over whole completions and by token. ExAccErr is how much more error the student accumulates "
-        "on its own texts than on the teacher's, at the last position that a tenth of all models' samples reach.",
-        "Length, ends, repetition and diversity should be like the teacher's: reverse KL alone also falls when texts "
-        "degenerate. Self-BLEU is high where the samples of a prompt are alike.",
+        "teacher's, both for whole completions and per token. ExAccErr is the excess of the error that the student "
+        "accumulates on its own text over the error on the teacher's text, at the last position that a tenth of every "
+        "model's samples reach.",
+        "Length, ends, repetition and diversity should match the teacher's: reverse KL alone also falls when texts "
+        "degenerate. Self-BLEU is high if the samples for a prompt are similar.",
     ]
     if baseline is not None:
         notes.append(
-            f"Differences to {baseline} are paired by prompt, with 95 % bootstrap intervals; p is of a two-sided "
-            "sign-flip test, corrected (Holm) for the number of models that are compared on a task."
+            f"Differences from {baseline} are paired by prompt, with 95 % bootstrap intervals. p comes from a "
+            "two-sided sign-flip test, corrected (Holm) for the number of models compared on a task."
         )
     return notes
 
@@ -188,13 +189,13 @@ def _records(
                     continue
                 mean, low, high, n, error = cell
                 record = Record(name, task, measure, mean, low, high, error, n)
-                if (found := differences[task].get(measure, {}).get(name)) is not None:
+                if (difference := differences[task].get(measure, {}).get(name)) is not None:
                     record = record._replace(
-                        difference=found.interval.mean,
-                        difference_low=found.interval.low,
-                        difference_high=found.interval.high,
-                        p=found.p,
-                        p_holm=found.p_holm,
+                        difference=difference.interval.mean,
+                        difference_low=difference.interval.low,
+                        difference_high=difference.interval.high,
+                        p=difference.p,
+                        p_holm=difference.p_holm,
                     )
                 records.append(record)
     return records

@@ -1,11 +1,13 @@
-"""The tables of a comparison, made from the results."""
+"""Build the tables of a comparison."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from .report import Cell, Column, Row, Table
 from .results import EvaluatedModel, TaskResult, results_of
 from .significance import LEVEL, Difference
+from .statistics import MeanInterval
 
 COLUMNS = {
     column.key: column
@@ -52,6 +54,7 @@ GROUPS = {
 }
 _COMPARED = ("rouge_l", "exact_match", "accuracy", "reverse_kl", "loss")
 _MARK = "*"
+_BETTER: dict[bool | None, Literal["higher", "lower"] | None] = {True: "higher", False: "lower", None: None}
 
 Differences = Mapping[str, Mapping[str, Difference]]
 
@@ -63,20 +66,20 @@ def overview(
     differences: Mapping[str, Differences],
     baseline: str | None,
 ) -> Table:
-    """What each task is judged by, models by tasks; marked where a model differs from the baseline.
+    """Return the table of main measures, models by tasks, with marks for significant differences.
 
     Args:
-        models, tasks: rows and columns.
-        teachers (`set[str]`): the models that are no students.
-        differences (`Mapping[str, Differences]`): of each task, by measure and model.
-        baseline (`str`, *optional*): name of the model that the differences are to.
+        models, tasks: the rows and columns.
+        teachers (`set[str]`): names of the teachers.
+        differences (`Mapping[str, Differences]`): by task, measure and model.
+        baseline (`str`, *optional*): name of the model that the others are compared with.
     """
     columns, shown = [], []
     for task in tasks:
         results = results_of(models, task)
         if key := next(filter(None, (result.main_measure for result in results.values())), None):
             known = columns_of(results)
-            key = key if key in known else f"corpus_{key}"  # lm-eval has no standard error of it
+            key = key if key in known else f"corpus_{key}"  # a measure without lm-eval's standard error
             columns.append((task, key))
             column = known[key]
             shown.append(replace(column, key=task, label=f"{task}: {column.label}"))
@@ -85,8 +88,8 @@ def overview(
         cells: dict[str, Cell] = {}
         marks = {}
         for task, key in columns:
-            if task in model.tasks and (found := measured(model.tasks[task], None).get(key)) is not None:
-                cells[task] = found
+            if task in model.tasks and (cell := measured(model.tasks[task], None).get(key)) is not None:
+                cells[task] = cell
                 marks[task] = _mark(differences.get(task, {}).get(key, {}).get(model.name))
         rows.append(Row(model.name, cells, model.name in teachers, marks))
     return Table(shown, rows, _note(baseline))
@@ -95,33 +98,32 @@ def overview(
 def task_tables(
     results: Mapping[str, TaskResult], teachers: set[str], differences: Differences, baseline: str | None
 ) -> dict[str, Table]:
-    """The tables of one task by their headings: quality, differences to the baseline, closeness, texts.
+    """Return the tables of one task by heading: quality, differences from the baseline, closeness, diversity.
 
     Args:
-        results (`Mapping[str, TaskResult]`): of the task by model.
-        teachers (`set[str]`): the models that are no students.
+        results (`Mapping[str, TaskResult]`): results by model.
+        teachers (`set[str]`): names of the teachers.
         differences (`Differences`): by measure and model; empty without a baseline.
-        baseline (`str`, *optional*): name of the model that the differences are to.
+        baseline (`str`, *optional*): name of the model that the others are compared with.
     """
     position, columns = common_position(results), columns_of(results)
     groups = GROUPS if columns is COLUMNS else {"Quality": tuple(columns)}
     tables = {heading: _group_table(results, keys, position, teachers) for heading, keys in groups.items()}
     if differences:
         difference = _difference_table(results, teachers, differences, baseline)
-        tables = {"Quality": tables.pop("Quality"), f"Difference to {baseline}": difference, **tables}
+        tables = {"Quality": tables.pop("Quality"), f"Difference from {baseline}": difference, **tables}
     return {heading: table for heading, table in tables.items() if table.columns}
 
 
 def columns_of(results: Mapping[str, TaskResult]) -> dict[str, Column]:
-    """The columns of a task by measure: those of `evaluate`, or all that lm-eval has of a general benchmark."""
+    """Return the columns of a task by measure: [`COLUMNS`], or all measures of a general benchmark."""
     first = next(iter(results.values()))
     if not first.is_benchmark:
         return COLUMNS
     columns = {}
     for key in dict.fromkeys(key for result in results.values() for key in measured(result, None)):
         name = key.removeprefix("corpus_")
-        better = {True: "higher", False: "lower", None: None}[first.settings["higher_is_better"].get(name)]
-        columns[key] = Column(key, name, better, 3)
+        columns[key] = Column(key, name, _BETTER[first.settings["higher_is_better"].get(name)], 3)
     return columns
 
 
@@ -130,7 +132,7 @@ def _group_table(
 ) -> Table:
     rows = []
     for name, result in results.items():
-        cells = measured(result, position)
+        cells: dict[str, Cell] = {**measured(result, position)}
         by_seed = result.by_seed.get("rouge_l", [])
         if len(by_seed) > 1:
             cells["rouge_l_by_seed"] = f"{min(by_seed):.1f}–{max(by_seed):.1f}"
@@ -144,14 +146,17 @@ def _group_table(
     return Table(columns, rows)
 
 
-def measured(result: TaskResult, position: int | None) -> dict[str, Cell]:
-    """All measures of a task, those of single prompts and those of all samples together.
+def measured(result: TaskResult, position: int | None) -> dict[str, MeanInterval | float]:
+    """Return all measures of a task: means over prompts, corpus measures, ECE and ExAccErr.
 
     Args:
-        result ([`TaskResult`]): of one model.
-        position (`int`, *optional*): where ExAccErr is taken, see [`common_position`].
+        result ([`TaskResult`]): results of one model.
+        position (`int`, *optional*): position of ExAccErr, see [`common_position`].
     """
-    cells: dict[str, Cell] = {**result.summary, **{f"corpus_{key}": value for key, value in result.corpus.items()}}
+    cells: dict[str, MeanInterval | float] = {
+        **result.summary,
+        **{f"corpus_{key}": value for key, value in result.corpus.items()},
+    }
     if result.calibration is not None:
         cells["ece"] = result.calibration.ece
     if result.excess_error is not None and position is not None:
@@ -162,16 +167,17 @@ def measured(result: TaskResult, position: int | None) -> dict[str, Cell]:
 
 
 def common_position(results: Mapping[str, TaskResult]) -> int | None:
-    """The last position at which the accumulated errors of all models are known, counted from 1."""
-    return min((len(each.excess_error) for each in results.values() if each.excess_error is not None), default=None)
+    """Return the last position at which all models have an accumulated error, counted from 1; None without any."""
+    lengths = [len(result.excess_error) for result in results.values() if result.excess_error is not None]
+    return min(lengths, default=None)
 
 
 def _difference_table(
     results: Mapping[str, TaskResult], teachers: set[str], differences: Differences, baseline: str | None
 ) -> Table:
     known = columns_of(results)
-    judged_by = _COMPARED if known is COLUMNS else [next(iter(results.values())).main_measure]
-    columns, compared = [], [key for key in judged_by if differences.get(key)]
+    main_measures = _COMPARED if known is COLUMNS else [next(iter(results.values())).main_measure]
+    columns, compared = [], [key for key in main_measures if key is not None and differences.get(key)]
     for key in compared:
         columns += [Column(key, known[key].label, known[key].better), Column(f"{key}_p", "p (Holm)", None)]
     rows = []
@@ -194,4 +200,4 @@ def _mark(difference: Difference | None) -> str:
 
 
 def _note(baseline: str | None) -> str:
-    return f"{_MARK} differs from {baseline} by more than chance: corrected p of at most {LEVEL:g}" if baseline else ""
+    return f"{_MARK} significantly different from {baseline}: corrected p of at most {LEVEL:g}" if baseline else ""

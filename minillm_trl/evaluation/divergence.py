@@ -1,4 +1,4 @@
-"""What models say of given completions, token by token: how far two of them are apart, and the loss of one."""
+"""Score given completions token by token: the KL divergence of two models, and the loss of one model."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,36 +21,37 @@ def token_divergences(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    r"""KL of the next-token distributions of two models at each token of completions, exact over the vocabulary.
+    r"""Return the exact KL divergence of two models' next-token distributions at each token of completions.
 
     $$ \mathrm{KL}\big(f(\cdot|y_{<t}, x) \,\|\, s(\cdot|y_{<t}, x)\big), \qquad t = 1, \dots, T $$
 
-    With the student as `first` and the teacher as `second` this is the reverse KL, the other way round the forward KL.
-    On completions sampled from `first`, the mean of the sums along them is an unbiased estimate of KL(first || second)
-    over whole completions (of at most the length limit), with less variance than that of the log-ratio of the sampled
+    With the student as `first` and the teacher as `second` this is the reverse KL; swapped, it is the forward KL. On
+    completions sampled from `first`, the mean over completions of the sum over tokens is an unbiased estimate of
+    KL(first || second) over completions up to the length limit, with less variance than the log-ratio of the sampled
     tokens.
 
     Args:
-        first, second ([`~transformers.PreTrainedModel`]): the two models in eval mode, with one tokenizer.
+        first, second ([`~transformers.PreTrainedModel`]): the two models in eval mode, with the same tokenizer.
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
-        completion_ids (`Sequence[Sequence[int]]`): completions, the end-of-sequence token included.
+        completion_ids (`Sequence[Sequence[int]]`): completions, including the end-of-sequence token.
         vocab_size (`int`): number of leading vocabulary rows that both models share.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
 
     Returns:
-        `list[list[float]]`: nats, a list for each completion with one number a token; an empty one for an empty
-        completion.
+        `list[list[float]]`: nats, one list per completion with one number per token; empty for an empty completion.
 
     Raises:
-        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
+        ValueError: if a prompt has no tokens, or the number of prompts differs from the number of completions.
     """
     head, second_head = LMHead.of(first), LMHead.of(second)
 
     def divergences(request: ScoreRequest) -> torch.Tensor:
         states, second_states = (_states(model, request) for model in (first, second))
         request = request._replace(temperature=temperature, teacher_hidden_states=second_states)
-        return score_hidden_states(states, head, request, vocab_size, second_head).divergence
+        scores = score_hidden_states(states, head, request, vocab_size, second_head)
+        assert scores.divergence is not None  # the request has the second model's states
+        return scores.divergence
 
     return _token_values(divergences, prompt_ids, completion_ids, batch_size, head.weight.device)
 
@@ -63,22 +64,22 @@ def completion_losses(
     *,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    r"""Language-modelling loss of each token of completions: $-\log q(y_t|y_{<t}, x)$, at temperature 1.
+    r"""Return the language-modelling loss of each token of completions: $-\log q(y_t|y_{<t}, x)$, at temperature 1.
 
-    The model's whole vocabulary counts, padded rows included, as in the loss that `transformers` computes.
+    The softmax is over the model's whole vocabulary, including padding rows, as in the loss of `transformers`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model in eval mode.
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
-        completion_ids (`Sequence[Sequence[int]]`): completions; an end-of-sequence token counts if it is there.
+        completion_ids (`Sequence[Sequence[int]]`): completions, with or without end-of-sequence token.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
 
     Returns:
-        `list[list[float]]`: nats, a list for each completion with one number a token.
+        `list[list[float]]`: nats, one list per completion with one number per token.
 
     Raises:
-        ValueError: if a prompt has no tokens, the numbers of prompts and completions differ, or the model has no
-            embedding of a token.
+        ValueError: if a prompt has no tokens, the number of prompts differs from the number of completions, or the
+            model has no embedding for a token.
     """
     check_embedded(model, (*prompt_ids, *completion_ids))
     head = LMHead.of(model)
@@ -95,16 +96,18 @@ def score_requests(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[tuple[list[int], ScoreRequest]]:
-    """Batches of prompts with their completions, the longest first, so that neighbours need little padding.
+    """Yield batches of prompts with their completions, sorted by length to reduce padding, longest first.
 
     Yields:
-        `tuple[list[int], ScoreRequest]`: numbers of the rows, and the rows with a mask on the completions' tokens.
+        `tuple[list[int], ScoreRequest]`: row numbers of the batch, and its tokens with a mask on completion tokens.
 
     Raises:
-        ValueError: if a prompt has no tokens, or the numbers of prompts and completions differ.
+        ValueError: if a prompt has no tokens, or the number of prompts differs from the number of completions.
     """
     if len(prompt_ids) != len(completion_ids):
-        raise ValueError(f"Each prompt needs one completion: got {len(prompt_ids)} and {len(completion_ids)}.")
+        raise ValueError(
+            f"Every prompt needs one completion: got {len(prompt_ids)} prompts and {len(completion_ids)} completions."
+        )
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), batch_size):
@@ -117,10 +120,10 @@ def score_requests(
             if len(prompt_ids[row]) == 0:
                 raise UserError(
                     f"Prompt {row} has no tokens, so nothing predicts the first token of its completion. Drop it, or "
-                    "give it a beginning-of-sequence token."
+                    "start it with a beginning-of-sequence token."
                 )
             tokens = [*prompt_ids[row], *completion_ids[row]]
-            first = prompt_width - len(prompt_ids[row])
+            first = prompt_width - len(prompt_ids[row])  # left padding: completions start in the same column
             ids[i, first : first + len(tokens)] = torch.tensor(tokens)
             mask[i, first : first + len(tokens)] = True
         ids, mask = ids.to(device), mask.to(device)
@@ -139,7 +142,7 @@ def _token_values(
     batch_size: int,
     device: torch.device,
 ) -> list[list[float]]:
-    """What `score` gives the tokens `(B, T)` of each batch, by completion."""
+    """Apply `score`, which returns values `(B, T)` for a batch, and return the values by completion."""
     values: list[list[float]] = [[] for _ in completion_ids]
     for rows, request in score_requests(prompt_ids, completion_ids, batch_size, device):
         for row, scores in zip(rows, score(request).tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Exposure bias: how much a student's errors grow because it continues its own text and not the teacher's."""
+"""Exposure bias: how much more error a student accumulates on its own text than on the teacher's."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.encoding import Prompt, encode_prompts
 from ..models.teacher import shared_vocab_size
 from ..rollouts.prompts import end_token_ids
-from ..rollouts.sampling import draw_seed, evaluation_key, sample_prompts
+from ..rollouts.sampling import Completions, draw_seed, evaluation_key, sample_prompts
 from .divergence import token_divergences
 
 
@@ -22,10 +22,10 @@ class ExposureBias:
 
     Attributes:
         student (`list[float]`): L(l), nats: accumulated error on contexts that the student sampled.
-        teacher (`list[float]`): E(l) = l eps(l), nats: the same on contexts that the teacher sampled.
+        teacher (`list[float]`): E(l) = l eps(l), nats: accumulated error on contexts that the teacher sampled.
         excess_error (`list[float | None]`): ExAccErr(l), per cent; None where E(l) is not positive.
-        counts_student, counts_teacher (`list[int]`): samples whose l-th token exists, so from which position l has its
-            mean. Where they are few, the curves are noise.
+        counts_student, counts_teacher (`list[int]`): number of samples with a token at position l, which its mean is
+            taken over. With few samples the curves are noise.
     """
 
     student: list[float]
@@ -38,7 +38,7 @@ class ExposureBias:
 def excess_accumulated_error(
     on_student: Sequence[Sequence[float]], on_teacher: Sequence[Sequence[float]]
 ) -> ExposureBias:
-    r"""Excess accumulated error of a student (App. B.5 of the paper, after Arora et al. 2022).
+    r"""Return the excess accumulated error of a student (App. B.5 of the paper, after Arora et al. 2022).
 
     With the error of a step $\epsilon_t = \mathrm{KL}(p(\cdot|y_{<t}, x) \,\|\, q(\cdot|y_{<t}, x))$ of student q from
     teacher p,
@@ -47,21 +47,20 @@ def excess_accumulated_error(
        E(l) = l\,\epsilon(l) = \sum_{t=1}^{l} \mathbb{E}_{y \sim p}[\epsilon_t], \qquad
        \mathrm{ExAccErr}(l) = 100\, \frac{L(l) - E(l)}{E(l)} $$
 
-    The mean at position t is over the samples of all prompts that have a token there: an estimate of the error of a
-    step given that the text has come that far. Samples that have ended do not count as free of error, since a student
-    would then be the better the earlier it stops.
+    The mean at position t is over all samples that have a token there: it estimates the error of a step given that the
+    text is that long. Finished samples do not count as zero error, which would reward a student for stopping early.
 
     Args:
-        on_student, on_teacher (`Sequence[Sequence[float]]`): $\epsilon_t$ at each token of each sample of the student
-            and of the teacher, nats (see [`~evaluation.divergence.token_divergences`]); as many samples of each prompt
-            as of any other, the first token of the completion first.
+        on_student, on_teacher (`Sequence[Sequence[float]]`): $\epsilon_t$, nats, for every token of every sample from
+            the student and from the teacher (see [`~evaluation.divergence.token_divergences`]), in token order. Every
+            prompt has the same number of samples.
 
     Returns:
-        [`ExposureBias`]. `excess_error` is None where the student has made no error on the teacher's contexts, so that
-        there is nothing to be in excess of: at every position for a student that equals its teacher.
+        [`ExposureBias`]. `excess_error` is None where the student makes no error on the teacher's contexts, such as at
+        every position for a student equal to its teacher.
 
     Raises:
-        ValueError: if no sample of one of the models has a token.
+        ValueError: if all samples of one of the models are empty.
     """
     positions = min(max(map(len, divergences), default=0) for divergences in (on_student, on_teacher))
     if positions == 0:
@@ -75,10 +74,10 @@ def excess_accumulated_error(
 
 
 def _accumulated(divergences: Sequence[Sequence[float]], positions: int) -> tuple[list[float], list[int]]:
-    running = [[each[t] for each in divergences if len(each) > t] for t in range(positions)]
-    # fsum, so that the order of the prompts does not matter
-    means = (math.fsum(values) / len(values) for values in running)
-    return list(accumulate(means)), [len(values) for values in running]
+    by_position = [[errors[t] for errors in divergences if len(errors) > t] for t in range(positions)]
+    # fsum is exact, so the result does not depend on the order of the prompts
+    means = (math.fsum(errors) / len(errors) for errors in by_position)
+    return list(accumulate(means)), [len(errors) for errors in by_position]
 
 
 def sample_divergences(
@@ -96,29 +95,29 @@ def sample_divergences(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Sample from student and teacher, and measure the student's errors on both.
+    """Sample from student and teacher, and return the student's errors on both.
 
-    A sample is a function of the seed, its prompt's tokens and its number, so that neither batches nor the order of
-    the prompts matter. Student and teacher draw with the same random numbers, which takes noise out of the difference.
+    A sample depends only on the seed, its prompt's tokens and its index, not on batches or the order of the prompts.
+    Student and teacher draw with the same random numbers, which reduces the noise of their difference.
 
     Args:
         student, teacher ([`~transformers.PreTrainedModel`]): the two models; put in eval mode.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that of both.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of both.
         prompts (`Sequence`): texts or conversations, all different.
-        samples (`int`): samples of each model for each prompt; the paper has 10.
-        max_new_tokens (`int`): length limit, the end-of-sequence token included.
-        temperature (`float`, *optional*, defaults to `1.0`): of sampling and of the distributions that are compared.
+        samples (`int`): samples per model and prompt; the paper uses 10.
+        max_new_tokens (`int`): length limit, including the end-of-sequence token.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of sampling and of both distributions.
         seed (`int`, *optional*): seed of the samples. None draws one from torch's generator.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass.
         eos_tokens, chat_template_kwargs (*optional*): see [`generate_completions`].
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
     Returns:
-        The errors at each token of each sample of the student, and of the teacher, for [`excess_accumulated_error`];
-        samples of one prompt stand side by side.
+        The arguments of [`excess_accumulated_error`]: errors at each token of the student's samples, and of the
+        teacher's samples. Samples for the same prompt are adjacent.
 
     Raises:
-        ValueError: if `samples` is less than 1, or tokenizer and models do not fit.
+        ValueError: if `samples` is less than 1, or tokenizer and models do not match.
     """
     if samples < 1:
         raise ValueError(f"Exposure bias needs at least one sample of each prompt, got samples={samples}.")
@@ -129,8 +128,14 @@ def sample_divergences(
     conversational = any(not isinstance(prompt, str) for prompt in prompts)
     seed = draw_seed() if seed is None else seed
     keys = [evaluation_key(seed, ids, number % samples) for number, ids in enumerate(prompt_ids)]
+    # Samples come from the distributions that are scored, hence one set of options for both
+    options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "batch_size": batch_size}
     divergences = []
     with tqdm(total=2 * len(keys), desc="Exposure bias", unit=" samples", disable=not progress) as bar:
+
+        def advance(rows: list[int], _: Completions) -> None:
+            bar.update(len(rows))
+
         for model in (student.eval(), teacher.eval()):
             completions = sample_prompts(
                 model,
@@ -139,12 +144,9 @@ def sample_divergences(
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=end_token_ids(model, tokenizer, conversational, eos_tokens, chat_template_kwargs),
                 pad_token_id=pad_token_id,
-                temperature=temperature,
-                batch_size=batch_size,
-                vocab_size=vocab_size,  # what is scored, so that a step's error is that of what was drawn from
-                on_batch=lambda rows, _: bar.update(len(rows)),
+                on_batch=advance,
+                **options,
             )
-            options = {"vocab_size": vocab_size, "temperature": temperature, "batch_size": batch_size}
             divergences.append(token_divergences(teacher, student, prompt_ids, completions, **options))
     on_student, on_teacher = divergences
     return on_student, on_teacher

@@ -1,4 +1,4 @@
-"""The figures of a comparison, made from the results."""
+"""Build the figures of a comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,13 @@ _TRAINING = dict(
 
 
 def task_overview(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[Plot]:
-    """Rouge-L, and accuracy of classifications, by task and model."""
+    """Return plots of Rouge-L and of classification accuracy, by task and model."""
     names = [model.name for model in models]
     plots: list[Plot] = []
     for key in ("rouge_l", "accuracy"):
-        measured = [task for task in tasks if any(key in each.summary for each in results_of(models, task).values())]
+        measured = [
+            task for task in tasks if any(key in result.summary for result in results_of(models, task).values())
+        ]
         if not measured:
             continue
         series = {
@@ -35,25 +37,28 @@ def task_overview(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> lis
 
 
 def task_figures(task: str, results: Mapping[str, TaskResult], names: Sequence[str]) -> list[Plot]:
-    """What shows more of one task than its tables: lengths of references, exposure bias, calibration.
+    """Return plots of one task: Rouge-L by reference length, exposure bias, and calibration of each model.
 
     Args:
         task (`str`): its name.
-        results (`Mapping[str, TaskResult]`): of the task by model.
-        names (`Sequence[str]`): of all models of the report.
+        results (`Mapping[str, TaskResult]`): results by model.
+        names (`Sequence[str]`): all models of the report, which fixes their colours.
     """
     plots: list[Plot] = []
     buckets = next(iter(results.values())).buckets
     filled = [number for number, bucket in enumerate(buckets) if bucket.prompts]
-    if filled and any("rouge_l" in each.summary for each in results.values()):
+    if filled and any("rouge_l" in result.summary for result in results.values()):
         series = {
-            name: [each.summary.get("rouge_l"), *(each.buckets[number].summary.get("rouge_l") for number in filled)]
-            for name, each in results.items()
+            name: [
+                result.summary.get("rouge_l"),
+                *(result.buckets[number].summary.get("rouge_l") for number in filled),
+            ]
+            for name, result in results.items()
         }
         categories = ["all", *(_bucket_label(buckets[number]) for number in filled)]
         title = f"{task}: Rouge-L by length of the reference"
         plots.append(Intervals(title, "Rouge-L", categories, series, names))
-    exposed = {name: each.excess_error for name, each in results.items() if each.excess_error is not None}
+    exposed = {name: result.excess_error for name, result in results.items() if result.excess_error is not None}
     if exposed:
         curves = {
             name: (
@@ -64,10 +69,10 @@ def task_figures(task: str, results: Mapping[str, TaskResult], names: Sequence[s
         }
         title = f"{task}: excess accumulated error"
         plots.append(Curve(title, "position in the completion (tokens)", "ExAccErr (%)", curves, order=names))
-    for name, each in results.items():
-        if each.calibration is not None:
-            title = f"{task}: {name}, ECE {each.calibration.ece:.3f}"
-            plots.append(Reliability(title, each.calibration.bins, name, names))
+    for name, result in results.items():
+        if result.calibration is not None:
+            title = f"{task}: {name}, ECE {result.calibration.ece:.3f}"
+            plots.append(Reliability(title, result.calibration.bins, name, names))
     return plots
 
 
@@ -77,12 +82,12 @@ def _bucket_label(bucket: Bucket) -> str:
 
 
 def training_curves(histories: Mapping[str, Mapping[str, Mapping[int, float]]], names: Sequence[str]) -> list[Plot]:
-    """Rouge-L, reverse KL and length on validation prompts over the steps of each training.
+    """Return plots of Rouge-L, reverse KL and length on validation prompts over the optimizer steps.
 
     Args:
-        histories (`Mapping[str, Mapping[str, Mapping[int, float]]]`): what
-            [`~evaluation.training_history.read_history`] returns, by model.
-        names (`Sequence[str]`): of all models of the report.
+        histories (`Mapping[str, Mapping[str, Mapping[int, float]]]`): result of
+            [`~evaluation.training_history.read_history`] by model.
+        names (`Sequence[str]`): all models of the report, which fixes their colours.
     """
     plots: list[Plot] = []
     for key, (title, label) in _TRAINING.items():

@@ -1,4 +1,4 @@
-"""General benchmarks (GSM8K, MATH, BBH and others): finds the tasks of EleutherAI's lm-eval and checks them."""
+"""Find and check tasks of EleutherAI's lm-eval for general benchmarks (GSM8K, MATH, BBH and others)."""
 
 import difflib
 import hashlib
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-# Beside instruction following, what distilled models are mostly measured on
+# The usual benchmarks for distilled models besides instruction following
 SUITES = {"general": ("gsm8k", "minerva_math", "bbh", "ifeval", "mbpp", "sciq")}
-_FEWSHOT_SEED = 1234  # lm-eval's own
+_FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of lm-eval, or a group of tasks whose documents count together.
+    """A task of lm-eval, or a group of tasks whose documents are pooled.
 
     Attributes:
-        name (`str`): of the task or group.
-        tasks (`dict[str, Task]`): lm-eval's, by name.
+        name (`str`): name of the task or group.
+        tasks (`dict[str, Task]`): lm-eval tasks by name.
     """
 
     name: str
@@ -36,26 +36,27 @@ class Benchmark:
 
     @property
     def is_group(self) -> bool:
-        """Whether this is a group and not a task of its own."""
+        """Whether this is a group of tasks."""
         return list(self.tasks) != [self.name]
 
 
 def find_benchmarks(
     names: Sequence[str], include_path: Path | None = None, run_unsafe_code: bool = False
 ) -> list[Benchmark]:
-    """Load tasks and their data.
+    """Load lm-eval tasks and their data.
 
     A group whose metrics lm-eval averages over its documents (`bbh`, `minerva_math`) is one benchmark. A group without
-    metrics of its own, a tag of lm-eval and a suite stand for several.
+    metrics, an lm-eval tag or a suite expands to several benchmarks.
 
     Args:
-        names (`Sequence[str]`): of tasks, groups and tags of lm-eval, and of [`SUITES`].
-        include_path (`Path`, *optional*): folder with task YAMLs of one's own, which come before lm-eval's.
-        run_unsafe_code (`bool`, *optional*, defaults to `False`): whether tasks may run what the model writes.
+        names (`Sequence[str]`): tasks, groups and tags of lm-eval, or keys of [`SUITES`].
+        include_path (`Path`, *optional*): folder with your own task YAMLs, which override lm-eval's.
+        run_unsafe_code (`bool`, *optional*, defaults to `False`): whether tasks may execute generated code.
 
     Raises:
-        ValueError: if lm-eval is not installed, a name is not known or stands twice, a task runs code without leave
-            for it, or a task cannot be loaded.
+        ValueError: if a name is unknown or duplicate, a task executes generated code without `run_unsafe_code`, or a
+            task cannot be loaded.
+        MissingPackageError: if lm-eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingPackageError(
@@ -64,17 +65,17 @@ def find_benchmarks(
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include_path {include_path}: there is no such folder.")
+        raise UserError(f"--include_path {include_path}: no such folder. Name a folder with task YAMLs.")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    names = [each for name in names for each in SUITES.get(name, (name,))]
+    names = [task for name in names for task in SUITES.get(name, (name,))]
     for name in names:
         _check_known(name, manager, include_path)
-    if programs := [each for name in names for each in _tasks_that_run_code(name, manager)]:
-        _check_leave(programs[0], run_unsafe_code)
+    if unsafe := [task for name in names for task in _tasks_that_run_code(name, manager)]:
+        _check_unsafe_code_allowed(unsafe[0], run_unsafe_code)
     benchmarks = [benchmark for name in names for benchmark in _load(name, manager)]
-    found = [benchmark.name for benchmark in benchmarks]
-    if twice := sorted({name for name in found if found.count(name) > 1}):
-        raise UserError(f"--tasks names {twice[0]!r} twice. Leave one of them out.")
+    loaded = [benchmark.name for benchmark in benchmarks]
+    if twice := sorted({name for name in loaded if loaded.count(name) > 1}):
+        raise UserError(f"--tasks names {twice[0]!r} twice. Remove one of them.")
     return benchmarks
 
 
@@ -84,33 +85,36 @@ def _check_known(name: str, manager: "TaskManager", include_path: Path | None) -
     near = difflib.get_close_matches(name, [*SUITES, *manager.all_tasks], n=3)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     own = "" if include_path is None else f", nor a valid YAML in {include_path}"
-    raise UserError(f"--tasks: {name!r} is no task, group or tag of lm-eval{own}.{hint}")
+    raise UserError(f"--tasks: {name!r} is not a task, group or tag of lm-eval{own}.{hint}")
 
 
 def _tasks_that_run_code(name: str, manager: "TaskManager") -> list[str]:
-    """Found in the YAMLs: lm-eval says it only once the model is there, and its mbpp runs code when it is loaded."""
+    """Return the tasks under `name` that execute generated code, from their YAMLs.
+
+    lm-eval itself checks only after loading the model, and its mbpp executes code while it loads.
+    """
     entry = manager.task_index.get(name)
-    if entry is None:  # defined inside of a group
+    if entry is None:  # defined inside a group
         return []
     config = entry.cfg or {}
     children = config["task"] if isinstance(config.get("task"), list) else []
     names = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in children]
     if name in manager.all_tags:
         names = sorted(entry.tags)
-    found = [name] if config.get("unsafe_code") else []
-    return found + [each for child in names for each in _tasks_that_run_code(child, manager)]
+    own = [name] if config.get("unsafe_code") else []
+    return own + [task for child in names for task in _tasks_that_run_code(child, manager)]
 
 
-def _check_leave(name: str, run_unsafe_code: bool) -> None:
+def _check_unsafe_code_allowed(name: str, run_unsafe_code: bool) -> None:
     if not run_unsafe_code:
         raise UserError(
-            f"--tasks: {name} runs code that the model writes, on this machine and as this user. Start it where that "
-            "does no harm, such as in a container without network, and add --confirm_run_unsafe_code."
+            f"--tasks: {name} executes generated code on this machine, with your permissions. Run it in a sandbox, "
+            "such as a container without network, and add --confirm_run_unsafe_code."
         )
     if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
         raise UserError(
-            f"--tasks: {name} runs code that the model writes. Beside --confirm_run_unsafe_code, the metric asks for "
-            "the environment variable HF_ALLOW_CODE_EVAL=1."
+            f"--tasks: {name} executes generated code. Its metric also requires the environment variable "
+            "HF_ALLOW_CODE_EVAL=1."
         )
 
 
@@ -123,7 +127,7 @@ def _load(name: str, manager: "TaskManager") -> list[Benchmark]:
         raise UserError(f"--tasks: {name} cannot be loaded: {error}") from error
     group = loaded["groups"].get(name)
     if group is None:
-        return [Benchmark(each, {each: task}) for each, task in loaded["tasks"].items()]
+        return [Benchmark(task_name, {task_name: task}) for task_name, task in loaded["tasks"].items()]
     return _benchmarks_of(group)
 
 
@@ -144,12 +148,12 @@ def _benchmarks_of(group: "Group") -> list[Benchmark]:
 
 def _check_pooled(group: "Group") -> None:
     tasks = group.get_all_tasks()
-    instead = f"Name its tasks one by one: {' '.join(task.task_name for task in tasks)}."
-    by_size = all(each.weight_by_size for each in group.aggregate_metric_list)
+    instead = f"Name its tasks instead: {' '.join(task.task_name for task in tasks)}."
+    by_size = all(metric.weight_by_size for metric in group.aggregate_metric_list)
     if not by_size and len({len(task.eval_docs) for task in tasks}) > 1:
-        raise UserError(f"--tasks: {group.name} is the mean of tasks of different size, not of documents. {instead}")
+        raise UserError(f"--tasks: {group.name} averages over tasks of different size, not over documents. {instead}")
     if not set.intersection(*(_mean_metrics(task) for task in tasks)):
-        raise UserError(f"--tasks: no metric of {group.name} is a mean over the documents of all its tasks. {instead}")
+        raise UserError(f"--tasks: no metric of {group.name} is a mean over documents in all its tasks. {instead}")
 
 
 def _mean_metrics(task: "Task") -> set[str]:
@@ -162,11 +166,12 @@ def set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
     """Set the number of solved examples in a task's prompts.
 
     Args:
-        task (`Task`): of lm-eval; changed in place.
-        num_fewshot (`int`, *optional*): the number; by default the one in the task's definition.
+        task (`Task`): lm-eval task; changed in place.
+        num_fewshot (`int`, *optional*): number of examples; by default the task's own.
 
     Raises:
-        ValueError: if the task is defined without examples, which lm-eval would not change either, or has fewer.
+        ValueError: if the task is defined without examples, which lm-eval does not change either, or has fewer than
+            `num_fewshot`.
     """
     defined = task.get_config("num_fewshot")
     if num_fewshot is None:
@@ -174,8 +179,8 @@ def set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
         return
     if defined == 0 and num_fewshot > 0:
         raise UserError(
-            f"--num_fewshot {num_fewshot}: {task.task_name} is defined without examples. Evaluate it in a run of its "
-            "own, without --num_fewshot."
+            f"--num_fewshot {num_fewshot}: {task.task_name} is defined without examples. Evaluate it in a separate "
+            "run without --num_fewshot."
         )
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(_FEWSHOT_SEED)
@@ -183,13 +188,13 @@ def set_num_fewshot(task: "Task", num_fewshot: int | None) -> None:
         task.build_all_requests(limit=1)
     except (AssertionError, ValueError) as error:
         raise UserError(
-            f"--num_fewshot {num_fewshot}: {task.task_name} has not as many examples ({error}). Lower it, or leave it "
-            "out for the task's own number."
+            f"--num_fewshot {num_fewshot}: {task.task_name} has fewer examples ({error}). Lower it, or omit it to use "
+            "the task's own number."
         ) from error
 
 
 def max_new_tokens(task: "Task") -> int | None:
-    """Length limit of what a task lets the model write; None if it compares given answers."""
+    """Return a task's limit on generated tokens; None if the task only scores given answers."""
     from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -199,29 +204,29 @@ def max_new_tokens(task: "Task") -> int | None:
 
 
 def check_room(task: "Task", context: int) -> None:
-    """Check that there is room for a prompt, before a model is loaded.
+    """Check, before a model is loaded, that the context leaves room for a prompt.
 
     Args:
-        task (`Task`): of lm-eval.
-        context (`int`): longest context of the model, in tokens.
+        task (`Task`): lm-eval task.
+        context (`int`): context length of the model, in tokens.
 
     Raises:
-        ValueError: if there is none. Prompts that fit only in part are counted later, see
+        ValueError: if there is no room. Prompts that fit only partly are counted during the evaluation, see
             [`evaluate_task`][minillm_trl.evaluation.lm_eval_results.evaluate_task].
     """
     length = max_new_tokens(task)
     if length is not None and length >= context:
         raise UserError(
-            f"--tasks: {task.task_name} lets the model write {length} tokens, which leaves no room for a prompt in a "
-            f"context of {context} tokens. Leave it out for this model."
+            f"--tasks: {task.task_name} generates up to {length} tokens, which leaves no room for a prompt in a "
+            f"context of {context} tokens. Remove it for this model."
         )
 
 
 def task_settings(task: "Task", limit: int | None) -> dict[str, Any]:
-    """What the results of a task depend on, beside the model.
+    """Return everything besides the model that a task's results depend on.
 
     Args:
-        task (`Task`): of lm-eval, with its number of examples set.
+        task (`Task`): lm-eval task, after [`set_num_fewshot`].
         limit (`int`, *optional*): number of documents; all by default.
     """
     decoding = task.get_config("generation_kwargs") if task.OUTPUT_TYPE == "generate_until" else {}
@@ -248,23 +253,23 @@ def task_settings(task: "Task", limit: int | None) -> dict[str, Any]:
 
 
 def merge_settings(name: str, settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a group from those of its tasks: one value where all have the same, else a list of theirs."""
+    """Return the settings of a group: the common value of its tasks, or the list of their values if they differ."""
     merged = {}
     for key, value in settings[0].items():
-        values = [each[key] for each in settings]
-        merged[key] = value if all(each == value for each in values) else values
+        values = [task_values[key] for task_values in settings]
+        merged[key] = value if all(other == value for other in values) else values
     return {
         **merged,
-        "prompts": sum(each["prompts"] for each in settings),
+        "prompts": sum(task_values["prompts"] for task_values in settings),
         "dataset": name,
-        "parts": [each["dataset"] for each in settings],
+        "parts": [task_values["dataset"] for task_values in settings],
     }
 
 
 def _digest(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
-        # functions inside of a definition by name: their addresses differ from run to run
-        text = json.dumps(value, sort_keys=True, default=lambda each: getattr(each, "__qualname__", str(each)))
+        # Functions in a definition by name: their repr contains an address, which differs between runs
+        text = json.dumps(value, sort_keys=True, default=lambda item: getattr(item, "__qualname__", str(item)))
         digest.update(text.encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""An LLM as judge: the published prompt, what of it is asked about a pair of answers, and scores of the verdicts."""
+"""LLM as a judge: the published prompt, requests about pairs of answers, and scores from the verdicts."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ import numpy as np
 
 from ..data.templates import message_text, split_instruction
 from ..errors import UserError
-from .metrics import MeanInterval, bootstrap_interval, bootstrap_ratio
 from .results import EvaluatedModel
+from .statistics import MeanInterval, bootstrap_interval, bootstrap_ratio
 from .verdicts import Verdict
 
 REFERENCE = "reference"
 
-# System message, markers and order are those of Vicuna's evaluation (FastChat, 2023), but for the name of the first
-# marker. The request is the one that later papers quote for the GPT-4 feedback of MiniLLM (arXiv 2306.08543), which is
-# Vicuna's with "user instruction and input" for "user question"; that name follows it.
+# System message, markers and order are Vicuna's (FastChat, 2023). The request is the one that later papers quote for
+# the GPT-4 feedback of MiniLLM (arXiv 2306.08543): Vicuna's with "user instruction and input" for "user question".
+# We rename the first marker to match it.
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 TEMPLATE = """\
 [User Instruction and Input]
@@ -52,9 +52,9 @@ _SCORES = re.compile(r"(\d+(?:\.\d+)?)(?:\s+|\s*,\s*)(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a question: `answer` of a model, and `other` of a reference or of another model.
+    """Two answers to a question: a model's `answer`, and `other` from a reference or another model.
 
-    `prompt` is the number of the prompt in its task, from 0.
+    `prompt` is the index of the prompt in its task.
     """
 
     prompt: int
@@ -65,14 +65,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pairs are put to the judge.
+    """How the judge is asked about pairs.
 
     Attributes:
-        judge_model (`str`): its name at the endpoint.
-        max_tokens (`int`): limit of a reply.
-        extra_body (`dict`): fields of the request beside these; `None` leaves out one of them.
-        swap (`bool`): whether each pair is judged in both orders. If not, models stand first at even prompts and
-            second at odd ones.
+        judge_model (`str`): model name at the endpoint.
+        max_tokens (`int`): length limit of a reply.
+        extra_body (`dict`): more fields of the request; `None` removes a field.
+        swap (`bool`): whether to judge every pair in both orders. If not, the model's answer is first at even prompts
+            and second at odd prompts, which balances the judge's position bias.
     """
 
     judge_model: str
@@ -81,7 +81,7 @@ class Protocol:
     swap: bool = True
 
     def requests(self, pair: Pair) -> list["Request"]:
-        """What is asked about a pair."""
+        """Return the requests about a pair, one per order."""
         orders = (True, False) if self.swap else (pair.prompt % 2 == 0,)
         return [self._request(pair, model_first) for model_first in orders]
 
@@ -100,43 +100,44 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Request:
-    """Body of a request about a pair, and whether the model's answer stands first in it."""
+    """Body of a request about a pair, and whether the model's answer is first in it."""
 
     body: dict[str, Any]
     model_first: bool
 
     @property
     def key(self) -> str:
-        """Digest of the body: equal requests have one verdict."""
+        """Digest of the body. Equal requests share a verdict."""
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).hexdigest()
 
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
-    """The two scores of a reply's first line, or None if it does not hold two numbers from 1 to 10 and nothing else.
+    """Return the two scores in a reply's first line; None unless the line is exactly two numbers from 1 to 10.
 
-    Blank lines, `<think>` blocks before it, and asterisks or a comma in it do not matter.
+    Leading blank lines and `<think>` blocks are skipped; asterisks and a comma in the line are ignored.
     """
     line = _THOUGHTS.sub("", reply).strip().partition("\n")[0].strip("* \t\r")
-    found = _SCORES.fullmatch(line)
-    scores = (float(found[1]), float(found[2])) if found else ()
-    return scores if scores and all(1 <= score <= 10 for score in scores) else None
+    match = _SCORES.fullmatch(line)
+    if match is None:
+        return None
+    scores = (float(match[1]), float(match[2]))
+    return scores if all(1 <= score <= 10 for score in scores) else None
 
 
 def make_pairs(
     model: EvaluatedModel, opponent: EvaluatedModel | None, task: str, *, samples_per_prompt: int, max_rows: int | None
 ) -> list[Pair]:
-    """Pairs of a model's answers with the first reference of their prompts, or with another model's answers.
+    """Pair a model's answers with the first reference of their prompts, or with another model's answers.
 
     Args:
-        model ([`EvaluatedModel`]): whose answers are judged.
-        opponent ([`EvaluatedModel`], *optional*): the other model; `None` for the references.
+        model ([`EvaluatedModel`]): model whose answers are judged.
+        opponent ([`EvaluatedModel`], *optional*): other model; `None` for the references.
         task (`str`): one of the model's tasks.
-        samples_per_prompt (`int`): answers to each prompt, those of the first sampling seeds. The other model's are of
-            the same places in its own.
-        max_rows (`int`, *optional*): the first prompts only.
+        samples_per_prompt (`int`): answers per prompt, from the first sampling seeds of each model.
+        max_rows (`int`, *optional*): number of prompts, from the first; `None` for all.
 
     Raises:
-        ValueError: if there are fewer answers, no references, or the other model answered other prompts.
+        ValueError: if there are fewer answers or no references, or the other model answered different prompts.
     """
     samples = model.tasks[task].samples[:max_rows]
     others = samples if opponent is None else _answers_to_the_same(model, opponent, task, samples)
@@ -144,10 +145,10 @@ def make_pairs(
     for number, (sample, other) in enumerate(zip(samples, others, strict=True)):
         place = f"{model.name}, {task}, prompt {number} (counting from 0)"
         if opponent is None and not sample["references"]:
-            raise UserError(f"{place} has no reference. Judge against another run with --against.")
-        fewest = min(len(sample["outputs"]), len(other["outputs"]))
-        if fewest < samples_per_prompt:
-            raise UserError(f"{place} has {fewest} answers. Lower --samples_per_prompt {samples_per_prompt}.")
+            raise UserError(f"{place} has no reference. Name another run with --against.")
+        available = min(len(sample["outputs"]), len(other["outputs"]))
+        if available < samples_per_prompt:
+            raise UserError(f"{place} has {available} answers. Lower --samples_per_prompt {samples_per_prompt}.")
         for index in range(samples_per_prompt):
             against = sample["references"][0] if opponent is None else other["outputs"][index]
             texts = (question_text(sample["prompt"]), sample["outputs"][index].strip(), against.strip())
@@ -159,17 +160,22 @@ def _answers_to_the_same(
     model: EvaluatedModel, opponent: EvaluatedModel, task: str, samples: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     if task not in opponent.tasks:
-        raise UserError(f"{opponent.name} was not evaluated on {task}, {model.name} was. Leave it out with --tasks.")
+        raise UserError(
+            f"{opponent.name} was not evaluated on {task}, but {model.name} was. Exclude the task with --tasks."
+        )
     others = opponent.tasks[task].samples[: len(samples)]
-    if [each["prompt"] for each in samples] != [each["prompt"] for each in others]:
-        raise UserError(f"{model.name} and {opponent.name} were evaluated on different prompts of {task}.")
+    if [sample["prompt"] for sample in samples] != [other["prompt"] for other in others]:
+        raise UserError(
+            f"{model.name} and {opponent.name} were evaluated on different prompts of {task}. Evaluate both on the "
+            "same prompts."
+        )
     return others
 
 
 def question_text(prompt: str | list[dict[str, str]]) -> str:
-    """Instruction and input as the judge reads them, without the wrapper that models are trained with.
+    """Return a prompt as shown to the judge: instruction and input without the training template.
 
-    A conversation of one message is that message; longer ones have the role before each message.
+    A single message is returned as it is; in longer conversations every message starts with its role.
     """
     if isinstance(prompt, str):
         return "\n\n".join(filter(None, split_instruction(prompt) or (prompt.strip(),)))
@@ -180,16 +186,17 @@ def question_text(prompt: str | list[dict[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the judge said of a model on a task.
+    """The judge's scores of a model on a task.
 
     Attributes:
-        summary (`dict[str, MeanInterval]`): with 95 % bootstrap intervals over prompts, each prompt counting with the
-            mean over its pairs: `ratio`, 100 * sum of the model's scores / sum of the others'; the mean scores `model`
-            and `other`; `win`, `tie` and `loss` in percent of pairs; and, of the pairs judged in both orders,
-            `position`, the score of the answer that stands first minus that of the second. Empty if none was judged.
-        counts (`dict[str, int]`): `pairs`, `judged` in one order or more, `one_order` of those that were to be judged
-            in two, and the verdicts that are `unparsed` and `missing`.
-        per_prompt (`list[dict[str, float] | None]`): the means over each prompt's pairs, `None` if none was judged.
+        summary (`dict[str, MeanInterval]`): means over prompts with 95 % bootstrap intervals, where a prompt's value
+            is the mean over its pairs: `ratio`, 100 * sum of the model's scores / sum of the opponent's scores; the
+            mean scores `model` and `other`; `win`, `tie` and `loss` in percent of pairs; and, for pairs judged in both
+            orders, `position`, the score of the first answer minus the score of the second. Empty without judged
+            pairs.
+        counts (`dict[str, int]`): number of `pairs`, of pairs `judged` in at least one order, of pairs judged in
+            `one_order` only although both were requested, and of verdicts that are `unparsed` or `missing`.
+        per_prompt (`list[dict[str, float] | None]`): means over the pairs of a prompt; `None` if no pair was judged.
     """
 
     summary: dict[str, MeanInterval]
@@ -198,39 +205,39 @@ class Scores:
 
 
 def score_pairs(pairs: Iterable[Pair], protocol: Protocol, verdicts: Mapping[str, Verdict]) -> Scores:
-    """Scores of one model on one task.
+    """Return the scores of one model on one task.
 
-    The scores of a pair are the means over the orders in which it was judged; one without scores is left out.
+    A pair's scores are the means over the orders in which it was judged. Pairs without scores are left out.
 
     Args:
-        pairs (`Iterable[Pair]`): all of the model on the task.
-        protocol ([`Protocol`]): by which they were judged.
-        verdicts (`Mapping[str, Verdict]`): by the requests' keys.
+        pairs (`Iterable[Pair]`): all pairs of the model on the task.
+        protocol ([`Protocol`]): protocol of the requests.
+        verdicts (`Mapping[str, Verdict]`): verdicts by request key.
     """
     by_prompt: dict[int, list[dict[str, float]]] = {}
     counts = dict.fromkeys(("pairs", "judged", "one_order", "unparsed", "missing"), 0)
     for pair in pairs:
         scored = by_prompt.setdefault(pair.prompt, [])
         requests = protocol.requests(pair)
-        found = [verdicts.get(request.key) for request in requests]
+        pair_verdicts = [verdicts.get(request.key) for request in requests]
         parsed = [
             (request.model_first, verdict.scores)
-            for request, verdict in zip(requests, found, strict=True)
+            for request, verdict in zip(requests, pair_verdicts, strict=True)
             if verdict is not None and verdict.scores is not None
         ]
         counts["pairs"] += 1
         counts["judged"] += bool(parsed)
         counts["one_order"] += len(parsed) == 1 < len(requests)
-        counts["missing"] += found.count(None)
-        counts["unparsed"] += len(found) - found.count(None) - len(parsed)
+        counts["missing"] += pair_verdicts.count(None)
+        counts["unparsed"] += len(pair_verdicts) - pair_verdicts.count(None) - len(parsed)
         if parsed:
             scored.append(_pair_scores(parsed))
     per_prompt = [_means(scored) if scored else None for _, scored in sorted(by_prompt.items())]
-    return Scores(_summary([each for each in per_prompt if each is not None]), counts, per_prompt)
+    return Scores(_summary([means for means in per_prompt if means is not None]), counts, per_prompt)
 
 
 def _pair_scores(verdicts: list[tuple[bool, tuple[float, float]]]) -> dict[str, float]:
-    """From the scores of the first and second answer in each order, with whether the first is the model's."""
+    """Return the means over the judged orders of (whether the model's answer is first, scores of both answers)."""
     first, second = np.mean([scores for _, scores in verdicts], axis=0)
     ordered = [scores if model_first else scores[::-1] for model_first, scores in verdicts]
     model, other = map(float, np.mean(ordered, axis=0))

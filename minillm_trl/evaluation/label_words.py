@@ -1,4 +1,4 @@
-"""Zero-shot classification: probabilities of label words behind a prompt."""
+"""Zero-shot classification: probabilities of label words after a prompt."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -24,32 +24,32 @@ def label_probabilities(
     batch_size: int = 64,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    r"""Probability of each label word as what follows a prompt, among the label words.
+    r"""Return the probability that each label word follows a prompt, normalized over the label words.
 
     $$ P(w|x) = q(w|x) \Big/ \sum_{w'} q(w'|x), \qquad q(w|x) = \prod_t q(w_t|w_{<t}, x) $$
 
-    with the tokens w_t of the word at temperature 1, not normalised by their number. The answer may go on behind the
+    with the tokens w_t of the word at temperature 1, without length normalization. The answer may continue after the
     word.
 
-    Prompt and word are joined as they stand, so one of them has to hold the space between them. It is the word
-    (`"Sentiment:"` with `" positive"`), since tokenizers join a space to the word behind it: a prompt that ends with
-    one ends within a token. Behind a line break or a chat template's opening of the answer, words need no space.
+    Prompt and word are concatenated without a separator. Put the space into the word (`"Sentiment:"` with
+    `" positive"`): tokenizers attach a space to the word after it, so a prompt that ends with a space ends within a
+    token. After a line break or a chat template's generation prompt, words need no space.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model; put in eval mode.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         prompts (`Sequence`): N texts or conversations.
-        label_words (`Sequence[str]`): L words, at least two.
+        label_words (`Sequence[str]`): L words, at least two, each with a leading space if the prompts end without one.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        chat_template_kwargs (`dict`, *optional*): more arguments for the chat template.
 
     Returns:
-        `np.ndarray` of shape `(N, L)`, float64; rows sum to 1. Where all words are single tokens, each prompt runs
-        through the model once, otherwise once for each word.
+        `np.ndarray` of shape `(N, L)`, float64; rows sum to 1. If all words are single tokens, the model reads each
+        prompt once, otherwise once per word.
 
     Raises:
-        ValueError: if there are no prompts or fewer than two label words, a word has no tokens of its own behind a
-            prompt, or the tokens of one are, or begin, those of another.
+        ValueError: if there are no prompts or fewer than two label words, a word adds no tokens to a prompt, or the
+            tokens of one word are a prefix of another word's tokens.
     """
     if not prompts:
         raise UserError("There are no prompts to classify.")
@@ -68,7 +68,9 @@ def label_probabilities(
     else:
         repeated = [ids for ids in prompt_ids for _ in label_words]
         losses = completion_losses(model, repeated, [ids for row in label_ids for ids in row], batch_size=batch_size)
-        log_probs = -np.array([sum(each) for each in losses]).reshape(len(prompt_ids), len(label_words))
+        log_probs = -np.array([sum(token_losses) for token_losses in losses]).reshape(
+            len(prompt_ids), len(label_words)
+        )
     return np.exp(log_probs - np.logaddexp.reduce(log_probs, axis=1, keepdims=True))
 
 
@@ -80,29 +82,29 @@ def _label_ids(
     label_words: Sequence[str],
     chat_template_kwargs: dict[str, Any],
 ) -> list[list[int]]:
-    """Tokens of each label word behind the prompt's."""
+    """Return the tokens that each label word adds to the prompt."""
     if isinstance(prompt, str):
         joined = encode_texts(tokenizer, [prompt + word for word in label_words])
     else:
         options = {"add_generation_prompt": True, "tokenize": False, **chat_template_kwargs}
-        text = tokenizer.apply_chat_template(prompt, **options)
-        # a template's text has its special tokens already
+        text = str(tokenizer.apply_chat_template(prompt, **options))
+        # The template has already added its special tokens
         joined = tokenizer([text + word for word in label_words], add_special_tokens=False)["input_ids"]
     labels = []
     for word, ids in zip(label_words, joined, strict=True):
         if ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
-                f"Prompt {index} ends within a token that reaches into the label word {word!r}. End the prompts "
-                "before the space, and begin the label words with it."
+                f"Prompt {index} ends within a token that continues into the label word {word!r}. Remove the trailing "
+                "space from the prompts and start the label words with it."
             )
         labels.append(ids[len(prompt_ids) :])
         if not labels[-1]:
-            raise UserError(f"The label word {word!r} has no tokens behind prompt {index}. Choose another.")
+            raise UserError(f"The label word {word!r} adds no tokens to prompt {index}. Choose another word.")
     for (word, ids), (other, other_ids) in permutations(zip(label_words, labels, strict=True), 2):
         if other_ids[: len(ids)] == ids:
             raise UserError(
-                f"The tokens {ids} of the label word {word!r} are, or begin, those of {other!r} ({other_ids}), "
-                "so that it is never the less probable one. Choose words of which none begins another."
+                f"The tokens {ids} of the label word {word!r} are a prefix of the tokens of {other!r} ({other_ids}), "
+                f"so {other!r} can never win. Choose words that are not prefixes of each other."
             )
     return labels
 
@@ -110,13 +112,13 @@ def _label_ids(
 def _next_token_log_probs(
     model: PreTrainedModel, prompt_ids: list[list[int]], label_ids: list[list[int]], batch_size: int
 ) -> np.ndarray:
-    """Log-probs `(N, L)`, nats, of single tokens behind each prompt."""
+    """Return log-probs `(N, L)`, nats, of single tokens after each prompt."""
     head = LMHead.of(model)
     log_probs = np.empty((len(prompt_ids), len(label_ids[0])))
-    # any token may stand behind a prompt: the states that are taken are those that predict it
+    # The state that predicts the first token does not depend on it, so one label per prompt is enough
     for rows, request in score_requests(prompt_ids, [row[:1] for row in label_ids], batch_size, head.weight.device):
         states = completion_hidden_states(model, request.input_ids, request.attention_mask, 1).squeeze(1)
-        found = torch.log_softmax(head.logits(states, head.weight.shape[0]), dim=-1)
-        labels = torch.tensor([label_ids[row] for row in rows], device=found.device)
-        log_probs[rows] = found.gather(1, labels).cpu().numpy()
+        token_log_probs = torch.log_softmax(head.logits(states, head.weight.shape[0]), dim=-1)
+        labels = torch.tensor([label_ids[row] for row in rows], device=token_log_probs.device)
+        log_probs[rows] = token_log_probs.gather(1, labels).cpu().numpy()
     return log_probs

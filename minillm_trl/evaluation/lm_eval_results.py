@@ -1,4 +1,4 @@
-"""Runs a task of lm-eval, and turns what it logs of each document into the shape of our results."""
+"""Run a task of lm-eval and convert its per-document log into the format of our results."""
 
 import logging
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .general_benchmarks import max_new_tokens
-from .metrics import MeanInterval, bootstrap_interval
+from .statistics import MeanInterval, bootstrap_interval
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -15,22 +15,23 @@ if TYPE_CHECKING:
 
 BOOTSTRAP = "bootstrap over documents"
 STANDARD_ERROR = "1.96 standard errors of lm-eval"
-_NORMAL = 1.96  # half the width of a 95 % interval, in standard errors
+_Z95 = 1.96  # standard errors in half a 95 % interval
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What [`evaluate_task`] measured; measures are called as by lm-eval, `METRIC,FILTER`, the filter `none` left out.
+    """Results of [`evaluate_task`]. Measures have lm-eval's names, `METRIC,FILTER`, without the filter `none`.
 
     Attributes:
-        main_measure (`str`): the first in the task's definition.
-        higher_is_better (`dict[str, bool]`): of each measure, as the task says; None where it does not.
-        summary (`dict[str, MeanInterval]`): means over documents, and other metrics with lm-eval's standard error.
-        intervals (`dict[str, str]`): where the interval of each comes from, [`BOOTSTRAP`] or [`STANDARD_ERROR`].
-        corpus (`dict[str, float]`): metrics of all documents together that lm-eval has no standard error of.
-        per_prompt (`list[dict[str, float]]`): of each document, the measures that are means over them.
+        main_measure (`str`): first measure in the task's definition.
+        higher_is_better (`dict[str, bool]`): by measure, as the task defines it; None if it does not.
+        summary (`dict[str, MeanInterval]`): means over documents, and other metrics with
+            lm-eval's standard error.
+        intervals (`dict[str, str]`): source of each interval, [`BOOTSTRAP`] or [`STANDARD_ERROR`].
+        corpus (`dict[str, float]`): metrics over all documents without standard error.
+        per_prompt (`list[dict[str, float]]`): for each document, the measures that are means over documents.
         samples (`list[dict]`): `prompt`, `references`, `outputs` and `scores` of each document.
-        truncated_prompts (`int`): documents of whose prompt the model was shown the end only.
+        truncated_prompts (`int`): documents whose prompt lm-eval truncated at the start.
     """
 
     main_measure: str
@@ -49,17 +50,17 @@ def wrap_model(
     batch_size: int | str,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> "HFLM":
-    """The model as lm-eval takes it.
+    """Wrap a model for lm-eval.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): on its device.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
-        batch_size (`int` or `str`): requests run together, or `"auto"` for as many as fit.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        batch_size (`int` or `str`): requests per batch, or `"auto"` for the largest that fits.
+        chat_template_kwargs (`dict`, *optional*): more arguments for the chat template.
     """
     from lm_eval.models.huggingface import HFLM
 
-    # it warns that the model is loaded already, and of each truncated batch; documents are counted here
+    # HFLM warns that the model is already loaded and about each truncated batch; `_is_truncated` counts documents
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     options = {"batch_size": batch_size, "chat_template_args": chat_template_kwargs}
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
@@ -77,10 +78,11 @@ def evaluate_task(
 
     Args:
         lm (`HFLM`): from [`wrap_model`].
-        task (`Task`): of lm-eval, with its number of examples set.
+        task (`Task`): lm-eval task, after [`set_num_fewshot`].
         limit (`int`, *optional*): number of documents; all by default.
-        apply_chat_template (`bool`, *optional*, defaults to `False`): whether prompts are conversations.
-        run_unsafe_code (`bool`, *optional*, defaults to `False`): whether the task may run what the model writes.
+        apply_chat_template (`bool`, *optional*, defaults to `False`): whether to format prompts with the chat
+            template.
+        run_unsafe_code (`bool`, *optional*, defaults to `False`): whether the task may execute generated code.
 
     Returns:
         [`TaskOutcome`].
@@ -91,12 +93,12 @@ def evaluate_task(
     outcome = lm_eval.simple_evaluate(
         model=lm,
         tasks=[task],
-        task_manager=TaskManager(include_defaults=False),  # the task is loaded
+        task_manager=TaskManager(include_defaults=False),  # the task is already loaded
         limit=limit,
         apply_chat_template=apply_chat_template,
         confirm_run_unsafe_code=run_unsafe_code,
     )
-    documents: dict[int, list[dict[str, Any]]] = {}  # one record for each filter of the answers
+    documents: dict[int, list[dict[str, Any]]] = {}  # one record per answer filter
     for record in outcome["samples"][task.task_name]:
         documents.setdefault(record["doc_id"], []).append(record)
     return _outcome(lm, task, outcome["results"][task.task_name], list(documents.values()))
@@ -115,12 +117,12 @@ def _outcome(
         metric, _, answer_filter = key.partition(",")
         measure, error = _measure(key), results[f"{metric}_stderr,{answer_filter}"]
         for row, records in enumerate(documents):
-            for value in (each[metric] for each in records if each["filter"] == answer_filter and metric in each):
+            for value in (log[metric] for log in records if log["filter"] == answer_filter and metric in log):
                 scores[row][measure] = [_plain(value)]
-        if task.aggregation().get(metric, mean) is mean:  # what lm-eval takes for others too
-            for row, each in enumerate(scores):
-                if measure in each:
-                    per_prompt[row][measure] = float(each[measure][0])
+        if task.aggregation().get(metric, mean) is mean:  # lm-eval's default too
+            for row, document_scores in enumerate(scores):
+                if measure in document_scores:
+                    per_prompt[row][measure] = float(document_scores[measure][0])
             values = [row[measure] for row in per_prompt if measure in row]
             summary[measure], intervals[measure] = bootstrap_interval(values), BOOTSTRAP
         elif error == "N/A":
@@ -128,7 +130,10 @@ def _outcome(
         else:
             summary[measure] = _normal_interval(float(results[key]), float(error), len(documents))
             intervals[measure] = STANDARD_ERROR
-    samples = [{**_sample(task, records[0]), "scores": each} for records, each in zip(documents, scores, strict=True)]
+    samples = [
+        {**_sample(task, records[0]), "scores": document_scores}
+        for records, document_scores in zip(documents, scores, strict=True)
+    ]
     better = task.higher_is_better()
     return TaskOutcome(
         main_measure=_measure(keys[0]),
@@ -147,13 +152,13 @@ def _measure(key: str) -> str:
 
 
 def _normal_interval(value: float, error: float, n: int) -> MeanInterval:
-    return MeanInterval(value, value - _NORMAL * error, value + _NORMAL * error, n, error)
+    return MeanInterval(value, value - _Z95 * error, value + _Z95 * error, n, error)
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy, also inside of lists and tuples, as Python's, which JSON takes."""
+    """Convert numpy numbers, also inside lists and tuples, to Python numbers for JSON."""
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -162,13 +167,13 @@ def _sample(task: "Task", record: dict[str, Any]) -> dict[str, Any]:
     if task.OUTPUT_TYPE == "multiple_choice":
         choices = task.doc_to_choice(record["doc"])
         likelihoods = [response[0][0] for response in record["resps"][: len(choices)]]
-        # with several inputs the choices are parts of the prompts, and the target is what follows
+        # With `multiple_input` (as in Winogrande) the choices are part of the prompts, and the target follows them
         gold = task.doc_to_text(record["doc"]) if task.multiple_input else record["target"]
-        references = [_choice(each, choices) for each in (gold if isinstance(gold, list) else [gold])]
+        references = [_choice(answer, choices) for answer in (gold if isinstance(gold, list) else [gold])]
         return {**sample, "references": references, "outputs": [choices[likelihoods.index(max(likelihoods))]]}
     target = record["target"]
-    references = [str(each) for each in (target if isinstance(target, list) else [target])]
-    # what the model wrote; the other kinds only measure the likelihood of the target
+    references = [str(text) for text in (target if isinstance(target, list) else [target])]
+    # Other output types only score the target and generate nothing
     outputs = list(record["resps"][0]) if task.OUTPUT_TYPE == "generate_until" else []
     return {**sample, "references": references, "outputs": outputs}
 
@@ -178,24 +183,24 @@ def _choice(gold: int | str, choices: Sequence[str]) -> str:
 
 
 def _is_truncated(lm: "HFLM", task: "Task", record: dict[str, Any]) -> bool:
-    """Whether lm-eval had to cut off the beginning of a document's prompt."""
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # reads long texts in several windows
+    """Return whether lm-eval truncated the start of a document's prompt."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # splits long texts into windows
         return False
     if (length := max_new_tokens(task)) is not None:
         return len(lm.tok_encode(record["arguments"][0][0])) > lm.max_length - length
-    # of prompt and answer the model reads all tokens but the last
+    # The model reads all tokens of prompt and answer except the last
     return any(len(lm.tok_encode(prompt + answer)) > lm.max_length + 1 for prompt, answer in record["arguments"])
 
 
 def pool(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Pool the results of a group's tasks: each document counts alike, as with lm-eval's `weight_by_size`.
+    """Pool the results of a group's tasks with equal weight per document, as with lm-eval's `weight_by_size`.
 
     Args:
-        parts (`Sequence[dict]`): what is in `results.json` of each task.
+        parts (`Sequence[dict]`): contents of `results.json` of each task.
 
     Returns:
-        `dict[str, Any]` with `summary`, `intervals`, `per_prompt` and `truncated_prompts`, of the measures that are
-        means over documents in all tasks.
+        `dict[str, Any]`: `summary`, `intervals`, `per_prompt` and `truncated_prompts`, for the measures that are means
+        over documents in all tasks.
     """
     measures = [
         measure

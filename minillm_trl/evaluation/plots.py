@@ -1,24 +1,24 @@
-"""Plots for the report, each from its data: SVG that follows the page's colours, PNG for Markdown."""
+"""Plots of the report as SVG in the page's colours, and as PNG for Markdown."""
 
 import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 from ..errors import UserError
 from .calibration import CalibrationBin
-from .metrics import MeanInterval
+from .statistics import MeanInterval
 
-if TYPE_CHECKING:  # functions import matplotlib, which a table without plots need not wait for
+if TYPE_CHECKING:  # imported in functions: matplotlib is slow to import, and tables do not need it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# After Okabe and Ito, told apart by the colour-blind and dark enough for white; `style.py` has the same ones for the
-# light scheme and lighter ones for the dark
+# After Okabe and Ito: distinct for colour-blind readers and dark enough on white. `style.py` has the same colours for
+# the light scheme and lighter versions for the dark scheme
 COLOURS = ("#0072b2", "#b85c00", "#007a5a", "#b0478a", "#7a6500", "#5b4fc4")
-# A number of its own that shares no divisor with that of the colours: so many pairs that differ
+# Coprime numbers of colours and markers: all 42 combinations occur before one repeats
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
 _INK = "#010203"
@@ -33,14 +33,14 @@ class Curve:
     Attributes:
         title, x_label, y_label (`str`): texts.
         series (`dict[str, tuple[list[float], list[float]]]`): x and y values by name; NaN leaves a gap.
-        reference_lines (`dict[str, float]`): horizontal lines by name (the teacher's value, say).
-        y_min (`float`, *optional*): where the y axis begins; from the data if not given. Shares begin at 0, so that
-            one completion more or less does not look like a change.
-        order (`Sequence[str]`): names that the series' are among, of which each has its colour in all plots of a
-            report; the series' own by default.
+        reference_lines (`dict[str, float]`): horizontal lines by name (such as the teacher's value).
+        y_min (`float`, *optional*): lower end of the y axis; chosen from the data by default. Use 0 for shares, so
+            that noise of a single completion does not look like a change.
+        order (`Sequence[str]`): all names of the report, which give a name the same colour in all plots; by default
+            the names of the series.
 
     Raises:
-        ValueError: if a series has unequal numbers of x and y values, or there are more names than can be told apart.
+        ValueError: if a series has different numbers of x and y values, or there are more names than distinct styles.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Curve:
                 raise ValueError(f"Series {name!r} of curve {self.title!r} has {len(x)} x and {len(y)} y values.")
 
     def draw(self, ink: str) -> "Figure":
-        """The plot, with axes and texts in the colour `ink`."""
+        """Draw the plot, with axes and texts in the colour `ink`."""
         figure = _new_figure()
         axes = figure.add_subplot()
         for name, (x, y) in self.series.items():
@@ -78,16 +78,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Means with their intervals in groups: a dot and a line for each name in each category.
+    """Dot plot of means with intervals, grouped by category.
 
     Attributes:
         title, x_label (`str`): texts.
-        categories (`list[str]`): labels of the groups, from above.
-        series (`dict[str, list[MeanInterval | None]]`): a mean for each category by name; None where there is none.
+        categories (`list[str]`): labels of the groups, from the top.
+        series (`dict[str, list[MeanInterval | None]]`): one mean per category, by name; None for a missing value.
         order (`Sequence[str]`): see [`Curve`].
 
     Raises:
-        ValueError: if a series has not a value for each category, or there are more names than can be told apart.
+        ValueError: if a series does not have one value per category, or there are more names than distinct styles.
     """
 
     title: str
@@ -105,16 +105,16 @@ class Intervals:
                 )
 
     def draw(self, ink: str) -> "Figure":
-        """The plot, with axes and texts in the colour `ink`."""
+        """Draw the plot, with axes and texts in the colour `ink`."""
         figure = _new_figure()
         axes = figure.add_subplot()
-        pitch = len(self.series) + 1  # rows of a group, and one between it and the next
+        pitch = len(self.series) + 1  # rows of a group, and an empty row after it
         for number, (name, means) in enumerate(self.series.items()):
-            found = [(row * pitch + number, mean) for row, mean in enumerate(means) if mean is not None]
-            x = [mean.mean for _, mean in found]
-            errors = [[mean.mean - mean.low for _, mean in found], [mean.high - mean.mean for _, mean in found]]
+            dots = [(row * pitch + number, mean) for row, mean in enumerate(means) if mean is not None]
+            x = [mean.mean for _, mean in dots]
+            errors = [[mean.mean - mean.low for _, mean in dots], [mean.high - mean.mean for _, mean in dots]]
             style = {**_line_style(self.order or list(self.series), name), "linestyle": "none"}
-            rows = [row for row, _ in found]
+            rows = [row for row, _ in dots]
             axes.errorbar(x, rows, xerr=errors, elinewidth=1.6, label=_short(name), **style)
         middle = (len(self.series) - 1) / 2
         axes.set_yticks([row * pitch + middle for row in range(len(self.categories))], self.categories)
@@ -128,16 +128,16 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A reliability diagram: accuracy against confidence in bins, and below how many predictions each bin has.
+    """Reliability diagram: accuracy against confidence by bin, above a histogram of the predictions.
 
     Attributes:
         title (`str`): text.
         bins (`list[CalibrationBin]`): from low to high confidence.
-        name (`str`): whose predictions they are.
+        name (`str`): name of the model.
         order (`Sequence[str]`): see [`Curve`].
 
     Raises:
-        ValueError: if there are more names than can be told apart.
+        ValueError: if there are more names than distinct styles.
     """
 
     title: str
@@ -149,21 +149,22 @@ class Reliability:
         _check_names(self.title, self.order)
 
     def draw(self, ink: str) -> "Figure":
-        """The plot, with axes and texts in the colour `ink`."""
+        """Draw the plot, with axes and texts in the colour `ink`."""
         figure = _new_figure()
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         style = _line_style(self.order or [self.name], self.name)
         above.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.1, alpha=0.75, label="calibrated")
-        filled = [each for each in self.bins if each.confidence is not None and each.accuracy is not None]
-        for each in filled:  # how far the bin is from the diagonal
-            above.plot([each.confidence] * 2, [each.confidence, each.accuracy], color=style["color"], alpha=0.45)
-        confidences, accuracies = [each.confidence for each in filled], [each.accuracy for each in filled]
+        points = [(bin_.confidence, bin_.accuracy) for bin_ in self.bins]
+        filled = [(confidence, accuracy) for confidence, accuracy in points if None not in (confidence, accuracy)]
+        for confidence, accuracy in filled:  # the gap to the diagonal
+            above.plot([confidence] * 2, [confidence, accuracy], color=style["color"], alpha=0.45)
+        confidences, accuracies = [point[0] for point in filled], [point[1] for point in filled]
         above.plot(confidences, accuracies, linewidth=1.8, label=_short(self.name), **style)
         above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
-        widths = [each.high - each.low for each in self.bins]
-        counts = [each.count for each in self.bins]
+        widths = [bin_.high - bin_.low for bin_ in self.bins]
+        counts = [bin_.count for bin_ in self.bins]
         below.bar(
-            [each.low for each in self.bins],
+            [bin_.low for bin_ in self.bins],
             counts,
             widths,
             align="edge",
@@ -180,11 +181,11 @@ Plot = Curve | Intervals | Reliability
 
 
 def plot_svg(plot: Plot, name: str) -> str:
-    """The plot as an inline SVG element with a transparent ground, in the colours of the page's style sheet.
+    """Return the plot as an inline SVG element with transparent background, in the colours of the page's style sheet.
 
     Args:
-        plot (`Plot`): what to draw.
-        name (`str`): prefix of the element's ids, which must be unique within a page.
+        plot (`Plot`): plot to draw.
+        name (`str`): prefix of the element ids, unique within the page.
     """
     import matplotlib
 
@@ -197,7 +198,7 @@ def plot_svg(plot: Plot, name: str) -> str:
             if child.tag.endswith(("}metadata", "}style")):
                 parent.remove(child)
     for element in root.iter():
-        # inline SVG in HTML needs no namespace
+        # Inline SVG in HTML needs no namespace
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         _adapt_attributes(element, name)
@@ -220,7 +221,7 @@ def _adapt_attributes(element: ElementTree.Element, name: str) -> None:
 
 
 def plot_png(plot: Plot) -> bytes:
-    """The plot with its title as a PNG with a white ground."""
+    """Return the plot with its title as a PNG with white background."""
     buffer, ink = io.BytesIO(), "#1c2026"
     figure = plot.draw(ink)
     figure.suptitle(plot.title, fontsize=10, color=ink, wrap=True, parse_math=False)
@@ -235,9 +236,11 @@ def _new_figure() -> "Figure":
 
 
 def _check_names(title: str, names: Iterable[str]) -> None:
-    number, most = len(list(names)), math.lcm(len(COLOURS), len(_MARKERS))
-    if number > most:
-        raise UserError(f"Plot {title!r} has {number} names; at most {most} can be told apart.")
+    number, limit = len(list(names)), math.lcm(len(COLOURS), len(_MARKERS))
+    if number > limit:
+        raise UserError(
+            f"Plot {title!r} has {number} names, but only {limit} distinct styles. Compare fewer models at a time."
+        )
 
 
 def _line_style(names: Sequence[str], name: str) -> dict[str, Any]:
@@ -251,13 +254,13 @@ def _line_style(names: Sequence[str], name: str) -> dict[str, Any]:
 
 
 def _short(name: str) -> str:
-    """A label that leaves room for the plot; names that differ often do so at their ends."""
+    """Shorten a label in the middle, since similar names often differ at their ends."""
     half = _LONGEST_LABEL // 2
     return name if len(name) <= _LONGEST_LABEL else f"{name[:half]}…{name[-half:]}"
 
 
-def _finish(figure: "Figure", ink: str, height: float, grid: str = "both") -> None:
-    """Ink, grid, spines and, below all axes and so never over the lines, the legend."""
+def _finish(figure: "Figure", ink: str, height: float, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Set colours, grid, spines and size; put the legend below the axes, where it cannot cover lines."""
     from matplotlib.text import Text
 
     for axes in figure.axes:
@@ -265,17 +268,17 @@ def _finish(figure: "Figure", ink: str, height: float, grid: str = "both") -> No
     handles, labels = figure.axes[0].get_legend_handles_labels()
     longest = max(map(len, labels), default=0)
     columns = 3 if longest <= 8 else 2 if longest <= 16 else 1
-    # small, so that the texts are not when a page scales the plot to its columns
+    # A small figure, so that texts stay readable when the page scales it to a column
     figure.set_size_inches(3.7, height + 0.2 * math.ceil(len(labels) / columns))
     if labels:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink, fontsize=9
         )
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name with dollar signs is a name, not a formula
+        text.set_parse_math(False)  # names may contain dollar signs
 
 
-def _finish_axes(axes: "Axes", ink: str, grid: str) -> None:
+def _finish_axes(axes: "Axes", ink: str, grid: Literal["both", "x", "y"]) -> None:
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=10)
     axes.tick_params(colors=ink, labelsize=9)

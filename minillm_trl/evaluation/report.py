@@ -1,4 +1,4 @@
-"""What a report consists of, and how its tables read; `report_files.py` writes it."""
+"""The parts of a report, and its tables as text. `report_files.py` writes reports."""
 
 import math
 import textwrap
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
-from .metrics import MeanInterval
 from .plots import Plot
+from .statistics import MeanInterval
 
 Cell = MeanInterval | float | str
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measure: its key in the rows, its heading, which direction is better (if any), and the number of decimals."""
+    """A measure: its key in the rows, its label, which direction is better (if any), and the number of decimals."""
 
     key: str
     label: str
@@ -24,16 +24,16 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """The label with an arrow to what is better; ≈ is closer to the teacher's."""
+        """The label with an arrow in the better direction; ≈ means closer to the teacher."""
         arrow = {"higher": "↑", "lower": "↓", "teacher": "≈", None: ""}[self.better]
         return f"{self.label}\N{NO-BREAK SPACE}{arrow}" if arrow else self.label
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model: its name and a cell for each column's key; `is_teacher` marks the one that students learn from.
+    """A model: its name, its cells by column key, and whether it is a teacher.
 
-    `marks` are put behind cells, by key; the table's note says what they mean.
+    `marks` are appended to cells, by key; the table's note explains them.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Models by measures, with a note on what its marks say.
+    """Models by measures, with a note that explains the marks.
 
     Raises:
-        ValueError: if a row has a cell that no column shows.
+        ValueError: if a row has a cell without a column.
     """
 
     columns: list[Column]
@@ -58,12 +58,12 @@ class Table:
         keys = [column.key for column in self.columns]
         for row in self.rows:
             if unknown := sorted(set(row.cells) - set(keys)):
-                raise ValueError(f"Row {row.name!r} has cells {unknown} that no column shows; the columns are {keys}.")
+                raise ValueError(f"Row {row.name!r} has cells {unknown} without a column. Columns: {keys}.")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with its references, each model's answer, and what to say of the answers' scores."""
+    """One prompt with its references, the answer of each model, and texts with the answers' scores."""
 
     prompt: str
     references: list[str]
@@ -76,11 +76,11 @@ class Section:
     """A part of a report.
 
     Attributes:
-        heading (`str`): text.
-        tables (`dict[str, Table]`): by their headings; an empty one shows none.
+        heading (`str`): heading of the section.
+        tables (`dict[str, Table]`): tables by heading; an empty heading is not shown.
         figures (`list[Plot]`): plots.
-        samples (`dict[str, list[Sample]]`): answers side by side, by how their prompts were chosen.
-        notes (`list[str]`): texts.
+        samples (`dict[str, list[Sample]]`): answers side by side, by a heading that says how the prompts were chosen.
+        notes (`list[str]`): paragraphs.
     """
 
     heading: str
@@ -91,7 +91,7 @@ class Section:
 
 
 class Record(NamedTuple):
-    """One measure of one model on one task, for further use; None where there is nothing of the kind."""
+    """One measure of one model on one task: a row of `comparison.csv`. None for values that do not exist."""
 
     model: str
     task: str
@@ -110,13 +110,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What [`~evaluation.report_files.write_report`] writes.
+    """Contents of a report, for [`~evaluation.report_files.write_report`].
 
     Attributes:
-        title, summary (`str`): heading and the result in one or two sentences.
-        facts (`list[tuple[str, str]]`): what was trained or evaluated, on what, how.
-        sections (`list[Section]`): the parts in order.
-        records (`list[Record]`): all numbers, for a table that programs read.
+        title, summary (`str`): title, and the result in one or two sentences.
+        facts (`list[tuple[str, str]]`): names and values of settings and data.
+        sections (`list[Section]`): sections in order.
+        records (`list[Record]`): all numbers, for `comparison.csv`.
     """
 
     title: str
@@ -127,9 +127,10 @@ class Report:
 
 
 def format_cell(cell: Cell, digits: int) -> str:
-    """`53.5 ± 0.4` where the interval is about symmetric, `53.5 [52.9, 53.9]` where it is not.
+    """Format a cell as `53.5 ± 0.4` if its interval is nearly symmetric, else as `53.5 [52.9, 53.9]`.
 
-    About symmetric: its two halves round to the same, or differ by at most a quarter of the larger, which is shown.
+    Nearly symmetric: both halves round to the same number, or differ by at most a quarter of the larger half. The
+    larger half is shown.
     """
     if isinstance(cell, str):
         return cell
@@ -143,24 +144,24 @@ def format_cell(cell: Cell, digits: int) -> str:
 
 
 def format_cells(row: Row, table: Table) -> list[str]:
-    """The row's cells as texts, one for each column; a dash where there is none."""
+    """Return the row's cells as texts, one per column; a dash for a missing cell."""
     return [format_cell(row.cells.get(column.key, "–"), column.digits) for column in table.columns]
 
 
 def format_table(table: Table) -> str:
-    """The table as aligned plain text for a terminal; headings that are wider than their columns are folded."""
+    """Return the table as aligned plain text for a terminal; headings wider than their columns are wrapped."""
     rows = []
     for row in table.rows:
         marks = [row.marks.get(column.key, "") for column in table.columns]
-        places = [max(len(each.marks.get(column.key, "")) for each in table.rows) for column in table.columns]
+        places = [max(len(other.marks.get(column.key, "")) for other in table.rows) for column in table.columns]
         cells = zip(format_cells(row, table), marks, places, strict=True)
         rows.append([row.name, *(text + mark.ljust(place) for text, mark, place in cells)])
     widest = [max(map(len, texts)) for texts in zip(*rows, strict=True)]
     labels = ["", *(column.heading for column in table.columns)]
     wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    folded = [wrap(label, max(12, width)) for label, width in zip(labels, widest, strict=True)]
-    height = max(map(len, folded))
-    headings = [[""] * (height - len(lines)) + lines for lines in folded]
+    wrapped = [wrap(label, max(12, width)) for label, width in zip(labels, widest, strict=True)]
+    height = max(map(len, wrapped))
+    headings = [[""] * (height - len(lines)) + lines for lines in wrapped]
     widths = [max(width, *map(len, lines)) for lines, width in zip(headings, widest, strict=True)]
 
     def align(line: Sequence[str]) -> str:
@@ -173,7 +174,7 @@ def format_table(table: Table) -> str:
 
 
 def format_sections(sections: list[Section]) -> str:
-    """All tables of a report as plain text, each below its heading."""
+    """Return all tables of a report as plain text with headings."""
     texts = []
     for section in sections:
         for heading, table in section.tables.items():
@@ -183,7 +184,7 @@ def format_sections(sections: list[Section]) -> str:
 
 
 def best_students(table: Table) -> set[tuple[str, str]]:
-    """(row name, column key) of the best student in each column with a better direction; all that round alike."""
+    """Return (row name, column key) of the best student in each directed column, including ties after rounding."""
     best = set()
     for column in table.columns:
         values = {

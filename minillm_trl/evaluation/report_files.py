@@ -1,6 +1,6 @@
-"""Writes a report: `report.html` (one self-contained file), `report.md` with figures, and `comparison.csv`.
+"""Write a report: `report.html` (self-contained), `report.md` with figures, and `comparison.csv`.
 
-The pages are jinja templates in `templates/`: a change of their looks needs no Python.
+The pages are jinja templates in `templates/`; edit these to change the layout.
 """
 
 import csv
@@ -21,11 +21,12 @@ _TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write the files into `folder`; each appears complete or not at all.
+    """Write the files of a report; every file is written atomically.
 
     Args:
-        folder (`Path`): gets `report.html`, `report.md`, `figures/` and, if the report has records, `comparison.csv`.
-        report ([`~evaluation.report.Report`]): what to write.
+        folder (`Path`): folder for `report.html`, `report.md`, `figures/` and, if the report has records,
+            `comparison.csv`.
+        report ([`~evaluation.report.Report`]): report to write.
     """
     make_folder(folder / "figures")
     for number, section in enumerate(report.sections):
@@ -62,7 +63,7 @@ def _stripped(value: Any) -> Any:
 
 
 def _escape_markdown(value: Any) -> Any:
-    """Return a text so that Markdown shows it as it is, on one line; what the template calls safe is not changed."""
+    """Escape a text so that Markdown shows it literally and on one line; `Markup` is not escaped."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     escaped = re.sub(r"([\\`*_~$|\[\]])", r"\\\1", html.escape(value.strip(), quote=False))

@@ -1,4 +1,4 @@
-"""What `minillm-trl evaluate` wrote, read back, and checked for whether it can be compared."""
+"""Read the results of `minillm-trl evaluate`, and check that they can be compared."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from ..errors import UserError
 from ..files.json_files import check, parse_json
 from .calibration import CalibrationBin
-from .metrics import MeanInterval
+from .statistics import MeanInterval
 
-# What must be the same for two models on a task; the texts themselves are compared one by one
+# Settings that must be equal for two models on a task. Prompts and references are compared row by row
 _SAME = (
     "seeds",
     "greedy",
@@ -23,10 +23,11 @@ _SAME = (
     "label_words",
 )
 _SAME_BENCHMARK = ("definition_sha256", "num_fewshot", "limit")
+_SAME_WAY = "Evaluate both in the same way."
 
 
 class _Settings(TypedDict):
-    """Those of a group of benchmarks are lists where its tasks differ."""
+    """`settings` in `results.json`. A group of benchmarks has lists where its tasks differ, hence `Any`."""
 
     dataset: str
     split: Any
@@ -71,7 +72,7 @@ class _Calibration(TypedDict):
 
 
 class _Results(TypedDict):
-    """`results.json`."""
+    """Contents of `results.json`."""
 
     settings: _Settings
     summary: dict[str, MeanInterval]
@@ -98,7 +99,7 @@ class _Sample(TypedDict):
 
 
 class _BenchmarkSample(TypedDict):
-    """The same of lm-eval, whose answers may be numbers, and whose scores may be anything."""
+    """A line of `samples.jsonl` from lm-eval, whose answers may be numbers and whose scores may be of any type."""
 
     prompt: str
     references: list[str | float]
@@ -107,7 +108,7 @@ class _BenchmarkSample(TypedDict):
 
 
 class Bucket(NamedTuple):
-    """Prompts whose first reference has `low` to `high` tokens (None: no upper end), and the measures over them."""
+    """Number and measures of prompts whose first reference has `low` to `high` tokens (None for no upper limit)."""
 
     low: int
     high: int | None
@@ -116,7 +117,7 @@ class Bucket(NamedTuple):
 
 
 class LabelCalibration(NamedTuple):
-    """Expected calibration error, in [0, 1], and the bins behind it."""
+    """Expected calibration error, in [0, 1], and its bins."""
 
     ece: float
     bins: list[CalibrationBin]
@@ -124,17 +125,17 @@ class LabelCalibration(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What `minillm-trl evaluate` wrote of a model on one task.
+    """Results of a model on one task, as `minillm-trl evaluate` wrote them.
 
     Attributes:
-        settings (`dict`): what was evaluated, and how.
+        settings (`dict`): model, data and decoding settings.
         summary (`dict[str, MeanInterval]`): mean over prompts with its interval, by measure.
         by_seed (`dict[str, list[float]]`): the mean of each sampling seed.
-        corpus (`dict[str, float]`): measures of all samples together.
-        buckets (`list[Bucket]`): the measures by length of the reference; empty without references.
-        excess_error (`list[float | None]`, *optional*): ExAccErr in per cent, if it was measured, at each position
-            that a tenth of the samples of student and teacher reach; None where it is not defined.
-        calibration ([`LabelCalibration`], *optional*): of a classification task.
+        corpus (`dict[str, float]`): measures over all samples together.
+        buckets (`list[Bucket]`): the measures by reference length; empty without references.
+        excess_error (`list[float | None]`, *optional*): ExAccErr in percent, if measured, at each position
+            that a tenth of the samples of student and teacher reach; None where it is undefined.
+        calibration ([`LabelCalibration`], *optional*): calibration of a classification task.
         per_prompt (`list[dict[str, float]]`): each measure for each prompt, mean over the sampling seeds.
         samples (`list[dict]`): `prompt`, `references`, `outputs` and `scores` of each prompt.
     """
@@ -151,12 +152,12 @@ class TaskResult:
 
     @property
     def is_benchmark(self) -> bool:
-        """Whether `minillm-trl benchmark` wrote it, whose measures are called as by lm-eval."""
+        """Whether the results are from `minillm-trl benchmark`, where measures have lm-eval's names."""
         return self.settings.get("kind") == "lm_eval"
 
     @property
     def main_measure(self) -> str | None:
-        """What the task is judged by: `accuracy` of a classification, else `rouge_l`; None without references."""
+        """Measure that ranks models: `accuracy` for classification, else `rouge_l`; None without references."""
         if self.is_benchmark:
             return self.settings["main_measure"]
         return next((key for key in ("accuracy", "rouge_l") if key in self.summary), None)
@@ -164,31 +165,31 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model's name in the tables, and its results by task."""
+    """A model's name in tables, and its results by task."""
 
     name: str
     tasks: dict[str, TaskResult]
 
 
 def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
-    """Read the folder of a model's evaluation.
+    """Read a model's evaluation folder.
 
     Args:
-        name (`str`): of the model in the tables.
-        folder (`Path`): with `results.json` and `samples.jsonl` of a dataset, or with a folder of both for each task.
+        name (`str`): the model's name in tables.
+        folder (`Path`): folder with `results.json` and `samples.jsonl`, or with one such folder per task.
 
     Raises:
-        ValueError: if there are no results, or they cannot be read.
+        ValueError: if there are no results, or they are invalid.
     """
     paths = [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
     if not paths:
-        raise UserError(f"{folder}: no results of `minillm-trl evaluate`, neither results.json nor TASK/results.json.")
+        raise UserError(f"{folder}: no results.json or TASK/results.json. Create them with `minillm-trl evaluate`.")
     tasks = {}
     for path in paths:
         try:
             result = _read_task(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not what `minillm-trl evaluate` writes ({error}). Evaluate again.") from error
+            raise UserError(f"{path}: invalid results of `minillm-trl evaluate` ({error}). Evaluate again.") from error
         task = Path(result.settings["dataset"]).name if path.parent == folder else path.parent.name
         tasks[task] = result
     return EvaluatedModel(name, tasks)
@@ -197,39 +198,41 @@ def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
 def _read_task(path: Path) -> TaskResult:
     results = parse_json(path.read_bytes())
     check(results, _Results)
-    sample_type = _Sample
+    sample_type: type = _Sample
     if results["settings"].get("kind") == "lm_eval":
         check(results["settings"], _BenchmarkSettings, "settings")
         sample_type = _BenchmarkSample
     exposure_bias, calibration = results["exposure_bias"], results["calibration"]
     if calibration is not None:
-        calibration = LabelCalibration(calibration["ece"], [CalibrationBin(**each) for each in calibration["bins"]])
+        calibration = LabelCalibration(
+            calibration["ece"], [CalibrationBin(**values) for values in calibration["bins"]]
+        )
     samples = _read_samples(path.with_name("samples.jsonl"), sample_type)
     if len(samples) != len(results["per_prompt"]):
         raise UserError(f"samples.jsonl has {len(samples)} lines for {len(results['per_prompt'])} prompts")
-    found = TaskResult(
+    result = TaskResult(
         settings=results["settings"],
         summary=_intervals(results["summary"]),
         by_seed=results["by_seed"],
         corpus=results["corpus"],
         buckets=[
-            Bucket(each["low"], each["high"], each["prompts"], _intervals(each["summary"]))
-            for each in results["buckets"]
+            Bucket(values["low"], values["high"], values["prompts"], _intervals(values["summary"]))
+            for values in results["buckets"]
         ],
         excess_error=None if exposure_bias is None else _well_supported(exposure_bias),
         calibration=calibration,
         per_prompt=results["per_prompt"],
         samples=samples,
     )
-    # some of lm-eval's measures, such as a perplexity, are no means over documents
-    if not found.is_benchmark and any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
+    # Some of lm-eval's measures, such as perplexity, are not means over documents
+    if not result.is_benchmark and any(results["summary"].keys() - row.keys() for row in results["per_prompt"]):
         raise UserError("a prompt lacks a measure of the summary")
-    return found
+    return result
 
 
 def _read_samples(path: Path, sample_type: type) -> list[dict[str, Any]]:
     samples = []
-    # splitlines would split at characters inside of texts too
+    # splitlines would also split at other line separators inside texts
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line:
             try:
@@ -240,61 +243,61 @@ def _read_samples(path: Path, sample_type: type) -> list[dict[str, Any]]:
 
 
 def _well_supported(exposure_bias: Mapping[str, Any]) -> list[float | None]:
-    """The curve up to the last position that a tenth of the samples of both models reach: noise beyond."""
-    counts = [exposure_bias[f"counts_{model}"] for model in ("student", "teacher")]
-    kept = min(sum(10 * count >= each[0] for count in each) for each in counts)
-    return exposure_bias["excess_error"][:kept]
+    """Cut the curve at the last position that a tenth of both models' samples reach; beyond it is noise."""
+    counts_by_model = [exposure_bias[f"counts_{model}"] for model in ("student", "teacher")]
+    positions = min(sum(10 * count >= counts[0] for count in counts) for counts in counts_by_model)
+    return exposure_bias["excess_error"][:positions]
 
 
 def _intervals(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, MeanInterval]:
-    return {key: MeanInterval(**each) for key, each in summary.items()}
+    return {key: MeanInterval(**interval) for key, interval in summary.items()}
 
 
 def task_names(models: Iterable[EvaluatedModel]) -> list[str]:
-    """The tasks that any of the models was evaluated on, in order."""
+    """Return all tasks of the models, in order of appearance."""
     return list(dict.fromkeys(task for model in models for task in model.tasks))
 
 
 def results_of(models: Iterable[EvaluatedModel], task: str) -> dict[str, TaskResult]:
-    """The results on a task by model, of the models that have any."""
+    """Return the results on a task by model, for models evaluated on it."""
     return {model.name: model.tasks[task] for model in models if task in model.tasks}
 
 
 def teacher_names(models: Sequence[EvaluatedModel]) -> set[str]:
-    """The models that were a teacher in another's evaluation."""
+    """Return the names of models that were the teacher in another model's evaluation."""
     results = [(model.name, result.settings) for model in models for result in model.tasks.values()]
-    teachers = {settings["teacher"] for _, settings in results} - {None}
+    teachers = {settings["teacher"] for _, settings in results if settings["teacher"] is not None}
     return {name for name, settings in results if settings["model"] in teachers and settings["adapter"] is None}
 
 
 def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
-    """Check that models were evaluated alike on a task.
+    """Check that models were evaluated in the same way on a task.
 
     Args:
-        task (`str`): its name.
-        results (`Mapping[str, TaskResult]`): by model.
+        task (`str`): name of the task.
+        results (`Mapping[str, TaskResult]`): results by model.
 
     Raises:
-        ValueError: if two were evaluated with different settings, prompts or references, or how far they are from the
-            teacher is to different ones; with the names of both.
+        ValueError: if two models were evaluated with different settings, prompts or references, or their divergences
+            are from different teachers.
     """
     (first, one), *others = results.items()
     for other, two in others:
         for key in (*_SAME, *_SAME_BENCHMARK) if one.is_benchmark and two.is_benchmark else _SAME:
             _check_same(task, {first: one, other: two}, key)
-        # prompts of a benchmark hold the chat template of their tokenizer; digests tell of its documents
+        # A benchmark's prompts contain the tokenizer's chat template, so only digests of its documents are compared
         texts = (("prompt", "on different prompts"), ("references", "with different references"))
-        for key, said in texts if not one.is_benchmark else ():
+        for key, difference in texts if not one.is_benchmark else ():
             if [sample[key] for sample in one.samples] != [sample[key] for sample in two.samples]:
-                raise UserError(f"{first} and {other} were evaluated {said} of {task}. Evaluate both alike.")
+                raise UserError(f"{first} and {other} were evaluated {difference} of {task}. {_SAME_WAY}")
         if one.settings["data_sha256"] != two.settings["data_sha256"]:
-            raise UserError(f"{first} and {other} were evaluated on different data of {task}. Evaluate both alike.")
-    for (name, result), (other, another) in pairwise(_with_distance(results).items()):
-        teachers = [each.settings["teacher"] for each in (result, another)]
+            raise UserError(f"{first} and {other} were evaluated on different data of {task}. {_SAME_WAY}")
+    for (name, result), (other, other_result) in pairwise(_with_divergence(results).items()):
+        teachers = [result.settings["teacher"], other_result.settings["teacher"]]
         if teachers[0] != teachers[1]:
             raise UserError(
-                f"{name} and {other}: the distance on {task} is to different teachers, {teachers[0]!r} and "
-                f"{teachers[1]!r}. Evaluate both with one of them."
+                f"{name} and {other}: the divergences on {task} are from different teachers, {teachers[0]!r} and "
+                f"{teachers[1]!r}. Evaluate both with the same teacher."
             )
     exposed = {name: result for name, result in results.items() if result.excess_error is not None}
     for pair in pairwise(exposed.items()):
@@ -306,12 +309,12 @@ def _check_same(task: str, pair: Mapping[str, TaskResult], key: str) -> None:
     if one.settings[key] != two.settings[key]:
         raise UserError(
             f"{first} and {other} were evaluated differently on {task}: {key} is {one.settings[key]!r} and "
-            f"{two.settings[key]!r}. Evaluate both alike."
+            f"{two.settings[key]!r}. {_SAME_WAY}"
         )
 
 
-def _with_distance(results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
-    """Those that were compared with a teacher."""
+def _with_divergence(results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
+    """Return the results that have a divergence from a teacher."""
     return {
         name: result
         for name, result in results.items()

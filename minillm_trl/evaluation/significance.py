@@ -1,10 +1,10 @@
-"""Differences between models and a baseline, paired by prompt."""
+"""Test differences between models and a baseline, paired by prompt."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .metrics import MeanInterval, holm_correction, paired_bootstrap, sign_flip_test
 from .results import TaskResult
+from .statistics import MeanInterval, holm_correction, paired_bootstrap, sign_flip_test
 
 LEVEL = 0.05
 
@@ -13,9 +13,9 @@ class Difference(NamedTuple):
     """A model's mean minus the baseline's over the same prompts.
 
     Attributes:
-        interval ([`MeanInterval`]): with its 95 % bootstrap interval.
-        p (`float`): two-sided, of [`~evaluation.metrics.sign_flip_test`].
-        p_holm (`float`): the same, corrected for the number of models that are compared with the baseline.
+        interval ([`MeanInterval`]): mean difference with its 95 % bootstrap interval.
+        p (`float`): two-sided p-value from [`~evaluation.statistics.sign_flip_test`].
+        p_holm (`float`): p corrected for the number of models compared with the baseline (Holm).
     """
 
     interval: MeanInterval
@@ -28,22 +28,22 @@ class Difference(NamedTuple):
 
 
 def paired_differences(results: Mapping[str, TaskResult], baseline: str) -> dict[str, dict[str, Difference]]:
-    """The differences of all other models to the baseline on a task, in every measure that both have.
+    """Return the differences of all other models from the baseline, in every measure that both have.
 
     Args:
-        results (`Mapping[str, TaskResult]`): of the task by model, on the same prompts.
+        results (`Mapping[str, TaskResult]`): results of a task by model, on the same prompts.
         baseline (`str`): name of one of the models.
 
     Returns:
-        `dict[str, dict[str, Difference]]`: by measure, then by model. P-values are corrected among the models of a
-        measure.
+        `dict[str, dict[str, Difference]]`: differences by measure, then by model. Holm's correction is over the
+        models of a measure.
     """
-    differences = {}
+    differences: dict[str, dict[str, Difference]] = {}
     for measure in results[baseline].summary:
-        if any(measure not in row for row in results[baseline].per_prompt):  # no mean over all prompts
+        if any(measure not in row for row in results[baseline].per_prompt):  # not a mean over all prompts
             continue
         pairs = {
-            name: [[row[measure] for row in each.per_prompt] for each in (result, results[baseline])]
+            name: [[row[measure] for row in task_result.per_prompt] for task_result in (result, results[baseline])]
             for name, result in results.items()
             if name != baseline and all(measure in row for row in result.per_prompt)
         }

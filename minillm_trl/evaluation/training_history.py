@@ -1,4 +1,4 @@
-"""What a training logged of its evaluations, read from its newest checkpoint."""
+"""Read the evaluations logged during a training from its newest checkpoint."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -7,10 +7,19 @@ from ..errors import UserError
 from ..files.json_files import read_json
 from ..training.checkpoints import newest_whole_checkpoint
 
-# Logged by evaluations during training, see `docs/metrics.md`
+# Metrics that evaluations during training log, see `docs/metrics.md`
 EVALUATED = ("eval_rouge_l", "eval_objective/reverse_kl", "eval_completions/mean_length")
 
-_Entry = TypedDict("_Entry", {"step": int, **dict.fromkeys(EVALUATED, NotRequired[float])})
+# Functional syntax: the keys, which are EVALUATED, are not identifiers
+_Entry = TypedDict(
+    "_Entry",
+    {
+        "step": int,
+        "eval_rouge_l": NotRequired[float],
+        "eval_objective/reverse_kl": NotRequired[float],
+        "eval_completions/mean_length": NotRequired[float],
+    },
+)
 
 
 class _State(TypedDict):
@@ -18,10 +27,11 @@ class _State(TypedDict):
 
 
 def training_folder(settings: dict[str, Any]) -> Path | None:
-    """The folder of the training whose model was evaluated, if it is here and has a checkpoint left.
+    """Return the training folder of an evaluated model, or None if it is missing or has no checkpoint.
 
     Args:
-        settings (`dict`): of the evaluation; its model or adapter may be a folder, or a checkpoint inside of one.
+        settings (`dict`): settings of the evaluation, whose model or adapter may be a training folder or a checkpoint
+            in it.
     """
     folder = Path(settings["model"] if settings["adapter"] is None else settings["adapter"])
     if folder.name.startswith("checkpoint-"):
@@ -30,23 +40,25 @@ def training_folder(settings: dict[str, Any]) -> Path | None:
 
 
 def read_history(folder: Path) -> dict[str, dict[int, float]]:
-    """Read what the evaluations of a training logged.
+    """Read the metrics that evaluations during a training logged.
 
     Args:
         folder (`Path`): `output_dir` of the training.
 
     Returns:
-        `dict[str, dict[int, float]]`: value by step, of the metrics in [`EVALUATED`] that were logged.
+        `dict[str, dict[int, float]]`: value by step, for each metric of [`EVALUATED`] in the log.
 
     Raises:
-        ValueError: if there is no checkpoint, or its state cannot be read.
+        ValueError: if there is no checkpoint, or its state is invalid.
     """
     checkpoint = newest_whole_checkpoint(folder)
     if checkpoint is None:
-        raise UserError(f"{folder}: no whole checkpoint with a trainer_state.json. Name the output_dir of a training.")
+        raise UserError(
+            f"{folder}: no complete checkpoint with a trainer_state.json. Name the output_dir of a training."
+        )
     path = Path(checkpoint) / "trainer_state.json"
     history: dict[str, dict[int, float]] = {}
-    for entry in read_json(path, _State, "This is not a trainer's state. Delete this checkpoint.")["log_history"]:
+    for entry in read_json(path, _State, "This is not a trainer state. Delete this checkpoint.")["log_history"]:
         for key in EVALUATED:
             if key in entry:
                 history.setdefault(key, {})[entry["step"]] = float(entry[key])

@@ -1,4 +1,4 @@
-"""Verdicts of a judge: asked by several threads, each kept on disk as it comes, none asked for twice."""
+"""Collect a judge's verdicts with several threads, and store them on disk as they arrive."""
 
 import json
 import os
@@ -15,24 +15,25 @@ from ..files.json_files import check, parse_json
 from ..files.whole_files import make_folder, writing
 from .chat_client import ChatClient, ChatError, RequestRefused
 
-MAX_ASKED = 3  # times that a judge is asked until its reply can be parsed
-MAX_REFUSED = 5  # refusals in a row that are about one request each; after as many all would be refused
+MAX_ASKED = 3  # attempts until a reply can be parsed
+MAX_REFUSED = 5  # after this many refusals in a row, the endpoint probably refuses everything
 
 ScorePair = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's reply to a request.
+    """The judge's reply to a request.
 
     Attributes:
         key (`str`): digest of the request.
-        scores (`tuple[float, float]`, *optional*): of the first and the second answer; `None` if no reply had any.
-        reply (`str`): the last one.
-        asked (`int`): replies until one could be parsed, or until it was given up.
-        retries (`int`): failed tries to get them.
-        model (`str`, *optional*): who answered, as the endpoint names it.
-        prompt_tokens, completion_tokens (`int`): of all replies, as the endpoint counts them.
+        scores (`tuple[float, float]`, *optional*): scores of the first and the second answer; `None` if no reply could
+            be parsed.
+        reply (`str`): the last reply.
+        asked (`int`): number of replies, at most [`MAX_ASKED`].
+        retries (`int`): failed requests in between.
+        model (`str`, *optional*): model that answered, as the endpoint names it.
+        prompt_tokens, completion_tokens (`int`): tokens of all replies, as reported by the endpoint.
     """
 
     key: str
@@ -46,25 +47,25 @@ class Verdict:
 
 
 def read_verdicts(path: Path) -> dict[str, Verdict]:
-    """The verdicts of a file by their keys; a last line that a kill has torn is left out.
+    """Read the verdicts of a file by key; an incomplete last line, left by a kill, is ignored.
 
     Raises:
-        ValueError: if another line is no verdict, with its number.
+        ValueError: if another line is not a verdict, with its number.
     """
     if not path.is_file():
         return {}
-    found = {}
-    *lines, _ = path.read_bytes().split(b"\n")  # what ends without a line break is torn
+    verdicts = {}
+    *lines, _ = path.read_bytes().split(b"\n")  # the rest after the last line break is empty or incomplete
     for number, line in enumerate(lines, start=1):
         try:
             values = check(parse_json(line), Verdict)
         except ValueError as error:
             raise UserError(
-                f"{path}:{number}: no verdict of a judge ({error}). Delete this line, and it is asked for again."
+                f"{path}:{number}: not a verdict ({error}). Delete this line to request it again."
             ) from error
         scores = None if values["scores"] is None else tuple(map(float, values["scores"]))
-        found[values["key"]] = Verdict(**{**values, "scores": scores})
-    return found
+        verdicts[values["key"]] = Verdict(**{**values, "scores": scores})
+    return verdicts
 
 
 def collect_verdicts(
@@ -76,22 +77,23 @@ def collect_verdicts(
     concurrency: int,
     progress: bool = True,
 ) -> tuple[dict[str, Verdict], dict[str, str]]:
-    """Ask for the verdicts that the file does not have, and append each to it as it comes.
+    """Request the verdicts that the file lacks, and append them as they arrive.
 
     Args:
-        requests (`Mapping[str, dict]`): bodies of requests by their keys.
-        path (`Path`): of `verdicts.jsonl`.
-        client ([`ChatClient`]): of the judge.
-        parse (`Callable`): scores of a reply, or `None` if it has none; then the judge is asked again.
-        concurrency (`int`): requests on their way at a time.
+        requests (`Mapping[str, dict]`): request bodies by key.
+        path (`Path`): path of `verdicts.jsonl`.
+        client ([`ChatClient`]): client of the judge.
+        parse (`Callable`): returns the scores in a reply, or `None` without scores, which repeats the request.
+        concurrency (`int`): number of requests in flight.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
     Returns:
-        The verdicts by key, and what the endpoint said to requests that it refuses (too long ones, for example), which
-        are not in the file.
+        The verdicts by key, and the endpoint's messages to requests that it refuses, such as prompts that are too
+        long. Refusals are not in the file.
 
     Raises:
-        ChatError: if the endpoint fails for good or refuses [`MAX_REFUSED`] requests in a row; what came is kept.
+        ChatError: if the endpoint fails permanently or refuses [`MAX_REFUSED`] requests in a row. Verdicts received so
+            far are stored.
     """
     verdicts = {key: verdict for key, verdict in read_verdicts(path).items() if key in requests}
     missing = [key for key in requests if key not in verdicts]
@@ -107,7 +109,7 @@ def collect_verdicts(
     ):
 
         def keep(verdict: Verdict) -> None:
-            file.write(json.dumps(asdict(verdict)) + "\n")  # in ASCII: a cut reply may end in half a character
+            file.write(json.dumps(asdict(verdict)) + "\n")  # ASCII: a truncated reply may end in half a character
             file.flush()
             verdicts[verdict.key] = verdict
             bar.update()
@@ -117,13 +119,11 @@ def collect_verdicts(
             refused = _keep_all(futures, keep)
         except BaseException as error:  # Ctrl-C too
             client.stop()
-            executor.shutdown()  # waits for requests on their way
-            for future, key in futures.items():
-                if key not in verdicts and future.exception() is None:
-                    keep(future.result())
+            executor.shutdown()  # waits for requests in flight
+            _keep_finished(futures, verdicts, keep)
             if isinstance(error, ChatError):
                 kept = (
-                    f"{len(verdicts)} of {len(requests)} verdicts are in {path}; the same command asks for the rest."
+                    f"{len(verdicts)} of {len(requests)} verdicts are in {path}. Rerun the same command for the rest."
                 )
                 raise ChatError(f"{error} {kept}") from error
             raise
@@ -131,7 +131,7 @@ def collect_verdicts(
 
 
 def _keep_all(futures: dict[Future[Verdict], str], keep: Callable[[Verdict], None]) -> dict[str, str]:
-    """Keep the verdicts as they come; returns what was said to refused requests."""
+    """Store verdicts as they arrive; return the endpoint's messages to refused requests."""
     refused: dict[str, str] = {}
     in_a_row = 0
     for future in as_completed(futures):
@@ -144,6 +144,15 @@ def _keep_all(futures: dict[Future[Verdict], str], keep: Callable[[Verdict], Non
             if in_a_row == MAX_REFUSED:
                 raise
     return refused
+
+
+def _keep_finished(
+    futures: dict[Future[Verdict], str], verdicts: Mapping[str, Verdict], keep: Callable[[Verdict], None]
+) -> None:
+    """Store the verdicts that arrived after an error."""
+    for future, key in futures.items():
+        if key not in verdicts and future.exception() is None:
+            keep(future.result())
 
 
 def _ask(client: ChatClient, key: str, body: dict[str, Any], parse: Callable[[str], ScorePair | None]) -> Verdict:

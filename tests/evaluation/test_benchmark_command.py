@@ -134,13 +134,14 @@ class TestRefusals(OwnTasks):
     def test_unknown_task_is_refused_with_the_nearest_names(self, tmp_path, tasks, capsys):
         write_choices(tasks)
         message = self.refused(capsys, tmp_path, "none", "choises")
-        assert f"'choises' is no task, group or tag of lm-eval, nor a valid YAML in {tasks}. Did you mean" in message
+        assert "--tasks: 'choises' " in message
+        assert str(tasks) in message
         assert "'choices'?" in message
         message = self.refused(capsys, tmp_path, "none", "choices", "choices")
         assert "--tasks names 'choices' twice" in message
 
     def test_missing_folder_and_data_are_named(self, tmp_path, tasks, capsys):
-        assert f"--include_path {tasks}: there is no such folder" in self.refused(capsys, tmp_path, "none", "choices")
+        assert f"--include_path {tasks}: no such folder" in self.refused(capsys, tmp_path, "none", "choices")
         write_choices(tasks)
         (tasks / "choices.jsonl").unlink()
         assert "--tasks: choices cannot be loaded: " in self.refused(capsys, tmp_path, "none", "choices")
@@ -151,7 +152,7 @@ class TestRefusals(OwnTasks):
         (tasks / "all.yaml").write_text("group: all\ntask: [program]\n")
         for name in ("program", "programs", "all"):
             message = self.refused(capsys, tmp_path, "none", name)
-            assert "--tasks: program runs code that the model writes" in message
+            assert "--tasks: program " in message
             assert "add --confirm_run_unsafe_code" in message
         run = self.arguments(tmp_path, model_dir("llama"), "program", "--confirm_run_unsafe_code")
         assert main(run) == 2
@@ -167,12 +168,12 @@ class TestRefusals(OwnTasks):
         assert "--num_fewshot 2: choices is defined without examples" in message
         write_choices(tasks, fewshot_split="test")
         message = self.refused(capsys, tmp_path, "none", "choices", "--num_fewshot", "9")
-        assert "--num_fewshot 9: choices has not as many examples" in message
+        assert "--num_fewshot 9: choices " in message
 
     def test_task_without_room_for_a_prompt_is_refused(self, tmp_path, tasks, capsys, model_dir):
         write_answers(tasks, ["a"] * 5, generation_kwargs={"until": ["\n"]})  # lm-eval's limit of 256
         message = self.refused(capsys, tmp_path, model_dir("llama"), "answers")
-        assert "--tasks: answers lets the model write 256 tokens, which leaves no room for a prompt" in message
+        assert "--tasks: answers generates up to 256 tokens" in message
         assert "in a context of 128 tokens" in message
 
     def test_group_that_is_no_mean_over_documents_is_refused(self, tmp_path, tasks, capsys):
@@ -182,8 +183,8 @@ class TestRefusals(OwnTasks):
         group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": metrics}
         (tasks / "both.yaml").write_text(yaml.safe_dump(group))
         message = self.refused(capsys, tmp_path, "none", "both")
-        assert "both is the mean of tasks of different size, not of documents. Name its tasks one by one: " in message
+        assert "both averages over tasks of different size" in message
         for name in ("one", "two"):
             write_choices(tasks, name, metric_list=[{"metric": "mcc", "aggregation": "matthews_corrcoef"}])
         message = self.refused(capsys, tmp_path, "none", "both")
-        assert "no metric of both is a mean over the documents of all its tasks. Name its tasks one by one" in message
+        assert "no metric of both is a mean over documents in all its tasks" in message

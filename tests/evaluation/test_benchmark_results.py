@@ -32,8 +32,8 @@ from peft import LoraConfig, get_peft_model
 from minillm_trl.cli import main
 from minillm_trl.evaluation.general_benchmarks import SUITES
 from minillm_trl.evaluation.lm_eval_results import wrap_model
-from minillm_trl.evaluation.metrics import bootstrap_interval
 from minillm_trl.evaluation.results import read_evaluation
+from minillm_trl.evaluation.statistics import bootstrap_interval
 from minillm_trl.rollouts.prompts import generate_completions
 
 
@@ -44,7 +44,9 @@ class TestBenchmark(OwnTasks):
         assert main(self.arguments(tmp_path, model_dir("llama"), "choices")) == 0
         tokenizer = build_tokenizer()
         model = build_model("llama", len(tokenizer))
-        likelihoods = [[log_likelihood(model, tokenizer, each, choice) for choice in CHOICES] for each in QUESTIONS]
+        likelihoods = [
+            [log_likelihood(model, tokenizer, question, choice) for choice in CHOICES] for question in QUESTIONS
+        ]
         best = [max(range(3), key=row.__getitem__) for row in likelihoods]
         best_by_length = [max(range(3), key=lambda i, row=row: row[i] / len(CHOICES[i])) for row in likelihoods]
         accuracy = [float(a == b) for a, b in zip(best, GOLD, strict=True)]
@@ -72,13 +74,13 @@ class TestBenchmark(OwnTasks):
         tokenizer = build_tokenizer()
         model = build_model("llama", len(tokenizer))
         greedy = generate_completions(model, tokenizer, QUESTIONS, max_new_tokens=6, greedy=True)
-        own = [each.text.partition("\n")[0] for each in greedy]
+        own = [completion.text.partition("\n")[0] for completion in greedy]
         write_answers(tasks, [*own[:2], "the mill", "the pub", "a river"])
         assert main(self.arguments(tmp_path, model_dir("llama"), "answers")) == 0
         results, samples = read(tmp_path / "out" / "answers"), read_samples(tmp_path / "out" / "answers")
         assert [row["exact_match"] for row in results["per_prompt"]] == [1.0, 1.0, 0.0, 0.0, 0.0]
         assert results["summary"]["exact_match"]["mean"] == pytest.approx(0.4)
-        assert [sample["outputs"] for sample in samples] == [[each] for each in own]
+        assert [sample["outputs"] for sample in samples] == [[text] for text in own]
         assert samples[2]["references"] == ["the mill"]
         settings = results["settings"]
         assert (settings["greedy"], settings["temperature"], settings["max_new_tokens"]) == (True, None, 6)
@@ -145,11 +147,11 @@ class TestBenchmark(OwnTasks):
         greedy = generate_completions(
             build_model("llama", len(tokenizer)), tokenizer, QUESTIONS, max_new_tokens=6, greedy=True
         )
-        write_answers(tasks, [each.text.partition("\n")[0] for each in greedy], filter_list=filters)
+        write_answers(tasks, [completion.text.partition("\n")[0] for completion in greedy], filter_list=filters)
         assert main(self.arguments(tmp_path, model_dir("llama"), "answers")) == 0
         results = read(tmp_path / "out" / "answers")
         assert results["settings"]["main_measure"] == "exact_match,whole"
-        assert {name: each["mean"] for name, each in results["summary"].items()} == {
+        assert {name: interval["mean"] for name, interval in results["summary"].items()} == {
             "exact_match,whole": 1.0,
             "exact_match,never": 0.0,
         }
@@ -220,7 +222,7 @@ class TestBenchmark(OwnTasks):
         assert main([*run, "--adapter", str(adapter), "--apply_chat_template"]) == 2
         assert f"--apply_chat_template: the tokenizer of {base} has no chat template" in capsys.readouterr().err
         tokenizer = build_tokenizer()
-        tokenizer.chat_template = "{% for each in messages %}<{{ each['content'] }}>{% endfor %}"
+        tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
         tokenizer.save_pretrained(base)
         assert main([*run, "--adapter", str(adapter), "--apply_chat_template"]) == 0
         samples = read_samples(tmp_path / "out" / "choices")
@@ -229,7 +231,7 @@ class TestBenchmark(OwnTasks):
         for sample, question in zip(samples, QUESTIONS, strict=True):
             ids = [tokenizer(f"<{question}>{choice}")["input_ids"] for choice in CHOICES]
             start = len(tokenizer(f"<{question}>")["input_ids"])
-            likelihoods = [sum_log_probs(merged, each, start) for each in ids]
+            likelihoods = [sum_log_probs(merged, choice_ids, start) for choice_ids in ids]
             assert sample["outputs"] == [CHOICES[likelihoods.index(max(likelihoods))]]
 
     def test_metric_without_a_standard_error_is_kept_without_an_interval(self, tmp_path, tasks, model_dir, capsys):

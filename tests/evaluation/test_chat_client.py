@@ -96,8 +96,8 @@ class TestClient:
             (401, "rejected the API key: HTTP 401, 'said to Bearer (key)'. Check the key in OPENAI_API_KEY."),
             (403, "rejected the API key: HTTP 403"),
             (404, "does not exist, or has no model 'judge': HTTP 404"),
-            (302, "does not answer as an OpenAI-compatible endpoint: HTTP 302"),
-            (405, "does not answer as an OpenAI-compatible endpoint: HTTP 405"),
+            (302, "HTTP 302"),
+            (405, "HTTP 405"),
         ],
     )
     def test_refusal_of_all_fails_at_once(self, server: Server, status: int, message: str):
@@ -109,7 +109,7 @@ class TestClient:
 
     def test_redirect_is_not_followed(self, server: Server):
         error, _ = self.ask(server, [(307, {"Location": f"{server.url}/chat/completions"}, "")])
-        assert "does not answer as an OpenAI-compatible endpoint: HTTP 307" in str(error)
+        assert "HTTP 307" in str(error)
         assert len(server.bodies) == 1
 
     def test_missing_key_is_named(self, server: Server):
@@ -137,7 +137,7 @@ class TestClient:
         server.script = [(429, {"Retry-After": "200"}, "")]
         with ChatClient(server.url) as client:
             threading.Timer(0.2, client.stop).start()
-            with pytest.raises(ChatError, match="stopped before"):
+            with pytest.raises(ChatError, match="was stopped"):
                 client.complete(self.BODY)
         assert len(server.bodies) == 1
 
@@ -151,20 +151,20 @@ class TestClient:
 
     @pytest.mark.parametrize("key", [f"{KEY}\nx", f"Bearer {KEY}", f"{KEY}é"])
     def test_key_that_no_header_carries_is_refused_unseen(self, key: str):
-        with pytest.raises(ValueError, match="MY_KEY holds characters that no HTTP header carries") as caught:
+        with pytest.raises(ValueError, match="MY_KEY ") as caught:
             ChatClient("http://127.0.0.1/v1", key, key_name="MY_KEY")
         assert KEY not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("url", "message"),
         [
-            ("localhost:8000/v1", "no http or https address"),
-            ("ftp://host/v1", "no http or https address"),
-            ("http:///v1", "no http or https address"),
-            ("http://host:port/v1", "is no address"),
-            (f"http://user:{KEY}@host/v1", "must end with its path"),
-            (f"http://host/v1?key={KEY}", "must end with its path"),
-            ("http://host/v1/chat/completions/", "leave out /chat/completions"),
+            ("localhost:8000/v1", "--base_url localhost:8000/v1 "),
+            ("ftp://host/v1", "--base_url ftp://host/v1 "),
+            ("http:///v1", "--base_url http:///v1 "),
+            ("http://host:port/v1", "--base_url is not a URL"),
+            (f"http://user:{KEY}@host/v1", "--base_url .* --api_key_env"),
+            (f"http://host/v1?key={KEY}", "--base_url .* --api_key_env"),
+            ("http://host/v1/chat/completions/", "/chat/completions"),
         ],
     )
     def test_address_that_cannot_be_used_is_refused_without_its_secrets(self, url: str, message: str):

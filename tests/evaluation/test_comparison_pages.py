@@ -15,9 +15,9 @@ from test_report import Page
 from minillm_trl.cli import main
 from minillm_trl.evaluation.calibration import CalibrationBin
 from minillm_trl.evaluation.comparison_tables import COLUMNS
-from minillm_trl.evaluation.metrics import MeanInterval
 from minillm_trl.evaluation.plots import Curve, Intervals, Reliability
 from minillm_trl.evaluation.report import Report, format_cell
+from minillm_trl.evaluation.statistics import MeanInterval
 from minillm_trl.evaluation.training_history import training_folder
 
 
@@ -30,14 +30,14 @@ class TestFigures:
         (plot,) = section(compare(tmp_path, "a", "b"), "All tasks").figures
         assert isinstance(plot, Intervals)
         assert plot.categories == ["dolly", "vicuna"]
-        means = {name: [each and each.mean for each in series] for name, series in plot.series.items()}
+        means = {name: [interval and interval.mean for interval in series] for name, series in plot.series.items()}
         assert means == {"a": [2.0, 2.0], "b": [4.0, None]}
 
     def test_buckets_without_prompts_are_left_out(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0, 3.0, 8.0]}, bucket_of=[0, 0, 2])
         (plot,) = section(compare(tmp_path, "a"), "dolly").figures
         assert plot.categories == ["all", "0–5 tokens\n(n = 2)", "11 or more tokens\n(n = 1)"]
-        assert [each.mean for each in plot.series["a"]] == [4.0, 2.0, 8.0]
+        assert [interval.mean for interval in plot.series["a"]] == [4.0, 2.0, 8.0]
 
     def test_excess_error_is_a_curve_over_positions_from_1(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0]})
@@ -114,14 +114,14 @@ class TestTraining:
         assert main(["compare", str(folder), "--training", f"a={training}"]) == 2
         assert f"--training a={training}: none of eval_rouge_l, " in capsys.readouterr().err
         assert main(["compare", str(folder), "--training", f"a={tmp_path}"]) == 2
-        assert f"{tmp_path}: no whole checkpoint" in capsys.readouterr().err
+        assert f"{tmp_path}: no complete checkpoint" in capsys.readouterr().err
         state = training / "checkpoint-20" / "trainer_state.json"
         state.write_text('{"log_history": [{"eval_rouge_l"')
         with caplog.at_level(logging.WARNING):
             assert main(["compare", str(folder)]) == 0
         assert f"{state}: cannot be used" in caplog.text
         assert main(["compare", str(folder), "--training", f"a={training}"]) == 2
-        assert f"{training}: no whole checkpoint" in capsys.readouterr().err
+        assert f"{training}: no complete checkpoint" in capsys.readouterr().err
 
 
 class TestAnswers:
@@ -172,7 +172,7 @@ def written(tmp_path_factory) -> tuple[Report, Path]:
         spread = [0.37 * ((7 * row + number) % 5) for row in range(8)]
         for task in ("dolly", "vicuna"):
             measures = {"rouge_l": 20.0, "reverse_kl": 9.0, "length": 30.0, "repeated_4grams": 0.1, "loss": 2.0}
-            values = {key: [base + number + each for each in spread] for key, base in measures.items()}
+            values = {key: [base + number + offset for offset in spread] for key, base in measures.items()}
             curve = [3.0, 4.0 + number]
             more = {"bucket_of": [0, 1, 2, 2] * 2, "excess_error": curve, "corpus": {"distinct_4grams": 0.75}}
             write_results(folder / name / task, values, **more)
@@ -232,7 +232,7 @@ class TestFiles:
         report, folder = written
         with open(folder / "comparison.csv", newline="") as file:
             rows = {(row["model"], row["task"], row["measure"]): row for row in csv.DictReader(file)}
-        table = section(report, "vicuna").tables["Difference to sft"]
+        table = section(report, "vicuna").tables["Difference from sft"]
         for row in table.rows:
             found = rows[row.name, "vicuna", "rouge_l"]
             numbers = [float(found[f"difference{end}"]) for end in ("", "_low", "_high")]

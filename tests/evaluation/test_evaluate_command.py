@@ -21,7 +21,9 @@ REFERENCES = ["the mill", "a cheap pub near the river and the mill", "the city",
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "the mill " * (i % 3) + f"{i}", "references": [each]} for i, each in enumerate(REFERENCES)]
+    rows = [
+        {"prompt": "the mill " * (i % 3) + f"{i}", "references": [reference]} for i, reference in enumerate(REFERENCES)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -67,13 +69,13 @@ def test_prompts_are_in_the_bucket_of_their_reference_s_tokens(tmp_path, rows, m
     tokenizer = AutoTokenizer.from_pretrained(model_dir("llama"))
     lengths = [len(tokenizer.tokenize(reference)) for reference in REFERENCES]
     assert lengths == [3, 14, 3, 2, 7]
-    assert [(each["low"], each["high"], each["prompts"]) for each in results["buckets"]] == [
+    assert [(bucket["low"], bucket["high"], bucket["prompts"]) for bucket in results["buckets"]] == [
         (0, 5, 3),
         (6, 10, 1),
         (11, None, 1),
     ]
     losses = [row["loss"] for row in results["per_prompt"]]
-    means = [each["summary"]["loss"]["mean"] for each in results["buckets"]]
+    means = [bucket["summary"]["loss"]["mean"] for bucket in results["buckets"]]
     assert means == pytest.approx([(losses[0] + losses[2] + losses[3]) / 3, losses[4], losses[1]])
 
 
@@ -143,7 +145,7 @@ def test_two_processes_give_the_results_of_one(tmp_path, rows, model_dir, teache
     result = run_module("minillm_trl", *words(rows, model_dir("llama"), tmp_path / "two", *teacher, *launch))
     assert result.returncode == 0, result.stderr
     (one, one_samples), (two, two_samples) = read(tmp_path / "one"), read(tmp_path / "two")
-    assert [each["outputs"] for each in one_samples] == [each["outputs"] for each in two_samples]
+    assert [sample["outputs"] for sample in one_samples] == [sample["outputs"] for sample in two_samples]
     for a, b in zip(one["per_prompt"], two["per_prompt"], strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     assert one["exposure_bias"]["student"] == pytest.approx(two["exposure_bias"]["student"], rel=1e-4)
@@ -158,7 +160,7 @@ def test_blocked_ngrams_change_the_samples_and_are_stated(tmp_path, rows, model_
     assert "n-grams may repeat" in output
     assert "no repeated 1-grams" in output
     (free, one), (blocked, two) = read(tmp_path / "free"), read(tmp_path / "blocked")
-    assert [each["outputs"] for each in one] != [each["outputs"] for each in two]
+    assert [sample["outputs"] for sample in one] != [sample["outputs"] for sample in two]
     assert free["settings"]["no_repeat_ngram_size"] == 0
     assert blocked["settings"]["no_repeat_ngram_size"] == 1
 
@@ -209,7 +211,7 @@ class TestTasks:
             ("doly", "--tasks doly: no such task, file or folder.*Did you mean 'dolly'"),
             ("e2e,selfints", "--tasks selfints: no such task.*Did you mean 'selfinst'"),
             ("none/rows.jsonl", "--tasks none/rows.jsonl: no such file"),
-            ("sni", "Make it with `minillm-trl prepare-data --task sni --output_dir"),
+            ("sni", "minillm-trl prepare-data --task sni --output_dir"),
             ("=x", "expected NAME=DATASET"),
             ("a/b=x", "expected NAME=DATASET"),
         ],
@@ -242,8 +244,8 @@ class TestClassification:
         confidence = [max(sample["probabilities"].values()) for sample in samples]
         assert results["summary"]["accuracy"]["mean"] == pytest.approx(100 * sum(right) / 6)
         assert [row["confidence"] for row in results["per_prompt"]] == confidence
-        bins = [each for each in results["calibration"]["bins"] if each["count"]]
-        gaps = [each["count"] / 6 * abs(each["accuracy"] - each["confidence"]) for each in bins]
+        bins = [bin_ for bin_ in results["calibration"]["bins"] if bin_["count"]]
+        gaps = [bin_["count"] / 6 * abs(bin_["accuracy"] - bin_["confidence"]) for bin_ in bins]
         assert results["calibration"]["ece"] == pytest.approx(sum(gaps))
         assert results["settings"]["label_words"] == [" cheap", " italian"]
         assert "ece" in capsys.readouterr().out

@@ -140,7 +140,9 @@ class TestEvaluate:
     def test_row_without_a_reference_is_named_before_anything_is_sampled(self, tmp_path, capsys):
         path = tmp_path / "rows.jsonl"
         completions = ["a pub", "a mill", None]
-        rows = [{"prompt": prompt, "completion": each} for prompt, each in zip("aab", completions, strict=True)]
+        rows = [
+            {"prompt": prompt, "completion": completion} for prompt, completion in zip("aab", completions, strict=True)
+        ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert main(self.arguments(tmp_path, "none")) == 2
         assert f"{path}: row 2 (counting from 0) has neither references nor a completion" in capsys.readouterr().err

@@ -101,7 +101,9 @@ class TestGeneration:
         model = build_model("gpt2", len(TOKENIZER))
         options = {"max_new_tokens": 12}
         found = [
-            tuple(each.text for each in generate_completions(model, TOKENIZER, PROMPTS, **options, **choice))
+            tuple(
+                completion.text for completion in generate_completions(model, TOKENIZER, PROMPTS, **options, **choice)
+            )
             for choice in ({}, {}, *({"seed": seed, "sample": sample} for seed in range(3) for sample in range(3)))
         ]
         assert len(set(found)) == 11
@@ -165,7 +167,7 @@ def test_fine_tuning_on_conversations_needs_a_chat_template(tmp_path, model_dir,
     expected = f"--model_name_or_path {model}: the prompts are conversations, but its tokenizer has no chat template."
     assert expected in capsys.readouterr().err
     template = tmp_path / "template.jinja"
-    template.write_text("{% for each in messages %}{{ each['content'] }} {% endfor %}")
+    template.write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     options += ("--chat_template_path", str(template), "--max_steps", "1", "--report_to", "none")
     assert main(["sft", "--model_name_or_path", model, *options]) == 0
 

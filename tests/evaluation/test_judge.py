@@ -17,7 +17,7 @@ from minillm_trl.evaluation.judge import (
     question_text,
     score_pairs,
 )
-from minillm_trl.evaluation.metrics import bootstrap_ratio
+from minillm_trl.evaluation.statistics import bootstrap_ratio
 
 
 class TestProtocol:
@@ -55,7 +55,12 @@ class TestProtocol:
     def test_without_swap_the_model_stands_first_at_every_other_prompt(self):
         protocol = Protocol("judge", 64, {}, swap=False)
         orders = [protocol.requests(Pair(prompt, "q", "a", "b")) for prompt in range(4)]
-        assert [[request.model_first for request in each] for each in orders] == [[True], [False], [True], [False]]
+        assert [[request.model_first for request in requests] for requests in orders] == [
+            [True],
+            [False],
+            [True],
+            [False],
+        ]
 
     def test_key_depends_on_all_that_is_asked_and_on_nothing_else(self):
         protocols = [
@@ -123,7 +128,9 @@ class TestScores:
         pairs = [Pair((prompts or range(9))[i], "q", f"answer {i}", "gold") for i in range(len(verdicts))]
         keys = [[request.key for request in protocol.requests(pair)] for pair in pairs]
         found = {
-            key: verdict(key, each) for i, row in enumerate(verdicts) for key, each in zip(keys[i], row, strict=True)
+            key: verdict(key, scores)
+            for i, row in enumerate(verdicts)
+            for key, scores in zip(keys[i], row, strict=True)
         }
         return score_pairs(pairs, protocol, found)
 
@@ -151,7 +158,7 @@ class TestScores:
 
     def test_order_without_scores_is_left_out_and_counted(self):
         scores = self.score([[(6, 8), None], [None, None], [(3, 4), (4, 3)]])
-        assert [each and (each["model"], each["other"]) for each in scores.per_prompt] == [(6, 8), None, (3, 4)]
+        assert [means and (means["model"], means["other"]) for means in scores.per_prompt] == [(6, 8), None, (3, 4)]
         assert "position" not in scores.per_prompt[0]
         assert scores.summary["position"].n == 1
         assert scores.summary["ratio"].mean == pytest.approx(100 * (6 + 3) / (8 + 4))
@@ -159,7 +166,10 @@ class TestScores:
 
     def test_each_prompt_counts_alike_whatever_the_number_of_its_judged_samples(self):
         scores = self.score([[(2, 4), (4, 2)], [(4, 4), (4, 4)], [None, None], [(9, 3), (3, 9)]], [0, 0, 1, 1])
-        assert [(each["model"], each["other"], each["tie"]) for each in scores.per_prompt] == [(3, 4, 50), (9, 3, 0)]
+        assert [(means["model"], means["other"], means["tie"]) for means in scores.per_prompt] == [
+            (3, 4, 50),
+            (9, 3, 0),
+        ]
         assert scores.summary["ratio"].mean == pytest.approx(100 * (3 + 9) / (4 + 3))
         assert scores.summary["ratio"].n == 2
 

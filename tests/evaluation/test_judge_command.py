@@ -253,7 +253,7 @@ class TestCommand:
             (["--against", "{other}"], "sft and other were evaluated on different prompts of dolly."),
             (["{other}"], "sft and other were evaluated on different prompts or references of dolly."),
             (["{bare}"], "bare, dolly, prompt 0 (counting from 0) has no reference."),
-            (["--against", "{elsewhere}"], "elsewhere was not evaluated on dolly, sft was. Leave it out with --tasks"),
+            (["--against", "{elsewhere}"], "elsewhere was not evaluated on dolly, but sft was. Exclude"),
             (["{sft}"], "each run needs its own name"),
             (["--concurrency", "0"], "--concurrency must be positive, got 0."),
             (["--max_retries", "-1"], "--max_retries must not be negative, got -1."),

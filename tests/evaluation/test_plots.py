@@ -8,8 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 
 from minillm_trl.evaluation.calibration import CalibrationBin
-from minillm_trl.evaluation.metrics import MeanInterval
 from minillm_trl.evaluation.plots import COLOURS, Curve, Intervals, Reliability, plot_png, plot_svg
+from minillm_trl.evaluation.statistics import MeanInterval
 
 NAMES = ["teacher", "sft", "minillm"]
 
@@ -48,7 +48,7 @@ class TestCurve:
         series = {name: ([0.0, 1.0], [0.0, 1.0]) for name in names}
         lines = Curve("Many", "x", "y", series).draw("#000000").axes[0].get_lines()
         assert len({(line.get_color(), line.get_marker()) for line in lines}) == 42
-        with pytest.raises(ValueError, match="'Many' has 43 names; at most 42"):
+        with pytest.raises(ValueError, match=r"'Many' has 43 names, .* 42 "):
             Curve("Many", "x", "y", {**series, "one more": ([0.0], [0.0])})
 
     def test_unequal_x_and_y_are_refused(self):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from minillm_trl.evaluation.metrics import MeanInterval
 from minillm_trl.evaluation.plots import COLOURS, Curve
 from minillm_trl.evaluation.report import (
     Column,
@@ -26,6 +25,7 @@ from minillm_trl.evaluation.report import (
     format_table,
 )
 from minillm_trl.evaluation.report_files import write_report
+from minillm_trl.evaluation.statistics import MeanInterval
 
 ATTACK = "<script>alert(1)</script>"
 TEXTS = (

@@ -26,7 +26,7 @@ class TestVerdicts:
     def test_each_is_asked_once_in_all_runs(self, server: Server, tmp_path: Path):
         server.reply = lambda body: f"{body['number'] + 1} 9\nwhy"
         verdicts, refused = self.collect(server, tmp_path / "new" / "verdicts.jsonl", 3, concurrency=3)
-        assert {key: each.scores for key, each in verdicts.items()} == {"k0": (1, 9), "k1": (2, 9), "k2": (3, 9)}
+        assert {key: verdict.scores for key, verdict in verdicts.items()} == {"k0": (1, 9), "k1": (2, 9), "k2": (3, 9)}
         assert refused == {}
         assert verdicts["k1"] == verdict(
             "k1", (2, 9), reply="2 9\nwhy", model="judge-2030", prompt_tokens=100, completion_tokens=7
@@ -41,7 +41,7 @@ class TestVerdicts:
         server.script = [500, "I cannot say.", "8 7", "Hm.", "Hm!", "No."]
         verdicts, _ = self.collect(server, tmp_path / "verdicts.jsonl", 2)
         assert self.numbers(server) == [0, 0, 0, 1, 1, 1]
-        assert [(each.scores, each.reply, each.asked, each.retries) for each in verdicts.values()] == [
+        assert [(verdict.scores, verdict.reply, verdict.asked, verdict.retries) for verdict in verdicts.values()] == [
             ((8, 7), "8 7", 2, 1),
             (None, "No.", MAX_ASKED, 0),
         ]
@@ -73,17 +73,17 @@ class TestVerdicts:
         good = json.dumps({"key": "k", "scores": [1, 2], "reply": "", "asked": 1, "retries": 0, "model": None})
         good = good[:-1] + ', "prompt_tokens": 1, "completion_tokens": 1}'
         path.write_bytes(f"{good}\n{line}\n{good}\n".encode(errors="surrogateescape"))
-        with pytest.raises(ValueError, match=r"verdicts.jsonl:2: no verdict of a judge .* Delete this line"):
+        with pytest.raises(ValueError, match=r"verdicts.jsonl:2: not a verdict .* Delete this line"):
             read_verdicts(path)
 
     def test_endpoint_that_fails_in_the_middle_loses_nothing(self, server: Server, tmp_path: Path):
         path = tmp_path / "verdicts.jsonl"
         server.script = ["1 2", "3 4", 500, 500, 500]
         with pytest.raises(
-            ChatError, match=r"failed 3 times.* 2 of 6 verdicts are in .*verdicts.jsonl; the same comm"
+            ChatError, match=r"failed 3 times.* 2 of 6 verdicts are in .*verdicts.jsonl. Rerun the same comm"
         ):
             self.collect(server, path, 6)
-        assert [each.scores for each in read_verdicts(path).values()] == [(1, 2), (3, 4)]
+        assert [verdict.scores for verdict in read_verdicts(path).values()] == [(1, 2), (3, 4)]
         server.bodies.clear()
         server.script, server.reply = [], lambda _: "5 6"
         assert len(self.collect(server, path, 6)[0]) == 6
@@ -102,7 +102,7 @@ class TestVerdicts:
         with pytest.raises(ChatError, match=r"rejected the API key.* 1 of 20 verdicts"):
             self.collect(server, path, 20, concurrency=2)
         assert late.is_set()
-        assert [each.key for each in read_verdicts(path).values()] == ["k0"]
+        assert [verdict.key for verdict in read_verdicts(path).values()] == ["k0"]
         assert len(server.bodies) < 20
 
     def test_waiting_for_a_retry_ends_when_another_request_fails_for_good(self, server: Server, tmp_path: Path):

@@ -1,0 +1,143 @@
+"""Bootstrap intervals, the sign-flip test and Holm's correction against values computed by hand or by enumeration."""
+
+import operator
+from itertools import product
+
+import numpy as np
+import pytest
+
+from minillm_trl.evaluation.statistics import (
+    MeanInterval,
+    bootstrap_interval,
+    holm_correction,
+    paired_bootstrap,
+    sign_flip_test,
+)
+
+
+def test_bootstrap_interval_of_constant_values_has_no_width():
+    interval = bootstrap_interval([53.5] * 30)
+    assert interval == MeanInterval(53.5, 53.5, 53.5, 30, 0.0)
+
+
+@pytest.mark.parametrize(("confidence", "low", "high"), [(0.95, 0.0, 1.0), (0.4, 0.5, 0.5)])
+def test_bootstrap_interval_of_two_values_has_the_exact_quantiles(confidence, low, high):
+    # the mean of two draws from {0, 1} is 0, 1/2, 1 with probability 1/4, 1/2, 1/4
+    assert bootstrap_interval([0.0, 1.0], confidence=confidence) == MeanInterval(0.5, low, high, 2, pytest.approx(0.5))
+
+
+def test_bootstrap_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(3).normal(50, 20, 2000)
+    interval = bootstrap_interval(values)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert interval.mean == pytest.approx(values.mean())
+    assert interval.mean - interval.low == pytest.approx(half, rel=0.05)
+    assert interval.high - interval.mean == pytest.approx(half, rel=0.05)
+
+
+def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_claims():
+    generator = np.random.default_rng(0)
+    intervals = [bootstrap_interval(generator.normal(0, 1, 40), resamples=400, seed=i) for i in range(400)]
+    coverage = np.mean([low <= 0 <= high for _, low, high, *_ in intervals])
+    assert 0.90 <= coverage <= 0.97
+
+
+def test_bootstrap_interval_depends_on_the_seed_alone():
+    values = np.random.default_rng(1).normal(size=50)
+    assert bootstrap_interval(values, seed=4) == bootstrap_interval(values.tolist(), seed=4)
+    assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+
+
+def test_standard_error_is_that_of_the_mean():
+    values = [1.0, 2.0, 3.0, 6.0]  # squared deviations 4, 1, 0, 9: variance 14 / 3
+    assert bootstrap_interval(values).standard_error == pytest.approx((14 / 3 / 4) ** 0.5)
+    assert bootstrap_interval([1.0]).standard_error is None
+
+
+def test_bootstrap_interval_without_values_is_refused():
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_interval([])
+
+
+def test_paired_bootstrap_removes_what_prompts_share():
+    baseline = np.random.default_rng(2).normal(50, 20, 200)
+    interval = paired_bootstrap(baseline + 1.0, baseline)
+    assert interval == pytest.approx((1.0, 1.0, 1.0, 200, 0.0), abs=1e-9)
+    assert bootstrap_interval(baseline).high - bootstrap_interval(baseline).low > 4
+
+
+def test_paired_bootstrap_subtracts_the_baseline():
+    assert paired_bootstrap([1.0, 2.0], [3.0, 2.0], confidence=0.95) == MeanInterval(
+        -1.0, -2.0, 0.0, 2, pytest.approx(1.0)
+    )
+
+
+def test_paired_bootstrap_of_different_prompts_is_refused():
+    with pytest.raises(ValueError, match="2 values and 3"):
+        paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def all_signs(differences: list[float]) -> float:
+    """The test by its definition, in exact arithmetic for integers."""
+    sums = [abs(sum(map(operator.mul, signs, differences))) for signs in product((1, -1), repeat=len(differences))]
+    return sum(value >= abs(sum(differences)) for value in sums) / len(sums)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0, 2.0, 3.0], 2 / 8),  # only +++ and --- reach 6
+        ([3.0, -1.0, 2.0], 4 / 8),  # 4 is reached by +-+, +++ and their opposites
+        ([-3.0, 1.0, -2.0], 4 / 8),  # two-sided
+        ([5.0], 1.0),
+        ([0.0, 0.0, 0.0, 0.0], 1.0),
+        ([0.1, 0.2, 0.3, -0.3], 12 / 16),  # 0.3 is reached in several ways, with other rounding
+    ],
+)
+def test_sign_flip_test_of_few_prompts_is_the_exact_share_of_signs(differences, expected):
+    assert sign_flip_test(differences, [0.0] * len(differences)) == expected
+    assert sign_flip_test([7 + difference for difference in differences], [7.0] * len(differences)) == expected
+
+
+def test_sign_flip_test_of_many_prompts_estimates_the_exact_share():
+    differences = [4.0, -1.0, 3.0, 2.0, -2.0, 5.0, 1.0, -4.0, 2.0, 3.0, 1.0]
+    estimate = sign_flip_test(differences, [0.0] * 11, resamples=2000)  # fewer than 2 ** 11
+    assert sign_flip_test(differences, [0.0] * 11) == all_signs(differences)
+    assert estimate == pytest.approx(all_signs(differences), abs=0.03)
+
+
+def test_sign_flip_test_rejects_a_true_null_hypothesis_as_often_as_it_claims():
+    generator = np.random.default_rng(0)
+    pairs = [(generator.exponential(10, 30), generator.exponential(10, 30)) for _ in range(1000)]
+    p_values = np.array([sign_flip_test(*pair, resamples=500, seed=i) for i, pair in enumerate(pairs)])
+    for level in (0.05, 0.2, 0.5):
+        # within 3.3 standard errors
+        assert np.mean(p_values <= level) == pytest.approx(level, abs=3.3 * (level * (1 - level) / 1000) ** 0.5)
+
+
+def test_sign_flip_test_finds_a_small_difference_between_unlike_prompts():
+    baseline = np.random.default_rng(2).normal(50, 20, 200)
+    difference = np.random.default_rng(3).normal(1, 2, 200)
+    assert sign_flip_test(baseline + difference, baseline) == 1 / 10_001  # none of the random signs
+    assert sign_flip_test(baseline, baseline + difference, resamples=99) == 1 / 100
+
+
+def test_sign_flip_test_of_different_prompts_or_none_is_refused():
+    with pytest.raises(ValueError, match="2 values and 3"):
+        sign_flip_test([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="0 values and 0"):
+        sign_flip_test([], [])
+
+
+@pytest.mark.parametrize(
+    ("p_values", "expected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 3 * 0.01; 2 * 0.03; 0.04 but not below the one before
+        ([0.5, 0.4], [0.8, 0.8]),
+        ([0.9, 0.8], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holm_correction_of_hand_computed_cases_is_exact(p_values, expected):
+    assert holm_correction(p_values) == pytest.approx(expected)
