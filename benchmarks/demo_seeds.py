@@ -36,7 +36,8 @@ def summarize(folder: Path) -> dict:
 
     return {
         "table": {
-            name: {key: values[:3] for key, values in each["summary"].items()} for name, each in evaluations.items()
+            name: {key: values[:3] for key, values in evaluation["summary"].items()}
+            for name, evaluation in evaluations.items()
         },
         "minillm_minus": {
             baseline: {key: difference(baseline, key) for key in ("rouge_l", "reverse_kl")}
@@ -68,7 +69,8 @@ def markdown_table(result: dict) -> str:
     for model, name in names.items():
         cells = []
         for key, _, digits in columns:
-            values = [each["table"][model][key][0] for each in result["seeds"].values() if key in each["table"][model]]
+            tables = [record["table"][model] for record in result["seeds"].values()]
+            values = [table[key][0] for table in tables if key in table]
             if not values:
                 cells.append("–")
                 continue
@@ -131,9 +133,9 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown_table(result))
     wins = sum(
-        each["minillm_minus"][baseline]["rouge_l"]["low"] > 0
-        and each["minillm_minus"][baseline]["reverse_kl"]["high"] < 0
-        for each in seeds.values()
+        record["minillm_minus"][baseline]["rouge_l"]["low"] > 0
+        and record["minillm_minus"][baseline]["reverse_kl"]["high"] < 0
+        for record in seeds.values()
         for baseline in ("sft", "control")
     )
     print(f"{wins} of {2 * len(seeds)} comparisons won in both measures; written to {RESULTS}")

@@ -61,7 +61,7 @@ def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...]
     student = build(name, torch.float32)
     half = torch.float16 if ON_GPU else torch.bfloat16
     copied = RolloutCopy(student, half).model
-    weight_bytes = sum(each.nbytes for each in copied.parameters())
+    weight_bytes = sum(parameter.nbytes for parameter in copied.parameters())
     prompts = torch.randint(VOCAB, (batch_size, PROMPT), device=DEVICE)
     uniforms = torch.rand(batch_size, TOKENS, dtype=torch.float64, device=DEVICE)
 
@@ -93,7 +93,8 @@ def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...]
         repeats,
     )
     per_token = {
-        way: [(each[f"{way}, {TOKENS}"] - each[f"{way}, 1"]) / (TOKENS - 1) for each in rounds] for way in ways
+        way: [(seconds[f"{way}, {TOKENS}"] - seconds[f"{way}, 1"]) / (TOKENS - 1) for seconds in rounds]
+        for way in ways
     }
     baseline = per_token["half-precision copy"]
     return {
@@ -154,7 +155,7 @@ def update(name: str, repeats: int, checkpointing: bool, rate: float) -> dict[st
     return {
         "seconds": percentiles(times),
         "operations": operations,
-        "share_of_matrix_product_rate": percentiles([operations / each / rate for each in times]),
+        "share_of_matrix_product_rate": percentiles([operations / seconds / rate for seconds in times]),
     }
 
 

@@ -63,7 +63,7 @@ def measure(precision: str, method: str, vocab: int) -> dict[str, Any]:
     with torch.autocast(DEVICE.type, dtype, enabled=precision != "float32"):
         loss = METHODS[method](hidden, weight, teacher_hidden, teacher_weight, ids, mask)
     loss.backward()
-    gradients = sum(each.grad.nbytes for each in (hidden, weight))
+    gradients = sum(tensor.grad.nbytes for tensor in (hidden, weight))
     checksum = [loss.item(), hidden.grad.norm().item(), weight.grad.norm().item()]
     return {"bytes": peak_bytes() - before - gradients, "checksum": checksum}
 

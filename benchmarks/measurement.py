@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.float16 if ON_GPU else torch.float32
 
-# As the trainers do (minillm_trl is not there where TRL 1.14 runs): cuDNN's attention prepares itself anew for each
+# As the trainers do (minillm_trl is not there where TRL 1.14 runs): cuDNN's attention prepares itself again for each
 # length, so that the first rollout of a shape would take several times as long.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -109,7 +109,7 @@ def speedup_over(
     rounds: list[dict[str, float]], slow: str, student: str, teacher: str, ratio: float
 ) -> dict[str, Any]:
     """The result of one size: how many times faster `"ours"` is than `slow`, printed too."""
-    speedup = percentiles([each[slow] / each["ours"] for each in rounds])
+    speedup = percentiles([times[slow] / times["ours"] for times in rounds])
     print(f"{teacher} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
     return {"student": student, "teacher": teacher, "parameter_ratio": ratio, "speedup": speedup}
 

@@ -146,7 +146,7 @@ def train(case: Case) -> dict[str, Any]:
         trainer.train()
         note("while updating")
     length = "completions/mean_length"
-    lengths = [each[length] for each in trainer.state.log_history if length in each]
+    lengths = [entry[length] for entry in trainer.state.log_history if length in entry]
     reserved = torch.cuda.memory_reserved() if ON_GPU else 0
     return {"measured": peaks, "reserved": reserved, "mean_completion_length": min(lengths)}
 

@@ -78,19 +78,19 @@ def train(student: str, teacher: str, precision: str, qlora: bool) -> dict[str, 
             quantization_config=nf4 if qlora else None,
         )
         trainer.train()
-    logs = [each for each in trainer.state.log_history if "loss" in each]
-    overflowed = [0.0, *(each.get("fp16/skipped_steps", 0.0) for each in logs)]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    overflowed = [0.0, *(entry.get("fp16/skipped_steps", 0.0) for entry in logs)]
     taken = [log for log, old, new in zip(logs, overflowed, overflowed[1:], strict=False) if new == old]
     numbers = [value for log in taken for value in log.values() if isinstance(value, float)]
-    weights = [each for each in trainer.model.parameters() if each.requires_grad]
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return {
         "steps": len(logs),
-        "all_finite": all(map(math.isfinite, numbers)) and all(bool(each.isfinite().all()) for each in weights),
-        "trained_dtype": sorted({str(each.dtype) for each in weights}),
+        "all_finite": all(map(math.isfinite, numbers)) and all(bool(weight.isfinite().all()) for weight in weights),
+        "trained_dtype": sorted({str(parameter.dtype) for parameter in weights}),
         "skipped_steps": overflowed[-1],
-        "largest_gradient_norm": max(each["grad_norm"] for each in taken),
-        "reverse_kl_first_20": sum(each["objective/reverse_kl"] for each in logs[:20]) / 20,
-        "reverse_kl_last_20": sum(each["objective/reverse_kl"] for each in logs[-20:]) / 20,
+        "largest_gradient_norm": max(entry["grad_norm"] for entry in taken),
+        "reverse_kl_first_20": sum(entry["objective/reverse_kl"] for entry in logs[:20]) / 20,
+        "reverse_kl_last_20": sum(entry["objective/reverse_kl"] for entry in logs[-20:]) / 20,
     }
 
 

@@ -183,8 +183,8 @@ def summarize(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespa
     tokens = options.batch_size * options.new_tokens
     results = {}
     for name, setting in SETTINGS.items():
-        times = [each[name]["seconds_per_step"] for each in rounds]
-        speedups = [each[BASELINE]["seconds_per_step"] / each[name]["seconds_per_step"] for each in rounds]
+        times = [steps[name]["seconds_per_step"] for steps in rounds]
+        speedups = [steps[BASELINE]["seconds_per_step"] / steps[name]["seconds_per_step"] for steps in rounds]
         results[name] = {
             **setting,
             "seconds_per_step": percentiles(times),

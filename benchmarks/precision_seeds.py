@@ -53,11 +53,11 @@ class FirstWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
         """Copy them."""
-        self.weights = {name: each.detach().clone() for name, each in linear_weights(model).items()}
+        self.weights = {name: parameter.detach().clone() for name, parameter in linear_weights(model).items()}
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: each for name, each in model.named_parameters() if ".h." in name and each.dim() == 2}
+    return {name: parameter for name, parameter in model.named_parameters() if ".h." in name and parameter.dim() == 2}
 
 
 @cache
@@ -99,15 +99,15 @@ def train(way: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
             callbacks=[first],
         )
         trainer.train()
-    logs = [each for each in trainer.state.log_history if "loss" in each]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained = linear_weights(trainer.model)
-    same = sum(int((trained[name] == each).sum()) for name, each in first.weights.items())
-    kl = [each["objective/reverse_kl"] for each in logs]
+    same = sum(int((trained[name] == parameter).sum()) for name, parameter in first.weights.items())
+    kl = [entry["objective/reverse_kl"] for entry in logs]
     return {
         "steps": len(logs),
-        "trained_dtype": sorted({str(each.dtype) for each in trainer.model.parameters()}),
-        "weights_unchanged": same / sum(each.numel() for each in trained.values()),
-        "largest_gradient_norm": max(each["grad_norm"] for each in logs),
+        "trained_dtype": sorted({str(parameter.dtype) for parameter in trainer.model.parameters()}),
+        "weights_unchanged": same / sum(parameter.numel() for parameter in trained.values()),
+        "largest_gradient_norm": max(entry["grad_norm"] for entry in logs),
         "reverse_kl_first": kl[0],
         "reverse_kl_first_20": mean(kl[:20]),
         "reverse_kl_last_20": mean(kl[-20:]),

@@ -69,20 +69,20 @@ def read(name: str, folder: Path = RESULTS) -> Any:
 
 
 def by_size(folder: Path, name: str, what: str, aims: tuple[float, float]) -> Iterator[Measured]:
-    for each, aim in zip(read(name, folder), aims, strict=True):
-        yield Measured(what, f"teacher {each['parameter_ratio']:.1f}x", name, each["speedup"], aim)
+    for result, aim in zip(read(name, folder), aims, strict=True):
+        yield Measured(what, f"teacher {result['parameter_ratio']:.1f}x", name, result["speedup"], aim)
 
 
 def sampling() -> Iterator[Measured]:
     results = read("sampling")
-    for each in results:
-        case = f"teacher {each['parameter_ratio']:.1f}x, batch {each['batch_size']}"
-        aim = 2.5 if each["parameter_ratio"] < 10 else 3.3
+    for result in results:
+        case = f"teacher {result['parameter_ratio']:.1f}x, batch {result['batch_size']}"
+        aim = 2.5 if result["parameter_ratio"] < 10 else 3.3
         what = "teacher-mixed sampling against mixing at every step"
-        yield Measured(what, case, "sampling", each["speedup_over_mixing_every_step"], aim)
-    for each in results:
-        case = f"teacher {each['parameter_ratio']:.1f}x, batch {each['batch_size']}"
-        values = each["time_over_student_plus_alpha_teacher"]
+        yield Measured(what, case, "sampling", result["speedup_over_mixing_every_step"], aim)
+    for result in results:
+        case = f"teacher {result['parameter_ratio']:.1f}x, batch {result['batch_size']}"
+        values = result["time_over_student_plus_alpha_teacher"]
         yield Measured("its time over the least possible", case, "sampling", values, 1.25, at_least=False)
 
 
@@ -110,9 +110,9 @@ def memory(folder: Path) -> Iterator[Measured]:
 
 
 def same_kl() -> Iterator[Measured]:
-    for architecture, each in read("same_kl").items():
-        ratios = [ratio for ratio in each["ratios"] if ratio is not None]
-        values = ratios if len(ratios) == len(each["ratios"]) else [float("inf")]
+    for architecture, result in read("same_kl").items():
+        ratios = [ratio for ratio in result["ratios"] if ratio is not None]
+        values = ratios if len(ratios) == len(result["ratios"]) else [float("inf")]
         what = "seconds to the reverse KL and Rouge-L of TRL's DistillationTrainer"
         yield Measured(what, f"{architecture}-shaped", "same_kl", sorted(values), 0.5, at_least=False)
 
@@ -148,51 +148,51 @@ def measured_on_gpu() -> list[Measured]:
 
 def table(figures: list[Measured], folder: str = "results") -> str:
     head = "| what | case | measured | aim | reached | script |\n|---|---|---|---|---|---|\n"
-    return head + "".join(each.row(folder) + "\n" for each in figures)
+    return head + "".join(figure.row(folder) + "\n" for figure in figures)
 
 
 def precision_table(folder: Path) -> str:
-    """What each precision came to over the updates of `mixed_precision.py`."""
+    """Return the results of each precision in `mixed_precision.py`, as a Markdown table."""
     names = {"full": "whole student", "qlora_nf4": "QLoRA student, NF4 teacher"}
     head = "| way | precision | updates | skipped | every number finite | reverse KL, first 20 → last 20 |\n"
     rows = [
-        f"| {names[each['way']]} | {each['precision']} | "
-        f"{each['steps']}{', then stopped' if each.get('stopped') else ''} | {each['skipped_steps']:.0f} | "
-        f"{'yes' if each['all_finite'] else '**no**'} | "
-        f"{each['reverse_kl_first_20']:.2f} → {each['reverse_kl_last_20']:.2f} |\n"
-        for each in read("mixed_precision", folder)
+        f"| {names[result['way']]} | {result['precision']} | "
+        f"{result['steps']}{', then stopped' if result.get('stopped') else ''} | {result['skipped_steps']:.0f} | "
+        f"{'yes' if result['all_finite'] else '**no**'} | "
+        f"{result['reverse_kl_first_20']:.2f} → {result['reverse_kl_last_20']:.2f} |\n"
+        for result in read("mixed_precision", folder)
     ]
     return head + "|---|---|---:|---:|---|---|\n" + "".join(rows)
 
 
 def seeds_table() -> str:
-    """The spread over seeds of each way to keep and to multiply weights, by `precision_seeds.py`."""
+    """Return the spread over seeds in `precision_seeds.py` for each weight precision, as a Markdown table."""
     head = "| learning rate, updates | way | reverse KL, first 20 | reverse KL, last 20 | unchanged weights |\n"
     groups: dict[tuple[float, int, str], list[dict[str, Any]]] = {}
-    for each in read("precision_seeds", RESULTS):
-        groups.setdefault((each["learning_rate"], each["steps"], each["way"]), []).append(each)
+    for result in read("precision_seeds", RESULTS):
+        groups.setdefault((result["learning_rate"], result["steps"], result["way"]), []).append(result)
 
     def spread(runs: list[dict[str, Any]], name: str) -> str:
-        return " / ".join(f"{each[name]:.1f}" for each in runs)
+        return " / ".join(f"{result[name]:.1f}" for result in runs)
 
     rows = [
         f"| {rate:g}, {steps} | {way} | {spread(runs, 'reverse_kl_first_20')} | "
         f"{spread(runs, 'reverse_kl_last_20')} | "
-        f"{100 * sum(each['weights_unchanged'] for each in runs) / len(runs):.1f} % |\n"
+        f"{100 * sum(result['weights_unchanged'] for result in runs) / len(runs):.1f} % |\n"
         for (rate, steps, way), runs in sorted(groups.items(), key=lambda group: (-group[0][0], group[0][2]))
     ]
     return head + "|---|---|---:|---:|---:|\n" + "".join(rows)
 
 
 def decoding_table() -> str:
-    """Milliseconds of a step and tokens per second of each way to decode."""
+    """Return milliseconds per step and tokens per second of each decoding method, as a Markdown table."""
     head = "| student, batch | way | a step | tokens a second | against the copy | over reading the weights |\n"
     rows = [
-        f"| {each['student']}, {each['batch_size']} | {way} | {1e3 * found['seconds_per_step'][1]:.2f} ms | "
+        f"| {result['student']}, {result['batch_size']} | {way} | {1e3 * found['seconds_per_step'][1]:.2f} ms | "
         f"{found['tokens_per_second']:,.0f} | {found['speedup_over_half_precision'][1]:.2f}x | "
         f"{found['time_over_reading_the_weights'][1]:.0f}x |\n"
-        for each in read("hardware_limits", GPU)["decoding"]
-        for way, found in each["ways"].items()
+        for result in read("hardware_limits", GPU)["decoding"]
+        for way, found in result["ways"].items()
     ]
     return head + "|---|---|---:|---:|---:|---:|\n" + "".join(rows)
 
@@ -201,21 +201,21 @@ def rate_table() -> str:
     """The share of the rate of matrix products that updates reach."""
     head = "| student | gradient checkpointing | a micro-batch | share of the rate |\n|---|---|---:|---:|\n"
     rows = [
-        f"| {each['student']} | {'yes' if each['gradient_checkpointing'] else 'no'} | "
-        f"{1e3 * each['seconds'][1]:.0f} ms | {100 * each['share_of_matrix_product_rate'][1]:.0f} % |\n"
-        for each in read("hardware_limits", GPU)["updates"]
+        f"| {result['student']} | {'yes' if result['gradient_checkpointing'] else 'no'} | "
+        f"{1e3 * result['seconds'][1]:.0f} ms | {100 * result['share_of_matrix_product_rate'][1]:.0f} % |\n"
+        for result in read("hardware_limits", GPU)["updates"]
     ]
     return head + "".join(rows)
 
 
 def memory_errors() -> Iterator[tuple[str, str, float, float]]:
-    """Of each case and phase: the peak that was measured, and the estimate as it is now, in bytes."""
-    for each in read("memory_estimate", GPU):
-        if "failed" not in each:
-            models = MODELS[each["student"]], MODELS[each["teacher"]]
-            estimated = estimate_memory(*models, Workload(**each["load"]))
-            for phase, value in each["measured"].items():
-                yield each["case"], phase, value, estimated[phase]
+    """Yield case, phase, measured peak and current estimate, in bytes."""
+    for result in read("memory_estimate", GPU):
+        if "failed" not in result:
+            models = MODELS[result["student"]], MODELS[result["teacher"]]
+            estimated = estimate_memory(*models, Workload(**result["load"]))
+            for phase, value in result["measured"].items():
+                yield result["case"], phase, value, estimated[phase]
 
 
 def memory_table() -> str:
@@ -246,16 +246,16 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def draw(figures: list[Measured]) -> None:
-    """Speed-ups as bars with the spread over rounds, and a mark where each was to be."""
-    bars = [each for each in figures if each.at_least][::-1]
+    """Draw speed-ups as bars, with their spread over rounds and a mark at each aim."""
+    bars = [bar for bar in figures if bar.at_least][::-1]
     figure = Figure(figsize=(8.5, 0.42 * len(bars) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for number, each in enumerate(bars):
-        axes.barh(number, each.middle, height=0.6, color="#2a7f9e" if each.reached else "#c98b2b")
-        axes.plot([each.values[0], each.values[-1]], [number, number], color="black", linewidth=1.5)
-        axes.plot([each.aim, each.aim], [number - 0.38, number + 0.38], color="#b0302f", linewidth=2)
-        axes.text(0.08, number, f"{each.middle:.2f}x", va="center", fontsize=9, color="white", fontweight="bold")
-    axes.set_yticks(range(len(bars)), [f"{each.what}\n{each.case}" for each in bars], fontsize=8)
+    for number, bar in enumerate(bars):
+        axes.barh(number, bar.middle, height=0.6, color="#2a7f9e" if bar.reached else "#c98b2b")
+        axes.plot([bar.values[0], bar.values[-1]], [number, number], color="black", linewidth=1.5)
+        axes.plot([bar.aim, bar.aim], [number - 0.38, number + 0.38], color="#b0302f", linewidth=2)
+        axes.text(0.08, number, f"{bar.middle:.2f}x", va="center", fontsize=9, color="white", fontweight="bold")
+    axes.set_yticks(range(len(bars)), [f"{bar.what}\n{bar.case}" for bar in bars], fontsize=8)
     axes.set_xlabel("times as fast (black: 20th to 80th percentile; red: the aim)", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(1.0, color="grey", linewidth=0.8, linestyle=":")

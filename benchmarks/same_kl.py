@@ -405,7 +405,7 @@ def summarize(results: dict[Run, dict], architecture: str) -> dict[str, Any]:
     comparisons = {seed: compare(points["ours", seed], points["rival", seed]) for seed in seeds}
     return {
         "learning_rates": chosen,
-        "ratios": [each["ratio"] for each in comparisons.values()],
+        "ratios": [comparison["ratio"] for comparison in comparisons.values()],
         "seeds": comparisons,
         "runs": [
             {
@@ -498,7 +498,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rival_steps", type=int, help="updates of the rival, if others")
     parser.add_argument("--eval_steps", type=int, default=24)
     parser.add_argument("--eval_prompts", type=int, default=98, help="first validation prompts; there are 98")
-    parser.add_argument("--eval_samples", type=int, default=5, help="completions of each, for less noise")
+    parser.add_argument("--eval_samples", type=int, default=5, help="completions of each prompt, for less noise")
     parser.add_argument("--quick_models", action="store_true", help="the models of `make demo`")
     parser.add_argument(
         "--one",

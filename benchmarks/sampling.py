@@ -78,18 +78,22 @@ def measure(
         repeats,
     )
     at_best = [
-        each["student_alone"]
-        + each["teacher_prompt"]
-        + ALPHA * (each["teacher_alone"] - each["teacher_prompt"]) * new_tokens / (new_tokens - 1)
-        for each in rounds
+        seconds["student_alone"]
+        + seconds["teacher_prompt"]
+        + ALPHA * (seconds["teacher_alone"] - seconds["teacher_prompt"]) * new_tokens / (new_tokens - 1)
+        for seconds in rounds
     ]
     return {
         "batch_size": batch_size,
-        "speedup_over_mixing_every_step": percentiles([each["mix_every_step"] / each["ours"] for each in rounds]),
-        "time_over_student_plus_alpha_teacher": percentiles(
-            [each["ours"] / best for each, best in zip(rounds, at_best, strict=True)]
+        "speedup_over_mixing_every_step": percentiles(
+            [seconds["mix_every_step"] / seconds["ours"] for seconds in rounds]
         ),
-        "teacher_over_student": percentiles([each["teacher_alone"] / each["student_alone"] for each in rounds]),
+        "time_over_student_plus_alpha_teacher": percentiles(
+            [seconds["ours"] / best for seconds, best in zip(rounds, at_best, strict=True)]
+        ),
+        "teacher_over_student": percentiles(
+            [seconds["teacher_alone"] / seconds["student_alone"] for seconds in rounds]
+        ),
     }
 
 

@@ -62,8 +62,8 @@ def update(student, prompts: torch.Tensor, sampled: Completions) -> None:
 def measure(batch_size: int, length: int) -> dict[str, Any]:
     student, teacher = build("gpt2"), build("gpt2-medium")
     add_scoring(student, VOCAB, LMHead.of(teacher))
-    for each in student.parameters():
-        each.grad = torch.zeros_like(each)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     warm_up = torch.randint(VOCAB, (1, PROMPT), device=DEVICE)
     update(student, warm_up, rollout(student, teacher, warm_up, 2))
     before = bytes_before()
@@ -100,7 +100,7 @@ def main() -> None:
             print(f"{name} {size}: {output}", flush=True)
     per_token = {
         phase: [
-            each["seconds_per_token"][phase] / cases["batch"][0]["seconds_per_token"][phase] for each in cases["batch"]
+            case["seconds_per_token"][phase] / cases["batch"][0]["seconds_per_token"][phase] for case in cases["batch"]
         ]
         for phase in ("rollout", "update")
     }
@@ -108,7 +108,7 @@ def main() -> None:
         "cases": cases,
         "time_per_token_relative_to_the_smallest_batch": per_token,
         "memory_deviation_from_linear": {
-            name: deviation(sizes, [each["bytes"] for each in cases[name]])
+            name: deviation(sizes, [case["bytes"] for case in cases[name]])
             for name, sizes in (("batch", BATCHES), ("length", LENGTHS))
         },
     }

@@ -71,7 +71,7 @@ def main() -> None:
             results[name] = {"cpu_seconds": round(seconds, 2), "limit": limit, "imports": slowest_imports(words)}
             print(f"{name:<22} {seconds:6.2f} s", "" if limit is None else f"of at most {limit:.0f}", flush=True)
     print(write_record("startup", ("torch", "transformers", "trl", "datasets", "peft"), {"repeats": repeats}, results))
-    if late := [name for name, each in results.items() if each["limit"] and each["cpu_seconds"] > each["limit"]]:
+    if late := [name for name, found in results.items() if found["limit"] and found["cpu_seconds"] > found["limit"]]:
         raise SystemExit(f"more than {LIMIT:.0f} CPU-seconds: {', '.join(late)}")
 
 

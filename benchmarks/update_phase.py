@@ -61,7 +61,7 @@ def check_agreement(losses, student: PreTrainedModel) -> None:
     found = []
     for loss in losses:
         passes(loss, student, 1)
-        found.append(torch.cat([each.grad.flatten() for each in student.parameters()]))
+        found.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
     error = ((found[0] - found[1]).norm() / found[1].norm()).item()
     if not error <= (0.1 if DEVICE.type == "cuda" else 1e-3):
         raise RuntimeError(f"the gradients differ by {error:.2g} of their size")

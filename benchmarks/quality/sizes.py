@@ -29,7 +29,7 @@ COLORS = {"start": "#999", "sft": "#555", "minillm": "#1F83CC"}
 
 
 def summarize_size(runs: Path, task: str) -> dict[str, Any]:
-    """The students of one size."""
+    """Return the results of the students of one size."""
     folder = runs / task
     rates = best_learning_rates(folder, task, list(COMPARED))
     results = {"start": [json.loads((folder / f"sft-{seed}" / "test.json").read_text()) for seed in SEEDS]}
@@ -40,31 +40,32 @@ def summarize_size(runs: Path, task: str) -> dict[str, Any]:
         "parameters": json.loads((folder / f"sft-{SEEDS[0]}" / "stage.json").read_text())["parameters"],
         "learning_rates": rates,
         "measures": {
-            name: {key: interval(values_of(each, key)) for key in MEASURES} for name, each in results.items()
+            name: {key: interval(values_of(evaluation, key)) for key in MEASURES}
+            for name, evaluation in results.items()
         },
         "minillm_minus_sft": {key: interval(values) for key, values in lead.items()},
     }
 
 
 def table(sizes: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """The Markdown table."""
+    """Return the Markdown table."""
     head = ["student", "teacher / student", *LABELS.values(), "MiniLLM's lead in Rouge-L", "in reverse KL"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for each in sizes.values():
-        cells = [f"{each['parameters'] / 1e3:.0f}K", f"{teacher['parameters'] / each['parameters']:.1f}"]
-        cells += [format_interval(each["measures"][name]["rouge_l"], 1) for name in LABELS]
-        cells += [format_interval(each["minillm_minus_sft"][key], 1, sign=True) for key in MEASURES]
+    for size in sizes.values():
+        cells = [f"{size['parameters'] / 1e3:.0f}K", f"{teacher['parameters'] / size['parameters']:.1f}"]
+        cells += [format_interval(size["measures"][name]["rouge_l"], 1) for name in LABELS]
+        cells += [format_interval(size["minillm_minus_sft"][key], 1, sign=True) for key in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(sizes: dict[str, Any], teacher: dict[str, Any], path: Path) -> None:
-    """Rouge-L and reverse KL over the student's number of parameters."""
+    """Plot Rouge-L and reverse KL against the student's number of parameters."""
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     titles = {"rouge_l": "Rouge-L", "reverse_kl": "reverse KL (nats)"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name, label in LABELS.items():
-            points = sorted((each["parameters"], *each["measures"][name][key]) for each in sizes.values())
+            points = sorted((size["parameters"], *size["measures"][name][key]) for size in sizes.values())
             x, mean, low, high = zip(*points, strict=True)
             axes.plot(x, mean, "o-", color=COLORS[name], label=label)
             axes.fill_between(x, low, high, color=COLORS[name], alpha=0.15, linewidth=0)

@@ -58,20 +58,20 @@ def values_of(results: list[dict[str, Any]], measure: str) -> np.ndarray | None:
 
 
 def summarize(folder: Path, task: str, methods: list[str]) -> dict[str, Any]:
-    """All numbers of the comparison."""
+    """Return all numbers of the comparison."""
     rates = best_learning_rates(folder, task, methods)
     results, training = {}, {}
     for name in ("teacher", "sft_student"):
         folders = ["teacher"] if name == "teacher" else [f"sft-{seed}" for seed in SEEDS]
-        results[name] = [json.loads((folder / each / "test.json").read_text()) for each in folders]
+        results[name] = [json.loads((folder / run / "test.json").read_text()) for run in folders]
     for name, rate in rates.items():
         runs = [Run(task, name, rate, seed) for seed in SEEDS]
         results[name] = [finished(folder, run, "test") for run in runs]
         training[name] = [finished(folder, run, "train") for run in runs]
-    reference = np.mean([each["cpu_seconds"] for each in training["minillm"]])
+    reference = np.mean([run["cpu_seconds"] for run in training["minillm"]])
     rows = {}
-    for name, each in results.items():
-        values = {key: found for key in COLUMNS if (found := values_of(each, key)) is not None}
+    for name, runs in results.items():
+        values = {key: found for key in COLUMNS if (found := values_of(runs, key)) is not None}
         rows[name] = {"measures": {key: interval(found) for key, found in values.items()}}
         rows[name]["by_seed"] = {key: found.mean(axis=1).tolist() for key, found in values.items()}
         if name in training:
@@ -188,7 +188,7 @@ def main() -> None:
         "learning_rates": LEARNING_RATES,
     }
     words = f"--task {task}" if len(methods) == len(METHODS) else f"--task {task} --methods {' '.join(methods)}"
-    command = " && ".join(f"python benchmarks/quality/{each}.py {words}" for each in ("run", "summarize"))
+    command = " && ".join(f"python benchmarks/quality/{script}.py {words}" for script in ("run", "summarize"))
     from measurement import write_record  # in the folder above, which run.py puts on the path
 
     path = write_record(f"quality_{task}", PACKAGES, settings, summary, command)
