@@ -185,8 +185,8 @@ class MiniLLMConfig(GRPOConfig):
             the log-probs of this copy.
         compile_rollouts (`str`, *optional*):
             Backend of `torch.compile` for the student's decoding steps, over a static KV cache: `"inductor"`, or
-            `"cudagraphs"` where there is no Triton (V100). Each shape (rows, and length rounded up to 128) is compiled
-            once. Not compiled by default.
+            `"cudagraphs"` where there is no Triton (V100). Each shape (rows, length rounded up to a power of two, one
+            to four tokens) is compiled once; sliding windows mostly run uncompiled. Not compiled by default.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where the teacher's hidden states of a rollout are kept for the inner passes: `"device"`; `"cpu"`, from
             where each batch is copied; or nowhere: `"recompute"` runs the teacher in every inner pass.

@@ -1,20 +1,34 @@
 """Decoding with a KV cache: a few tokens at a time, and on demand compiled."""
 
+import itertools
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.utils import logging
 
 from ..errors import UserError
 from ..models.lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance, without_wrapper
 
+logger = logging.get_logger(__name__)
+
+_NUMBERS = itertools.count()  # of compiled functions
+
 # Rows are dropped from the caches once this share of them has finished: dropping copies the caches.
 _DROP_SHARE = 0.25
 
-# Lengths of caches are multiples of this: each new shape is compiled, or recorded as a CUDA graph, anew.
-_LENGTH_MULTIPLE = 128
+# Caches have a power of two of positions, at least _SHORTEST, and up to _MOST_SPARE_ROWS times the rows of a batch:
+# each shape is compiled, or recorded as a CUDA graph, once more.
+_SHORTEST = 128
+_MOST_SPARE_ROWS = 2
+
+# A cache, with what was compiled for it, is freed when this many batches have passed without it.
+_IDLE_BATCHES = 100
 
 # A call of more tokens (the prompt, or a long run of the other model's tokens) is not compiled. The student is fed
 # more at once only after four tokens of the teacher in a row, with a probability of alpha^4.
@@ -27,6 +41,10 @@ class CompiledDecoding:
     A decoding step of a small model may take longer to launch than to compute. CUDA graphs launch it at once, for
     which tensors have to stay where they are: the cache has room for all tokens from the start, finished rows stay.
 
+    A cache has a power of two of positions, and batches of down to half its rows share it, so there are few. For each
+    up to four numbers of tokens are compiled. Caches that are not used any more are freed. Steps that run without
+    having been compiled are counted, and there is a warning at the first.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): the model that decodes, not wrapped, in eval mode.
         backend (`str`): of `torch.compile`: `"inductor"` (generates kernels, with CUDA graphs on a GPU; needs Triton
@@ -35,35 +53,75 @@ class CompiledDecoding:
 
     def __init__(self, model: PreTrainedModel, backend: str):
         self.model = model
-        options = {"mode": "reduce-overhead"} if backend == "inductor" else {}
-        self._compiled = torch.compile(model.base_model.forward, backend=backend, dynamic=False, **options)
-        self._caches: dict[tuple[int, int], StaticCache] = {}
-        self._length = 0  # of the cache in use, which cannot tell where all layers have sliding windows
+        self._counts = [0, 0]  # of steps that have run compiled, and of all that should have
+        self._has_warned = False
+        self._backend = backend
+        self._caches: dict[tuple[int, int], StaticCache] = {}  # by rows and length
+        self._functions: dict[tuple[int, int], Callable] = {}
+        self._used: dict[tuple[int, int], int] = {}  # the last batch of each
+        self._batches = 0
+        self._shape = (0, 0)  # of the cache in use
 
     def start(self, batch_size: int, length: int) -> StaticCache:
         """An empty cache for `batch_size` rows of at most `length` tokens."""
-        length = -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        cache = self._caches.get((batch_size, length))
-        if cache is None:
-            cache = StaticCache(config=self.model.config, max_cache_len=length)
-            self._caches[batch_size, length] = cache
-        cache.reset()
-        self._length = length
-        return cache
+        length = max(_SHORTEST, 1 << (length - 1).bit_length())
+        fitting = [rows for rows, _ in self._caches if batch_size <= rows <= _MOST_SPARE_ROWS * batch_size]
+        self._shape = max(fitting, default=batch_size), length
+        self._batches += 1
+        self._used[self._shape] = self._batches
+        for idle in [shape for shape, batch in self._used.items() if self._batches - batch > _IDLE_BATCHES]:
+            for kept in (self._caches, self._functions, self._used):
+                del kept[idle]
+        if self._shape not in self._caches:
+            self._caches[self._shape] = StaticCache(config=self.model.config, max_cache_len=length)
+            self._functions[self._shape] = self._compile()
+        self._caches[self._shape].reset()
+        return self._caches[self._shape]
+
+    def _compile(self) -> Callable[..., tuple[torch.Tensor, bool]]:
+        """The body, compiled: returns last hidden states, and whether they have been computed by what was compiled."""
+        body = self.model.base_model
+
+        def step(**inputs: Any) -> tuple[torch.Tensor, bool]:
+            return body(**inputs, use_cache=True).last_hidden_state, torch.compiler.is_compiling()
+
+        # dynamo keeps what it compiles, and counts recompilations, by code object: with one of its own, neither is
+        # shared with other shapes or models, and all of it is freed with the function
+        code = step.__code__.replace(co_name=f"step_{next(_NUMBERS)}")
+        own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
+        options = {"mode": "reduce-overhead"} if self._backend == "inductor" else {}
+        return torch.compile(own, backend=self._backend, dynamic=False, **options)
 
     def hidden_states(self, inputs: dict[str, Any], is_prompt: bool) -> torch.Tensor:
-        """Last hidden states of `inputs`; the attention mask is padded to the length of the cache."""
-        mask = inputs["attention_mask"]
-        padded = mask.new_zeros(len(mask), self._length)
-        padded[:, : mask.shape[1]] = mask
-        inputs = {**inputs, "attention_mask": padded}
-        if is_prompt or inputs["input_ids"].shape[1] > _MOST_TOKENS:
-            return self.model.base_model(**inputs, use_cache=True).last_hidden_state
+        """Last hidden states of `inputs`; rows and attention mask are filled up to the shape of the cache."""
+        num_rows, (rows, length) = len(inputs["input_ids"]), self._shape
+        tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+        tensors["attention_mask"] = pad(tensors["attention_mask"], (0, length - tensors["attention_mask"].shape[1]))
+        repeated = torch.arange(rows, device=tensors["input_ids"].device).clamp(max=num_rows - 1)
         # strides are part of what is compiled
-        inputs = {name: each.contiguous() if torch.is_tensor(each) else each for name, each in inputs.items()}
+        inputs = {**inputs, **{name: value[repeated].contiguous() for name, value in tensors.items()}}
+        if is_prompt or inputs["input_ids"].shape[1] > _MOST_TOKENS:
+            return self.model.base_model(**inputs, use_cache=True).last_hidden_state[:num_rows]
         torch.compiler.cudagraph_mark_step_begin()
-        outputs = self._compiled(**inputs, use_cache=True)
-        return outputs.last_hidden_state.clone()  # the next step writes to the same memory
+        hidden_states, is_compiled = self._functions[self._shape](**inputs)
+        self._counts[0] += is_compiled
+        self._counts[1] += 1
+        if not (is_compiled or self._has_warned):
+            self._warn_of_eager_step()
+        return hidden_states[:num_rows].clone()  # the next step writes to the same memory
+
+    def _warn_of_eager_step(self) -> None:
+        self._has_warned = True
+        logger.warning(
+            f"A decoding step over a cache of {self._shape[0]} rows and {self._shape[1]} positions runs without "
+            "having been compiled: torch.compile has reached its limit of recompilations. See the metric "
+            'rollout/compiled_steps for how many do; TORCH_LOGS="recompiles" names the reasons.'
+        )
+
+    def take_counts(self) -> tuple[int, int]:
+        """Numbers of decoding steps since the last call: those that have run compiled, and all that should have."""
+        counts, self._counts = tuple(self._counts), [0, 0]
+        return counts
 
 
 class LazyDecoder:

@@ -35,6 +35,7 @@ from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, left_pad, sample_prompts
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
 from .checks import check_prompt_ids
+from .logged_metrics import make_totals
 from .measured_rollouts import MeasuredRollouts
 
 
@@ -375,6 +376,12 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 for field in range(len(kind._fields))
             )
         )
+
+    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
+        super()._log_rollouts(inputs, batch)
+        if self._compiled_decoding is not None:
+            counts = self._compiled_decoding.take_counts()
+            self._log_totals(make_totals({"rollout/compiled_steps": counts}, self.accelerator.device))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the completions that were left out, and in float16 the steps that overflowed."""

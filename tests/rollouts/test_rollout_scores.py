@@ -43,12 +43,16 @@ def test_scores_of_sampling_equal_those_of_a_scoring_pass(tmp_path, family: str,
 
 
 def train(tmp_path, **options) -> torch.Tensor:
+    return train_and_log(tmp_path, **options)[0]
+
+
+def train_and_log(tmp_path, **options) -> tuple[torch.Tensor, list[dict[str, float]]]:
     trainer = make_trainer(
         tmp_path, optim="sgd", learning_rate=0.05, max_grad_norm=0.0, num_iterations=2, max_steps=6, **options
     )
     before = weights(trainer)
     trainer.train()
-    return weights(trainer) - before
+    return weights(trainer) - before, trainer.state.log_history
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,9 @@ def test_compiled_rollouts_train_to_the_same_weights(tmp_path, monkeypatch, back
     monkeypatch.setattr(minillm_trl.training.teacher_mixed_trainer, "CompiledDecoding", compiled)
     options = {"teacher_mixed_alpha": 0.2, "max_completion_length": 6, "family": "llama"}
     expected = train(tmp_path, **options)
-    actual = train(tmp_path, **options, compile_rollouts="inductor")
+    actual, logged = train_and_log(tmp_path, **options, compile_rollouts="inductor")
     assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert [entry["rollout/compiled_steps"] for entry in logged if "rollout/eos_rate" in entry] == [1.0] * 2
 
 
 def test_recomputed_states_are_not_in_the_batch(tmp_path):

@@ -1,5 +1,7 @@
 """The law of sampled completions against enumeration, and what does not change it."""
 
+import gc
+import weakref
 from itertools import product
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from conftest import FAMILIES, build_model
 from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
+import minillm_trl.rollouts.decoding
 import minillm_trl.rollouts.sampling
 from minillm_trl.rollouts.buffer import deal_rows
 from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
@@ -276,19 +279,23 @@ def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str):
         options |= {"keep_states": keep_states, "compiled": compiled}
         assert sample_prompts(model, LONG_PROMPTS, **common, **options) == expected
     assert len(compiled._caches) == 2  # of the check, and of every batch
+    steps, all_steps = compiled.take_counts()
+    assert 0 < steps <= all_steps
+    # transformers counts the tokens of a sliding window in a Python int, for each value of which dynamo recompiles
+    assert (steps < all_steps) == (family in ("mistral", "gemma2", "gemma3"))
 
 
 def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypatch: pytest.MonkeyPatch):
     model = build_model("llama", vocab_size=50, width=16)
     compiled = CompiledDecoding(model, "eager")
     widths = []
-    function = compiled._compiled
+    function = compiled._compile()
 
     def recorded(**inputs):
         widths.append(inputs["input_ids"].shape[1])
         return function(**inputs)
 
-    monkeypatch.setattr(compiled, "_compiled", recorded)
+    monkeypatch.setattr(compiled, "_compile", lambda: recorded)
     coins = np.array([[False, False, True, False, *[True] * 5, False, False]])
     sample_completions(
         model,
@@ -303,6 +310,65 @@ def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypat
         compiled=compiled,
     )
     assert widths == [1, 2, 1]  # after the prompt; the student's tokens at 1, 3, 9 (six at once, not compiled), 10
+
+
+def sample_compiled(compiled: CompiledDecoding | None, student, teacher, rows: int, length: int) -> list[list[int]]:
+    return sample_prompts(
+        student,
+        [[5] * length] * rows,
+        keys=[(3, row) for row in range(rows)],
+        max_new_tokens=24,
+        eos_token_ids=[],
+        pad_token_id=1,
+        teacher=teacher,
+        alpha=0.4,
+        coin_key=(length,),
+        compiled=compiled,
+    )
+
+
+@pytest.fixture
+def long_models() -> list[PreTrainedModel]:
+    return [build_model("llama", 50, seed, width=16, layers=1, positions=1024) for seed in (0, 1)]
+
+
+def test_prompts_of_all_lengths_run_compiled_over_caches_of_bounded_size(long_models):
+    student, teacher = long_models
+    compiled = CompiledDecoding(student, "eager")
+    for length, rows in product((20, 150, 300, 20, 600), (4, 3)):
+        expected = sample_compiled(None, student, teacher, rows, length)
+        assert sample_compiled(compiled, student, teacher, rows, length) == expected
+    steps, all_steps = compiled.take_counts()
+    assert steps == all_steps > 100
+    sizes = [rows * length for rows, length in compiled._caches]
+    assert sum(sizes) < 2 * max(sizes)
+
+
+def test_cache_that_is_not_used_any_more_is_freed(long_models, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(minillm_trl.rollouts.decoding, "_IDLE_BATCHES", 2)
+    student, teacher = long_models
+    compiled = CompiledDecoding(student, "eager")
+    sample_compiled(compiled, student, teacher, 2, 200)
+    ((cache,), (function,)) = compiled._caches.values(), compiled._functions.values()
+    kept = [weakref.ref(thing) for thing in (cache.layers[0].keys, function)]
+    del cache, function
+    for _ in range(3):
+        assert all(reference() is not None for reference in kept)
+        sample_compiled(compiled, student, teacher, 2, 20)
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+    assert list(compiled._caches) == [(2, 128)]
+
+
+def test_step_that_is_not_compiled_is_counted_and_said_once(long_models, caplog):
+    student, teacher = long_models
+    compiled = CompiledDecoding(student, "eager")
+    with torch._dynamo.config.patch(recompile_limit=1):  # of the numbers of tokens, one
+        sample_compiled(compiled, student, teacher, 2, 20)
+    steps, all_steps = compiled.take_counts()
+    assert 0 < steps < all_steps
+    assert compiled.take_counts() == (0, 0)
+    assert caplog.text.count("rollout/compiled_steps") == 1
 
 
 class TestCheckDecoding:
