@@ -159,7 +159,7 @@ class TestPublishedFormats:
 
     def test_an_empty_answer_among_others_is_left_out_and_an_empty_first_one_drops_the_row(self, tmp_path):
         outputs = (["x", "", "y"], ["", "z"])
-        rows = [{"instruction": f"Say {i}.", "input": "", "output": each} for i, each in enumerate(outputs)]
+        rows = [{"instruction": f"Say {i}.", "input": "", "output": output} for i, output in enumerate(outputs)]
         kept = prepare(tmp_path / "out", "sni", write(tmp_path / "s.jsonl", *rows))["test"]
         assert [row["references"] for row in kept] == [["x", "y"]]
         assert load_examples(tmp_path / "out", split="test")["references"][:] == [["x", "y"]]
@@ -281,7 +281,7 @@ class TestYourOwnData:
         assert statistics["prompt_length"]["100%"] == 2
 
     def test_empty_completions_are_dropped_and_counted_in_every_form(self, tmp_path):
-        rows = [{"prompt": f"p{i}", "completion": each} for i, each in enumerate(("c", "", " \n"))]
+        rows = [{"prompt": f"p{i}", "completion": answer} for i, answer in enumerate(("c", "", " \n"))]
         prepare(tmp_path / "text", "examples", write(tmp_path / "a.jsonl", *rows))
         turns = [[("user", "a"), ("assistant", answer)] for answer in ("b", "")]
         messages = [[{"role": role, "content": content} for role, content in conversation] for conversation in turns]
