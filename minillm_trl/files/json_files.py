@@ -1,4 +1,4 @@
-"""Reads JSON that an earlier run wrote, or somebody else, and checks that it has the form that is expected."""
+"""Read JSON files and check that their content has the expected form."""
 
 import json
 from dataclasses import is_dataclass
@@ -9,58 +9,59 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 from ..errors import UserError
 from .messages import shortened
 
-_NAMES = {
+# What messages call a JSON value of a Python type
+_NAMES: dict[Any, str] = {
     **{str: "text", int: "an integer", float: "a number", bool: "true or false"},
     **{NoneType: "null", list: "a list", tuple: "a list", dict: "an object"},
 }
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` whose errors are all of the kind `ValueError`; by itself, deep nesting is a `RecursionError`."""
+    """Parse JSON like `json.loads`, but raise `ValueError` for deep nesting too, instead of `RecursionError`."""
     try:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(path: Path, expected: Any, how_to_mend: str) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, expected: Any, remedy: str) -> Any:
+    """Read a JSON file and check its content.
 
     Args:
-        path (`Path`): UTF-8.
-        expected: what it must hold, see [`misfit`].
-        how_to_mend (`str`): a sentence for the message.
+        path (`Path`): file, in UTF-8.
+        expected: type of the content, see [`misfit`].
+        remedy (`str`): sentence that ends the message of an error.
 
     Raises:
-        ValueError: if it cannot be read or holds something else, naming the file and the place in it.
+        ValueError: naming the file and the place in it, if it cannot be read or its content has another type.
     """
     try:
         return check(parse_json(path.read_bytes()), expected)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be used ({error}). {how_to_mend}") from error
+        raise UserError(f"{path}: cannot be used ({error}). {remedy}") from error
 
 
-def check_unchanged(before: dict[str, Any], now: dict[str, Any], holds: str, how_to_mend: str) -> None:
-    """Check that settings, JSON values, are those that something was made with.
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: str) -> None:
+    """Check that settings are the same as when a file or folder was made.
 
     Args:
-        before, now (`dict`): the settings.
-        holds (`str`): beginning of the message: what was made with them, and where it is.
-        how_to_mend (`str`): a sentence for the message.
+        before, now (`dict`): settings, as JSON values.
+        holds (`str`): beginning of the message: what was made with `before`, and where it is.
+        remedy (`str`): sentence that ends the message.
 
     Raises:
-        ValueError: naming the first that differs.
+        ValueError: naming the first setting that differs.
     """
     for name in (name for name in {**before, **now} if before.get(name) != now.get(name)):
         was, is_now = shortened(before.get(name)), shortened(now.get(name))
-        raise UserError(f"{holds} with {name[:60]}={was}; now it is {is_now}. {how_to_mend}")
+        raise UserError(f"{holds} with {name[:60]}={was}; now it is {is_now}. {remedy}")
 
 
 def check(value: Any, expected: Any, place: str = "") -> Any:
-    """The value, if it is of a type, see [`misfit`].
+    """Return the value if it has the expected type, see [`misfit`].
 
     Raises:
-        ValueError: if it is not, saying where.
+        ValueError: naming the place in the value that has another type.
     """
     if (problem := misfit(value, expected, place)) is not None:
         raise ValueError(problem)
@@ -68,14 +69,14 @@ def check(value: Any, expected: Any, place: str = "") -> Any:
 
 
 def misfit(value: Any, expected: Any, place: str = "") -> str | None:
-    """Why a value that was read from JSON is not of a type; None if it is.
+    """Explain why a JSON value does not have the expected type; return None if it does.
 
     Args:
-        value: what was read.
-        expected: `Any`, a plain type (`float` takes integers too), a union, `list[...]`, `tuple[...]` for a list of
-            that length, `dict[str, ...]`; a `TypedDict`, which may have other names too, a `NamedTuple` or a
-            dataclass, which may not.
-        place (`str`): what the value is called in the answer.
+        value: value that was read from JSON.
+        expected: `Any`, a plain type (`float` accepts integers), a union, `list[...]`, `tuple[...]` for a list of that
+            length, `dict[str, ...]`, a `TypedDict` (unknown keys are accepted), or a `NamedTuple` or dataclass
+            (unknown keys are not).
+        place (`str`): name of the value in the answer.
     """
     origin, parts = get_origin(expected), get_args(expected)
     if expected is Any:
@@ -98,12 +99,12 @@ def misfit(value: Any, expected: Any, place: str = "") -> str | None:
         inside = [(value[name], hint, f"{place}.{name}".lstrip(".")) for name, hint in hints.items() if name in value]
     elif kind is list or kind is tuple:
         types = parts if kind is tuple else [parts[0]] * len(value)
-        inside = [(each, types[number], f"{place}[{number}]") for number, each in enumerate(value)]
+        inside = [(item, types[index], f"{place}[{index}]") for index, item in enumerate(value)]
     elif kind is dict:
-        inside = [(each, parts[1], f"{place}.{name[:40]}".lstrip(".")) for name, each in value.items()]
-    return next((problem for each in inside if (problem := misfit(*each)) is not None), None)
+        inside = [(item, parts[1], f"{place}.{name[:40]}".lstrip(".")) for name, item in value.items()]
+    return next((problem for arguments in inside if (problem := misfit(*arguments)) is not None), None)
 
 
 def _optional(record: Any) -> frozenset[str]:
-    """Names of a record that may be missing; all fields of our dataclasses and tuples are needed."""
+    """Return the keys that may be missing. Only a `TypedDict` has such keys: our other records need every field."""
     return getattr(record, "__optional_keys__", frozenset())

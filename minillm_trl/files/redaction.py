@@ -1,4 +1,4 @@
-"""Keeps tokens, keys and passwords out of what is written about a run."""
+"""Keep tokens, keys and passwords out of logs and run records."""
 
 import os
 import re
@@ -7,36 +7,42 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-_FIELDS = {"hub_token", "push_to_hub_token", "token", "use_auth_token", "api_key"}  # eos_token is none
+# Listed, since a pattern such as `*_token` would also match eos_token
+_FIELDS = {"hub_token", "push_to_hub_token", "token", "use_auth_token", "api_key"}
 _VARIABLES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
-_SHORTEST = 8  # a variable may be a number or a word that stands everywhere
+_MIN_SECRET_LENGTH = 8  # shorter values may be numbers or common words, which would be replaced everywhere
 
 
 def is_secret(name: str) -> bool:
-    """Whether a field, an option (without dashes) or a variable of the environment has a secret by its name."""
+    """Return whether a field, an option (without dashes) or an environment variable holds a secret, by its name."""
     return name in _FIELDS or (name.isupper() and _VARIABLES.search(name) is not None)
 
 
 def known_secrets() -> set[str]:
-    """Values of the environment's variables with secrets."""
-    return {value for name, value in os.environ.items() if is_secret(name.upper()) and len(value) >= _SHORTEST}
+    """Return the values of environment variables that hold secrets."""
+    return {
+        value for name, value in os.environ.items() if is_secret(name.upper()) and len(value) >= _MIN_SECRET_LENGTH
+    }
 
 
 def redact(value: Any, secrets: Iterable[str] | None = None) -> Any:
     """Replace secrets in texts, lists and mappings, at any depth.
 
-    Secrets are the values under names of secrets, the values of the environment's variables with such names wherever
-    they stand, and the part of a URL before the @.
+    Secrets are the values of keys that [`is_secret`], `secrets` wherever they occur in a text, and logins in URLs.
+
+    Args:
+        value: text, list or mapping; other values are returned as they are.
+        secrets (`Iterable[str]`, *optional*): texts to replace; [`known_secrets`] by default.
     """
     secrets = known_secrets() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {
-            key: REDACTED if is_secret(str(key)) and each is not None else redact(each, secrets)
-            for key, each in value.items()
+            key: REDACTED if is_secret(str(key)) and item is not None else redact(item, secrets)
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple | set):
-        return [redact(each, secrets) for each in value]
+        return [redact(item, secrets) for item in value]
     if not isinstance(value, str):
         return value
     for secret in secrets:
@@ -45,8 +51,12 @@ def redact(value: Any, secrets: Iterable[str] | None = None) -> Any:
 
 
 def redact_command(words: Sequence[str]) -> list[str]:
-    """The words of a command line without the values of options that have secrets."""
-    redacted, hide_next = [], False
+    """Replace the values of options that hold secrets in the words of a command line.
+
+    Both `--token VALUE` and `--token=VALUE` are recognised.
+    """
+    redacted: list[str] = []
+    hide_next = False
     for word in words:
         name, equals, _ = word.partition("=")
         secret = word.startswith("--") and is_secret(name.removeprefix("--").replace("-", "_"))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is complete or absent."""
 
 import os
 import shutil
@@ -10,25 +10,25 @@ from ..errors import FileError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and move it there; several processes may write the same one.
+    """Write a file atomically. Several processes may write the same file.
 
     Raises:
-        FileError: if it cannot be written.
+        FileError: if the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(partial, path)
-        finally:  # of a full disk
-            partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)  # left over only after an error, such as a full disk
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there.
+    """Make a folder and its parents, unless they exist.
 
     Raises:
-        FileError: if it cannot be made.
+        FileError: if the folder cannot be made.
     """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the place where the operating system refuses to write within the block.
+    """Turn an `OSError` inside the block into an error that names the file and the fix.
 
     Raises:
         FileError: for an `OSError`.

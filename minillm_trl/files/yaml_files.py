@@ -1,4 +1,4 @@
-"""Reads YAML files, whose nodes know their lines."""
+"""Read YAML files, with line numbers for messages."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,16 @@ import yaml
 
 from ..errors import UserError
 
-_MOST_NODES = 100_000  # what aliases stand for counted each time; nine of nine of nine ... would fill the memory
+# With aliases expanded: a few lines of aliases to lists of aliases ("billion laughs") would fill the memory
+_MAX_NODES = 100_000
 
 
 def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
-    """The content of a file, and its nodes; the node of an empty one is None.
+    """Return the content of a file and its root node, which is None for an empty file.
 
     Raises:
-        ValueError: with file and line, if it cannot be read, holds tags other than YAML's own, repeats itself without
-            end, or has a key twice, of which YAML would drop one.
+        ValueError: with file and line, if the file cannot be read, has tags other than YAML's own, expands to too
+            many values, or repeats a key, of which YAML would silently drop one.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -35,7 +36,10 @@ def read_yaml(path: Path) -> tuple[Any, yaml.Node | None]:
 
 
 def line_of(node: yaml.Node, *names: str) -> int:
-    """Line of the key that the names lead to, or of the nearest above it (YAML may read a key as no text)."""
+    """Return the line of the key at the path `names`.
+
+    Where a key is not found, as YAML may read it as a number, that is the line of its nearest parent that is.
+    """
     line = node.start_mark.line + 1
     for name in names:
         found = ((key.start_mark.line + 1, value) for key, value in node.value if key.value == name)
@@ -47,15 +51,15 @@ def _check_nodes(path: Path, root: yaml.Node) -> None:
     nodes, count = [root], 0
     while nodes:
         node, count = nodes.pop(), count + 1
-        if count > _MOST_NODES:
-            raise UserError(f"{path}: its aliases (`*name`) stand for more than {_MOST_NODES} values. Write them out.")
+        if count > _MAX_NODES:
+            raise UserError(f"{path}: its aliases (`*name`) expand to more than {_MAX_NODES} values. Write them out.")
         if isinstance(node, yaml.ScalarNode):
             _check_scalar(path, node)
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
-        else:
+        elif isinstance(node, yaml.MappingNode):
             _check_keys(path, node)
-            nodes += [each for pair in node.value for each in pair]
+            nodes += [child for pair in node.value for child in pair]
 
 
 def _check_scalar(path: Path, node: yaml.ScalarNode) -> None:
@@ -69,9 +73,11 @@ def _check_scalar(path: Path, node: yaml.ScalarNode) -> None:
         raise UserError(
             f"{place}: {node.value[:60]!a} has half a surrogate pair. Write the whole character."
         ) from error
-    except (AttributeError, IndexError, KeyError, ValueError) as error:  # PyYAML of `2024-13-45` or `!!timestamp 1`
+    except (AttributeError, IndexError, KeyError, ValueError) as error:  # PyYAML on `2024-13-45` or `!!timestamp 1`
         kind = node.tag.rpartition(":")[2]
-        raise UserError(f"{place}: {node.value[:60]!r} is no {kind}, but read as one. Put it in quotes.") from error
+        raise UserError(
+            f"{place}: YAML reads {node.value[:60]!r} as a {kind}, which it is not. Put it in quotes."
+        ) from error
 
 
 def _check_keys(path: Path, node: yaml.MappingNode) -> None:
@@ -80,5 +86,7 @@ def _check_keys(path: Path, node: yaml.MappingNode) -> None:
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode):
             if key.value in lines:
-                raise UserError(f"{path}:{line}: {key.value[:60]!r} stands in line {lines[key.value]} already.")
+                raise UserError(
+                    f"{path}:{line}: the key {key.value[:60]!r} is already in line {lines[key.value]}. Remove one."
+                )
             lines[key.value] = line

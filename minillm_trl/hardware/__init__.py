@@ -1,7 +1,8 @@
-"""The machine (`machine`), its processes and packages, the precision of a run (`precision`), and its memory.
+"""The machine, its processes and packages, and the precision and memory of a run.
 
-- `machine`: what it has and what it can run; `processes`: whether the processes of a launch know about each other
-- `precision`: mixed precision, and the steps that overflow in float16
-- `memory_estimate`: the memory of a run, from the models' configurations
-- `optional_packages`: packages that single options need
+- `machine`: GPUs, memory and package versions, and the settings that they rule out
+- `processes`: the device of a process, and whether all processes of a launch are connected
+- `precision`: mixed precision, and steps that overflow in float16
+- `memory_estimate`: memory of a run, computed from the models' configurations
+- `optional_packages`: packages that only some options need
 """

@@ -1,4 +1,7 @@
-"""What a machine has, and what it can run: facts apart from verdicts, so that verdicts can be tested anywhere."""
+"""Facts about a machine, and the settings that it cannot run.
+
+Facts are plain values, so that the verdict on any machine can be tested on every other one.
+"""
 
 import os
 from collections.abc import Mapping
@@ -42,10 +45,10 @@ class Machine:
     Attributes:
         gpus (`tuple[GPU, ...]`): CUDA devices that this process can use.
         cores (`int`): CPU cores.
-        memory (`int`): of the CPU, in bytes.
-        cuda (`str`, *optional*): version of CUDA that torch was built for; None for a CPU build.
-        architectures (`tuple[str, ...]`): what torch was built for, as in `sm_70`.
-        versions (`Mapping[str, str | None]`): of the packages that matter; None where one is not installed.
+        memory (`int`): CPU memory, in bytes.
+        cuda (`str`, *optional*): CUDA version that torch was built for; None for a CPU build.
+        architectures (`tuple[str, ...]`): GPU architectures that torch was built for, such as `sm_70`.
+        versions (`Mapping[str, str | None]`): versions of the packages that matter; None for a missing package.
     """
 
     gpus: tuple[GPU, ...]
@@ -57,7 +60,7 @@ class Machine:
 
 
 def probe() -> Machine:
-    """The facts about this machine."""
+    """Return the facts about this machine."""
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -80,18 +83,23 @@ def _version(name: str) -> str | None:
 
 
 def best_precision(machine: Machine) -> str:
-    """Mixed precision to train in: `"bf16"` where every GPU has it (compute capability 8.0), `"fp16"` on others,
-    `"no"` without a GPU."""
+    """Return the mixed precision to train in.
+
+    `"bf16"` if every GPU supports it (compute capability 8.0), `"fp16"` on older GPUs, `"no"` without a GPU.
+    """
     if not machine.gpus:
         return "no"
     return "bf16" if all(gpu.capability >= (8, 0) for gpu in machine.gpus) else "fp16"
 
 
 def runs_on(gpu: GPU, architectures: tuple[str, ...]) -> bool:
-    """Whether code built for `architectures` runs on a GPU: the same major version and no newer minor one, or any
-    older PTX (`compute_XY`), which the driver translates."""
-    for each in architectures:
-        kind, _, number = each.partition("_")
+    """Return whether code built for `architectures` runs on a GPU.
+
+    Machine code (`sm_XY`) runs on GPUs of the same major version and the same or a newer minor version. The driver
+    translates PTX (`compute_XY`) for every newer GPU.
+    """
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
         number = number.rstrip("abcdefghijklmnopqrstuvwxyz")  # sm_90a
         built = (int(number[:-1]), int(number[-1]))
         if kind == "sm" and built[0] == gpu.capability[0] and built[1] <= gpu.capability[1]:
@@ -111,34 +119,28 @@ def problems(
     use_cpu: bool = False,
     compile_rollouts: str | None = None,
 ) -> list[str]:
-    """Why settings cannot run on a machine; each names the setting, its value and what to set instead.
+    """List the settings that cannot run on a machine, with their values and what to set instead.
 
     Args:
-        machine ([`Machine`]): its facts.
+        machine ([`Machine`]): facts from [`probe`].
         bf16, fp16, use_cpu (`bool`): as in [`MiniLLMConfig`].
-        attn_implementation (`str`, *optional*): of student or teacher.
-        load_in_8bit (`bool`): whether a model is loaded by LLM.int8().
+        attn_implementation (`str`, *optional*): attention of student or teacher.
+        load_in_8bit (`bool`): whether a model is loaded with LLM.int8().
         compile_rollouts (`str`, *optional*): as in [`MiniLLMConfig`].
 
     Returns:
-        `list[str]`: empty where nothing stands against them.
+        `list[str]`: one message for each problem; empty if there is none.
     """
-    found = []
     if use_cpu or not machine.gpus:
-        if fp16:
-            found.append("fp16=True has no gradient scaler on a CPU: set fp16=False (float32), or bf16=True.")
-        if not use_cpu and machine.cuda is None and (bf16 or fp16):
-            found.append(
-                f"torch {machine.versions['torch']} is a build for CPUs, so no GPU can be used. On a machine with a "
-                f"GPU install another: {_INSTALL_TORCH}; otherwise set use_cpu=True."
-            )
-        return found
+        return _problems_on_cpu(machine, bf16=bf16, fp16=fp16, use_cpu=use_cpu)
+    found = []
+    # Every process runs the same settings, so the oldest GPU decides
     oldest = min(machine.gpus, key=lambda gpu: gpu.capability)
     place = f"{oldest.name} ({oldest.architecture})"
     if not runs_on(oldest, machine.architectures):
         found.append(
             f"torch {machine.versions['torch']} was not built for the {place}, only for "
-            f"{', '.join(machine.architectures)}. The builds for CUDA 12.6 have it up to torch 2.14: {_INSTALL_TORCH}"
+            f"{', '.join(machine.architectures)}. Builds for CUDA 12.6 support it up to torch 2.14: {_INSTALL_TORCH}"
         )
     if bf16 and oldest.capability < (8, 0):
         found.append(f"bf16=True: the {place} has no bfloat16. Set bf16=False and fp16=True.")
@@ -156,5 +158,17 @@ def problems(
         found.append(
             f"compile_rollouts='inductor': Triton needs compute capability 7.0, which the {place} is below. Set "
             "compile_rollouts='cudagraphs'."
+        )
+    return found
+
+
+def _problems_on_cpu(machine: Machine, *, bf16: bool, fp16: bool, use_cpu: bool) -> list[str]:
+    found = []
+    if fp16:
+        found.append("fp16=True has no gradient scaler on a CPU: set fp16=False (float32), or bf16=True.")
+    if not use_cpu and machine.cuda is None and (bf16 or fp16):
+        found.append(
+            f"torch {machine.versions['torch']} is a CPU build, which cannot use a GPU. On a machine with a GPU "
+            f"install a CUDA build: {_INSTALL_TORCH}; otherwise set use_cpu=True."
         )
     return found

@@ -1,4 +1,4 @@
-"""An estimate of the memory that a run takes, from the models' configurations alone."""
+"""Estimate the memory of a run from the models' configurations, without allocating a model."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,29 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..models.fused_head import CHUNK_ELEMENTS
 
-# Bytes a weight: full and half precision, and NF4 with its scales
+# Bytes per weight: full and half precision, and NF4 with its scales
 _FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a run decides its memory, on each process.
+    """The settings of a run that determine the memory of each process.
 
     Attributes:
         rows: completions of a micro-batch.
-        sampled_rows: completions that are decoded together.
+        sampled_rows: completions decoded together.
         buffered_rows: completions of a rollout buffer, whose teacher states are kept.
-        prompt_tokens, completion_tokens: of the longest prompt and completion.
-        gradient_checkpointing: whether activations are computed anew in the backward pass.
-        lora_rank: of a LoRA student on all linear layers; None for a student that is trained as a whole.
-        base_in_float32: whether the frozen base of a LoRA student is loaded in float32, as it is without `dtype`.
+        prompt_tokens, completion_tokens: tokens of the longest prompt and completion.
+        gradient_checkpointing: whether the backward pass recomputes activations.
+        lora_rank: rank of a LoRA student with adapters on all linear layers; None for full fine-tuning.
+        base_in_float32: whether the frozen base of a LoRA student is loaded in float32, the default without `dtype`.
         student_4bit, teacher_4bit: whether the frozen weights are NF4.
-        keeps_states, keeps_teacher: whether the teacher's states, and the teacher, are on the GPU in inner passes.
-        strategy, processes: what the student is trained under ("ddp", "zero2", "zero3" or "fsdp"), and by how many.
+        keeps_states, keeps_teacher: whether the teacher's states, and the teacher, stay on the GPU in inner passes.
+        strategy, processes: how the student is distributed ("ddp", "zero2", "zero3" or "fsdp"), over how many
+            processes.
         shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
-        mixed_precision: whether teacher, caches and activations are in half precision; else they are in float32.
-        half_precision_rollouts: whether a copy of the student in half precision samples.
+        mixed_precision: whether teacher, caches and activations are in half precision; otherwise they are in float32.
+        half_precision_rollouts: whether rollouts are sampled from a half-precision copy of the student.
     """
 
     rows: int
@@ -52,27 +53,28 @@ class Workload:
 
     @property
     def width(self) -> float:
-        """Bytes of a number that the run computes with."""
+        """Bytes per number in the computation."""
         return _HALF if self.mixed_precision else _FULL
 
 
 def count_parameters(config: PreTrainedConfig) -> int:
-    """Number of parameters of the causal language model that a configuration describes; none is allocated."""
+    """Count the parameters of the causal language model of a configuration, without allocating them."""
     with torch.device("meta"):
-        return sum(each.numel() for each in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
-    """Bytes of each process, on its GPU if there is one, for MiniLLM with AdamW, by what takes them.
+    """Estimate the bytes that MiniLLM with AdamW takes on each process, on its GPU if there is one.
 
-    Weights, optimizer states and, in updates, gradients are counted, and the half-precision copies of weights that
-    autocast keeps for the backward pass (with gradient checkpointing only a layer's are there at a time). Activations
-    see `_activation_bytes`. What a framework needs besides, and fragmentation, come on top. On one GPU it is within
-    10 % of what was allocated (`benchmarks/memory_estimate.py`); other strategies, NF4 and bases in
-    float32 are not compared yet.
+    Counted are weights, optimizer states, the gradients of an update, activations (see `_activation_bytes`), and the
+    half-precision weights that autocast caches for the backward pass; gradient checkpointing caches one layer's
+    weights at a time. Not counted are fragmentation and what frameworks allocate themselves. On one GPU the estimate
+    is within 10 % of the allocated memory (`benchmarks/memory_estimate.py`). We have not compared other strategies,
+    NF4 and float32 bases.
 
     Returns:
-        `dict[str, float]`: rollout and update never run at once; each has its sum.
+        `dict[str, float]`: bytes by purpose, with the sums "while sampling" and "while updating". The two phases never
+        overlap.
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
@@ -105,13 +107,14 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
 def estimate_fine_tuning_memory(
     model: PreTrainedConfig, load: Workload, teacher: PreTrainedConfig | None = None
 ) -> dict[str, float]:
-    """The same for fine-tuning on data (sft, seqkd once the teacher has answered) or, with a `teacher`, for KD.
+    """Estimate the memory of fine-tuning on data (sft, and seqkd after sampling) or, with a `teacher`, of KD.
 
-    Fine-tuning has whole logits, of which the loss keeps three copies in float32; KD has its heads in chunks.
+    Fine-tuning computes all logits at once, and its loss keeps three copies of them in float32. KD computes its heads
+    in chunks.
     """
     size = count_parameters(model)
     held, trained, copied = _trained_bytes(model, size, load)
-    copied = copied if _is_sharded(load) else 0.0  # elsewhere the model samples as it is
+    copied = copied if _is_sharded(load) else 0.0  # a model that is not sharded samples without a copy
     text = model.get_text_config()
     tokens = load.prompt_tokens + load.completion_tokens
     teacher_bytes, head = 0.0, 3 * load.rows * tokens * text.vocab_size * 4.0
@@ -132,7 +135,7 @@ def estimate_fine_tuning_memory(
 
 
 def _has_wide_base(load: Workload) -> bool:
-    """DeepSpeed has all weights in half precision."""
+    """Return whether the frozen base is in float32. DeepSpeed keeps all weights in half precision."""
     return load.base_in_float32 and not load.student_4bit and load.strategy in ("ddp", "fsdp")
 
 
@@ -141,21 +144,22 @@ def _is_sharded(load: Workload) -> bool:
 
 
 def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple[float, float, float]:
-    """Of the student as it is held between updates and as it is trained, and of the copy that it samples from."""
+    """Return the student's bytes between updates and during updates, and the bytes of its copy for rollouts."""
     text = config.get_text_config()
     if load.lora_rank is None:
         frozen, trained, copied = 0.0, float(size), size * _HALF
     else:
         wide = _has_wide_base(load)
         frozen = _nf4_bytes(text, size) if load.student_4bit else size * (4.0 if wide else _HALF)
-        # about 12 H^2 weights a layer in matrices of width H to 4 H: 2 r (H + 4 H) x 3 or less of adapters
+        # A layer has about 12 H^2 weights in matrices of width H to 4 H, so adapters have at most 2 r (H + 4 H) x 3
         trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
-        copied = trained * _HALF + (size * _HALF if wide or _is_sharded(load) else 0.0)  # half weights are shared
-    if load.strategy == "zero2":  # half-precision weights on each process, in which it samples as well
+        # a base in half precision is shared with the copy
+        copied = trained * _HALF + (size * _HALF if wide or _is_sharded(load) else 0.0)
+    if load.strategy == "zero2":  # each process has all half-precision weights, and samples from them
         updating = trained * (_HALF + 14.0 / load.processes) + frozen
         return updating, updating, 0.0
-    if _is_sharded(load):  # float32 weights, two moments and gradients, and a block in half precision
-        return *((trained * each + frozen) / load.processes for each in (12.0, 16.0)), copied
+    if _is_sharded(load):  # float32 weights and two moments take 12 bytes, gradients 4 more
+        return (trained * 12.0 + frozen) / load.processes, (trained * 16.0 + frozen) / load.processes, copied
     copied = copied if load.half_precision_rollouts else 0.0
     cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
@@ -167,34 +171,35 @@ def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
     whole = _nf4_bytes(text, size) if load.teacher_4bit else size * load.width
     if not load.shard_teacher:
         return whole
-    ends = _end_parameters(text) * load.width  # all but head and embeddings is spread
+    ends = _end_parameters(text) * load.width  # embeddings and head stay whole on each process
     return ends + (whole - ends) / load.processes
 
 
 def _nf4_bytes(text: PreTrainedConfig, size: int) -> float:
-    """bitsandbytes leaves embeddings and head as they are."""
+    """Return the bytes of a model in NF4. bitsandbytes does not quantise embeddings and head."""
     ends = _end_parameters(text)
     return (size - ends) * _NF4 + ends * _HALF
 
 
 def _end_parameters(text: PreTrainedConfig) -> int:
+    """Count the parameters of embeddings and head."""
     return (1 if text.tie_word_embeddings else 2) * text.vocab_size * text.hidden_size
 
 
 def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
-    """What the layers keep for the backward pass, by token and unit of width.
+    """Return the bytes that the layers keep for the backward pass.
 
-    Under autocast the residual stream is in the dtype of the embeddings. A layer keeps about 20 bytes of norms,
-    queries and outputs, 14 of keys and values, and 8 a unit of its feed-forward part: half precision before and after
-    the activation, twice where it is gated. transformers puts `gelu_new` together from operations partly in float32.
-    Without mixed precision all of it has twice the size.
+    Under autocast the residual stream has the dtype of the embeddings. For each token and unit of hidden width, a
+    layer keeps about 20 bytes of norms, queries and outputs, 14 bytes of keys and values, and 8 bytes for each unit of
+    its feed-forward part: half precision before and after the activation, twice for a gate. transformers computes
+    `gelu_new` partly in float32, hence 15 bytes. Without mixed precision everything has twice the size.
     """
     heads = text.num_attention_heads
     kv_share = (getattr(text, "num_key_value_heads", None) or heads) / heads
     is_partly_full = load.mixed_precision and getattr(text, "activation_function", None) == "gelu_new"
     unit = 15.0 if is_partly_full else 8.0
-    inner = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    feed_forward = next((each for each in inner if each), 4 * text.hidden_size) / text.hidden_size
+    widths = [getattr(text, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    feed_forward = next((width for width in widths if width), 4 * text.hidden_size) / text.hidden_size
     layer = (20.0 + 14.0 * kv_share + unit * feed_forward) * load.width / _HALF
     position = load.rows * (load.prompt_tokens + load.completion_tokens) * text.hidden_size
     if not load.gradient_checkpointing:
@@ -204,11 +209,12 @@ def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
 
 
 def _head_bytes(text: PreTrainedConfig) -> float:
+    """Return the bytes of a head in chunks: about four float32 tensors of one chunk, and the head's gradient."""
     return 4 * CHUNK_ELEMENTS * 4.0 + text.vocab_size * text.hidden_size * 4.0
 
 
 def _cache_width(config: PreTrainedConfig) -> int:
-    """Numbers that a token adds to the cache."""
+    """Count the numbers that a token adds to the key-value cache."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width

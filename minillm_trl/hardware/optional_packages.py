@@ -1,4 +1,4 @@
-"""Packages that single options need and the installation does not bring: they are looked for before any work."""
+"""Check for packages that only some options need, before any work starts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import MissingPackageError, UserError
 from ..models.weight_formats import quantization_settings
 
-# Of each integration: modules of which one must be there, and what to install
+# For each integration: modules, one of which must be installed, and what to install
 _REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml",), "azureml-core"),
     "clearml": (("clearml",), "clearml"),
@@ -17,7 +17,7 @@ _REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "dagshub": (("dagshub",), "dagshub mlflow"),
     "dvclive": (("dvclive",), "dvclive"),
     "flyte": (("flytekit",), "flytekit"),
-    "kubeflow": ((), ""),  # a service, named by the environment
+    "kubeflow": ((), ""),  # a service that the environment names, not a package
     "mlflow": (("mlflow",), "mlflow"),
     "neptune": (("neptune",), "neptune"),
     "swanlab": (("swanlab",), "swanlab"),
@@ -26,7 +26,8 @@ _REPORTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "wandb": (("wandb",), "wandb"),
 }
 
-# Of optimizers whose names begin so, the first that fits; all others are torch's or transformers' own
+# Prefix of the optimizer's name, module, and what to install; the first match counts. All other optimizers are part
+# of torch or transformers.
 _OPTIMIZERS: tuple[tuple[str, str, str], ...] = (
     ("adamw_torch_4bit", "torchao", "torchao"),
     ("adamw_torch_8bit", "torchao", "torchao"),
@@ -45,13 +46,13 @@ _OPTIMIZERS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class _Need:
-    """What an option needs.
+    """A package that an option needs.
 
     Attributes:
         option (`str`): the option with its value.
-        modules (`tuple[str, ...]`): of which one must be there.
-        install (`str`): what to install.
-        instead (`str`): what else to set.
+        modules (`tuple[str, ...]`): modules, one of which must be installed.
+        install (`str`): arguments of `pip install`.
+        instead (`str`): a setting that needs no package.
     """
 
     option: str
@@ -61,11 +62,11 @@ class _Need:
 
 
 def check_packages(settings: Mapping[str, Any]) -> None:
-    """Check that the optional packages of the settings are installed. Nothing is imported.
+    """Check that the optional packages that settings need are installed, without importing them.
 
     Args:
-        settings (`Mapping`): values by name: those of `TrainingArguments`, of TRL's `ModelConfig`, and
-            `teacher_model_init_kwargs`; others are ignored.
+        settings (`Mapping`): values by name: fields of `TrainingArguments` and TRL's `ModelConfig`, and
+            `teacher_model_init_kwargs`; other names are ignored.
 
     Raises:
         MissingPackageError: naming the option, its value, the package, and how to install it.
@@ -115,10 +116,13 @@ def _optimizer(name: Any) -> Iterator[_Need]:
 
 
 def _model(prefix: str, settings: Mapping[str, Any]) -> Iterator[_Need]:
-    """The needs of one model; transformers takes a kernel of the hub where FlashAttention is not installed."""
+    """Yield the packages that one model needs.
+
+    Without FlashAttention, transformers falls back to a kernel from the hub, which the package kernels loads.
+    """
     attention = settings.get("attn_implementation") or ""
     option, instead = f"{prefix}attn_implementation={attention}", "attn_implementation=sdpa"
-    if attention == "flash_attention_2":  # which older cards than those do not run
+    if attention == "flash_attention_2":
         install = "flash-attn --no-build-isolation (for GPUs of compute capability 8.0 and newer)"
         yield _Need(option, ("flash_attn", "kernels"), install, instead)
     elif attention == "flash_attention_3":

@@ -1,4 +1,4 @@
-"""Mixed precision: which one, what stays in float32, and the steps that overflow in float16."""
+"""Mixed precision: choosing it, keeping some values in float32, and counting steps that overflow in float16."""
 
 import os
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from ..errors import UserError
 
 
 def choose_precision(args: TrainingArguments) -> None:
-    """Set `fp16` and `bf16` where neither is true.
+    """Set `fp16` and `bf16` if neither is true.
 
-    What `accelerate launch` was told is what accelerate will do. Without it, and unless `bf16` is False, it is
-    bfloat16 on CUDA devices that have it (compute capability 8.0).
+    A precision given to `accelerate launch` wins, since accelerate applies it anyway. Otherwise bfloat16 is chosen on
+    CUDA devices that support it (compute capability 8.0), unless `bf16` is False.
 
     Raises:
-        UserError: for `bf16` without a device for it, unless `use_cpu` says that the CPU is meant.
+        UserError: for `bf16` without a device that supports it, unless `use_cpu` selects the CPU.
     """
     if args.fp16 or args.bf16:
         _check_bf16(args)
@@ -35,18 +35,20 @@ def choose_precision(args: TrainingArguments) -> None:
 def _check_bf16(args: TrainingArguments) -> None:
     if args.bf16 and not args.use_cpu and not torch.cuda.is_available() and not is_torch_bf16_gpu_available():
         raise UserError(
-            "bf16=True: torch can use no GPU here. Set use_cpu=True to train in bfloat16 on the CPU, or bf16=False."
+            "bf16=True: torch finds no GPU. Set use_cpu=True to train in bfloat16 on the CPU, or bf16=False."
         )
 
 
 def half_precision(accelerator: Accelerator) -> torch.dtype | None:
-    """The dtype of products under mixed precision; None in float32."""
+    """Return the dtype of matrix products under mixed precision; None in float32."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
 
 
 def keep_adapters_in_float32(model: PreTrainedModel) -> None:
-    """Undo GRPOTrainer's cast of the adapters of quantised models to bfloat16, which a V100 does not have; and with
-    eight bits of precision a small update of a weight is lost anywhere. Other models are left as they are."""
+    """Undo GRPOTrainer's cast of the adapters of quantised models to bfloat16; leave other models unchanged.
+
+    A V100 has no bfloat16. On every device, its eight bits of precision would lose small updates of a weight.
+    """
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return
     for parameter in model.parameters():
@@ -55,10 +57,10 @@ def keep_adapters_in_float32(model: PreTrainedModel) -> None:
 
 
 def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Weights are gathered in half precision and gradients reduced in float32.
+    """Return a policy that gathers weights in half precision and reduces gradients in float32.
 
-    Accelerate's policy would also cast what the modules return: the residual stream, which overflows float16 in some
-    models, and the losses.
+    Accelerate's policy would also cast the outputs of modules: the losses, and the residual stream, which overflows
+    float16 in some models.
     """
     return MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
@@ -66,10 +68,10 @@ def fsdp_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
 
 
 def configure_wrappers(accelerator: Accelerator) -> None:
-    """How FSDP and DDP are to wrap the model that is trained; call it before they do.
+    """Configure how FSDP and DDP wrap the trained model; call this before they wrap it.
 
-    FSDP follows [`fsdp_policy`] in half precision. DDP reduces gradients where they lie: by default it keeps a second
-    copy of them, four bytes a weight.
+    In half precision FSDP gets [`fsdp_policy`]. DDP reduces gradients in place; by default it keeps a second copy of
+    them, at four bytes per weight.
     """
     plugin, half = getattr(accelerator.state, "fsdp_plugin", None), half_precision(accelerator)
     if plugin is not None and half is not None:
@@ -79,23 +81,24 @@ def configure_wrappers(accelerator: Accelerator) -> None:
 
 
 def zero_loss_scaler(engine: Any) -> dict[str, Any]:
-    """The numbers of the loss scaler of DeepSpeed's ZeRO optimizers, to read and to write; empty for other optimizers.
+    """Return the attributes of the loss scaler of a ZeRO optimizer, for reading and writing; empty without a scaler.
 
-    DeepSpeed takes a step within the backward pass, where its scaler takes all that is not finite for an overflow.
+    DeepSpeed steps inside the backward pass, and its scaler treats every value that is not finite as an overflow. The
+    caller may need to restore the scale afterwards.
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return {} if scaler is None else vars(scaler)
 
 
 class OverflowCounter(TrainerCallback):
-    """Counts the optimizer steps that were skipped because a gradient overflowed in float16.
+    """Count the optimizer steps that were skipped because a gradient overflowed in float16.
 
-    That is how the loss scale finds its size, so a few at the start and one now and then are no fault.
+    The loss scale adapts by overflowing, so a few skipped steps at the start and an occasional one later are normal.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
-        skipped_otherwise (`Callable`, *optional*): whether the step was skipped for another reason, which is counted
-            elsewhere.
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        skipped_otherwise (`Callable`, *optional*): returns whether the step was skipped for another reason, which is
+            counted elsewhere.
     """
 
     def __init__(self, accelerator: Any, skipped_otherwise: Callable[[], bool] = lambda: False):
@@ -107,18 +110,18 @@ class OverflowCounter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """A resumed run goes on counting."""
+        """Continue the count of a resumed run."""
         if self.accelerator.scaler is not None:
             self._scale = self.accelerator.scaler.get_scale()
-        logged = [int(each["fp16/skipped_steps"]) for each in state.log_history if "fp16/skipped_steps" in each]
+        logged = [int(entry["fp16/skipped_steps"]) for entry in state.log_history if "fp16/skipped_steps" in entry]
         self.skipped_steps = logged[-1] if logged else 0
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        """Called after each step, taken or skipped: then the scale has fallen.
+        """Count the step if it was skipped: the scale then has fallen.
 
-        accelerate takes each step of a fused optimizer for taken, which skips by itself.
+        `optimizer_step_was_skipped` does not tell: a fused optimizer skips a step by itself, unseen by accelerate.
         """
         if self.accelerator.scaler is None:  # DeepSpeed
             self.skipped_steps += self.accelerator.optimizer_step_was_skipped and not self._skipped_otherwise()
@@ -127,7 +130,7 @@ class OverflowCounter(TrainerCallback):
         self.skipped_steps += self._scale < before
 
     def metrics(self, engine: Any) -> dict[str, float]:
-        """`fp16/skipped_steps` and `fp16/loss_scale`, from accelerate's scaler or that of a DeepSpeed `engine`."""
+        """Return `fp16/skipped_steps` and `fp16/loss_scale`, from accelerate's scaler or a DeepSpeed `engine`."""
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else getattr(engine.optimizer, "cur_scale", None)
         metrics = {"fp16/skipped_steps": float(self.skipped_steps)}

@@ -1,4 +1,4 @@
-"""transformers 5.23 renamed gradient checkpointing to activation checkpointing, and TRL 1.16 has the old names."""
+"""Bridge two names: transformers 5.23 calls gradient checkpointing activation checkpointing, TRL 1.16 does not."""
 
 import warnings
 
@@ -8,10 +8,11 @@ _RENAMED = ("checkpointing", "checkpointing_kwargs")
 
 
 def use_new_names(args: TrainingArguments) -> None:
-    """Give the fields of the new names the values of the old ones, before transformers warns of TRL's default.
+    """Copy the old fields to the new ones, so that transformers does not warn about TRL's default.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): not complete yet; a field of a new name that was set is kept.
+        args ([`~transformers.TrainingArguments`]): arguments before their `__post_init__`; a new field that is set
+            keeps its value.
     """
     for name in _RENAMED:
         if getattr(args, f"activation_{name}", False) is None:
@@ -19,7 +20,7 @@ def use_new_names(args: TrainingArguments) -> None:
 
 
 def ignore_old_names() -> None:
-    """Ignore the warnings for methods of models that TRL calls by their old names in each rollout."""
+    """Ignore the deprecation warnings for model methods that TRL calls by their old names in each rollout."""
     warnings.filterwarnings(
         "ignore",
         message="`(is_gradient_checkpointing|gradient_checkpointing_(enable|disable))` is deprecated",

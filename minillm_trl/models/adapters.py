@@ -1,9 +1,9 @@
-"""Adapters of PEFT: finding the base that they belong to, and merging them into it."""
+"""PEFT adapters: find the base model, and merge the adapter into it."""
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -14,15 +14,15 @@ from .end_tokens import adopt_generation_config
 from .files import check_weights, explained, is_lost_folder, load_causal_lm
 from .pickled_weights import refuse_pickled_weights
 
-# Functions import peft, and what imports it: it takes seconds, for bitsandbytes and torch's compiler among others, and
-# most models have no adapter.
+# Functions import peft only when they need it: with bitsandbytes and torch's compiler that takes seconds, and most
+# models have no adapter.
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
 def is_adapter(name: str) -> bool:
-    """Whether an adapter lies at `name` (a folder, or a name on the hub), and no whole model beside it."""
+    """Return whether `name` (a folder, or a name on the hub) holds an adapter and no complete model."""
     return _has_adapter(name) and not (Path(name) / "config.json").is_file()
 
 
@@ -35,11 +35,11 @@ def _has_adapter(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, and the model that it belongs to; from [`find_adapter`].
+    """An adapter and its base model; from [`find_adapter`].
 
     Attributes:
-        name (`str`): folder, or name on the hub.
-        base (`str`): the same of its base.
+        name (`str`): folder or hub name of the adapter.
+        base (`str`): folder or hub name of the base.
         base_config ([`~transformers.PreTrainedConfig`]): configuration of the base.
         revision (`str`, *optional*): revision of the base.
     """
@@ -50,7 +50,7 @@ class Adapter:
     revision: str | None = None
 
     def tokenizer_source(self) -> tuple[str, str | None]:
-        """Name and revision of what has the tokenizer: the adapter, if one was saved with it, or else the base."""
+        """Return name and revision of the tokenizer: with the adapter if one was saved there, otherwise the base's."""
         from .teacher import has_tokenizer
 
         return (self.name, None) if has_tokenizer(self.name) else (self.base, self.revision)
@@ -65,7 +65,8 @@ class Adapter:
         """Load the base and merge the adapter into it.
 
         Args:
-            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is the base's.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights; `"auto"` keeps the
+                base's.
             trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the base may run.
             allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
                 [`refuse_pickled_weights`].
@@ -75,13 +76,14 @@ class Adapter:
             ValueError: if the adapter does not fit the base, cannot be merged, or leaves weights that are not finite.
         """
         if not allow_pickled_weights:
-            refuse_pickled_weights(self.name, with_base=False)  # the base may be another than it names
+            # Not with the base that the adapter names: the caller may have named another, which is checked on loading
+            refuse_pickled_weights(self.name, with_base=False)
         check_weights(self.name)
         what = f"the base {self.base!r} of the adapter {self.name!r}"
         options = {"revision": self.revision or "main", "dtype": dtype, "trust_remote_code": trust_remote_code}
         base = load_causal_lm(self.base, what, allow_pickled_weights, **options)
         with warnings.catch_warnings():
-            # of what `_untie` takes care of
+            # `_untie` handles tied embeddings
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # `_put_on` raises
@@ -96,7 +98,7 @@ class Adapter:
             if not parameter.isfinite().all():
                 raise UserError(
                     f"the adapter {self.name!r} cannot be merged into {self.base!r}: {name} is not finite in "
-                    f"{parameter.dtype}. Unless a dtype of wider range helps, the adapter is broken."
+                    f"{parameter.dtype}. Try a dtype with a wider range; if that does not help, the adapter is broken."
                 )
         return merged
 
@@ -106,7 +108,7 @@ class Adapter:
         try:
             with explained(f"the adapter {self.name!r} cannot be loaded"):
                 model = PeftModel.from_pretrained(base, self.name)
-                # once more for its report: weights without a place are dropped, and missing ones only warned of
+                # Load it again for the report: peft drops unexpected weights and only warns about missing ones
                 report = model.load_adapter(self.name, "default")
         except UserError as error:
             cause = error.__cause__
@@ -115,12 +117,12 @@ class Adapter:
             lines = [line.strip() for line in str(cause).splitlines()]
             problem = f"{cause} is missing" if isinstance(cause, KeyError) else " ".join(lines[:2])
         else:
-            # VB-LoRA's layers share one bank, which is saved once
+            # VB-LoRA saves the vector bank that its layers share only once
             missing = [key for key in report.missing_keys if "vblora_vector_bank" not in key]
-            astray = [*report.unexpected_keys, *missing]
-            if not astray:
+            unmatched = [*report.unexpected_keys, *missing]
+            if not unmatched:
                 return model
-            problem = f"{len(astray)} weights are in only one of the two, such as {astray[0]}"
+            problem = f"{len(unmatched)} weights are in only one of the two, such as {unmatched[0]}"
         raise UserError(
             f"the adapter {self.name!r} does not fit {self.base!r}: {problem}\nName the model that it was trained on: "
             f"--model NAME_OR_FOLDER --adapter {self.name}."
@@ -131,26 +133,26 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
     """Read the configurations of an adapter and its base.
 
     Args:
-        name (`str`): folder, or name on the hub.
-        base (`str`, *optional*): folder or name of its base; by default what the adapter's configuration names.
+        name (`str`): folder or hub name of the adapter.
+        base (`str`, *optional*): folder or hub name of the base; by default the one in the adapter's configuration.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the base may run.
 
     Raises:
-        ValueError: if there is no adapter, it is of a kind that cannot be merged, or there is no base where it, or
-            the caller, says.
+        ValueError: if there is no adapter, its kind cannot be merged, or its base cannot be found.
     """
     config, revision = _read_config(name), None
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
     if not base or not isinstance(base, str):
         raise UserError(
-            f"--adapter {name}: its adapter_config.json names no base. Do so: --model NAME_OR_FOLDER --adapter {name}."
+            f"--adapter {name}: its adapter_config.json names no base. Name one: --model NAME_OR_FOLDER --adapter "
+            f"{name}."
         )
-    if _has_adapter(base):  # which transformers would load with it
+    if _has_adapter(base):  # transformers would load that adapter too
         raise UserError(
-            f"the base {base!r} of the adapter {name!r} is an adapter itself, or there is one beside it. Merge that "
-            f"one first and name the result (--model FOLDER --adapter {name}); where it is this same adapter, move "
-            "its files to a folder of their own."
+            f"the base {base!r} of the adapter {name!r} is an adapter itself, or its folder also holds an adapter. "
+            f"Merge that adapter first and name the result (--model FOLDER --adapter {name}); if it is the same "
+            "adapter, move its files to a folder of their own."
         )
     problem = f"the base {base!r} of the adapter {name!r} cannot be loaded"
     try:
@@ -161,8 +163,8 @@ def find_adapter(name: str, base: str | None = None, trust_remote_code: bool = F
     except UserError as error:
         reason = f"{problem}: there is no such folder." if is_lost_folder(base) else error
         raise UserError(
-            f"{reason}\nIf it has moved, or lies on this machine under another name, say so: "
-            f"--model NAME_OR_FOLDER --adapter {name}."
+            f"{reason}\nIf the base has moved or has another name on this machine, name it: --model NAME_OR_FOLDER "
+            f"--adapter {name}."
         ) from error
     return Adapter(name, base, base_config, revision)
 
@@ -172,9 +174,9 @@ def _read_config(name: str) -> "PeftConfig":
 
     folder = Path(name)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        hint = "Name the folder that training saved to, or one of its checkpoint-N."
+        hint = "Name the folder that training saved to, or a checkpoint-N inside it."
         if (folder / "config.json").is_file():
-            hint = "This is a whole model, which can be used as it is."
+            hint = "It holds a complete model: use it without --adapter."
         raise UserError(f"--adapter {name}: there is no adapter_config.json in this folder. {hint}")
     if is_lost_folder(name):
         raise UserError(f"--adapter {name}: there is no such folder.")
@@ -184,20 +186,21 @@ def _read_config(name: str) -> "PeftConfig":
     if is_prompt or getattr(config, "layer_replication", None):
         kind = config.peft_type.value if is_prompt else "LoRA with layer_replication"
         raise UserError(
-            f"--adapter {name}: {kind} changes what the layers read or how often they run, not their weights, so that "
-            "it cannot be merged into them. Use it through peft's PeftModel."
+            f"--adapter {name}: {kind} cannot be merged into the weights, since it changes the inputs of layers or "
+            "how often they run. Use it through peft's PeftModel."
         )
     return config
 
 
 def _untie(model: "PeftModel") -> None:
-    """Give the head weights of its own where an adapter changes it, or the embeddings that it is tied to.
+    """Copy the tied weights of the head if an adapter changes the head or the embeddings.
 
-    Peft merges into the tensor that both share: each would get the change that was learnt for the other.
+    peft merges into the shared tensor, so each of the two would also get the change that was learnt for the other.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = (model.get_output_embeddings(), model.get_input_embeddings())
+    base: Any = model.get_base_model()  # annotated as a plain module
+    layers = (base.get_output_embeddings(), base.get_input_embeddings())
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return
     head, embeddings = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)

@@ -1,9 +1,12 @@
-"""cuDNN's attention kernels, which torch is kept from.
+"""Disable cuDNN's attention kernels.
 
-`scaled_dot_product_attention` prefers them in half precision on Hopper and Blackwell since torch 2.11. With a mask
-their backward pass gives NaN for rows that attend to nothing, as left padding has them, where the length is 64 more
-than a multiple of 128 (pytorch issue 196678). And they are prepared anew for each shape, of which decoding has one a
-token: the first rollout of a batch size then takes several times as long.
+Since torch 2.11, `scaled_dot_product_attention` prefers these kernels in half precision on Hopper and Blackwell GPUs.
+They have two problems:
+
+- With a mask, the backward pass returns NaN for rows that attend to nothing, such as left padding, at lengths of 64
+  plus a multiple of 128 (pytorch issue 196678).
+- They are prepared for each new shape, and decoding has a new shape for every token. The first rollout at a batch size
+  takes several times as long.
 """
 
 from collections.abc import Iterator
@@ -13,13 +16,16 @@ import torch
 
 
 def avoid_cudnn_attention() -> None:
-    """For training, in the whole process: gradient checkpointing runs forward passes inside the backward pass."""
+    """Disable the kernels for the whole process, for training.
+
+    A context manager would not be enough: gradient checkpointing runs forward passes inside the backward pass.
+    """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """For decoding, for the time of a `with` statement or of a call of what it decorates."""
+    """Disable the kernels inside a `with` statement or a decorated function, for decoding."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -1,7 +1,7 @@
-"""How texts and conversations become token ids: one place for sampling, training and measuring.
+"""Encode texts and conversations as token ids, in the same way for sampling, training and evaluation.
 
-A tokenizer may put tokens around every text. A beginning-of-sequence token (BOS) belongs to a prompt, once. An
-end-of-sequence token (EOS) that it appends does not: it would end the answer before it begins.
+A tokenizer may add tokens around every text. A prompt keeps one beginning-of-sequence token (BOS). It must not keep an
+end-of-sequence token (EOS), which would end the answer before it begins.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _PROBES = ("a", "0", ".")
 
 
 def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Return the ids that a tokenizer puts before and after every text; two empty lists if it adds none."""
+    """Return the ids that a tokenizer adds before and after every text; two empty lists if it adds none."""
     for probe in _PROBES:
         plain = tokenizer(probe, add_special_tokens=False)["input_ids"]
         whole = tokenizer(probe)["input_ids"]
@@ -32,13 +32,14 @@ def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[
 
 
 def without_extra_tokens(ids: Sequence[Sequence[int]], before: Sequence[int], after: Sequence[int]) -> list[list[int]]:
-    """Drop what a tokenizer appended to texts, and the second BOS of a text that holds one itself.
+    """Drop the tokens appended to texts, and the second BOS of a text that already starts with BOS.
 
     Args:
         ids (`Sequence[Sequence[int]]`): encoded texts.
         before, after (`Sequence[int]`): from [`added_tokens`].
     """
-    before, after, cleaned = list(before), list(after), []
+    before, after = list(before), list(after)
+    cleaned: list[list[int]] = []
     for row in map(list, ids):
         if after and row[-len(after) :] == after:
             row = row[: -len(after)]
@@ -49,7 +50,7 @@ def without_extra_tokens(ids: Sequence[Sequence[int]], before: Sequence[int], af
 
 
 def encode_texts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of texts that something may follow: with the tokenizer's BOS if it adds one, without its EOS."""
+    """Return the ids of texts that a completion may follow: with BOS if the tokenizer adds one, without EOS."""
     if not texts:
         return []
     return without_extra_tokens(tokenizer(text=list(texts))["input_ids"], *added_tokens(tokenizer))
@@ -65,7 +66,7 @@ def encode_prompts(
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
         prompts (`Sequence`): texts or conversations.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
 
     Raises:
         ValueError: if a prompt has no tokens, naming its index, or the tokenizer lacks a chat template.
@@ -94,24 +95,30 @@ def encode_pair(
     completion: Prompt,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Encode a prompt and its completion as TRL's `SFTTrainer` does: joined as they stand, with their end.
+    """Encode a prompt and its completion as TRL's `SFTTrainer` does: concatenated without a separator, with an end.
 
-    Texts end with the tokenizer's EOS, unless the completion does already; conversations with what the chat template
-    writes after the assistant's turn.
+    A text ends with the tokenizer's EOS, added unless the completion already ends with it. A conversation ends with
+    what the chat template writes after the assistant's turn.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the tokenizer.
         prompt, completion (`str` or `list[dict]`): two texts, or two lists of messages.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
 
     Returns:
-        The context's ids, one at least, and those that are learnt. The latter begin where the prompt alone, and with
-        its completion, diverge: inside the prompt, if a token spans their border.
+        `tuple[list[int], list[int]]`: ids of the context (at least one), and ids to learn. The latter start at the
+        first token in which the encoded prompt and the encoded whole differ. If a token spans the border, this token
+        starts inside the prompt.
+
+    Raises:
+        TypeError: if one of the two is a text and the other a conversation.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and isinstance(completion, str):
         end = tokenizer.eos_token or ""
         completion = completion if completion.endswith(end) else completion + end
         prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
+    elif isinstance(prompt, str) or isinstance(completion, str):
+        raise TypeError(f"prompt={prompt!r}, completion={completion!r}: give two texts or two conversations.")
     else:
         prompt_ids = _render(tokenizer, prompt, chat_template_kwargs, add_generation_prompt=True)
         ids = _render(tokenizer, [*prompt, *completion], chat_template_kwargs)
@@ -122,19 +129,19 @@ def encode_pair(
 
 
 def holds_conversations(dataset: "Dataset | IterableDataset") -> bool:
-    """Return whether the rows of a dataset are conversations, by the first one."""
-    first = next(iter(dataset), {})
+    """Return whether the rows of a dataset are conversations, judged by the first row."""
+    first: dict[str, Any] = next(iter(dataset), {})
     return any(isinstance(first.get(name), list) for name in ("prompt", "messages", "conversations"))
 
 
 def stop_appending(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Let a tokenizer no longer append tokens to texts; what it puts before them stays.
+    """Make a tokenizer stop appending tokens to texts; it still adds tokens before them.
 
     Returns:
-        The ids that it appended; empty if there were none, and the tokenizer is as it was.
+        `list[int]`: the ids that it used to append; empty if it appended nothing and is unchanged.
 
     Raises:
-        ValueError: if it is no fast tokenizer, so that this cannot be switched off here.
+        ValueError: if it appends tokens and is not a fast tokenizer, which cannot be changed here.
     """
     from tokenizers import processors
 
@@ -146,7 +153,8 @@ def stop_appending(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
             f"The tokenizer {tokenizer.name_or_path!r} appends {tokenizer.decode(after)!r} to every text, which would "
             "end answers before they begin. Load it with add_eos_token=False."
         )
-    tokenizer.add_eos_token = False  # its setter drops what comes before too, unless add_bos_token was set
+    tokenizer.add_eos_token = False
+    # The setter above also drops BOS unless add_bos_token is set, so restore the tokens before the text
     named = [
         {"id": f"before{id_}", "ids": [id_], "tokens": [token]}
         for id_, token in zip(before, tokenizer.convert_ids_to_tokens(before), strict=True)
@@ -164,6 +172,7 @@ def _render(
     chat_template_kwargs: dict[str, Any] | None,
     **options: bool,
 ) -> list[int]:
-    """Ids of a conversation; a template writes its special tokens itself."""
-    options = {**options, "tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
-    return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
+    """Return the ids of a conversation; the template itself writes its special tokens."""
+    arguments: dict[str, Any] = {**options, "tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
+    encoded: Any = tokenizer.apply_chat_template(messages, **arguments)  # a mapping, because of `return_dict`
+    return list(encoded["input_ids"])

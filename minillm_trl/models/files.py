@@ -1,4 +1,4 @@
-"""What is said where the files of a model cannot be used."""
+"""Check and load the files of a model, with messages that name the file that cannot be used."""
 
 import pickle
 import zipfile
@@ -14,23 +14,23 @@ from transformers import AutoModelForCausalLM
 from ..errors import UserError
 from .pickled_weights import refuse_pickled_weights
 
-if TYPE_CHECKING:  # its module takes seconds to import, which reading a tokenizer need not wait for
+if TYPE_CHECKING:  # importing it takes seconds, and reading a tokenizer does not need it
     from transformers import PreTrainedModel
 
 _PICKLED = (
     "the file with the weights (.bin) is a pickle that is damaged or holds more than tensors. It was not unpickled, "
-    "since that can run any code. Get the model as .safetensors, or convert it where you trust it."
+    "since that can run any code. Get the model as .safetensors, or convert it yourself if you trust it."
 )
 
 
 def is_lost_folder(name: str) -> bool:
-    """Whether a name can only be that of a folder, and there is none: names on the hub are `NAME` or `OWNER/NAME`."""
+    """Return whether a name can only mean a folder that does not exist: hub names are `NAME` or `OWNER/NAME`."""
     is_path = name.startswith((".", "/", "~")) or name.rstrip("/").count("/") > 1 or name.endswith("/")
     return (is_path or Path(name).is_absolute()) and not Path(name).is_dir()
 
 
 def check_weights(name: str) -> None:
-    """Check that the files of weights in a folder are whole, without reading them; a name on the hub passes.
+    """Check that the weight files in a folder are complete, without reading the weights; a hub name passes.
 
     Raises:
         ValueError: naming the file.
@@ -41,10 +41,10 @@ def check_weights(name: str) -> None:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged, or not written whole ({error}). Copy or save it again.") from error
-    for path in (
-        [] if files else sorted([*Path(name).glob("pytorch_model*.bin"), *Path(name).glob("adapter_model.bin")])
-    ):
+            raise UserError(f"{path}: damaged or incomplete ({error}). Copy or save it again.") from error
+    if files:
+        return  # safetensors are loaded even if there are pickles too
+    for path in sorted([*Path(name).glob("pytorch_model*.bin"), *Path(name).glob("adapter_model.bin")]):
         try:
             torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -53,16 +53,16 @@ def check_weights(name: str) -> None:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what a library raises over the files of a model into a message that names them.
+    """Turn a library's error about the files of a model into a message that names the model.
 
-    Files with damage or odd values make the libraries raise anything, down to a bare `Exception`. So there must be
-    nothing but one call of theirs in the block, lest errors of ours be taken for those of the files.
+    Damaged files make libraries raise anything, down to a bare `Exception`. Put only a single library call into the
+    block, so that our own errors are not reported as damaged files.
 
     Args:
         what (`str`): beginning of the message: what cannot be loaded, and from where.
 
     Raises:
-        ValueError: for all errors but that of a full GPU.
+        ValueError: for every error except a full GPU, `KeyboardInterrupt` and the like.
     """
     try:
         yield
@@ -71,35 +71,37 @@ def explained(what: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{what}: {_PICKLED}") from error
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers' Rust
+        # tokenizers' Rust code raises a PanicException, which is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error)[:2000] if type(error) in (OSError, ValueError) else _shown(error)
         raise UserError(f"{what}: {reason}") from error
 
 
 def load_causal_lm(name: str, what: str, allow_pickled_weights: bool = False, **options: Any) -> "PreTrainedModel":
-    """Load a causal language model, refusing one whose files lack weights: transformers makes those up.
+    """Load a causal language model, and refuse missing weights, which transformers would initialise at random.
 
     Args:
         name (`str`): folder, or name on the hub.
-        what (`str`): what messages call it.
+        what (`str`): the model as messages call it.
         allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
             [`refuse_pickled_weights`].
-        **options: of `from_pretrained`.
+        **options: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: if its files cannot be used, or weights are missing.
+        ValueError: if the files cannot be used, or weights are missing or have the wrong shape.
     """
     if not allow_pickled_weights:
         refuse_pickled_weights(name, options)
         options["use_safetensors"] = True
     check_weights(name)
     with explained(f"{what} cannot be loaded"):
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    if astray := sorted([*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])]):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, report = loaded  # a pair, because of `output_loading_info`
+    if unmatched := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise UserError(
-            f"{what} lacks {len(astray)} of its weights, or has them in another shape, such as {astray[0]}. Its files "
-            "and its config.json do not belong together, or were not written to their end."
+            f"{what} lacks {len(unmatched)} of its weights, or has them in another shape, such as {unmatched[0]}. Its "
+            "weight files do not match its config.json, or are incomplete. Copy or save the model again."
         )
     return model
 
@@ -139,4 +141,4 @@ def check_model_folder(output: Path, sources: Mapping[str, str], overwrite: bool
 
 def _shown(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}\nIts files are damaged, or hold values that do not belong there."
+    return f"{type(error).__name__}: {text[:400]}\nIts files are damaged or hold invalid values."

@@ -1,4 +1,4 @@
-"""Fingerprints of models and datasets, by which a resumed run knows whether they are still the same."""
+"""Digests of models and datasets, with which a resumed run checks that they are still the same."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from datasets import Dataset
 
 from ..files.json_files import read_json
 
-# What a model's answers come from; a folder of a run holds other files too
+# The files that determine a model's answers; a run's folder also holds other files
 _MODEL_FILES = (
     *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "generation_config.json"),
     *("adapter_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
 )
-_BLOCK, _BLOCKS = 4096, 1024
-_NUMBERS = 8  # of each parameter
-_ROWS = 256
+_BLOCK, _BLOCKS = 4096, 1024  # bytes per block, blocks per file
+_NUMBERS = 8  # values read from each parameter
+_ROWS = 256  # rows read from a dataset
 
 
 class _AdapterConfig(TypedDict):
@@ -25,11 +25,11 @@ class _AdapterConfig(TypedDict):
 
 
 def model_fingerprint(folder: Path) -> str | None:
-    """Digest of a local model, the same for a copy of it; None for a name on the hub, which has its revision.
+    """Return a digest of a local model, equal for copies of it; None for a hub name, whose revision identifies it.
 
-    It covers names, sizes and contents of weights, configurations and tokenizer, and for an adapter those of its base.
-    Of a file of more than 4 MiB it reads 1024 blocks of 4 KiB at equal distances: a model of any size in a moment, and
-    another training changes some number in every matrix.
+    The digest covers names, sizes and contents of weights, configurations and tokenizer, and the base of an adapter.
+    A file of more than 4 MiB is sampled at 1024 evenly spaced blocks of 4 KiB. This is fast for a model of any size,
+    and enough, as training changes numbers in every matrix.
     """
     if not folder.is_dir():
         return None
@@ -49,7 +49,7 @@ def model_fingerprint(folder: Path) -> str | None:
 
 @torch.no_grad()
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Digest of a model in memory: name, shape and first eight numbers of each parameter."""
+    """Return a digest of a model in memory: name, shape and first eight values of each parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         first = parameter.detach().flatten()[:_NUMBERS].double().tolist()
@@ -58,7 +58,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Digest of the number of rows and of 256 rows at equal distances: a dataset of any size in a moment."""
+    """Return a digest of a dataset: its number of rows and 256 evenly spaced rows."""
     digest = hashlib.sha256(str(len(dataset)).encode())
     plain = dataset.with_format(None)
     for index in range(0, len(dataset), max(1, len(dataset) // _ROWS)):

@@ -1,7 +1,7 @@
-"""Replacing the `forward` of a model in a way that deep copies of the model survive.
+"""Replace the `forward` of a model so that deep copies of the model work.
 
-A moving average of the weights and a best-so-far snapshot are made by `copy.deepcopy`. It binds the methods of the
-original to the copy, but not those that a function keeps in a variable: the copy would run the original's weights.
+Moving averages of the weights and snapshots of the best model are made by `copy.deepcopy`. It rebinds bound methods
+that are attributes to the copy, but not a method captured in a closure: the copy would run the original's weights.
 """
 
 import functools
@@ -15,32 +15,33 @@ from transformers import PreTrainedModel
 
 
 def override_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-    """Replace `module.forward`; a deep copy of the module then has a method of its own.
+    """Replace `module.forward`; a deep copy of the module runs the replacement on its own weights.
 
     Args:
         module (`torch.nn.Module`): the module; it may be overridden again later.
-        forward (`Callable`): called as `forward(self, replaced, *args, **kwargs)`, where `replaced` is the method of
-            `self` that stood before. The signature stays that of the replaced method: `generate` validates its keyword
+        forward (`Callable`): called as `forward(self, replaced, *args, **kwargs)`, where `replaced` is the previous
+            method of `self`. The signature of the previous method is kept, since `generate` validates its keyword
             arguments against it.
     """
-    replaced = vars(module).setdefault("_replaced_forwards", [])  # an attribute is copied, a variable is not
+    replaced = vars(module).setdefault("_replaced_forwards", [])  # deepcopy copies attributes, but not closures
     number = len(replaced)
     replaced.append(module.forward)
 
     @functools.wraps(getattr(module.forward, "__func__", module.forward))
-    def method(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, self._replaced_forwards[number], *args, **kwargs)
 
     module.forward = types.MethodType(method, module)
 
 
 def rebind_fused_head(model: PreTrainedModel) -> None:
-    """Let deep copies of a model that a TRL trainer has given a fused LM head run with their own weights.
+    """Make deep copies of a model run their own weights after a TRL trainer has given it a fused LM head.
 
-    TRL's method for the fused head refers to the model by its argument, but for all other calls it runs the method
-    that it has replaced, which it keeps in a variable.
+    TRL's patched `forward` uses its `self` for the fused head, but calls the previous method, which its closure holds,
+    for everything else.
     """
-    fused_forward = model.forward.__func__
+    bound: Any = model.forward  # a method that TRL has bound to the model
+    fused_forward = bound.__func__
     model.forward = inspect.getclosurevars(fused_forward).nonlocals["original_forward"]
 
     def forward(self: PreTrainedModel, replaced: Callable, *args: Any, fused_lm_head: bool = False, **kwargs: Any):

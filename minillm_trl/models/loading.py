@@ -1,4 +1,4 @@
-"""Loading models and tokenizers for the subcommands."""
+"""Load models and tokenizers for the subcommands."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from .files import explained, is_lost_folder, load_causal_lm
 from .quantization import keep_4bit_layout
 from .weight_formats import check_name
 
-if TYPE_CHECKING:  # these take seconds to import, which reading a tokenizer need not wait for
+if TYPE_CHECKING:  # importing these takes seconds, and reading a tokenizer does not need them
     from datasets import Dataset
     from transformers import PreTrainedModel
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # these take seconds to import, which reading a tokenizer nee
 def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False, adapter: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer for left-padded generation; the padding token falls back to the EOS, or the end of a turn.
+    """Load a tokenizer for left-padded generation; the padding token defaults to the EOS or the end of a turn.
 
-    Where there is an adapter, the tokenizer that was saved with it comes before that of its base.
+    The tokenizer that was saved with an adapter has priority over the tokenizer of its base.
 
     Raises:
-        ValueError: if there is no tokenizer at `name`, or it has neither token.
+        ValueError: if there is no tokenizer at `name`, or it has none of these tokens.
     """
     if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
         name, revision = found.tokenizer_source()
@@ -48,7 +48,7 @@ def load_tokenizer(
 def read_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False, **options: str
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as it was saved, but for the `options`.
+    """Load a tokenizer as it was saved, changed only by `options`.
 
     Raises:
         ValueError: if there is no tokenizer at `name`.
@@ -61,25 +61,26 @@ def read_tokenizer(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, **options
         )
     with explained(f"no tokenizer at {name!r}"):
-        tokenizer("a")  # some odd values are found by using it only
-    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's is made without any files
+        tokenizer("a")  # some invalid values fail only in use
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # GPT-2's tokenizer loads without any files
         raise UserError(f"no tokenizer at {name!r}: its vocabulary is empty.")
     return tokenizer
 
 
 def _lost_folder(name: str) -> str:
-    """A remark for names of folders that are not there; empty for those that can only be meant for the hub."""
+    """Return a remark for the message if a folder was meant and does not exist; empty for a hub name."""
     path = Path(name).expanduser()
     if path.exists():
         return ""
-    siblings = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
-    found = nearest(path.name, siblings)
-    is_meant = found or is_lost_folder(name) or (path.parent != Path() and path.parent.is_dir())
-    return f" (no such folder.{found})" if found else " (no such folder)" if is_meant else ""
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    if suggestion := nearest(path.name, siblings):
+        return f" (no such folder.{suggestion})"
+    is_folder = is_lost_folder(name) or (path.parent != Path() and path.parent.is_dir())
+    return " (no such folder)" if is_folder else ""
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Load the configuration of a model; of an adapter, that of its base."""
+    """Load the configuration of a model, or of an adapter's base."""
     if (found := _adapter_of(name, None, trust_remote_code)) is not None:
         return found.base_config
     with explained(f"the configuration of {name!r} cannot be loaded"):
@@ -93,19 +94,19 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickled_weights: bool = False,
 ) -> "PreTrainedModel":
-    """Load a causal language model for inference, on the GPU if there is one; an adapter is merged into it.
+    """Load a causal language model for inference, on the GPU if there is one, and merge an adapter into it.
 
-    `name` may also be that of an adapter alone, which then goes into the base that it names.
+    `name` may also be the name of an adapter, which is merged into the base that it names.
     """
     device = "cuda" if torch.cuda.is_available() and not launched_on_cpu() else "cpu"
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if (found := _adapter_of(name, adapter, trust_remote_code)) is not None:
         model = found.load_merged(dtype, trust_remote_code, allow_pickled_weights)
     else:
-        options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         model = load_causal_lm(name, f"the model {name!r}", allow_pickled_weights, **options)
     keep_4bit_layout(model)
-    return model.to(device).eval()
+    return model.eval().to(torch.device(device))
 
 
 def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adapter | None:
@@ -115,7 +116,7 @@ def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adap
 
 
 def generation_source(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Name and revision of what has the generation config: a model, an adapter that brings one, or its base."""
+    """Return name and revision of the generation config: a model's, an adapter's if it has one, or its base's."""
     if is_adapter(name) and not has_generation_config(name):
         found = find_adapter(name)
         return found.base, found.revision
@@ -134,16 +135,16 @@ def check_room(
     """Check that prompts and completions fit in the models' contexts, before a model is loaded.
 
     Args:
-        names (`Sequence[str]`): of the models.
-        tasks (`Iterable`): what the user called each dataset, and the dataset, with a column `prompt`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the prompts.
-        option (`str`): name of the length limit.
-        length (`int`): the limit, in tokens.
-        trust_remote_code (`bool`): whether a configuration's code may run.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        names (`Sequence[str]`): models.
+        tasks (`Iterable`): pairs of the dataset's name, as the user gave it, and the dataset, with a column `prompt`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of the prompts.
+        option (`str`): name of the option that limits completions.
+        length (`int`): value of that option, in tokens.
+        trust_remote_code (`bool`): whether code that comes with a configuration may run.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
 
     Raises:
-        ValueError: if there is no room for a prompt, or ([`DataError`]) none for one of them.
+        ValueError: if completions leave no room for any prompt, or ([`DataError`]) for one of the prompts.
     """
     from ..data import check_prompt_lengths
 

@@ -1,1 +1,1 @@
-"""Watching a run: the rules that detect degenerate text (`degeneration`) and the callback that applies them."""
+"""Monitor a run: rules that detect degenerate text (`degeneration`), and the callback that applies them."""

@@ -1,4 +1,4 @@
-"""Rules that tell from logged metrics when a student's text degenerates. `docs/degeneration.md` gives the reasons."""
+"""Rules that detect degenerate text from logged metrics. `docs/degeneration.md` gives the reasons for their limits."""
 
 import math
 import re
@@ -9,22 +9,22 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 _ROUGE_L = "rouge_l"
-_AS_GOOD = 0.9  # of the best Rouge-L so far; from one evaluation on 50 prompts to the next it may fall by 0.08
-_NOISE = 4.0  # standard errors: a run has hundreds of logs and eight rules
-_START = 12  # values
+_AS_GOOD = 0.9  # share of the best Rouge-L so far; between two evaluations on 50 prompts it may fall by 0.08
+_NOISE = 4.0  # standard errors; a run applies eight rules to hundreds of logs, so fewer would raise false alarms
+_START = 12  # first values, whose spread is the noise of the baseline
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A metric is beyond its limit, `scale * baseline + offset`: below it if it `falls`, above it otherwise.
+    """A limit on a metric: `scale * baseline + offset`.
 
     Attributes:
-        kind (`str`): of degeneration.
-        metric (`str`): as logged in training; in evaluation `eval_` stands before it.
-        falls (`bool`): whether low values are the bad ones.
-        scale, offset (`float`): of the limit.
-        spared_by_rouge_l (`bool`): whether it counts only where Rouge-L, if it is evaluated, falls too.
-        is_share (`bool`): whether it is a share of the completions, whose noise follows from their number.
+        kind (`str`): kind of degeneration.
+        metric (`str`): name of the metric in training logs; in evaluation logs it has the prefix `eval_`.
+        falls (`bool`): whether values below the limit are bad; otherwise values above it are.
+        scale, offset (`float`): the limit's terms.
+        spared_by_rouge_l (`bool`): whether the rule is ignored while Rouge-L, if evaluated, holds.
+        is_share (`bool`): whether the metric is a share of completions, whose noise follows from their number.
     """
 
     kind: str
@@ -36,35 +36,35 @@ class Rule:
     is_share: bool = False
 
     def limit(self, baseline: float) -> float:
-        """The limit at a baseline."""
+        """Return the limit for a baseline."""
         return self.scale * baseline + self.offset
 
     def is_beyond(self, value: float, limit: float) -> bool:
-        """Whether a value is on the bad side of a limit."""
+        """Return whether a value is on the bad side of a limit."""
         return value < limit if self.falls else value > limit
 
 
 RULES = (
-    # of those completions that end by themselves, so that a student that learns to end has no shorter ones
+    # Only completions with EOS count: otherwise a student that learns to end its completions would seem to collapse
     Rule("length_collapse", "completions/mean_terminated_length", True, 0.7, spared_by_rouge_l=True),
     Rule("length_inflation", "completions/mean_length", False, 1.5, spared_by_rouge_l=True),
     Rule("length_inflation", "rollout/eos_rate", True, 1.0, -0.2, is_share=True),
     Rule("repetition", "rollout/repeated_4grams", False, 1.5, 0.05),
     Rule("entropy_collapse", "entropy", True, 0.5),
     Rule("exploding_weights", "importance_weight/effective_sample_size", True, 0.0, 0.3),
-    # per token: the sum over a completion rises with its length, however close each token is to the teacher
+    # Per token, since the sum over a completion grows with its length
     Rule("rising_kl", "objective/reverse_kl_per_token", False, 1.5, 0.1),
     Rule("falling_quality", _ROUGE_L, True, 0.9),
 )
 
 
 class Window(NamedTuple):
-    """How a series of values is read.
+    """The windows over a series of values.
 
     Attributes:
-        baseline (`int`): number of first values whose median is the baseline.
-        recent (`int`): number of last values whose median is compared with it.
-        in_a_row (`int`): number of such medians in a row that must be beyond the limit.
+        baseline (`int`): number of first values, whose median is the baseline.
+        recent (`int`): number of last values, whose median is compared with the limit.
+        in_a_row (`int`): number of consecutive medians that must be beyond the limit.
     """
 
     baseline: int
@@ -72,19 +72,19 @@ class Window(NamedTuple):
     in_a_row: int
 
 
-# the first value is that of the first rollout, before any update: the next ones may already be degenerate
+# Only the first value is certainly from before any update; later ones may already be degenerate
 TRAINING = Window(baseline=1, recent=5, in_a_row=2)
-# all prompts with the same random numbers each time: hardly any noise, and few values
+# Every evaluation uses the same prompts and random numbers, so its few values have little noise
 EVALUATION = Window(baseline=1, recent=1, in_a_row=2)
 
 
 class Rollouts(NamedTuple):
-    """How a run samples.
+    """The size and use of a run's rollouts.
 
     Attributes:
-        completions (`int`, *optional*): of a rollout, on all processes; None if unknown.
-        updates (`int`): optimizer steps from one rollout to the next.
-        passes (`int`): times that each completion is trained on in them.
+        completions (`int`, *optional*): completions per rollout, over all processes; None if unknown.
+        updates (`int`): optimizer steps per rollout.
+        passes (`int`): passes over each completion in these steps.
     """
 
     completions: int | None = None
@@ -96,13 +96,13 @@ UNKNOWN = Rollouts()
 
 
 class Verdict(NamedTuple):
-    """Of one series.
+    """The state of one series.
 
     Attributes:
-        is_beyond (`bool`): whether it has degenerated.
+        is_beyond (`bool`): whether the series has degenerated.
         value, baseline, limit (`float`): the last median, the baseline, and the limit.
         is_well (`bool`): whether the last median is less than half way from the baseline to the limit.
-        well_until (`int`): index of the value in the middle of the last such median; -1 for none.
+        well_until (`int`): index of the middle value of the last such median; -1 without one.
     """
 
     is_beyond: bool
@@ -124,12 +124,12 @@ class Degeneration(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """Of a run.
+    """The state of a run at its last log.
 
     Attributes:
-        found (`list[Degeneration]`): what the last log shows.
-        is_well (`bool`): whether no metric is half way to its limit.
-        well_until (`int`): the step up to which no metric was; 0 if this is not known of any later one.
+        found (`list[Degeneration]`): degenerate metrics.
+        is_well (`bool`): whether every metric is less than half way to its limit.
+        well_until (`int`): the last step at which every metric is known to have been; 0 if unknown.
     """
 
     found: list[Degeneration]
@@ -146,24 +146,24 @@ def judge(
 ) -> Verdict:
     """Judge a series by a rule.
 
-    It is beyond the limit if the medians of the last `window.recent` values are, `window.in_a_row` times in a row, and
-    the last one differs from the baseline by more than the noise (see [`noise`]) where the limit depends on that. A
-    share of completions is judged earlier, see [`has_fallen_at_once`].
+    The series has degenerated if `window.in_a_row` consecutive medians of `window.recent` values are beyond the limit.
+    Where the limit depends on the baseline, the last median must also differ from it by more than [`noise`]. A share
+    of completions can be judged before there are enough values for medians, see [`has_fallen_at_once`].
 
     Args:
-        values (`Sequence[float]`): of the metric, in order; at least one, and all finite.
-        rule ([`Rule`]): with the limit.
-        window ([`Window`], *optional*): how many values are taken together.
-        completions (`int`, *optional*): that a value is a mean over; None if unknown.
-        baseline_variance (`float`, *optional*): of the baseline, as a multiple of the other values' variance.
+        values (`Sequence[float]`): values of the metric, in order; at least one, all finite.
+        rule ([`Rule`]): rule with the limit.
+        window ([`Window`], *optional*): number of values in baseline and medians.
+        completions (`int`, *optional*): number of completions behind each value; None if unknown.
+        baseline_variance (`float`, *optional*): variance of the baseline, as a multiple of the other values' variance.
     """
     baseline = median(values[: window.baseline])
     limit = rule.limit(baseline)
     medians = [median(values[max(0, end - window.recent) : end]) for end in range(1, len(values) + 1)]
-    beyond = [rule.is_beyond(each, limit) for each in medians]
+    beyond = [rule.is_beyond(value, limit) for value in medians]
     half_way = (baseline + limit) / 2
-    well = [not rule.is_beyond(each, half_way) and not far for each, far in zip(medians, beyond, strict=True)]
-    last_well = max((index for index, each in enumerate(well) if each), default=-1)
+    well = [not rule.is_beyond(value, half_way) and not far for value, far in zip(medians, beyond, strict=True)]
+    last_well = max((index for index, is_well in enumerate(well) if is_well), default=-1)
     if len(values) >= window.recent + window.in_a_row - 1:
         is_noise = rule.scale != 0 and abs(medians[-1] - baseline) <= noise(values, window, baseline_variance)
         is_beyond = all(beyond[-window.in_a_row :]) and not is_noise
@@ -180,14 +180,14 @@ def judge(
 
 
 def has_fallen_at_once(values: Sequence[float], rule: Rule, window: Window, completions: int) -> bool:
-    """Whether a share of completions is beyond its limit right after the baseline, before there are medians.
+    """Return whether a share of completions is beyond its limit right after the baseline, before there are medians.
 
-    The last `window.in_a_row` values are, and their mean differs from the baseline by more than four standard errors
-    of two shares with that many completions.
+    The last `window.in_a_row` values must be beyond the limit, and their mean must differ from the baseline by more
+    than four standard errors of the difference between two shares of `completions` each.
     """
     first, last = values[: window.baseline], values[window.baseline :][-window.in_a_row :]
     baseline = median(first)
-    if len(last) < window.in_a_row or not all(rule.is_beyond(each, rule.limit(baseline)) for each in last):
+    if len(last) < window.in_a_row or not all(rule.is_beyond(value, rule.limit(baseline)) for value in last):
         return False
     pooled = fmean([*first, *last])
     error = math.sqrt(pooled * (1 - pooled) / completions * (1 / len(first) + 1 / len(last)))
@@ -195,9 +195,9 @@ def has_fallen_at_once(values: Sequence[float], rule: Rule, window: Window, comp
 
 
 def noise(values: Sequence[float], window: Window, baseline_variance: float = 1.0) -> float:
-    """Four standard errors of the difference between baseline and median; 0 for single values.
+    """Return four standard errors of the difference between baseline and median; 0 for medians of a single value.
 
-    Of the baseline it is that at the start, as a degenerate student's metrics are noisier.
+    The baseline's error comes from the first values alone, since a degenerate student's metrics are noisier.
     """
     if window.recent == 1:
         return 0.0
@@ -208,30 +208,33 @@ def noise(values: Sequence[float], window: Window, baseline_variance: float = 1.
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation by the median difference between neighbours, which neither a drift nor a few outliers change
-    much."""
+    """Estimate the standard deviation from the median difference of neighbours, robust to drift and outliers.
+
+    For normal noise, 1.4826 times the median absolute difference is its standard deviation, which is sqrt(2) times
+    the deviation of one value.
+    """
     return 1.4826 * median(abs(after - before) for before, after in pairwise(values)) / math.sqrt(2)
 
 
 def _of_median(number: int) -> float:
-    """Variance of the median of so many values: about pi / 2 times that of their mean."""
+    """Return the variance of the median of `number` values of variance 1: about pi / 2 times their mean's variance."""
     return 1.0 if number == 1 else math.pi / 2 / number
 
 
 def diagnose(
     history: Sequence[Mapping[str, Any]], is_evaluated: bool = True, rollouts: Rollouts = UNKNOWN
 ) -> Diagnosis:
-    """Apply all rules to what a run has logged.
+    """Apply all rules to the metrics that a run has logged.
 
     Args:
-        history (`Sequence[Mapping]`): `log_history` of the trainer's state. Only what its last entry bears on can be
-            found to have degenerated.
-        is_evaluated (`bool`, *optional*): whether evaluations are still to come. Where they have Rouge-L, lengths are
+        history (`Sequence[Mapping]`): `log_history` of the trainer's state. Only metrics of its last entry, or judged
+            together with one of them, can be found degenerate.
+        is_evaluated (`bool`, *optional*): whether more evaluations will follow. If they measure Rouge-L, lengths are
             not judged before the next one.
-        rollouts ([`Rollouts`], *optional*): how the run samples.
+        rollouts ([`Rollouts`], *optional*): size and use of the run's rollouts.
     """
     series = _series(history)
-    rouge_l = {key: each for key, each in series.items() if key.endswith(_ROUGE_L)}
+    rouge_l = {key: values for key, values in series.items() if key.endswith(_ROUGE_L)}
     found, suspicious, known = [], [], []
     for rule, key in ((rule, key) for rule in RULES for key in series if _is_metric(key, rule.metric)):
         steps, values = series[key]
@@ -242,7 +245,8 @@ def diagnose(
             else judge(values, rule, EVALUATION)
         )
         well_until = steps[verdict.well_until] if verdict.well_until >= 0 else 0
-        concerned, holds = {key}, False
+        concerned = {key}
+        holds: bool | None = False  # None while Rouge-L has not been measured since the metric was well
         if rule.spared_by_rouge_l and rouge_l:
             concerned, holds = {key, *rouge_l}, _holds(rouge_l.values(), since=well_until)
         if verdict.is_well or holds:
@@ -257,8 +261,11 @@ def diagnose(
 
 
 def _baseline_variance(rule: Rule, steps: Sequence[int], rollouts: Rollouts) -> float:
-    """Variance of the first value in terms of the others'. It comes from one update or rollout, if it was logged at
-    the first step, the others from all since the log before."""
+    """Return the variance of the first value as a multiple of the other values' variance.
+
+    The first value, if logged at the first step, comes from a single update or rollout; later values are means over
+    all updates or rollouts since the previous log.
+    """
     if len(steps) < 3 or steps[0] > 1:
         return 1.0
     updates = median(after - before for before, after in pairwise(steps[1:]))
@@ -267,26 +274,26 @@ def _baseline_variance(rule: Rule, steps: Sequence[int], rollouts: Rollouts) -> 
 
 
 def _is_metric(key: str, metric: str) -> bool:
-    """In training, or in evaluation, where the name of the dataset may stand before it."""
+    """Return whether a logged key is the metric, in training or in evaluation (`eval_` and the dataset's name)."""
     return re.fullmatch(rf"(eval_([^/]*_)?)?{metric}", key) is not None
 
 
 def _series(history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and finite values of each metric that matters."""
+    """Return steps and finite values of each metric that has a rule."""
     metrics = {rule.metric for rule in RULES}
     wanted = {key for entry in history for key in entry if any(key.endswith(metric) for metric in metrics)}
     series = {}
     for key in sorted(wanted):
         pairs = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-        if "length" in key:  # 0 stands for the mean length of no completions
+        if "length" in key:  # the mean length of zero completions is logged as 0
             pairs = [(step, value) for step, value in pairs if value > 0]
         if pairs := [(step, value) for step, value in pairs if math.isfinite(value)]:
-            series[key] = tuple(map(list, zip(*pairs, strict=True)))
+            series[key] = [step for step, _ in pairs], [value for _, value in pairs]
     return series
 
 
 def _holds(rouge_l: Iterable[tuple[list[int], list[float]]], since: int) -> bool | None:
-    """Whether each Rouge-L is still about the best that it was; None if none was measured after the step `since`."""
+    """Return whether each Rouge-L is still close to its best; None if one was not measured after the step `since`."""
     if any(steps[-1] <= since for steps, _ in rouge_l):
         return None
     return all(values[-1] >= _AS_GOOD * max(values) for _, values in rouge_l)

@@ -1,4 +1,4 @@
-"""The callback that warns of degeneration, or stops for it, and keeps the last healthy checkpoint."""
+"""The callback that warns of degeneration, or stops the run, and keeps the last healthy checkpoint."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,11 +16,11 @@ from .degeneration import UNKNOWN, Degeneration, Diagnosis, Rollouts, diagnose
 
 logger = logging.getLogger(__name__)
 
-_EOS_RATE, _UNENDING = "rollout/eos_rate", 0.1
+_EOS_RATE, _MIN_EOS_RATE = "rollout/eos_rate", 0.1
 _ENTROPY, _KL = "entropy", "objective/reverse_kl_per_token"
-_UNSURE = 0.4  # of ln(vocabulary): language models that know a task are below 0.3
-_UNLIKE = 0.25  # of the entropy: a student that is as unsure as its teacher is closer to it
-HEALTHY = "healthy"  # folder in output_dir, out of reach of `save_total_limit`, which looks at `checkpoint-*` there
+_MAX_ENTROPY = 0.4  # share of ln(vocabulary); language models that know a task are below 0.3
+_MAX_KL = 0.25  # share of the entropy; the KL is smaller if the teacher is as unsure as the student
+HEALTHY = "healthy"  # folder in output_dir; `save_total_limit` deletes only `checkpoint-*` directly in output_dir
 
 _WORDS = {
     "length_collapse": "completions become too short",
@@ -38,56 +38,57 @@ _REMEDIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("length_normalization", "learning_rate", "beta"),
     ),
     "length_inflation": (
-        "add L_PT (lm_dataset) and beta, lower learning_rate, look at what reward_funcs pay for; where "
-        "completions are cut before they can end, raise max_completion_length",
+        "add L_PT (lm_dataset) and beta, lower learning_rate, check what reward_funcs reward; if completions are "
+        "truncated, raise max_completion_length",
         ("learning_rate", "beta", "max_completion_length"),
     ),
     "repetition": (
-        "add L_PT (lm_dataset), lower learning_rate, look at what reward_funcs pay for",
+        "add L_PT (lm_dataset), lower learning_rate, check what reward_funcs reward",
         ("learning_rate", "num_iterations", "beta"),
     ),
     "entropy_collapse": (
-        "lower learning_rate, fewer num_iterations, add L_PT (lm_dataset) or beta",
+        "lower learning_rate, reduce num_iterations, add L_PT (lm_dataset) or beta",
         ("learning_rate", "num_iterations", "beta", "kd_temperature"),
     ),
     "exploding_weights": (
-        "lower teacher_mixed_alpha, set importance_weight_cap or importance_weighting='token', fewer num_iterations, "
+        "lower teacher_mixed_alpha, set importance_weight_cap or importance_weighting='token', reduce num_iterations, "
         "lower learning_rate",
         ("importance_weighting", "importance_weight_cap", "teacher_mixed_alpha", "num_iterations", "learning_rate"),
     ),
     "rising_kl": (
-        "lower learning_rate, more completions an update (per_device_train_batch_size, gradient_accumulation_steps), "
-        "fewer num_iterations, look at what reward_funcs pay for",
+        "lower learning_rate, use more completions per update (per_device_train_batch_size, "
+        "gradient_accumulation_steps), reduce num_iterations, check what reward_funcs reward",
         ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"),
     ),
     "falling_quality": (
-        "lower learning_rate, add L_PT (lm_dataset) or beta, look at what reward_funcs pay for; a teacher that "
-        "writes otherwise than the references needs another measure",
+        "lower learning_rate, add L_PT (lm_dataset) or beta, check what reward_funcs reward; if the teacher's style "
+        "differs from the references', choose another metric",
         ("learning_rate", "num_iterations", "beta", "kd_temperature"),
     ),
 }
 
 
 class DegenerationWatch(TrainerCallback):
-    r"""Warns when a student's text degenerates while the loss may still fall, names the remedy, and can stop the run.
+    r"""Warn when a student's text degenerates although the loss may still fall, name a remedy, and optionally stop.
 
-    At each log the rules of [`degeneration.diagnose`] are applied to all that was logged so far, so a resumed run
-    warns of the same at the same steps. What is found is logged too, as `degeneration/KIND` = 1. Each kind is warned
-    of once. All processes see the same logs and so decide alike. The first step is logged, whatever `logging_steps`:
-    later logs are compared with it, as it has the first rollout, before any update. There it warns, too, where hardly
-    any completion ends by itself, or the student is far less sure than the teacher: MiniLLM starts from a student that
-    knows the task.
+    At each log the callback applies the rules of [`degeneration.diagnose`] to the whole history, so a resumed run
+    repeats the same warnings at the same steps. It logs each kind found as `degeneration/KIND` = 1 and warns of it
+    once. All processes see the same logs and reach the same decision.
 
-    Where `save_total_limit` deletes checkpoints, the last one from before any metric was half way to its limit is kept
-    in `output_dir/healthy`: files are linked, not copied, where the file system can. It takes the disk space of
-    a checkpoint more than the limit says.
+    The first step is always logged, whatever `logging_steps`: its rollout, sampled before any update, is the baseline.
+    The callback also warns there if hardly any completion ends with EOS, or if the student is close to noise, since
+    MiniLLM starts from a student that knows the task.
+
+    With `save_total_limit`, the last checkpoint from before any metric was half way to its limit is kept in
+    `output_dir/healthy`, as hard links if the file system supports them. It takes the disk space of one checkpoint on
+    top of the limit.
 
     Args:
         stop (`bool`, *optional*, defaults to `False`):
-            Whether to stop the training at the first degeneration instead of warning alone.
+            Whether to stop training at the first degeneration instead of only warning.
 
     Attributes:
-        stopped_for (`list[Degeneration]`): why it has stopped the training; empty if it has not.
+        stopped_for (`list[Degeneration]`): what training was stopped for; empty if it was not stopped.
     """
 
     def __init__(self, stop: bool = False):
@@ -100,8 +101,8 @@ class DegenerationWatch(TrainerCallback):
         history = state.log_history
         self._diagnosis = _diagnose(args, history)
         last_logs = [end for end, entry in enumerate(history, start=1) if entry["step"] == state.global_step]
-        found = [each for end in last_logs for each in _diagnose(args, history[:end]).found]
-        # a run that was stopped is not mended by going on from where it was
+        found = [item for end in last_logs for item in _diagnose(args, history[:end]).found]
+        # Resuming from the degenerate checkpoint does not fix a run that was stopped
         if self._stop_for(found, control) and state.is_world_process_zero:
             logger.warning(self._message(args, state, found))
         self._keep_healthy(args, state)
@@ -115,11 +116,9 @@ class DegenerationWatch(TrainerCallback):
 
     def _keep_healthy(self, args: TrainingArguments, state: TrainerState) -> None:
         if args.save_total_limit and state.is_world_process_zero:
-            keep_healthy(Path(args.output_dir), state.log_history, self._diagnosis)
+            keep_healthy(_output_dir(args), state.log_history, self._diagnosis)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         *before, last = state.log_history
         if state.is_world_process_zero and not any(_EOS_RATE in entry for entry in before):
             _warn_of_unending_text(args, last)
@@ -127,16 +126,16 @@ class DegenerationWatch(TrainerCallback):
         self._diagnosis = _diagnose(args, state.log_history)
         found = self._diagnosis.found
         known = {key for entry in before for key in entry}
-        new = [each for each in found if f"degeneration/{each.kind}" not in known]
-        for entry in (last, logs):
-            entry |= {f"degeneration/{each.kind}": 1.0 for each in found}
+        new = [item for item in found if f"degeneration/{item.kind}" not in known]
+        for entry in (last, kwargs["logs"]):  # the history, and the dictionary that later callbacks report
+            entry |= {f"degeneration/{item.kind}": 1.0 for item in found}
         if self._stop_for(found, control):
             new = found
         if new and state.is_world_process_zero:
             logger.warning(self._message(args, state, new))
 
     def _stop_for(self, found: list[Degeneration], control: TrainerControl) -> bool:
-        """Stop for what was found, if so asked and not stopping already."""
+        """Stop training if `stop` is set and anything was found, once."""
         if not (self.stop and found) or self.stopped_for:
             return False
         self.stopped_for = found
@@ -144,46 +143,59 @@ class DegenerationWatch(TrainerCallback):
         return True
 
     def _message(self, args: TrainingArguments, state: TrainerState, found: list[Degeneration]) -> str:
-        lines = [f"step {state.global_step}: {_describe(each, args)}" for each in found]
-        folder, history = Path(args.output_dir), state.log_history
-        checkpoint = healthy_checkpoint(folder, history, self._diagnosis.well_until)
+        lines = [f"step {state.global_step}: {_describe(item, args)}" for item in found]
+        checkpoint = healthy_checkpoint(_output_dir(args), state.log_history, self._diagnosis.well_until)
         if checkpoint is None:
-            lines.append("There is no checkpoint from before this began: start again with such a change.")
+            lines.append("There is no checkpoint from before this began: apply the remedy and start again.")
         else:
-            lines.append(f"Go on from before this began, with such a change: --resume_from_checkpoint {checkpoint}")
+            lines.append(
+                f"Apply the remedy and resume from the last healthy checkpoint: --resume_from_checkpoint {checkpoint}"
+            )
         if self.stopped_for:
-            lines.append("The training stops here.")
+            lines.append("Training stops here.")
         return "\n".join(lines)
 
 
+def _output_dir(args: TrainingArguments) -> Path:
+    return Path(cast(str, args.output_dir))  # `__post_init__` replaces None, which the annotation still allows
+
+
 def _warn_of_unending_text(args: TrainingArguments, first: Mapping[str, Any]) -> None:
-    """Later logs are compared with the first: a student that never knew the task degenerates no further."""
-    if first.get(_EOS_RATE, 1.0) < _UNENDING:
+    """Warn if hardly any of the first completions has EOS.
+
+    The rules cannot find this: they compare later logs with the first.
+    """
+    if first.get(_EOS_RATE, 1.0) < _MIN_EOS_RATE:
+        limit = getattr(args, "max_completion_length", None)
         logger.warning(
-            f"Only {first[_EOS_RATE]:.0%} of the first completions end by themselves. Unless max_completion_length="
-            f"{args.max_completion_length} is too short for the task, the student does not know it yet: fine-tune it "
-            "first (minillm-trl sft), and the teacher too if it writes so. If both are fine-tuned, see which tokens "
-            "end a completion (minillm-trl doctor --config FILE) and set eos_tokens."
+            f"Only {first[_EOS_RATE]:.0%} of the first completions end with EOS. Unless max_completion_length={limit} "
+            "is too short for the task, the student does not know the task yet: fine-tune it first (minillm-trl sft), "
+            "and the teacher too if its completions do not end either. If both are fine-tuned, check which tokens end "
+            "a completion (minillm-trl doctor --config FILE) and set eos_tokens."
         )
 
 
 def _warn_of_random_text(first: Mapping[str, Any], model: PreTrainedModel | None) -> None:
-    """A student that was cut out of a larger model, say, and hardly trained since, writes next to noise."""
+    """Warn if the student's first completions are close to noise.
+
+    A student that was cut out of a larger model and hardly trained since is an example.
+    """
     if model is None or _ENTROPY not in first:
         return
     entropy, kl = first[_ENTROPY], first.get(_KL, math.inf)
     vocabulary = model.config.get_text_config().vocab_size
-    if entropy > _UNSURE * math.log(vocabulary) and kl > _UNLIKE * entropy:
+    if entropy > _MAX_ENTROPY * math.log(vocabulary) and kl > _MAX_KL * entropy:
         logger.warning(
-            f"The student's first completions are close to noise: entropy is {entropy:.2f} nats a token, "
-            f"{entropy / math.log(vocabulary):.0%} of that of uniform noise over its {vocabulary} tokens, and the "
-            f"reverse KL to the teacher {kl:.2f} nats a token. It does not know the task yet, and learns little from "
-            "its own samples: fine-tune it first (minillm-trl sft, or seqkd on the teacher's completions)."
+            f"The student's first completions are close to noise: the entropy is {entropy:.2f} nats per token, "
+            f"{entropy / math.log(vocabulary):.0%} of the entropy of uniform noise over its {vocabulary} tokens, and "
+            f"the reverse KL to the teacher is {kl:.2f} nats per token. The student does not know the task yet and "
+            "learns little from its own samples: fine-tune it first (minillm-trl sft, or seqkd on the teacher's "
+            "completions)."
         )
 
 
-def _rollouts(args: TrainingArguments) -> Rollouts:
-    """How a run with these arguments samples; the default for those that are no MiniLLM's."""
+def _rollouts(args: Any) -> Rollouts:
+    """Return the size and use of a MiniLLM run's rollouts, from its `MiniLLMConfig`; [`UNKNOWN`] for other runs."""
     if not hasattr(args, "steps_per_generation"):
         return UNKNOWN
     updates = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
@@ -205,20 +217,25 @@ def _describe(found: Degeneration, args: TrainingArguments) -> str:
 
 
 def healthy_checkpoint(output_dir: Path, history: Sequence[Mapping[str, Any]], well_until: int) -> Path | None:
-    """The newest whole checkpoint of a run up to a step, if there is one; the one that is kept comes first.
+    """Return the newest complete checkpoint of a run up to a step; None without one.
+
+    If the same checkpoint is also in `output_dir/healthy`, that copy is returned.
 
     Args:
-        output_dir (`Path`): of the run.
-        history (`Sequence[Mapping]`): `log_history` of the trainer's state; tells the run's checkpoints from others'.
-        well_until (`int`): the step.
+        output_dir (`Path`): output folder of the run.
+        history (`Sequence[Mapping]`): `log_history` of the trainer's state, which identifies the run's checkpoints.
+        well_until (`int`): last step to consider.
     """
     found = _checkpoints(output_dir, history) | _checkpoints(output_dir / HEALTHY, history)
     return found[max(steps)] if (steps := [step for step in found if step <= well_until]) else None
 
 
 def keep_healthy(output_dir: Path, history: Sequence[Mapping[str, Any]], diagnosis: Diagnosis) -> None:
-    """Keep the newest checkpoint in `output_dir/healthy` too, if nothing speaks against it, until a newer one is known
-    to be healthy."""
+    """Copy the newest checkpoint into `output_dir/healthy` if every metric is well, and drop outdated copies.
+
+    Whether a checkpoint is healthy shows only later, as metrics are judged by medians. So older copies are kept until
+    a newer copy is known to be healthy, and newer copies are dropped once degeneration is found.
+    """
     folder, present = output_dir / HEALTHY, _checkpoints(output_dir, history)
     if present and diagnosis.is_well:
         newest = present[max(present)]
@@ -242,14 +259,14 @@ def _link(source: str, target: str) -> None:
 
 
 def _checkpoints(folder: Path, history: Sequence[Mapping[str, Any]]) -> dict[int, Path]:
-    """Whole checkpoints by step, of those that the run with this history has saved: another may have left some."""
+    """Return the complete checkpoints in a folder by step, without checkpoints of runs with another history."""
     found = {}
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if not number.isdigit() or find_damage(path, checksums=False) is not None:
             continue
         theirs = json.loads((path / STATE).read_text(encoding="utf-8"))["log_history"]
-        last, ours = (json.dumps(each[-1:], sort_keys=True) for each in (theirs, history[: len(theirs)]))
+        last, ours = (json.dumps(logs[-1:], sort_keys=True) for logs in (theirs, history[: len(theirs)]))
         if last == ours:
             found[int(number)] = path
     return found

@@ -102,7 +102,7 @@ class TestMistakes:
             ("- a\n", ":1: expected `name: value` lines"),
             ("gamma: often\n", ":1: gamma: expected float, got 'often'"),
             ("max_steps: [1, 2]\n", ":1: max_steps: expected one value, got a list"),
-            ("gamma: 1.0\ngamma: 0.5\n", ":2: 'gamma' stands in line 1 already"),
+            ("gamma: 1.0\ngamma: 0.5\n", ":2: the key 'gamma' is already in line 1"),
             ("\nbf16: maybe\n", ":2: bf16: expected true or false, got 'maybe'"),
             ("dtype: float33\n", ":1: dtype: expected one of auto, bfloat16, float16, float32, got 'float33'"),
             ("gamma: \x07\n", ": broken YAML: character #x0007 is not allowed"),

@@ -101,13 +101,13 @@ class TestYaml:
         ("text", "message"),
         [
             ("a: 1\nb: !!python/object/apply:os.system [ls]\n", ":2: broken YAML: could not determine a constructor"),
-            ("a: 1\nb: 2024-13-45\n", ":2: '2024-13-45' is no timestamp, but read as one. Put it in quotes"),
+            ("a: 1\nb: 2024-13-45\n", ":2: YAML reads '2024-13-45' as a timestamp"),
             ('a: 1\nb: "\\ud800"\n', r":2: '\ud800' has half a surrogate pair"),
-            ("a: 1\nb: !!timestamp x\n", ":2: 'x' is no timestamp"),
+            ("a: 1\nb: !!timestamp x\n", ":2: YAML reads 'x' as a timestamp"),
             ("a: &a [*a]\n", ": its aliases"),
             ("a: &a {b: *a}\n", ": its aliases"),
             ("a: " + "[" * 1000, ": its lists and mappings are nested too deeply"),
-            ("a:\n  b: 1\n  b: 2\n", ":3: 'b' stands in line 2 already"),
+            ("a:\n  b: 1\n  b: 2\n", ":3: the key 'b' is already in line 2"),
             ("a: [*b]\n", ":1: broken YAML: found undefined alias"),
             ("a: 1\n---\nb: 2\n", ":2: broken YAML: but found another document"),
         ],
@@ -119,7 +119,7 @@ class TestYaml:
 
     def test_aliases_of_aliases_do_not_fill_the_memory(self, tmp_path):
         lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20))]
-        with pytest.raises(ValueError, match=r"its aliases .* stand for more than 100000 values"):
+        with pytest.raises(ValueError, match=r"its aliases .* 100000 values"):
             self.read(tmp_path, "\n".join(lines))
 
     @pytest.mark.parametrize(

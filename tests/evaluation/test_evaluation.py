@@ -142,7 +142,7 @@ class TestGeneration:
         assert end_token_ids(model, TOKENIZER) == [0, 7, 9]
         for odd in (2**70, True, "</s>"):
             model.generation_config.eos_token_id = odd
-            with pytest.raises(ValueError, match=rf"eos_token_id {odd!r}, which is no token"):
+            with pytest.raises(ValueError, match=rf"eos_token_id {odd!r}, which is not a token id"):
                 end_token_ids(model, TOKENIZER)
 
 

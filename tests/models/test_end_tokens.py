@@ -108,7 +108,7 @@ class TestEnds:
         assert (ends.ids, ends.eos, ends.doubts) == ([0, 2], 0, [])
 
     def test_word_that_is_no_token_is_refused(self):
-        with pytest.raises(ValueError, match=r"eos_tokens: '<\|eot\|>' is no token"):
+        with pytest.raises(ValueError, match=r"eos_tokens: '<\|eot\|>' is not a token"):
             self.find(eos_tokens=["<|eot|>"])
 
     @pytest.mark.parametrize("bad", ["x", 1.5, True, 2**40])

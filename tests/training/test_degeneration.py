@@ -284,10 +284,10 @@ class TestWatch:
             callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DegenerationWatch)
         )
         assert [found.kind for found in watch.stopped_for] == ["entropy_collapse"]
-        assert caplog.text.count("The training stops here.") == 1
+        assert caplog.text.count("Training stops here.") == 1
         resumed = train(tmp_path, monkeypatch, resume=tmp_path / "checkpoint-12", stop=True)
         assert resumed.state.global_step == 12
-        assert caplog.text.count("The training stops here.") == 2
+        assert caplog.text.count("Training stops here.") == 2
 
     def test_a_killed_and_resumed_run_warns_as_one_that_was_not(self, tmp_path, monkeypatch):
         train(tmp_path, monkeypatch, max_steps=11)
@@ -306,8 +306,8 @@ class TestWatch:
         history = [{"step": 0, "eval_loss": 1.0}]
         for share in (first, 0.0, 0.0):
             history.append({"step": len(history), "rollout/eos_rate": share})
-            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), {})
-        assert caplog.text.count("of the first completions end by themselves") == number
+            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), logs={})
+        assert caplog.text.count("of the first completions end with EOS") == number
         assert ("Only 5%" in caplog.text) == (number == 1)
 
     def test_first_step_is_logged_whatever_the_interval(self, tmp_path, monkeypatch):
@@ -328,9 +328,9 @@ class TestWatch:
         for _ in range(3):
             history.append({"step": len(history) + 1, "rollout/eos_rate": 0.8, "entropy": entropy})
             history[-1]["objective/reverse_kl_per_token"] = kl
-            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), {}, model=model)
+            watch.on_log(args, TrainerState(log_history=list(history)), TrainerControl(), logs={}, model=model)
         assert caplog.text.count("close to noise") == number
-        assert ("entropy is 5.00 nats a token, 46% of" in caplog.text) == (number == 1)
+        assert ("entropy is 5.00 nats per token, 46% of" in caplog.text) == (number == 1)
 
     def test_checkpoints_of_another_run_are_not_named(self, tmp_path, monkeypatch, caplog):
         train(tmp_path, monkeypatch, save_total_limit=None, max_steps=8, seed=1)

@@ -167,7 +167,7 @@ def test_degenerate_run_on_two_processes_stops_with_status_3(tmp_path, config):
     )
     assert result.returncode == 3, result.stderr[-3000:]
     assert result.stderr.count("step 6: importance weights explode (exploding_weights)") == 1
-    assert "The training stops here" in result.stderr
+    assert "Training stops here" in result.stderr
     assert "was not saved" in result.stdout
     assert not (folder / "model.safetensors").exists()
     (attempt,) = record_in(folder)["attempts"]
