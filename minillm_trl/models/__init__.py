@@ -5,7 +5,8 @@
 - `teacher`: loads, freezes, places and shards the teacher, and checks that it fits the student
 - `shrink`: a student made from a teacher's layers
 - `encoding`, `end_tokens`: text to token ids, and what ends a completion
-- `lm_head`, `fused_head`: the LM head, run separately from the body; log-probs, entropy and KL in chunks of tokens
+- `lm_head`, `fused_head`, `token_scores`: the LM head, run separately from the body; log-probs, entropy and KL in
+  chunks of tokens, with closed-form gradients
 - `student_copy`: the copy of the student that samples rollouts
 - `reference`: checks of the reference model of `beta`; `fingerprints`: digests of models and datasets
 - `forward_methods`, `activation_checkpointing`, `attention`: replaced `forward` methods, attention kernels

@@ -203,6 +203,10 @@ def _untie(model: "PeftModel") -> None:
     layers = (base.get_output_embeddings(), base.get_input_embeddings())
     if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
         return
-    head, embeddings = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+
+    def base_layer(layer: Any) -> Any:
+        return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+    head, embeddings = map(base_layer, layers)
     if head is not None and head.weight is embeddings.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)

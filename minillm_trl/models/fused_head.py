@@ -1,56 +1,36 @@
-"""Log-probs, entropy and full-vocabulary divergences from hidden states, a chunk of tokens at a time.
+"""Compute log-probs, entropy and full-vocabulary divergences from hidden states, one chunk of tokens at a time.
 
-The logits of a whole batch, (B, T, V) for student and teacher, never exist: each chunk of tokens is projected through
-the LM heads and reduced to a few numbers a token. Where the loss of a token is known from these numbers, its gradient
-is formed at once, while the chunk's logits are there, so nothing is projected again in the backward pass. Only real
-completion tokens are scored. `add_scoring` puts the computation inside the model's own forward, so that DDP, FSDP,
-DeepSpeed, PEFT and autocast treat it like any other forward pass.
+The logits of a whole batch, (B, T, V) for student and teacher, never exist. Each chunk of tokens is projected through
+the LM heads and reduced to a few numbers per token. If these numbers determine the loss of a token, its gradient is
+computed immediately, while the chunk's logits exist, so the backward pass projects nothing again. Only completion
+tokens inside the mask are scored. `add_scoring` runs the computation inside the model's own forward, so that DDP,
+FSDP, DeepSpeed, PEFT and autocast treat it like any other forward pass.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..objectives import forward_kl, reverse_kl
+from ..objectives import reverse_kl
 from .forward_methods import override_forward
 from .lm_head import LMHead, completion_hidden_states
+from .token_scores import Divergence, TokenLoss, TokenScores, score_logits, score_logits_in_place
 
-# Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 it is
-# more than the 32 MiB from which glibc maps a block of its own: smaller ones come from a heap that fragments to
-# gigabytes.
+# Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 a chunk
+# exceeds the 32 MiB above which glibc maps each block separately; smaller blocks would come from the heap, which
+# fragments to gigabytes.
 CHUNK_ELEMENTS = 2**24
 
-# float16 holds numbers below 2^16; the largest entry of a chunk's gradient is brought to just below this power of two.
+# float16 holds numbers below 2^16. A chunk's gradient is scaled so that its largest entry is just below 2^15.
 _FLOAT16_EXPONENT = 15
 
 
-class TokenScores(NamedTuple):
-    """Per-token values of shape `(B, T)` (in a request's loss `(n,)`), nats; 0 outside the mask.
-
-    Attributes:
-        logps (`torch.Tensor`): log-probs of the tokens.
-        entropy (`torch.Tensor`): of the next-token distribution; detached.
-        divergence (`torch.Tensor`, *optional*): from the teacher; None unless its hidden states were given.
-        loss (`torch.Tensor`, *optional*): scalar, the sum of the request's loss over the scored tokens, if it has one.
-            It then carries the gradient, and the other values are detached.
-        term_gradients (`torch.Tensor` of shape `(2, 2, V)`, *optional*): the gradient of that sum with respect to a
-            bias on the logits, by way of the log-probs and of the divergence, over the tokens of either half of the
-            completions. None unless the request says which half each is in.
-    """
-
-    logps: torch.Tensor
-    entropy: torch.Tensor
-    divergence: torch.Tensor | None
-    loss: torch.Tensor | None = None
-    term_gradients: torch.Tensor | None = None
-
-
 class ScoreRequest(NamedTuple):
-    """Sequences to score; their last T columns are the completion.
+    """Sequences to score. Their last T columns are the completions.
 
     Attributes:
         input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
@@ -61,10 +41,10 @@ class ScoreRequest(NamedTuple):
         kd_temperature (`float`, *optional*): temperature of `divergence`; None means `temperature`.
         divergence (`Callable`): [`~minillm_trl.objectives.reverse_kl`] or
             [`~minillm_trl.objectives.forward_kl`] of student and teacher.
-        loss (`Callable`, *optional*): maps the [`TokenScores`] `(n,)` of some tokens and their numbers `(n,)` among
-            the B * T to their losses `(n,)`. Each loss depends on the scores of its token alone.
-        half (`torch.Tensor` of shape `(B,)`, *optional*): 0 or 1, for `term_gradients` of a loss of log-probs and
-            divergence; needs `teacher_hidden_states`.
+        loss (`Callable`, *optional*): maps the [`TokenScores`] `(n,)` of some tokens and their flat indices `(n,)` in
+            `(B, T)` to their losses `(n,)`. The loss of a token may depend only on the scores of this token.
+        half (`torch.Tensor` of shape `(B,)`, *optional*): 0 or 1, the half that each completion belongs to in
+            `term_gradients`.
     """
 
     input_ids: torch.Tensor
@@ -73,9 +53,13 @@ class ScoreRequest(NamedTuple):
     temperature: float = 1.0
     teacher_hidden_states: torch.Tensor | None = None
     kd_temperature: float | None = None
-    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl
-    loss: "Callable[[TokenScores, torch.Tensor], torch.Tensor] | None" = None
+    divergence: Divergence = reverse_kl
+    loss: TokenLoss | None = None
     half: torch.Tensor | None = None
+
+    @property
+    def divergence_temperature(self) -> float:
+        return self.kd_temperature or self.temperature
 
     @property
     def completion_ids(self) -> torch.Tensor:
@@ -84,8 +68,54 @@ class ScoreRequest(NamedTuple):
     def score(
         self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: LMHead | None
     ) -> TokenScores:
-        """Score from the hidden states `(B, T, H)` of the model that runs, see [`score_hidden_states`]."""
+        """Score the request from the model's hidden states `(B, T, H)`, see [`score_hidden_states`]."""
         return score_hidden_states(hidden_states, head, self, vocab_size, teacher_head)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaskedTokens:
+    """The N tokens inside a request's mask, out of B * T, with what predicts them.
+
+    Attributes:
+        rows (`torch.Tensor` of shape `(N,)`): flat indices in `(B, T)`.
+        hidden (`torch.Tensor` of shape `(N, H)`): the student's hidden states.
+        targets (`torch.Tensor` of shape `(N,)`): token ids.
+        teacher_hidden (`torch.Tensor` of shape `(N, H_teacher)`, *optional*): the teacher's hidden states.
+        teacher_head ([`LMHead`], *optional*): the teacher's head.
+        vocab_size (`int`): vocabulary rows in use.
+        chunks (`list[slice]`): parts of the N tokens that are projected together.
+    """
+
+    rows: torch.Tensor
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    teacher_hidden: torch.Tensor | None
+    teacher_head: LMHead | None
+    vocab_size: int
+    chunks: list[slice]
+
+    @classmethod
+    def of(
+        cls, hidden_states: torch.Tensor, request: ScoreRequest, vocab_size: int, teacher_head: LMHead | None
+    ) -> "_MaskedTokens":
+        rows = request.completion_mask.flatten().nonzero().squeeze(1)
+        hidden = hidden_states.flatten(0, 1)[rows]
+        targets = request.completion_ids.flatten()[rows]
+        teacher_hidden = request.teacher_hidden_states
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
+        size = max(1, CHUNK_ELEMENTS // vocab_size)
+        # An empty batch gets one empty chunk, whose scores are zeros with a graph
+        chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
+        return cls(rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, chunks)
+
+    def teacher_logits(self, part: slice) -> torch.Tensor | None:
+        """Return the teacher's logits `(n, V)` of a chunk; None without the teacher's hidden states."""
+        if self.teacher_hidden is None:
+            return None
+        if self.teacher_head is None:
+            raise ValueError("teacher_hidden_states need a teacher_head. Pass the teacher's LMHead.")
+        return self.teacher_head.logits(self.teacher_hidden[part], self.vocab_size)
 
 
 def score_hidden_states(
@@ -97,79 +127,109 @@ def score_hidden_states(
 ) -> TokenScores:
     r"""Score the tokens of completions from the hidden states that predict them.
 
-    With logits z = head(h): `logps` = log softmax(z / temperature)[y_t], `entropy` of the same distribution, and
-    `divergence` that of softmax(z / kd_temperature) and softmax(teacher_head(h_teacher) / kd_temperature).
+    With logits z = head(h): `logps` = log softmax(z / temperature)[y_t], `entropy` is the entropy of the same
+    distribution, and `divergence` compares softmax(z / kd_temperature) with softmax(teacher_head(h_teacher) /
+    kd_temperature).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, H)`): carries the gradient, as do the head's tensors.
         head ([`LMHead`]): the student's head.
         request ([`ScoreRequest`]): tokens, mask, temperatures and the teacher's hidden states.
-        vocab_size (`int`): number of leading vocabulary rows that both models share; others are excluded from both.
+        vocab_size (`int`): number of leading vocabulary rows that both models share; other rows are left out of both
+            distributions.
         teacher_head ([`LMHead`], *optional*): required with `request.teacher_hidden_states`. Receives no gradient.
 
     Returns:
         [`TokenScores`]. Memory beyond the inputs is bounded by `CHUNK_ELEMENTS`, not by B * T * V.
     """
-    rows = request.completion_mask.flatten().nonzero().squeeze(1)  # (N,)
-    hidden = hidden_states.flatten(0, 1)[rows]
-    targets = request.completion_ids.flatten()[rows]
-    teacher_hidden = request.teacher_hidden_states
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    # an empty batch makes one empty chunk: zeros with a graph
-    chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
+    tokens = _MaskedTokens.of(hidden_states, request, vocab_size, teacher_head)
+    loss = term_gradients = None
+    if request.loss is not None and torch.is_grad_enabled():
+        scores = _score_with_loss(tokens, head, request, request.loss)
+        loss, term_gradients = scores.loss, scores.term_gradients
+    else:
+        scores = _score_without_loss(tokens, head, request)
+        if request.loss is not None:
+            loss = request.loss(scores, tokens.rows).sum()
 
-    def teacher_logits(part: slice) -> torch.Tensor | None:
-        return None if teacher_hidden is None else teacher_head.logits(teacher_hidden[part], vocab_size)
+    def scatter(flat: torch.Tensor) -> torch.Tensor:
+        full = flat.new_zeros(request.completion_mask.numel()).index_put((tokens.rows,), flat)
+        return full.view_as(request.completion_mask)
+
+    divergence = None if scores.divergence is None else scatter(scores.divergence)
+    return TokenScores(scatter(scores.logps), scatter(scores.entropy), divergence, loss, term_gradients)
+
+
+def _score_without_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest) -> TokenScores:
+    """Return scores `(N,)`, with a graph if gradients are enabled; the backward pass recomputes the logits."""
 
     def score_chunk(hidden: torch.Tensor, part: slice) -> TokenScores:
         with torch.no_grad():
-            teacher = teacher_logits(part)
-        return _score_logits(head.logits(hidden, vocab_size), targets[part], teacher, request)
+            teacher_logits = tokens.teacher_logits(part)
+        logits = head.logits(hidden, tokens.vocab_size)
+        return score_logits(
+            logits,
+            tokens.targets[part],
+            teacher_logits,
+            request.temperature,
+            request.divergence_temperature,
+            request.divergence,
+        )
 
-    loss = term_gradients = None
-    if request.loss is not None and torch.is_grad_enabled():
-        membership = None
-        if request.half is not None:
-            half = request.half[rows // request.completion_mask.shape[1]]
-            membership = torch.stack([half == 0, half == 1])  # (2, N)
-            term_gradients = torch.zeros(2, 2, vocab_size, device=rows.device)
-
-        def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
-            scores, gradient = _score_logits_in_place(logits, targets[part], teacher_logits(part), request)
-            with torch.enable_grad():
-                inputs = [each.requires_grad_() for each in (scores.logps, scores.divergence) if each is not None]
-                loss = request.loss(scores, rows[part]).sum()
-                found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-            if membership is None:
-                return loss, scores, gradient(*found)
-            return loss, scores, gradient(*found, membership[:, part], term_gradients)
-
-        loss, *values = _LossThroughHead.apply(hidden, head.weight, head.bias, head, vocab_size, chunks, loss_of_chunk)
-        pieces = [tuple(values)]
-    elif torch.is_grad_enabled():
-        pieces = [checkpoint(score_chunk, hidden[part], part, use_reentrant=False)[:3] for part in chunks]
+    if torch.is_grad_enabled():
+        chunks = [checkpoint(score_chunk, tokens.hidden[part], part, use_reentrant=False) for part in tokens.chunks]
     else:
-        pieces = [score_chunk(hidden[part], part)[:3] for part in chunks]
+        chunks = [score_chunk(tokens.hidden[part], part) for part in tokens.chunks]
+    return _concatenate(chunks)
 
-    def scatter(flat: torch.Tensor) -> torch.Tensor:
-        full = flat.new_zeros(request.completion_mask.numel()).index_put((rows,), flat)
-        return full.view_as(request.completion_mask)
 
-    logps, entropy, divergence = (None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True))
-    if request.loss is not None and loss is None:
-        loss = request.loss(TokenScores(logps, entropy, divergence), rows).sum()
-    divergence = None if divergence is None else scatter(divergence)
-    return TokenScores(scatter(logps), scatter(entropy), divergence, loss, term_gradients)
+def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest, loss_of: TokenLoss) -> TokenScores:
+    """Return detached scores `(N,)` and the loss, whose gradient is computed together with the scores."""
+    term_gradients = membership = None
+    if request.half is not None:
+        half = request.half[tokens.rows // request.completion_mask.shape[1]]
+        membership = torch.stack([half == 0, half == 1])  # (2, N)
+        term_gradients = torch.zeros(2, 2, tokens.vocab_size, device=tokens.rows.device)
+
+    def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
+        targets, teacher_logits = tokens.targets[part], tokens.teacher_logits(part)
+        scores, gradient = score_logits_in_place(
+            logits, targets, teacher_logits, request.temperature, request.divergence_temperature, request.divergence
+        )
+        # The loss is elementwise in the scores, so a graph of these few numbers is enough: the chain rule to the
+        # logits is in closed form.
+        with torch.enable_grad():
+            inputs = [score.requires_grad_() for score in (scores.logps, scores.divergence) if score is not None]
+            loss = loss_of(scores, tokens.rows[part]).sum()
+            found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        halves = None
+        if membership is not None and term_gradients is not None:
+            halves = membership[:, part], term_gradients
+        return loss, scores, gradient(*found, halves=halves)
+
+    loss, logps, entropy, divergence = _LossThroughHead.apply(
+        tokens.hidden, head.weight, head.bias, head, tokens.vocab_size, tokens.chunks, loss_of_chunk
+    )
+    return TokenScores(logps, entropy, divergence, loss, term_gradients)
+
+
+def _concatenate(chunks: Sequence[TokenScores]) -> TokenScores:
+    """Join the scores of chunks; their losses are dropped."""
+    divergences = [chunk.divergence for chunk in chunks if chunk.divergence is not None]
+    return TokenScores(
+        torch.cat([chunk.logps for chunk in chunks]),
+        torch.cat([chunk.entropy for chunk in chunks]),
+        torch.cat(divergences) if divergences else None,
+    )
 
 
 class _LossThroughHead(torch.autograd.Function):
-    """Sum of a loss over chunks of tokens, whose gradient is formed chunk by chunk in the forward pass.
+    """Sum a loss over chunks of tokens and compute its gradient chunk by chunk in the forward pass.
 
-    Kept for the backward pass are the gradients of hidden states (N, H) and head (V, H), in float32 at least. Under
-    autocast the products are in its dtype and everything between them in float32. These gradients are formed before
-    the loss scale of float16 training is applied, so each chunk brings its own scale to float16.
+    The backward pass only scales the stored gradients of hidden states `(N, H)` and head `(V, H)`, in at least
+    float32. Under autocast, products have its dtype, and everything between them is in float32. In float16 training
+    these gradients are computed before the loss scale is applied, so each chunk is scaled to float16's range
+    separately.
     """
 
     @staticmethod
@@ -183,11 +243,11 @@ class _LossThroughHead(torch.autograd.Function):
         )
         inputs = {"hidden": hidden, "weight": weight, "bias": bias}
         gradients = {
-            name: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32))
-            for name, each in inputs.items()
-            if each is not None and each.requires_grad
+            name: torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            for name, tensor in inputs.items()
+            if tensor is not None and tensor.requires_grad
         }
-        losses, pieces = [], []
+        losses, scored = [], []
         with torch.autocast(device, enabled=False):
             for part in chunks:
                 states = hidden[part].detach().to(dtype)
@@ -197,32 +257,36 @@ class _LossThroughHead(torch.autograd.Function):
                 of_logits, scale = _cast_gradient(head.transform_gradient(gradient, capped), dtype)
                 _add_gradients(gradients, of_logits, states, head, part, scale)
                 losses.append(loss.detach())
-                pieces.append([None if each is None else each.detach() for each in scores[:3]])
+                divergence = None if scores.divergence is None else scores.divergence.detach()
+                scored.append(TokenScores(scores.logps.detach(), scores.entropy.detach(), divergence))
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
-        ctx.gradients = gradients  # not `save_for_backward`: they are scaled in place, which saves a copy of (V, H)
-        values = [None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True)]
-        ctx.mark_non_differentiable(*(each for each in values if each is not None))
+        # Not `save_for_backward`: `backward` scales the gradients in place, which saves a copy of (V, H)
+        ctx.gradients = gradients
+        values = _concatenate(scored)[:3]
+        ctx.mark_non_differentiable(*(value for value in values if value is not None))
         return torch.stack(losses).sum(), *values
 
     @staticmethod
     def backward(ctx, grad_loss, *unused):
         if ctx.gradients is None:
-            raise RuntimeError("The gradient of a loss through the head can be taken once; score again for another.")
-        found = {name: each.mul_(grad_loss).to(ctx.dtypes[name]) for name, each in ctx.gradients.items()}
+            raise RuntimeError("The gradient of a loss through the head can be taken only once. Score again.")
+        found = {name: total.mul_(grad_loss).to(ctx.dtypes[name]) for name, total in ctx.gradients.items()}
         ctx.gradients = None
         return *(found.get(name) for name in ctx.names), None, None, None, None
 
 
 def _cast_gradient(gradient: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradient of a chunk's logits `(n, V)` in `dtype`, multiplied by a power of two for float16, and that power.
+    """Return the gradient of a chunk's logits `(n, V)` in `dtype`, and the power of two that scales it in float16.
 
-    A weight or an advantage of a thousand is more than float16 holds beside the gradients of tokens with a small
-    probability, so the largest entry decides the scale. bfloat16 has the range of float32 and needs none.
+    Importance weights and advantages reach a thousand, and gradients of improbable tokens are tiny: together they
+    exceed float16's range. So the largest entry decides the scale. bfloat16 has the range of float32 and needs no
+    scale.
     """
     if dtype != torch.float16:
         return gradient.to(dtype), None
     largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
-    exponent = (_FLOAT16_EXPONENT - torch.frexp(largest).exponent).clamp(max=100)  # 2^100: of gradients that are 0
+    # The clamp keeps the scale finite for a gradient of zeros
+    exponent = (_FLOAT16_EXPONENT - torch.frexp(largest).exponent).clamp(max=100)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     return gradient.mul_(scale).to(dtype), scale
 
@@ -235,14 +299,23 @@ def _add_gradients(
     part: slice,
     scale: torch.Tensor | None,
 ) -> None:
-    """Add what a chunk's gradient `(n, V)`, which was multiplied by `scale`, gives hidden states `(n, H)` and head."""
+    """Add a chunk's contribution to the gradients of hidden states and head.
+
+    Args:
+        gradients (`dict`): totals for `hidden` `(N, H)`, `weight` `(V, H)` and `bias` `(V,)`; changed in place.
+        of_logits (`torch.Tensor` of shape `(n, V)`): gradient of the chunk's logits, times `scale`.
+        states (`torch.Tensor` of shape `(n, H)`): the chunk's hidden states.
+        head ([`LMHead`]): the head.
+        part (`slice`): the chunk's place among the N tokens.
+        scale (`torch.Tensor`, *optional*): scalar from [`_cast_gradient`].
+    """
 
     def add(total: torch.Tensor, scaled: torch.Tensor) -> None:
         total += scaled if scale is None else scaled / scale
 
     if "hidden" in gradients:
         add(gradients["hidden"][part], _product(of_logits, head.weight))
-    if "weight" in gradients:  # in blocks of rows, so that no second (V, H) exists
+    if "weight" in gradients:  # in blocks of rows, so that the product never takes a second (V, H)
         size, width = head.weight.shape
         rows = max(1, CHUNK_ELEMENTS // width)
         for start in range(0, size, rows):
@@ -253,106 +326,27 @@ def _add_gradients(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b, on GPUs and for float16 in float32 at least: float16 may not hold sums over a chunk's tokens."""
+    """Return a @ b, for float16 and on GPUs in at least float32: sums over a chunk's tokens may overflow float16."""
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
-def _score_logits(
-    logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, request: ScoreRequest
-) -> TokenScores:
-    log_probs = torch.log_softmax(logits / request.temperature, dim=-1)
-    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    if teacher_logits is None:
-        return TokenScores(logps, entropy, None)
-    kd_temperature = request.kd_temperature or request.temperature
-    if kd_temperature != request.temperature:
-        log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
-    teacher_log_probs = torch.log_softmax(teacher_logits / kd_temperature, dim=-1)
-    return TokenScores(logps, entropy, request.divergence(log_probs, teacher_log_probs))
-
-
-def _score_logits_in_place(
-    logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, request: ScoreRequest
-) -> tuple[TokenScores, Callable[..., torch.Tensor]]:
-    r"""[`_score_logits`] without a graph, and a function from the gradients of log-probs and divergence to the logits.
-
-    $$ \partial \log q(y) / \partial z_v = 1_{v=y} - q_v, \qquad
-       \partial \mathrm{KL}(q \| p) / \partial z_v = q_v (\log q_v - \log p_v - \mathrm{KL}), \qquad
-       \partial \mathrm{KL}(p \| q) / \partial z_v = q_v - p_v $$
-
-    Everything happens in the memory of the logits of both models, which are overwritten, and of one more tensor of
-    their size (more with two temperatures): fresh memory is cleared by the system first.
-    """
-    temperature, kd_temperature = request.temperature, request.kd_temperature or request.temperature
-    kd_log_probs = None
-    if teacher_logits is not None and kd_temperature != temperature:
-        kd_log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
-    log_probs = _log_softmax_(logits, temperature)
-    logps = log_probs.gather(1, targets[:, None]).squeeze(1)
-    probs = log_probs.exp()
-    divergence = of_divergence = None
-    if teacher_logits is not None:
-        kd_log_probs = log_probs if kd_log_probs is None else kd_log_probs
-        kd_probs = probs if kd_log_probs is log_probs else kd_log_probs.exp()
-        teacher_log_probs = _log_softmax_(teacher_logits, kd_temperature)
-        if request.divergence is reverse_kl:
-            of_divergence = teacher_log_probs.neg_().add_(kd_log_probs).mul_(kd_probs)
-            divergence = of_divergence.sum(dim=-1)
-            of_divergence.addcmul_(kd_probs, divergence[:, None], value=-1.0)
-        elif request.divergence is forward_kl:
-            teacher_probs = teacher_log_probs.exp()
-            divergence = teacher_log_probs.sub_(kd_log_probs).mul_(teacher_probs).sum(dim=-1)
-            of_divergence = teacher_probs.neg_().add_(kd_probs)
-        else:
-            raise ValueError(f"divergence must be reverse_kl or forward_kl with a loss, got {request.divergence!r}.")
-
-    entropy = -log_probs.mul_(probs).sum(dim=-1)
-
-    def gradient(
-        of_logps: torch.Tensor,
-        of_divergences: torch.Tensor | None = None,
-        membership: torch.Tensor | None = None,
-        term_gradients: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        of_logps = of_logps[:, None] / temperature
-        total = probs.mul_(-of_logps).scatter_add_(1, targets[:, None], of_logps)
-        if membership is not None:
-            membership = membership.to(total.dtype)
-            term_gradients[0] += membership @ total
-            term_gradients[1] += (membership * (of_divergences / kd_temperature)) @ of_divergence
-        if of_divergence is not None:
-            total.addcmul_(of_divergence, of_divergences[:, None] / kd_temperature)
-        return total
-
-    return TokenScores(logps, entropy, divergence), gradient
-
-
-def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    if temperature != 1.0:
-        logits.div_(temperature)
-    # the CPU's kernel may write where it reads; fresh memory is cheap on GPUs
-    return torch.log_softmax(logits, dim=-1, out=logits if logits.device.type == "cpu" else None)
-
-
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | None = None) -> None:
-    """Let `model(score_requests=[...])` return a list of scores instead of logits.
+    """Patch a model so that `model(score_requests=[...])` returns a list of scores instead of logits.
 
-    A request is a [`ScoreRequest`], or another that has its tokens and mask and a method `score`.
+    A request is a [`ScoreRequest`], or an object with the same tokens and mask and a method `score`.
 
-    Several requests are one forward call, as wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) want one call
-    for one backward pass. Without `score_requests` the forward is the one it was. Patch before the model is wrapped,
-    as the wrapper's forward is what synchronises gradients and gathers sharded weights. For the same reason the scores
-    are computed inside the call of the head's own module: that is when its weights are whole. A deep copy of the model
-    scores with its own weights.
+    Several requests share one forward call, since wrappers that synchronise gradients (DDP, FSDP, DeepSpeed) expect
+    one call per backward pass. Without `score_requests` the forward is unchanged. Patch the model before it is
+    wrapped: the wrapper's forward synchronises gradients and gathers sharded weights. Scores are computed inside the
+    call of the head's module, because its weights are gathered only there. A deep copy of the model scores with its
+    own weights.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
         vocab_size (`int`): number of leading vocabulary rows shared with the teacher.
-        teacher_head ([`LMHead`], *optional*): turns `teacher_hidden_states` into the teacher's distribution.
+        teacher_head ([`LMHead`], *optional*): projects `teacher_hidden_states` to the teacher's logits.
     """
     head, config = model.get_output_embeddings(), model.config
 

@@ -1,9 +1,10 @@
-"""The two parts of a causal language model that are run apart: its body, and the head that projects to logits."""
+"""Run the two parts of a causal language model separately: its body, and the head that projects to logits."""
 
 import inspect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,18 +31,19 @@ class LMHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LMHead":
-        """Read the head of `model` as it stands now, with its adapters.
+        """Read the current head of `model`, with its adapters.
 
-        Sharding wrappers replace its tensors between calls, and gather them only while the head's module runs.
+        Do not keep the result: sharding wrappers replace its tensors between calls, and gather them only while the
+        head's module runs.
 
         Raises:
-            ValueError: for adapters on the head that are no linear map of their own, and for a quantised head.
+            ValueError: for adapters on the head other than plain LoRA, and for a quantised head.
         """
         return cls.of_projection(model.get_output_embeddings(), model.config)
 
     @classmethod
     def of_projection(cls, module: torch.nn.Module, config: PreTrainedConfig) -> "LMHead":
-        """[`LMHead.of`] the model whose output projection is `module`, with the model's configuration."""
+        """Read the head like [`LMHead.of`], from the output projection and configuration of a model."""
         config = config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -49,40 +51,47 @@ class LMHead:
         return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def frozen(self, device: torch.device) -> "LMHead":
-        """The head as it is now on `device`, without a graph."""
-        weight, bias = (None if each is None else each.detach().to(device) for each in (self.weight, self.bias))
-        return replace(self, weight=weight, bias=bias)
+        """Return the head on `device`, detached."""
+        bias = None if self.bias is None else self.bias.detach().to(device)
+        return replace(self, weight=self.weight.detach().to(device), bias=bias)
 
     def project(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
+        """Return W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         weight = self.weight[:vocab_size]
         return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
 
     def transform(self, projected: torch.Tensor) -> torch.Tensor:
-        """Logits in at least float32."""
+        """Return the logits, with scale and soft cap, in at least float32."""
         logits = projected.to(torch.promote_types(projected.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def transform_gradient(self, gradient: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
-        """Gradient of the projection from that of the logits, in place; `logits` are needed with a soft cap."""
+        """Turn the gradient of the logits into the gradient of the projection, in place.
+
+        Raises:
+            ValueError: for a head with a soft cap, if `logits` are missing.
+        """
         if self.softcap is not None:
+            if logits is None:
+                raise ValueError(f"The gradient of a soft cap (softcap={self.softcap}) needs the logits.")
             gradient.mul_(1.0 - (logits / self.softcap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
     def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
+        """Return the logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
         return self.transform(self.project(hidden_states, vocab_size))
 
 
-def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of an output projection with its adapters: W + s B A of LoRA.
+def _projection(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight and bias of an output projection with its adapters: W + s B A for LoRA.
 
-    A teacher may have such an adapter; GRPOTrainer refuses students with one, but for `modules_to_save`.
+    Only a teacher can have LoRA on its head. GRPOTrainer refuses students with an adapter there, except
+    `modules_to_save`.
     """
-    if type(module) is torch.nn.Linear:  # most heads are: generation and evaluation need not wait seconds for peft
+    if type(module) is torch.nn.Linear:  # most heads are plain; importing peft would take seconds
         return module.weight, module.bias
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -104,9 +113,9 @@ def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
     for adapter in module.active_adapters:
         if not isinstance(module, LoraLinear) or module.use_dora.get(adapter) or module.lora_bias.get(adapter):
             raise UserError(
-                f"The adapter {adapter!r} on the LM head ({type(module).__name__}) is not supported: the head is "
-                "computed in chunks from its weights, which plain LoRA changes by a product of two matrices. Take the "
-                "head out of target_modules, or put it into modules_to_save."
+                f"The adapter {adapter!r} on the LM head ({type(module).__name__}) is not supported: chunks of the "
+                "head are computed from its weights, to which only plain LoRA can be added. Take the head out of "
+                "target_modules, or put it into modules_to_save."
             )
         if adapter in module.lora_A:
             weight = weight + module.get_delta_weight(adapter)
@@ -114,42 +123,43 @@ def _projection(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each real token counted from its row's first real token, `(B, L) -> (B, L)`.
+    """Return the position of each token, counted from the first token of its row that is not padding, `(B, L)`.
 
-    Learned positions (GPT-2) are wrong under left padding without it; rotary ones do not care.
+    Learned positions (GPT-2) would be wrong under left padding without it; rotary positions would not.
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def accepts_position_ids(model: PreTrainedModel) -> bool:
-    """Whether the architecture takes `position_ids` (BLOOM's ALiBi, for one, has no positions to pass)."""
+    """Return whether the architecture takes `position_ids`. BLOOM, for example, has ALiBi instead."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the causal language model within a `PeftModel`, with its adapters in place; other models as they are.
+    """Return the causal language model inside a `PeftModel`, with its adapters; return other models unchanged.
 
     Raises:
-        ValueError: for adapters that are no part of it: prompts and prefixes.
+        ValueError: for prompt learning, whose virtual tokens are not part of the inner model.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     config = model.active_peft_config
     if config.is_prompt_learning:
         raise UserError(
-            f"{type(config).__name__} ({type(model).__name__}) is not supported: it puts virtual tokens before the "
-            "prompt. Merge what can be merged, or use LoRA."
+            f"{type(config).__name__} ({type(model).__name__}) is not supported: it adds virtual tokens before the "
+            "prompt. Use LoRA."
         )
     return model.get_base_model()
 
 
 def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -> None:
-    """Check that a model has embeddings of all tokens.
+    """Check that a model has an embedding for every token.
 
     Raises:
-        ValueError: naming the highest token.
+        ValueError: naming the highest token id.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if (highest := max(itertools.chain.from_iterable(token_ids), default=0)) >= rows:
         raise UserError(
             f"The tokenizer gives the token {highest} in a prompt, a reference or for padding, but the model has "
@@ -161,7 +171,7 @@ def check_embedded(model: PreTrainedModel, token_ids: Iterable[Sequence[int]]) -
 def completion_hidden_states(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
 ) -> torch.Tensor:
-    """Last hidden states at the positions that predict the completion.
+    """Return the last hidden states at the positions that predict the completion.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model, not wrapped.
@@ -177,14 +187,14 @@ def completion_hidden_states(
     if accepts_position_ids(model):
         inputs["position_ids"] = position_ids(attention_mask)
     hidden_states = model.base_model(**inputs).last_hidden_state
-    # a model with a device_map may end on another device than it begins
+    # The last layer of a model with a device_map may be on another device than its first
     return hidden_states[:, -completion_length - 1 : -1].to(input_ids.device)
 
 
 def rounding_tolerance(dtype: torch.dtype, roundings: int) -> float:
-    """Return how far apart, relative to the largest, numbers may be that differ by `roundings` roundings in `dtype`.
+    """Return the largest difference, relative to the largest value, that `roundings` roundings in `dtype` can cause.
 
-    It is at least 1e-3, since GPUs may round the factors of float32 products to ten bits (TF32).
+    At least 1e-3, since GPUs may round the factors of float32 products to ten bits (TF32).
     """
     return max(1e-3, roundings * torch.finfo(dtype).eps)
 
@@ -193,19 +203,20 @@ def rounding_tolerance(dtype: torch.dtype, roundings: int) -> float:
 def check_head(model: PreTrainedModel, name: str) -> None:
     """Check on a short input that [`LMHead`] reproduces the model's own logits.
 
-    What the head's module returns is handed on in float32, so that what the model makes of it is compared to far
-    better than the precision of its weights; and once more at many times its size, where a soft cap shows.
+    A hook converts the output of the head's module to float32, so that the model's further transformation of it is
+    compared more precisely than its weights would allow. The comparison is repeated with a 64 times larger output,
+    where a soft cap shows.
 
     Raises:
-        ValueError: if it does not, because the architecture transforms its logits in a way that is unknown here.
-            Scoring such a model would be silently wrong. Also if the head is sharded over processes.
+        ValueError: if the logits differ, because the architecture transforms them in an unknown way and its scores
+            would be silently wrong; or if the head is offloaded or sharded over processes.
     """
-    output = model.get_output_embeddings()
+    output: Any = model.get_output_embeddings()
     if isinstance(output.weight, DTensor) or output.weight.is_meta:
         where = "offloaded by its device_map" if output.weight.is_meta else "sharded over processes"
         raise UserError(
             f"The LM head of the {name} ({type(model).__name__}) is {where}, but each process needs all of it. "
-            "Keep it on a device; shard the blocks alone (shard_teacher=True does)."
+            "Keep it on one device; to shard only the blocks, set shard_teacher=True."
         )
     ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

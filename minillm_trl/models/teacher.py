@@ -1,4 +1,4 @@
-"""The teacher: loading, freezing and placing it, and refusing one that does not fit the student."""
+"""Load, freeze and place the teacher, and check that it fits the student."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from .student_copy import copy_modules
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Encoded by both tokenizers: equal vocabularies may still differ in merges, normalisation or pre-tokenization.
+# Both tokenizers encode this text: equal vocabularies may still differ in merges, normalisation or pre-tokenization
 _PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
 
 
@@ -40,20 +40,20 @@ def load_teacher(
     trust_remote_code: bool = False,
     allow_pickled_weights: bool = False,
 ) -> PreTrainedModel:
-    """Load the teacher (or take it as it is), freeze it and switch its dropout off.
+    """Load the teacher, unless it is a model already, freeze it and switch off its dropout.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): a name on the hub, a
             folder, or a model.
         init_kwargs (`dict`, *optional*): keyword arguments of `from_pretrained`; only for a name or folder.
         default_dtype (`torch.dtype`): dtype of the weights unless `init_kwargs` has a `dtype`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the weights may run,
-            unless `init_kwargs` says so.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code that comes with the weights may run;
+            `init_kwargs` has priority.
         allow_pickled_weights (`bool`, *optional*, defaults to `False`): whether the weights may be pickles, see
             [`refuse_pickled_weights`].
 
     Returns:
-        [`~transformers.PreTrainedModel`] in eval mode; none of its parameters requires a gradient.
+        [`~transformers.PreTrainedModel`] in eval mode, with all parameters frozen.
 
     Raises:
         ValueError: if `init_kwargs` are given for a teacher that is loaded already, or the weights are pickles.
@@ -67,7 +67,7 @@ def load_teacher(
             kwargs["use_safetensors"] = True
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("load_in_4bit") and kwargs["dtype"] != "auto":
-            # 4-bit layers would compute in float32
+            # By default, 4-bit layers compute in float32
             kwargs["quantization_config"] = {"bnb_4bit_compute_dtype": kwargs["dtype"], **quantization}
         loaded = AutoModelForCausalLM.from_pretrained(teacher_model, **kwargs)
         if find_adapter_config_file(teacher_model) is not None:
@@ -75,25 +75,25 @@ def load_teacher(
         teacher_model = loaded
     elif init_kwargs:
         raise UserError(
-            f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is loaded already. Pass "
+            f"teacher_model_init_kwargs={init_kwargs} has no effect on a teacher_model that is already loaded. Pass "
             "the teacher's name or folder, or drop teacher_model_init_kwargs."
         )
     return without_wrapper(teacher_model).eval().requires_grad_(False)
 
 
 def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
-    """A teacher that is the adapter `adapter` on the base of `student`, whose weights are there once.
+    """Build a teacher from the adapter `adapter` on the base of `student`, whose weights are in memory only once.
 
-    Both have modules of their own around the same tensors, each with its own adapter, so that nothing is switched
-    between them and neither's `requires_grad` is touched.
+    Student and teacher have separate modules around the same tensors, each with its own adapter. So no adapters are
+    switched during training, and `requires_grad` of the student is not touched.
 
     Args:
         student ([`~peft.PeftModel`]): the student with its adapter, not wrapped.
         adapter (`str`): name on the hub or folder of the teacher's adapter.
 
     Raises:
-        ValueError: if the student is no PEFT model or trains weights of its base, or the adapter was made for another
-            base or would change it.
+        ValueError: if the student is not a PEFT model or trains weights of its base, or if the adapter was made for
+            another base or would change it.
     """
     if not isinstance(adapter, str):
         raise UserError("teacher_shares_base=True needs the name or folder of the teacher's adapter as teacher_model.")
@@ -103,23 +103,24 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
         raise UserError("teacher_shares_base=True needs a student with an adapter: pass peft_config (--use_peft).")
     config = PeftConfig.from_pretrained(adapter)
     check_teacher_adapter(config, adapter)
-    made_for, base = config.base_model_name_or_path, student.config._name_or_path
-    if made_for and base and os.path.realpath(made_for) != os.path.realpath(base):
+    made_for, base_name = config.base_model_name_or_path, student.config._name_or_path
+    if made_for and base_name and os.path.realpath(made_for) != os.path.realpath(base_name):
         raise UserError(
-            f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base!r}. Start "
-            "the student from that base, or set teacher_shares_base=False."
+            f"The teacher's adapter {adapter!r} was made for {made_for!r}, but the student's base is {base_name!r}. "
+            "Start the student from that base, or set teacher_shares_base=False."
         )
-    # PEFT freezes the student's adapters on their way out of the copy, so it has empty ones instead
-    trained = [each for each in student.parameters() if each.requires_grad]
-    empty = {id(each): torch.nn.Parameter(torch.empty_like(each)) for each in trained}
-    teacher = copy_modules(student, empty)
-    own = list(teacher.peft_config)
+    # Deleting the student's adapters from the copy freezes their tensors, so the copy gets empty tensors instead
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    empty = {id(parameter): torch.nn.Parameter(torch.empty_like(parameter)) for parameter in trained}
+    teacher: Any = copy_modules(student, empty)
+    student_adapters = list(teacher.peft_config)
     teacher.load_adapter(adapter, "teacher", is_trainable=False)
     teacher.set_adapter("teacher", inference_mode=True)
-    for name in own:
+    for name in student_adapters:
         teacher.delete_adapter(name)
-    replaced = {id(each) for each in empty.values()}
-    left = [name for name, each in teacher.named_parameters() if id(each) in replaced]
+    # An empty tensor that is still there replaced a trained weight of the base
+    replaced = {id(parameter) for parameter in empty.values()}
+    left = [name for name, parameter in teacher.named_parameters() if id(parameter) in replaced]
     if left:
         raise UserError(
             f"teacher_shares_base=True needs a frozen base, but the student trains {left[0]!r}. Set bias='none' in "
@@ -132,7 +133,7 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
 
 @contextmanager
 def one_process_at_a_time(accelerator: Accelerator) -> Iterator[None]:
-    """Let the processes of a machine do something in turn, that takes more memory than all could have at once."""
+    """Run the block on one process of a machine after another, as all at once would exceed its memory."""
     number = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     for _ in range(accelerator.local_process_index):
         accelerator.wait_for_everyone()
@@ -143,7 +144,7 @@ def one_process_at_a_time(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(plugin: DeepSpeedPlugin | None) -> Iterator[None]:
-    """Load models whole, where `from_pretrained` would spread their weights because the student is under ZeRO-3."""
+    """Keep `from_pretrained` from sharding models inside the block, which it does while ZeRO-3 is configured."""
     if plugin is None or plugin.zero_stage != 3:
         yield
         return
@@ -164,13 +165,13 @@ def place_new_teacher(
     trust_remote_code: bool = False,
     allow_pickled_weights: bool = False,
 ) -> PreTrainedModel:
-    """Load the teacher and place it on this process's device, or spread its blocks over the processes.
+    """Load the teacher and place it on this process's device, or shard its blocks over the processes.
 
     Args:
         teacher_model, init_kwargs, default_dtype, trust_remote_code, allow_pickled_weights: see [`load_teacher`].
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
-        shard (`bool`, *optional*, defaults to `False`): whether to spread the blocks, where there are several
-            processes, which then load it in turn.
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        shard (`bool`, *optional*, defaults to `False`): whether to shard the blocks if there are several processes.
+            The processes of a machine then load the teacher one after another.
     """
     arguments = teacher_model, init_kwargs, default_dtype, trust_remote_code, allow_pickled_weights
     with whole_weights(accelerator.state.deepspeed_plugin):
@@ -182,62 +183,69 @@ def place_new_teacher(
 
 
 def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move the teacher to `device`, unless it has been spread over devices, quantised (then it is there), or sharded.
+    """Move the teacher to `device`, unless it is split over devices, sharded, or quantised, hence already placed.
 
     Raises:
-        ValueError: if its weights are spread over processes by ZeRO-3.
+        ValueError: if its weights are sharded by ZeRO-3.
     """
-    if any(hasattr(each, "ds_id") for each in teacher.parameters()):
+    if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
         raise UserError(
-            "The weights of teacher_model are spread over processes by ZeRO-3, as it was loaded after a configuration "
-            "with ZeRO-3 had been made. Pass its name or folder instead, and set shard_teacher=True to spread it."
+            "The weights of teacher_model are sharded over processes by ZeRO-3, since it was loaded after a "
+            "configuration with ZeRO-3 was created. Pass its name or folder instead; shard_teacher=True shards it."
         )
     keep_4bit_layout(teacher)
-    spread = len(set(getattr(teacher, "hf_device_map", {}).values())) > 1
-    if spread or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
+    if _is_split(teacher) or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
         return teacher
-    return teacher.to(device)
+    movable: torch.nn.Module = teacher  # transformers' own annotation of `to` hides its arguments
+    movable.to(device)
+    return teacher
+
+
+def _is_split(model: PreTrainedModel) -> bool:
+    """Return whether a `device_map` has placed the model on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def shard_blocks(teacher: PreTrainedModel, device_type: str) -> PreTrainedModel:
-    """Spread the teacher's transformer blocks over all processes; each is gathered while it runs.
+    """Shard the teacher's transformer blocks over all processes; each block is gathered while it runs.
 
-    Embeddings and LM head stay whole on each process, as the student's update needs the head.
+    Embeddings and LM head stay complete on each process, since the student's update needs the head.
 
     Raises:
-        ValueError: for a quantised teacher, one with a `device_map`, or one that does not name its blocks.
+        ValueError: for a teacher that is quantised, is split by a `device_map`, or does not name its blocks.
     """
     if is_sharded(teacher):
         return teacher
     names = set(teacher._no_split_modules or ())
     blocks = [module for module in teacher.modules() if type(module).__name__ in names]
-    quantised = any(not each.is_floating_point() for each in teacher.parameters())
-    if quantised or len(set(getattr(teacher, "hf_device_map", {}).values())) > 1 or not blocks:
-        what = "is quantised" if quantised else "is spread by its device_map" if blocks else "does not name its blocks"
+    quantised = any(not parameter.is_floating_point() for parameter in teacher.parameters())
+    if quantised or _is_split(teacher) or not blocks:
+        what = "is quantised" if quantised else "is split by its device_map" if blocks else "does not name its blocks"
         raise UserError(
-            f"shard_teacher=True cannot spread this teacher over the processes: it {what}. Set shard_teacher=False."
+            f"shard_teacher=True cannot shard this teacher over the processes: it {what}. Set shard_teacher=False."
         )
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     for block in blocks:
-        # each block is a root of its own here, and by default roots keep their weights once gathered
+        # Without a common root, each block is a root, and roots keep their gathered weights by default
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     device = torch.device(device_type, torch.accelerator.current_device_index()) if device_type != "cpu" else "cpu"
-    for each in [*teacher.parameters(), *teacher.buffers()]:
-        if not isinstance(each, DTensor):
-            each.data = each.data.to(device)
+    for tensor in [*teacher.parameters(), *teacher.buffers()]:
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
     return teacher
 
 
 def shared_vocab_size(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of leading vocabulary rows that both models have (members of a family pad them differently).
+    """Return the number of leading vocabulary rows that both models have; models of one family differ in padding.
 
     Raises:
-        ValueError: if the tokenizer has more tokens than one of the models has rows.
+        ValueError: if the tokenizer has more tokens than one of the heads has rows.
     """
-    rows = {
-        "student": student.get_output_embeddings().weight.shape[0],
-        "teacher": teacher.get_output_embeddings().weight.shape[0],
+    heads: dict[str, Any] = {
+        "student": student.get_output_embeddings(),
+        "teacher": teacher.get_output_embeddings(),
     }
+    rows = {name: head.weight.shape[0] for name, head in heads.items()}
     for name, size in rows.items():
         if size < len(tokenizer):
             raise UserError(
@@ -256,7 +264,7 @@ def check_same_tokenizer(
 
     Args:
         student_tokenizer, teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the two tokenizers.
-        conversational (`bool`): whether prompts are conversations, so that the chat templates must agree too.
+        conversational (`bool`): whether prompts are conversations, so that the chat templates must be equal too.
 
     Raises:
         ValueError: naming the first difference. Token-level distillation compares distributions over one vocabulary.
@@ -274,35 +282,35 @@ def check_same_tokenizer(
             f"the first difference is the token {token!r}, id {student_vocab.get(token)} for the student and "
             f"{teacher_vocab.get(token)} for the teacher. {advice}"
         )
-    # without what either appends: that is switched off for training
+    # `encode_texts` drops an appended EOS, which training switches off anyway
     (student_ids,), (teacher_ids,) = (
-        encode_texts(each, [_PROBE_TEXT]) for each in (student_tokenizer, teacher_tokenizer)
+        encode_texts(tokenizer, [_PROBE_TEXT]) for tokenizer in (student_tokenizer, teacher_tokenizer)
     )
     if student_ids != teacher_ids:
         pairs = enumerate(zip(student_ids, teacher_ids, strict=False))
         position = next((i for i, (a, b) in pairs if a != b), min(len(student_ids), len(teacher_ids)))
         raise UserError(
-            f"Student and teacher tokenizers share a vocabulary but encode the same text differently, from token "
-            f"{position} on: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. "
+            f"Student and teacher tokenizers share a vocabulary but encode the same text differently, starting at "
+            f"token {position}: {student_ids[position : position + 5]} and {teacher_ids[position : position + 5]}. "
             f"{advice}"
         )
     if conversational and student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         raise UserError(
             "Student and teacher have different chat templates, so a conversation would reach the teacher in a format "
-            "that it was not trained on. Save the teacher's template with the student: "
+            "that the teacher was not trained on. Save the teacher's template with the student: "
             "student_tokenizer.chat_template = teacher_tokenizer.chat_template."
         )
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether a tokenizer lies with the model or adapter `name`."""
+    """Return whether a tokenizer was saved with the model or adapter `name`."""
     flags = ("gated_repo", "missing_entries", "connection_errors")
     quiet = {f"_raise_exceptions_for_{flag}": False for flag in flags}
     return cached_file(name, "tokenizer_config.json", **quiet) is not None
 
 
 def tokenizer_source(name: str) -> str:
-    """Where the tokenizer of a model is: with it, or, for an adapter that was saved without one, with its base."""
+    """Return the folder or hub name of a model's tokenizer; for an adapter without a tokenizer, its base's."""
     if find_adapter_config_file(name) is None or has_tokenizer(name):
         return name
     from peft import PeftConfig
@@ -311,7 +319,7 @@ def tokenizer_source(name: str) -> str:
 
 
 def max_context(*models: PreTrainedModel) -> int | None:
-    """Longest sequence that every model can take, prompt and completion together; None where no config states one."""
+    """Return the longest sequence, prompt and completion, that all models support; None if no config has a limit."""
     configs = (model.config.get_text_config() for model in models)
     limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
     return min(limits, default=None)
@@ -325,18 +333,18 @@ def teacher_hidden_states(
     completion_length: int,
     batch_size: int,
 ) -> torch.Tensor:
-    """Run the teacher once over rollouts, `batch_size` rows of like length at a time.
+    """Run the teacher once over rollouts, in batches of `batch_size` rows of similar length.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): the frozen teacher, not wrapped.
         input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
         completion_length (`int`): T.
-        batch_size (`int`): rows of one forward pass.
+        batch_size (`int`): rows per forward pass.
 
     Returns:
         `torch.Tensor` of shape `(B, T, H)`: the hidden states that predict the completions' tokens.
     """
-    states = None
+    states: Any = None  # allocated by the first batch, which shows width and dtype
     for rows, columns in parts_by_length(attention_mask, batch_size):
         length = completion_length - (input_ids.shape[1] - columns.stop)
         part = completion_hidden_states(teacher, input_ids[rows, columns], attention_mask[rows, columns], length)
@@ -347,12 +355,12 @@ def teacher_hidden_states(
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether parameters are spread over processes, so that all must call it."""
-    return any(isinstance(each, DTensor) for each in model.parameters())
+    """Return whether parameters are sharded over processes, so that all processes must call the model together."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 class TeacherOffload:
-    """Keeps the teacher on the CPU but for the phases of a `with` statement; its LM head stays where it is.
+    """Keep the teacher on the CPU except inside a `with` statement. Its LM head stays on its device.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): the frozen teacher, on the device where it computes.
@@ -362,16 +370,16 @@ class TeacherOffload:
     """
 
     def __init__(self, teacher: PreTrainedModel):
-        head = {id(each) for each in teacher.get_output_embeddings().parameters()}
-        tensors = [each for each in teacher.parameters() if id(each) not in head]
-        if is_sharded(teacher) or not all(each.is_floating_point() for each in tensors):
+        head = {id(parameter) for parameter in teacher.get_output_embeddings().parameters()}
+        tensors = [parameter for parameter in teacher.parameters() if id(parameter) not in head]
+        if is_sharded(teacher) or not all(tensor.is_floating_point() for tensor in tensors):
             raise UserError(
                 "offload_teacher=True needs a teacher whose weights are neither quantised nor sharded. Drop "
-                "offload_teacher: a 4-bit or sharded teacher takes little memory as it is."
+                "offload_teacher: a 4-bit or sharded teacher already takes little memory."
             )
         self.device = teacher.device
         pin = self.device.type == "cuda"
-        self.home = [(each, each.data.cpu().pin_memory() if pin else each.data.clone()) for each in tensors]
+        self.home = [(tensor, tensor.data.cpu().pin_memory() if pin else tensor.data.clone()) for tensor in tensors]
         self.__exit__()
 
     def __enter__(self) -> None:

@@ -76,7 +76,7 @@ class TestHead:
         model = adapt(build_model(family, 40), **options)
         ids = torch.randint(2, 40, (3, 9))
         mask = torch.ones_like(ids)
-        parameters = [each for each in model.parameters() if each.requires_grad]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         log_probs = model(input_ids=ids, attention_mask=mask).logits[:, 3:-1].float().log_softmax(dim=-1)
         expected = log_probs.gather(2, ids[:, 4:, None]).squeeze(2)
         gradients = torch.autograd.grad(expected.square().sum(), parameters)
@@ -86,7 +86,7 @@ class TestHead:
         scores = model(score_requests=[request])[0]
         torch.testing.assert_close(scores.logps, expected.detach(), rtol=1e-4, atol=1e-5)
         found = torch.autograd.grad(scores.loss, parameters)
-        assert all(each.abs().max() > 0 for each in found)
+        assert all(gradient.abs().max() > 0 for gradient in found)
         torch.testing.assert_close(found, gradients, rtol=2e-3, atol=1e-5)
         with model.disable_adapter(), torch.no_grad():
             base = model(score_requests=[request])[0].logps
@@ -162,16 +162,17 @@ class TestSharedBase:
         for one, other in zip(shared.state.log_history, apart.state.log_history, strict=True):
             for name in {"loss", "grad_norm", "objective/reverse_kl"} & set(one):
                 assert one[name] == pytest.approx(other[name], rel=1e-4)
-        trained, expected = (dict(each.model.named_parameters()) for each in (shared, apart))
+        trained, expected = (dict(trainer.model.named_parameters()) for trainer in (shared, apart))
         for name in trained:
             torch.testing.assert_close(trained[name], expected[name], rtol=1e-3, atol=1e-5)
             assert trained[name].requires_grad == expected[name].requires_grad == ("lora_" in name)
 
-        tensors = {each.data_ptr() for each in shared.model.parameters()}
-        own = [name for name, each in shared.teacher_model.named_parameters() if each.data_ptr() not in tensors]
+        tensors = {parameter.data_ptr() for parameter in shared.model.parameters()}
+        teacher = dict(shared.teacher_model.named_parameters())
+        own = [name for name, parameter in teacher.items() if parameter.data_ptr() not in tensors]
         assert len(own) == 2 * (2 * len(LAYERS) + 1)
         assert all("lora_" in name and ".teacher." in name for name in own)
-        assert not any(each.requires_grad for each in shared.teacher_model.parameters())
+        assert not any(parameter.requires_grad for parameter in shared.teacher_model.parameters())
 
     def test_what_cannot_share_is_refused(self, tmp_path, model_dir, teacher_adapter: str):
         with pytest.raises(ValueError, match="needs a student with an adapter"):
@@ -207,7 +208,7 @@ def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_
     checked = []  # in float16 trained weights in half precision are refused
 
     def check(trainer, **options):
-        checked.extend(each.dtype for each in trainer.model.parameters() if each.requires_grad)
+        checked.extend(weight.dtype for weight in trainer.model.parameters() if weight.requires_grad)
 
     monkeypatch.setattr(minillm_trl.trainer, "check_model", check)
     trainer = train(
@@ -217,7 +218,7 @@ def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_
         peft_config=LoraConfig(r=2, target_modules=LAYERS),
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
-    trained = [each for each in trainer.model.parameters() if each.requires_grad]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert len(trained) == 8
-    assert all(each.dtype == torch.float32 for each in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
     assert checked == [torch.float32] * 8

@@ -40,9 +40,9 @@ class TestAppendedEos:
         assert stop_appending(tokenizer) == [2]
         assert stop_appending(tokenizer) == []
         tokenizer.save_pretrained(tmp_path)
-        for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-            assert each("the mill")["input_ids"] == [1][: int(with_bos)] + PLAIN("the mill")["input_ids"]
-            assert each.eos_token_id == 2
+        for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            assert loaded("the mill")["input_ids"] == [1][: int(with_bos)] + PLAIN("the mill")["input_ids"]
+            assert loaded.eos_token_id == 2
 
 
 def test_a_text_that_holds_the_bos_gets_no_second_one():

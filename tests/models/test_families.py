@@ -95,7 +95,7 @@ def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
         ids[row, real], mask[row, real] = torch.tensor(prompt + completion), 1
     temperature, kd_temperature = 1.3, 0.7
     expected = []
-    for prompt, completion in (map(torch.tensor, each) for each in rows):
+    for prompt, completion in (map(torch.tensor, row) for row in rows):
         log_probs = score_alone(student, prompt, completion, temperature)
         with torch.no_grad():
             target = score_alone(teacher, prompt, completion, kd_temperature)
@@ -110,11 +110,11 @@ def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
     with torch.no_grad():
         states = completion_hidden_states(teacher, ids, mask, length)
     request = ScoreRequest(ids, mask, mask[:, -length:].bool(), temperature, states, kd_temperature)
-    (scores,) = student(score_requests=[request._replace(loss=lambda each, _: 2 * each.divergence - each.logps)])
+    (scores,) = student(score_requests=[request._replace(loss=lambda token, _: 2 * token.divergence - token.logps)])
     found = torch.stack(scores[:3])
     torch.testing.assert_close(found[:, request.completion_mask], expected.detach(), rtol=1e-4, atol=1e-5)
     assert not found[:, ~request.completion_mask].any()
-    largest = max(each.abs().max().item() for each in gradients)
+    largest = max(gradient.abs().max().item() for gradient in gradients)
     for actual, gradient in zip(torch.autograd.grad(scores.loss, parameters), gradients, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6 * largest)
 
@@ -131,7 +131,7 @@ class Run(NamedTuple):
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: each.clone() for name, each in model.state_dict().items() if torch.is_tensor(each)}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
 
 
 def loader(folder: Path, quantization_config: BitsAndBytesConfig | None) -> Callable[[], PreTrainedModel]:
@@ -154,7 +154,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     before = weights(trainer.model), weights(trainer.teacher_model)
     trainer.train()
     trainer.save_model()
-    student_nf4, teacher_nf4 = (NF4 if way == each else None for each in ("QLoRA", "NF4 teacher"))
+    student_nf4, teacher_nf4 = (NF4 if way == nf4_way else None for nf4_way in ("QLoRA", "NF4 teacher"))
     has_adapter = "peft_config" in WAYS[way]
     return Run(trainer, has_adapter, *before, loader(student, student_nf4), loader(teacher, teacher_nf4))
 
@@ -162,17 +162,19 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 class TestTrainedStudent:
     def test_all_of_it_has_moved_and_nothing_else(self, run: Run):
         after, teacher_after = weights(run.trainer.model), weights(run.trainer.teacher_model)
-        moved = {name for name, each in after.items() if not torch.equal(each, run.student_before[name])}
+        moved = {name for name, tensor in after.items() if not torch.equal(tensor, run.student_before[name])}
         names = dict(run.trainer.model.named_parameters(remove_duplicate=False))
         assert moved == {name for name in names if "lora_" in name or not run.has_adapter}
-        assert moved == {name for name, each in names.items() if each.requires_grad}
-        assert not any(each.requires_grad for each in run.trainer.teacher_model.parameters())
-        assert all(torch.equal(each, run.teacher_before[name]) for name, each in teacher_after.items())
+        assert moved == {name for name, parameter in names.items() if parameter.requires_grad}
+        assert not any(parameter.requires_grad for parameter in run.trainer.teacher_model.parameters())
+        assert all(torch.equal(tensor, run.teacher_before[name]) for name, tensor in teacher_after.items())
 
     def test_each_model_is_quantised_where_it_was_asked_for(self, run: Run):
         loaded = run.load_student(), run.load_teacher()
         for model, expected in zip((run.trainer.model, run.trainer.teacher_model), loaded, strict=True):
-            layers = [sum(isinstance(each, Linear4bit) for each in one.modules()) for one in (model, expected)]
+            layers = [
+                sum(isinstance(module, Linear4bit) for module in loaded.modules()) for loaded in (model, expected)
+            ]
             assert layers[0] == layers[1]
             assert bool(layers[0]) == (getattr(expected, "quantization_method", None) is not None)
 
@@ -188,12 +190,12 @@ class TestTrainedStudent:
             q, p = (score_alone(model, prompt, completion) for model in (student, teacher))
             divergences.append(kl(q, p))
             entropies.append(-(q.exp() * q).sum(dim=-1))
-            logps, teacher_logps = (each.gather(1, completion[:, None]).squeeze(1) for each in (q, p))
+            logps, teacher_logps = (log_probs.gather(1, completion[:, None]).squeeze(1) for log_probs in (q, p))
             mixture = (0.6 * logps.exp() + 0.4 * teacher_logps.exp()).log()
             torch.testing.assert_close(batch["student_logps"][row][real], logps, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(batch["old_per_token_logps"][row][real], mixture, rtol=1e-4, atol=1e-4)
         first, second, *_ = run.trainer.state.log_history
-        reverse_kl = torch.stack([each.sum() for each in divergences]).mean().item()
+        reverse_kl = torch.stack([divergence.sum() for divergence in divergences]).mean().item()
         assert first["objective/reverse_kl"] == pytest.approx(reverse_kl, rel=1e-3)
         assert first["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
         assert math.isfinite(first["loss"])
@@ -207,7 +209,7 @@ class TestTrainedStudent:
     @torch.no_grad()
     def test_it_is_loaded_as_it_was_saved(self, run: Run):
         model, output = run.trainer.model.eval(), Path(run.trainer.args.output_dir)
-        saved = {each.name for each in output.glob("*model*")}
+        saved = {path.name for path in output.glob("*model*")}
         if run.has_adapter:
             assert saved == {"adapter_model.safetensors"}
             assert all("lora_" in name for name in load_file(output / "adapter_model.safetensors"))
@@ -247,7 +249,7 @@ def test_padded_vocabularies_train_like_those_cut_to_the_rows_they_share(
         trainer.train()
         (batch,) = trainer._buffered_inputs
         assert batch["completion_ids"].max() < shared
-        moved.append({name: each - before[name] for name, each in weights(student).items()})
+        moved.append({name: tensor - before[name] for name, tensor in weights(student).items()})
     for name, expected in moved[1].items():
         actual = moved[0][name]
         assert not actual[len(expected) :].any()

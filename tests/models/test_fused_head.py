@@ -50,7 +50,7 @@ def test_values_and_gradients_equal_the_plain_formulas(
     logits = scale * (hidden @ head.weight[:shared].T + (head.bias[:shared] if bias else 0.0))
     teacher_logits = scale * (teacher_hidden @ teacher_head.weight.T + (teacher_head.bias if bias else 0.0))
     if softcap:
-        logits, teacher_logits = (softcap * torch.tanh(each / softcap) for each in (logits, teacher_logits))
+        logits, teacher_logits = (softcap * torch.tanh(raw / softcap) for raw in (logits, teacher_logits))
     log_probs = torch.log_softmax(logits / temperature, -1)
     kd = kd_temperature or temperature
     kl = divergence(torch.log_softmax(logits / kd, -1), torch.log_softmax(teacher_logits / kd, -1))
@@ -95,7 +95,7 @@ def test_gradient_formed_in_the_forward_pass_is_that_of_the_plain_loss(
         return a * scores.logps.exp() + b * scores.logps * scores.divergence
 
     request = ScoreRequest(ids, mask, mask, 1.3, teacher_hidden, kd_temperature, divergence)
-    inputs = [each for each in (hidden, head.weight, head.bias) if each.requires_grad]
+    inputs = [tensor for tensor in (hidden, head.weight, head.bias) if tensor.requires_grad]
     plain = score_hidden_states(hidden, head, request, shared, teacher_head)
     expected = loss(
         plain._replace(logps=plain.logps[mask], divergence=plain.divergence[mask]), mask.flatten().nonzero().squeeze(1)
@@ -181,7 +181,7 @@ def test_gradients_of_losses_of_any_size_survive_half_precision(
         found = gradients(score_hidden_states(hidden, LMHead(weight, bias), halved, 40).loss)
     for actual, reference in zip(found, expected, strict=True):
         assert (actual - reference).norm() < 0.02 * reference.norm()
-    middle, reference = (each[0].flatten(0, 1)[4:8] for each in (found, expected))
+    middle, reference = (gradients[0].flatten(0, 1)[4:8] for gradients in (found, expected))
     assert (middle - reference).norm() < 0.02 * reference.norm()
 
 
@@ -209,8 +209,8 @@ def test_only_the_products_with_the_heads_are_in_half_precision(with_loss: bool)
         heads = LMHead(weight.requires_grad_(), None), LMHead(teacher_weight.bfloat16(), None)
         scores = score_hidden_states(hidden.requires_grad_(), heads[0], request, 300, heads[1])
     logits, teacher_logits = (
-        torch.nn.functional.linear(hidden.detach().bfloat16(), each.detach().bfloat16()).float().log_softmax(-1)
-        for each in (weight, teacher_weight)
+        torch.nn.functional.linear(hidden.detach().bfloat16(), matrix.detach().bfloat16()).float().log_softmax(-1)
+        for matrix in (weight, teacher_weight)
     )
     torch.testing.assert_close(scores.entropy, -(logits.exp() * logits).sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.divergence, reverse_kl(logits, teacher_logits), rtol=1e-5, atol=1e-5)
@@ -223,7 +223,7 @@ def test_gradient_can_be_taken_once():
     request = ScoreRequest(ids, ids, ids.bool(), loss=lambda scores, _: scores.logps)
     loss = score_hidden_states(hidden, head, request, 6).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be taken once"):
+    with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
 
 
@@ -234,7 +234,7 @@ def test_loss_of_no_tokens_is_zero_and_stays_connected():
     request = ScoreRequest(ids, ids, ids.bool(), loss=lambda scores, _: scores.logps)
     scores = score_hidden_states(hidden, head, request, 6)
     assert scores.loss.item() == 0.0
-    assert all(each.abs().sum() == 0 for each in torch.autograd.grad(scores.loss, [hidden, head.weight]))
+    assert all(gradient.abs().sum() == 0 for gradient in torch.autograd.grad(scores.loss, [hidden, head.weight]))
 
 
 def test_batch_without_tokens_scores_zero_and_stays_connected():
@@ -244,7 +244,7 @@ def test_batch_without_tokens_scores_zero_and_stays_connected():
     scores = score_hidden_states(hidden, head, ScoreRequest(ids, ids, ids.bool()), 6)
     assert scores.logps.abs().sum() == 0
     gradient = torch.autograd.grad(scores.logps.sum(), [hidden, head.weight])
-    assert all(each.abs().sum() == 0 for each in gradient)
+    assert all(part.abs().sum() == 0 for part in gradient)
 
 
 def test_forward_without_a_request_is_unchanged():
@@ -273,11 +273,11 @@ def test_deep_copy_scores_with_weights_of_its_own():
     for old, new, live in zip(before, outputs(copied), outputs(model), strict=True):
         assert torch.equal(old, new)
         assert not torch.allclose(new, live, atol=1e-2)
-    for loss in (each.sum() for each in outputs(copied)):
+    for loss in (output.sum() for output in outputs(copied)):
         copied.zero_grad()
         loss.backward()
-        assert all(each.grad is not None for each in copied.parameters())
-        assert all(each.grad is None for each in model.parameters())
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_forward_keeps_the_names_of_its_arguments():
@@ -315,7 +315,7 @@ def test_unknown_transforms_of_logits_are_refused_in_any_precision(monkeypatch: 
     check_head(model, "student")
     read = LMHead.of
     for change in ({"softcap": None}, {"scale": 1.09}, {"scale": 1.02}):
-        monkeypatch.setattr(LMHead, "of", lambda each, change=change: dataclasses.replace(read(each), **change))
+        monkeypatch.setattr(LMHead, "of", lambda model, change=change: dataclasses.replace(read(model), **change))
         with pytest.raises(ValueError, match=r"LM head of the student .* is not reproduced"):
             check_head(model, "student")
     assert not model.get_output_embeddings()._forward_hooks

@@ -326,7 +326,7 @@ class TestNetwork:
         words = ["--dataset", data, "--model_name_or_path", "m", "--teacher_model_name_or_path", "t"]
         words += ["--output_dir", tmp_path, "--use_cpu", "true", "--bf16", "false"]
         instances, _ = parse(build_parser(), [str(word) for word in words])
-        values = {name: value for each in instances for name, value in vars(each).items()}
+        values = {name: value for instance in instances for name, value in vars(instance).items()}
         assert (values["report_to"], values["push_to_hub"], values["trust_remote_code"]) == ([], False, False)
         assert values["hub_token"] is None
 
