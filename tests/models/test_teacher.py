@@ -33,7 +33,7 @@ class TestCheckSameTokenizer:
     def test_other_normalisation_is_refused_although_the_vocabulary_agrees(self):
         teacher = build_tokenizer()
         teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
-        with pytest.raises(ValueError, match="encode the same text differently, .*token 0"):
+        with pytest.raises(ValueError, match=r"encode the same text differently, .*token 0"):
             check_same_tokenizer(build_tokenizer(), teacher)
 
     def test_other_chat_template_matters_for_conversations_only(self):
