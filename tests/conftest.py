@@ -117,6 +117,53 @@ def family_options(width: int) -> dict[str, dict]:
 FAMILIES = list(family_options(32))
 
 
+def other_family_options(width: int) -> dict[str, dict]:
+    """The same of families that are sampled from and scored, but not trained, in the tests."""
+    plain = {"intermediate_size": 2 * width}
+    grouped = {"num_key_value_heads": 1, **plain}
+    wide_heads = {"head_dim": 16, **grouped}
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width}
+    routed = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    scales = {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+    return {
+        "apertus": grouped,
+        "bloom": {},
+        "cohere": {"logit_scale": 0.25, **grouped},
+        "cohere2": {"logit_scale": 0.25, "sliding_window": 4, **wide_heads},
+        "deepseek_v3": {**routed, **latent, **experts, **plain, "num_key_value_heads": 2},
+        "ernie4_5": wide_heads,
+        "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2, **grouped},
+        "falcon": {"ffn_hidden_size": 2 * width, "alibi": True},
+        "gemma": wide_heads,
+        "glm4": wide_heads,
+        "gpt_bigcode": {},
+        "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4, **plain},
+        "gpt_oss": {"sliding_window": 4, **experts, **wide_heads},
+        "granite": {"attention_multiplier": 0.5, **scales, **grouped},
+        "granitemoe": {"attention_multiplier": 0.5, **scales, **experts, **grouped},
+        "mixtral": {**experts, **grouped},
+        "ministral": {"sliding_window": 4, **wide_heads},
+        "mpt": {"max_seq_len": 128},
+        "nemotron": grouped,
+        "olmo": grouped,
+        "olmo2": grouped,
+        "olmo3": {"sliding_window": 4, **grouped},
+        "olmoe": {**experts, **grouped},
+        "phi": grouped,
+        "phi3": grouped,
+        "qwen2_moe": {"shared_expert_intermediate_size": width, **experts, **grouped},
+        "qwen3_moe": {**experts, **wide_heads},
+        "seed_oss": wide_heads,
+        "smollm3": grouped,
+        "stablelm": grouped,
+        "starcoder2": grouped,
+    }
+
+
+OTHER_FAMILIES = list(other_family_options(32))
+
+
 def build_model(
     family: str, vocab_size: int = 300, seed: int = 0, width: int = 32, layers: int = 2, positions: int = 128
 ) -> PreTrainedModel:
@@ -132,7 +179,7 @@ def build_model(
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 1,
-        **family_options(width)[family],
+        **(family_options(width) | other_family_options(width))[family],
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
     with torch.no_grad():

@@ -14,6 +14,7 @@ from ..data import unique_prompts
 from ..errors import UserError
 from ..hardware.precision import configure_wrappers, half_precision, keep_adapters_in_float32
 from ..models.attention import avoid_cudnn_attention
+from ..models.context import max_context, name_context
 from ..models.encoding import encode_prompts, holds_conversations
 from ..models.end_tokens import EndTokens, carry, read_generation_config
 from ..models.forward_methods import rebind_fused_head
@@ -22,7 +23,6 @@ from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
 from ..models.quantization import keep_4bit_layout
 from ..models.student_copy import RolloutCopy, shards_student, student_of
-from ..models.teacher import max_context
 from ..rollouts.sampling import evaluation_key, sample_prompts
 from ..training.ends_of_run import settle_tokenizer
 from ..training.evaluation_rows import Row
@@ -139,7 +139,8 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         if context is not None and longest + self.args.max_completion_length > context:
             raise UserError(
                 f"The longest prompt of eval_dataset has {longest} tokens; with max_completion_length="
-                f"{self.args.max_completion_length} that is more than the student's context of {context}. Lower "
+                f"{self.args.max_completion_length} that is more than the student's {name_context(self._student)} of "
+                f"{context}. Lower "
                 "max_completion_length, or filter the prompts."
             )
 

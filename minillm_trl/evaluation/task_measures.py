@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.templates import make_completion
+from ..models.context import max_context
 from ..models.encoding import Prompt, encode_pair, encode_prompts
 from ..models.lm_head import check_embedded
-from ..models.teacher import max_context, shared_vocab_size
+from ..models.teacher import shared_vocab_size
 from ..rollouts.prompts import Completion, generate_completions
 from .divergence import completion_losses, token_divergences
 from .exposure_bias import sample_divergences

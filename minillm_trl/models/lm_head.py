@@ -209,8 +209,15 @@ def check_head(model: PreTrainedModel, name: str) -> None:
 
     Raises:
         ValueError: if the logits differ, because the architecture transforms them in an unknown way and its scores
-            would be silently wrong; or if the head is offloaded or sharded over processes.
+            would be silently wrong; or if the head is offloaded or sharded over processes; or if the
+            architecture does not name its body.
     """
+    if model.base_model is model:  # of which transformers returns the model itself
+        raise UserError(
+            f"The {name} ({type(model).__name__}) cannot be run without its LM head: its architecture does not name "
+            f"its body (it has no attribute {model.base_model_prefix!r}). Choose a model of another architecture, "
+            "see docs/models.md."
+        )
     output: Any = model.get_output_embeddings()
     if isinstance(output.weight, DTensor) or output.weight.is_meta:
         where = "offloaded by its device_map" if output.weight.is_meta else "sharded over processes"

@@ -147,9 +147,10 @@ def check_room(
         ValueError: if completions leave no room for any prompt, or ([`DataError`]) for one of the prompts.
     """
     from ..data import check_prompt_lengths
+    from .context import context_limit
 
-    configs = [load_config(name, trust_remote_code).get_text_config() for name in names]
-    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
+    configs = [load_config(name, trust_remote_code) for name in names]
+    limits = [limit for config in configs if (limit := context_limit(config))]
     if not limits:
         return
     room = min(limits) - length

@@ -318,13 +318,6 @@ def tokenizer_source(name: str) -> str:
     return PeftConfig.from_pretrained(name).base_model_name_or_path or name
 
 
-def max_context(*models: PreTrainedModel) -> int | None:
-    """Return the longest sequence, prompt and completion, that all models support; None if no config has a limit."""
-    configs = (model.config.get_text_config() for model in models)
-    limits = [limit for config in configs if (limit := getattr(config, "max_position_embeddings", None))]
-    return min(limits, default=None)
-
-
 @torch.no_grad()
 def teacher_hidden_states(
     teacher: PreTrainedModel,

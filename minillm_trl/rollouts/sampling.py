@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..masking import completion_mask
 from ..models.attention import without_cudnn_attention
+from ..models.context import check_longrope
 from .decoding import CompiledDecoding, LazyDecoder
 from .ngram_block import NgramBlock
 
@@ -169,7 +170,12 @@ def sample_completions(
 
     Returns:
         [`Completions`].
+
+    Raises:
+        ValueError: if a completion can cross the length up to which a model with LongRoPE can be sampled from.
     """
+    for model in (student,) if teacher_coins is None else (student, teacher):
+        check_longrope(model, prompt_mask, max_new_tokens)
     device, (batch_size, prompt_length) = prompt_ids.device, prompt_ids.shape
     vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
     eos = torch.tensor(list(eos_token_ids), device=device)

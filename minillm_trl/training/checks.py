@@ -212,7 +212,11 @@ def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool])
 
 
 def check_prompt_ids(
-    prompts: Sequence, prompt_ids: Sequence[Sequence[int]], max_completion_length: int, max_context: int | None
+    prompts: Sequence,
+    prompt_ids: Sequence[Sequence[int]],
+    max_completion_length: int,
+    max_context: int | None,
+    context_name: str = "context",
 ) -> None:
     """Check that every encoded prompt has a token, and room for its completion.
 
@@ -225,8 +229,8 @@ def check_prompt_ids(
         if max_context is not None and len(ids) + max_completion_length > max_context:
             raise UserError(
                 f"A prompt of {len(ids)} tokens and max_completion_length={max_completion_length} exceed the models' "
-                f"context of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, or "
-                "lower max_completion_length."
+                f"{context_name} of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, "
+                "or lower max_completion_length."
             )
 
 

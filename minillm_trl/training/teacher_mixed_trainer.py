@@ -13,6 +13,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from ..hardware.precision import OverflowCounter, configure_wrappers, half_precision
 from ..models.attention import avoid_cudnn_attention
+from ..models.context import max_context, name_context
 from ..models.encoding import added_tokens, without_extra_tokens
 from ..models.forward_methods import rebind_fused_head
 from ..models.fused_head import ScoreRequest, add_scoring
@@ -22,7 +23,6 @@ from ..models.teacher import (
     TeacherOffload,
     adapter_on_base,
     is_sharded,
-    max_context,
     place_new_teacher,
     shared_vocab_size,
     teacher_hidden_states,
@@ -82,6 +82,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
         self._scorer = self._make_scorer()
+        self._context_name = name_context(student, self.teacher_model)
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
         self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
@@ -140,7 +141,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         if isinstance(prompts[0], str):
             prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
-        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context)
+        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context, self._context_name)
         return prompt_ids, images, multimodal_fields
 
     def _fill_empty_completions(self, rollout_func: Callable) -> Callable:

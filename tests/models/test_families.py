@@ -1,6 +1,6 @@
 """Model families, and the ways to train them: scores, a training step and what it leaves on disk.
 
-How each family samples is in `test_sampling.py`.
+How each of the trained families samples is in `test_sampling.py`.
 """
 
 import copy
@@ -13,17 +13,21 @@ from typing import NamedTuple
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import FAMILIES, build_model, build_tokenizer
+from conftest import FAMILIES, OTHER_FAMILIES, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.errors import UserError
+from minillm_trl.models.context import max_context
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
-from minillm_trl.models.lm_head import LMHead, completion_hidden_states
+from minillm_trl.models.lm_head import LMHead, check_head, completion_hidden_states
 from minillm_trl.models.quantization import keep_4bit_layout
 from minillm_trl.rollouts.buffer import sequences
+from minillm_trl.rollouts.decoding import check_decoding
+from minillm_trl.rollouts.sampling import Completions, sample_prompts
 
 TOKENIZER = build_tokenizer()
 TOKENIZER.add_tokens("<|endoftext|>", special_tokens=True)  # loaded as Qwen2's, a tokenizer has it in any case
@@ -84,7 +88,7 @@ def kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torc
     return (student_log_probs.exp() * (student_log_probs - teacher_log_probs)).sum(dim=-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + OTHER_FAMILIES)
 def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
     student, teacher = build(family), build(family, seed=1, width=48)
     rows = [([5, 6, 7, 8, 9], [10, 11, 12]), ([13], [14, 15, 16, 17]), ([18, 19, 20], [21])]
@@ -117,6 +121,63 @@ def test_scores_and_their_gradient_are_those_of_each_row_alone(family: str):
     largest = max(gradient.abs().max().item() for gradient in gradients)
     for actual, gradient in zip(torch.autograd.grad(scores.loss, parameters), gradients, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6 * largest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_other_family_passes_the_checks_and_leaves_the_states_of_a_plain_forward_pass(family: str):
+    models = build(family, 60), build(family, 60, seed=1)
+    for model in models:
+        check_head(model, "model")
+        check_decoding(model, "model")
+    prompts = [[5 + row, *range(6, 6 + (3 * row) % 11)] for row in range(6)]
+    batches: list[tuple[list[int], Completions]] = []
+    completions = sample_prompts(
+        models[0],
+        prompts,
+        keys=[(7, row) for row in range(6)],
+        max_new_tokens=20,
+        eos_token_ids=[0, 3, 9],
+        pad_token_id=1,
+        batch_size=4,
+        teacher=models[1],
+        alpha=0.3,
+        shared_coins=False,
+        keep_states=True,
+        on_batch=lambda rows, sampled: batches.append((rows, sampled)),
+    )
+    for rows, sampled in batches:
+        for number, row in enumerate(rows):
+            ids = torch.tensor([prompts[row] + completions[row]])
+            for model, states in zip(models, sampled[2:], strict=True):
+                expected = model.base_model(ids).last_hidden_state[0, len(prompts[row]) - 1 : -1]
+                found = states[number, : len(completions[row])]
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_longrope_is_refused_where_a_sequence_may_cross_its_original_length(tmp_path):
+    """Beyond it all positions of a batch are rotated otherwise, also those that are in the cache."""
+    models = [build("phi3", seed=seed) for seed in (0, 1)]
+    parameters = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    models[0].config.rope_parameters = {**parameters, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    assert max_context(models[1]) == 128
+    prompts = {"prompt_ids": [[5], [5] * 5], "keys": None, "eos_token_ids": [], "pad_token_id": 1}
+    assert len(sample_prompts(models[0], **prompts, max_new_tokens=19)[1]) == 19
+    with pytest.raises(UserError, match=r"A prompt of 5 tokens and max_new_tokens=20 cross .*=24 of Phi3ForCausalLM"):
+        sample_prompts(models[1], **prompts, max_new_tokens=20, teacher=models[0], alpha=0.1)
+    trainer = make_trainer(tmp_path, *models, max_completion_length=20)
+    with pytest.raises(
+        UserError, match=r"exceed the models' original_max_position_embeddings \(.*LongRoPE.*\) of 24\."
+    ):
+        trainer.train()
+
+
+def test_architecture_that_does_not_name_its_body_is_refused():
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    options |= {"vocab_size": 60, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    llama4 = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **options, pad_token_id=1))
+    with pytest.raises(UserError, match=r"\(Llama4ForCausalLM\) cannot be run without its LM head"):
+        check_head(llama4, "student")
 
 
 class Run(NamedTuple):
@@ -259,9 +320,10 @@ def test_padded_vocabularies_train_like_those_cut_to_the_rows_they_share(
 
 def test_page_lists_what_is_run_here():
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    header, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")
-    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    header, *trained = (line for line in lines if len(line) == 2 + len(WAYS) and "---" not in line[0])
     assert header[2:] == list(WAYS)
-    assert [row[0].strip("`") for row in rows] == FAMILIES
-    assert all(cell == "CPU" for row in rows for cell in row[2:])
+    assert [row[0].strip("`") for row in trained] == FAMILIES
+    assert all(cell == "CPU" for row in trained for cell in row[2:])
+    _, *scored = (line for line in lines if len(line) == 2 and "---" not in line[0])
+    assert [row[0].strip("`") for row in scored] == OTHER_FAMILIES

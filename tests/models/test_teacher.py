@@ -9,10 +9,10 @@ from tokenizers import normalizers
 from transformers import BitsAndBytesConfig
 
 from minillm_trl import MiniLLMConfig
+from minillm_trl.models.context import max_context
 from minillm_trl.models.teacher import (
     check_same_tokenizer,
     load_teacher,
-    max_context,
     place_teacher,
     shard_blocks,
     shared_vocab_size,
