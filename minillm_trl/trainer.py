@@ -18,6 +18,7 @@ from .models.fused_head import ScoreRequest, TokenScores
 from .models.quantization import keep_4bit_layout
 from .objectives import importance_weights, mixture_logps, token_rewards
 from .rollouts.buffer import Batch, sequences
+from .rollouts.sampler import ScoredRows
 from .training.checks import check_arguments, check_completion_ids, check_machine, check_model, check_rollout_logps
 from .training.ends_of_run import settle_ends
 from .training.language_modeling import LanguageModelingBatches, language_modeling_request
@@ -32,6 +33,7 @@ from .training.nonfinite_rows import (
     warn_of_faults,
 )
 from .training.resumable_rollouts import number_prompts
+from .training.rollout_in_progress import RolloutInProgress
 from .training.run_settings import describe_dataset, describe_model
 from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
@@ -230,12 +232,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         alpha: float,
         behavior_logps: torch.Tensor | None = None,
         baseline: str = "none",
+        sampled: ScoredRows | None = None,
         log: bool = False,
     ) -> tuple[Batch, dict[int, str]]:
         """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
         mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
-        scores = self._score_rollout(batch)
+        scores = self._score_rollout(batch, ScoredRows() if sampled is None else sampled)
         kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
         rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
         if behavior_logps is None:
@@ -271,14 +274,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
-        prompt_index, inputs = self._take_rows(inputs)
-        self._turn, self._sampled = 0, []
-        self._wants_old_logps = self._grpo_scores_rollouts
+        prompt_index, counts, inputs = self._take_rows(inputs)
+        self._rollout = rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
-        batch["completion_mask"] = batch["completion_mask"] * self._counts[:, None]
-        batch["completion_mask"][self._empty_rows] = 0
+        batch["completion_mask"] = batch["completion_mask"] * counts[:, None]
+        batch["completion_mask"][rollout.empty_rows] = 0
         alpha = self.args.teacher_mixed_alpha if training else 0.0
         # an evaluation has none: its values would depend on what else is in the batch
         baseline = self.args.advantage_baseline if training else "none"
@@ -288,21 +290,21 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if not self.use_vllm:  # with vLLM they belong to GRPO's correction of the sampling mismatch
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
-        batch, faults = self._score_rollouts(batch, alpha, behavior_logps, baseline, log=True)
+        batch, faults = self._score_rollouts(batch, alpha, behavior_logps, baseline, rollout.scores, log=True)
         if self.reward_funcs:
-            faults |= self._mark_endless_rewards(batch["faulty"])
+            faults |= self._mark_infinite_rewards(batch["faulty"])
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         batch["half"] = self._halves(len(batch["prompt_ids"]))
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
         names = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in names if name in output}
         if not training:
-            batch["counts"] = self._counts
-        self._sampled = []
+            batch["counts"] = counts
         faults |= explain_values(batch)
         batch["faulty"][list(faults)] = True
         warn_of_faults(faults, [row["prompt"] for row in inputs], prompt_index)
         self._log_rollouts(inputs, batch)
+        self._rollout = RolloutInProgress(counts)  # frees the scores
         return batch
 
     def _prepare_inputs(self, generation_batch):
@@ -336,7 +338,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             attention_mask,
             mask,
             self.temperature,
-            self._teacher_states_of(inputs),
+            self._teacher.hidden_states_of(inputs),
             self.args.kd_temperature,
             loss=loss_of_tokens,
             half=inputs["half"] if self.model.training and "half" in inputs else None,

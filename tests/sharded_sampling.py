@@ -67,7 +67,7 @@ class ScriptedCalls(ScriptedFirstTurn):
         self.rows = []
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        turn = self._turn
+        turn = self._rollout.turn
         completions, logps = MiniLLMTrainer._generate_single_turn(self, prompt_ids, *args, **kwargs)
         self.rows.append(len(prompt_ids))
         calls = CALLS[self.state.global_step].get(self.accelerator.process_index, [])

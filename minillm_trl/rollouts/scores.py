@@ -42,6 +42,11 @@ class HeadStates(NamedTuple):
     head: LMHead
 
 
+def with_head(hidden_states: torch.Tensor | None, head: LMHead) -> HeadStates | None:
+    """Pair hidden states with the head that reads them; None without hidden states."""
+    return None if hidden_states is None else HeadStates(hidden_states, head)
+
+
 @dataclass(frozen=True)
 class RolloutScorer:
     """Computes [`RolloutScores`] from hidden states.
@@ -102,7 +107,7 @@ class RolloutScorer:
                 found += [None, None]
                 continue
             sampling, kd = self._log_probs(model.head.logits(model.hidden_states[part], self.vocab_size))
-            found += [each.gather(1, targets[:, None]).squeeze(1) for each in (sampling, kd)]
+            found += [logps.gather(1, targets[:, None]).squeeze(1) for logps in (sampling, kd)]
             log_probs += [sampling, kd]
         if self.expected_reward is None or len(log_probs) < 4:
             return *found, None

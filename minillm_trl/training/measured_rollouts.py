@@ -17,6 +17,7 @@ from .logged_metrics import (
     rouge_l_to_references,
 )
 from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
+from .rollout_in_progress import RolloutInProgress
 
 
 class MeasuredRollouts(ResumableRollouts):
@@ -27,17 +28,16 @@ class MeasuredRollouts(ResumableRollouts):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._rewards_per_func = torch.empty(0)  # of the last rollout, of all processes
-        self._endless_rewards = torch.empty(0)  # where they were infinite
         self._eval_rewards: list[torch.Tensor] = []
-        self._counts = torch.empty(0, dtype=torch.bool)  # which rows of the last rollout do, of this process
+        self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # a new one for each rollout
         self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the micro-batches of a step so far
 
-    def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]]]:
+    def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], torch.Tensor, list[dict[str, Any]]]:
         """Split off what was added to rows: their place in the dataset (-1 if unknown), and whether they count."""
-        self._counts = torch.tensor([FILLER not in row for row in rows], device=self.accelerator.device)
+        counts = torch.tensor([FILLER not in row for row in rows], device=self.accelerator.device)
         prompt_index = [row.get(PROMPT_INDEX, -1) for row in rows]
-        return prompt_index, [{name: row[name] for name in row if name not in (PROMPT_INDEX, FILLER)} for row in rows]
+        added = (PROMPT_INDEX, FILLER)
+        return prompt_index, counts, [{name: row[name] for name in row if name not in added} for row in rows]
 
     # Rewards
 
@@ -47,15 +47,16 @@ class MeasuredRollouts(ResumableRollouts):
         else:
             rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
         if not self.model.training:  # no mean has a filler in it
-            rewards = rewards.masked_fill(~self.accelerator.gather(self._counts)[:, None], torch.nan)
-        self._endless_rewards = rewards.isinf()
+            rewards = rewards.masked_fill(~self.accelerator.gather(self._rollout.counts)[:, None], torch.nan)
+        infinite = rewards.isinf()
         group = self.num_generations if self.model.training else self.num_generations_eval
-        self._rewards_per_func = replace_by_group_mean(rewards, self._endless_rewards, group)
-        return self._rewards_per_func
+        self._rollout.infinite_rewards = infinite
+        self._rollout.rewards = replace_by_group_mean(rewards, infinite, group)
+        return self._rollout.rewards
 
-    def _mark_endless_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
+    def _mark_infinite_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
         """Mark the completions of this process whose reward is infinite."""
-        mine = self._endless_rewards[self.accelerator.process_index * len(faulty) :][: len(faulty)]
+        mine = self._rollout.infinite_rewards[self.accelerator.process_index * len(faulty) :][: len(faulty)]
         faulty |= mine.any(dim=1)
         return {
             row: f"reward function {self.reward_func_names[function]} returned inf"
@@ -67,8 +68,8 @@ class MeasuredRollouts(ResumableRollouts):
         if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
             return group_advantages
         advantages = batch_advantages(
-            self._rewards_per_func,
-            self.reward_weights.to(self._rewards_per_func.device),
+            self._rollout.rewards,
+            self.reward_weights.to(self._rollout.rewards.device),
             scale=self.scale_rewards != "none",
             normalize_each=self.multi_objective_aggregation == "normalize_then_sum",
         )
@@ -138,8 +139,8 @@ class MeasuredRollouts(ResumableRollouts):
         ended = self._ended(batch)
         for name in [name for name in self._metrics[mode] if name.startswith("completions/")]:
             del self._metrics[mode][name]  # GRPO's, which are means of the means of rollouts
-        self._log_totals(completion_totals(mask.sum(dim=1), ended, values, self._counts))
-        counts = self.accelerator.gather(self._counts)
+        self._log_totals(completion_totals(mask.sum(dim=1), ended, values, self._rollout.counts))
+        counts = self.accelerator.gather(self._rollout.counts)
         self._log_rewards(mode, counts)
         self._log_table(batch, counts.tolist())
 
@@ -183,7 +184,7 @@ class MeasuredRollouts(ResumableRollouts):
         for name in dropped:
             self._metrics[mode].pop(name, None)
         if mode == "eval" and self.reward_funcs:
-            self._eval_rewards.append(self._rewards_per_func[counts])
+            self._eval_rewards.append(self._rollout.rewards[counts])
 
     def _log_table(self, batch: Batch, counts: list[bool]) -> None:
         """Correct the last rows of GRPO's table of completions, which has advantages without the teacher's."""

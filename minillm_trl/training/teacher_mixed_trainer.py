@@ -1,6 +1,6 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,14 +25,15 @@ from ..models.teacher import (
     is_sharded,
     place_new_teacher,
     shared_vocab_size,
-    teacher_hidden_states,
 )
 from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards
 from ..rollouts.buffer import Batch, assemble_rows, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
-from ..rollouts.sampling import COINS, TRAIN_TOKENS, Completions, evaluation_key, left_pad, sample_prompts
+from ..rollouts.rollout_teacher import RolloutTeacher
+from ..rollouts.sampler import RolloutSampler, ScoredRows
+from ..rollouts.sampling import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
 from .checks import check_prompt_ids
 from .logged_metrics import make_totals
@@ -52,10 +53,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ValueError: if teacher and student do not fit, or a head cannot be reproduced.
         """
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
-        self._turn = 0  # calls of generation within a rollout; tools make it several
-        self._sampled: list[tuple[list[int], RolloutScores]] = []  # what sampling leaves behind, by numbers of rows
-        self._wants_old_logps = False  # whether GRPO's first call for log-probs is for those of the rollout's policy
-        self._empty_rows: list[int] = []  # of the rollout function's completions
         if self.rollout_func is not None:
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
         # what the watch finds is logged too, so it comes before the callbacks that report
@@ -85,9 +82,15 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self._context_name = name_context(student, self.teacher_model)
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
-        self._teacher_head = LMHead.of(self.teacher_model).frozen(self.accelerator.device)
+        self._teacher = RolloutTeacher(
+            self.teacher_model,
+            LMHead.of(self.teacher_model).frozen(self.accelerator.device),
+            self.accelerator,
+            batch_size=self.args.per_device_train_batch_size,
+            kept_on=self.args.teacher_hidden_states,
+        )
         rebind_fused_head(self._student)
-        add_scoring(self._student, self.vocab_size, self._teacher_head)
+        add_scoring(self._student, self.vocab_size, self._teacher.head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
         if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
@@ -146,7 +149,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _fill_empty_completions(self, rollout_func: Callable) -> Callable:
         def filled(prompts: list, trainer: "TeacherMixedTrainer") -> dict[str, Any]:
-            output, self._empty_rows = fill_empty_completions(
+            output, self._rollout.empty_rows = fill_empty_completions(
                 rollout_func(prompts, trainer), self._tokenizer.pad_token_id
             )
             return output
@@ -161,7 +164,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return self._sample_turn(prompt_ids, self._turn_budget(prompt_ids)), None
 
     def _tool_call_loop(self, *args: Any):
-        self._turn = 1  # also after a rollout function
+        self._rollout.turn = 1  # also after a rollout function
         outputs = super()._tool_call_loop(*args)
         # without tool calls of its own, a process takes part in the turns of the others
         while self._collective_turns and (budget := self._turn_budget([])) is not None:
@@ -170,7 +173,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
         """Most tokens that a turn may sample, the same on all that take part; None where nobody has prompts."""
-        if self._turn == 0:  # everybody has some, which were checked before
+        if self._rollout.turn == 0:  # everybody has some, which were checked before
             return self.max_completion_length
         budget, longest = self.max_completion_length, max(map(len, prompt_ids), default=0)
         if self.max_context is not None:
@@ -181,27 +184,10 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return min((value for value in self.accelerator.gather(own).tolist() if value >= 0), default=None)
 
     def _sample_turn(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        training = self.model.training
-        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
-        if training:
-            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
-            keys = [(seed, TRAIN_TOKENS, step, first_row + row, self._turn) for row in range(len(prompt_ids))]
-        else:
-            first_row = process * self.args.eval_batch_size
-            keys = [
-                evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, self._turn)
-                for row, ids in enumerate(prompt_ids)
-            ]
-        first_turn = self._turn == 0  # later, tools have answered in between
-        self._turn += 1
-        shared = self.args.shared_coins  # coins of single rows take the rest of their key from the row
-        lockstep = is_sharded(self.teacher_model)
-        coin_key = (seed, COINS, step, 0 if lockstep else process, self._turn) if shared else (seed, COINS)
-        self._sampled = []
-
-        def score(rows: list[int], sampled: Completions) -> None:
-            self._sampled.append((rows, self._score_sampled(student, [prompt_ids[row] for row in rows], sampled)))
-
+        rollout = self._rollout
+        keys, coin_key = self._turn_keys(prompt_ids, rollout.turn)
+        first_turn = rollout.turn == 0  # later, tools have answered in between
+        rollout.turn += 1
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -211,25 +197,43 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ),
             self._sampling_model() as student,
         ):
-            return sample_prompts(
-                student,
-                prompt_ids,
-                keys=keys,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                temperature=self.temperature,
-                batch_size=self.args.sampling_batch_size,
-                teacher=self.teacher_model,
-                alpha=self.args.teacher_mixed_alpha if training and self.rollout_func is None else 0.0,
-                coin_key=coin_key,
-                shared_coins=shared,
-                vocab_size=self.vocab_size,
-                keep_states=first_turn,
-                compiled=self._compiled_decoding,
-                on_every_process=self._on_every_process if lockstep else None,
-                on_batch=score if first_turn else None,
-            )
+            sampled = self._sampler().sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn)
+        rollout.scores = sampled.scores
+        return sampled.completions
+
+    def _sampler(self) -> RolloutSampler:
+        """Return the sampler of a turn; an evaluation samples from the student alone."""
+        mixes = self.model.training and self.rollout_func is None
+        return RolloutSampler(
+            self._teacher,
+            self._scorer,
+            alpha=self.args.teacher_mixed_alpha if mixes else 0.0,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self._tokenizer.pad_token_id,
+            batch_size=self.args.sampling_batch_size,
+            shared_coins=self.args.shared_coins,
+            compiled=self._compiled_decoding,
+            on_every_process=self._on_every_process if is_sharded(self.teacher_model) else None,
+        )
+
+    def _turn_keys(self, prompt_ids: list[list[int]], turn: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+        """Return the keys of the random numbers of a turn: of each row's tokens, and of the coins."""
+        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
+        keys: list[tuple[int, ...]]
+        if self.model.training:
+            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
+            keys = [(seed, TRAIN_TOKENS, step, first_row + row, turn) for row in range(len(prompt_ids))]
+        else:
+            first_row = process * self.args.eval_batch_size
+            keys = [
+                evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, turn)
+                for row, ids in enumerate(prompt_ids)
+            ]
+        if not self.args.shared_coins:  # the rest of their keys comes from the rows
+            return keys, (seed, COINS)
+        # a teacher that is sharded is called by all processes at once, so they share their coins
+        group = 0 if is_sharded(self.teacher_model) else process
+        return keys, (seed, COINS, step, group, turn + 1)
 
     @property
     def _grpo_scores_rollouts(self) -> bool:
@@ -260,63 +264,22 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     # Scoring
 
-    def _score_sampled(
-        self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
-    ) -> RolloutScores:
-        """Scores from the hidden states of sampling; the teacher's are missing where it did not have to run."""
-        states = sampled.teacher_hidden_states
-        if states is None and self._scorer.expected_reward is not None:  # while the student's states are there
-            prompts = [each.to(sampled.ids.device) for each in left_pad(prompt_ids, self._tokenizer.pad_token_id)]
-            ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
-            states = self._teacher_states(ids, mask, sampled.mask.shape[1])
-        scores = self._scorer.score(
-            sampled.ids,
-            sampled.mask,
-            HeadStates(sampled.student_hidden_states, LMHead.of(student)),
-            None if states is None else HeadStates(states, LMHead.of(self.teacher_model)),
-        )
-        return scores._replace(teacher_hidden_states=self._keep(states))
-
-    def _sampled_scores(self, name: str, mask: torch.Tensor) -> torch.Tensor | None:
-        """The field `name` of the scores that sampling has left behind for the completions of `mask`, if it has."""
-        parts = [(rows, getattr(scores, name)) for rows, scores in self._sampled]
-        if not parts or any(part is None for _, part in parts):
-            return None
-        return assemble_rows(parts, *mask.shape)
-
-    def _keep(self, teacher_states: torch.Tensor | None) -> torch.Tensor | None:
-        where = self.args.teacher_hidden_states
-        if teacher_states is None or where == "recompute":
-            return None
-        return teacher_states.cpu() if where == "cpu" else teacher_states
-
-    def _teacher_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-        batch_size = self.args.per_device_train_batch_size
-        with self.accelerator.autocast():
-            return teacher_hidden_states(self.teacher_model, input_ids, attention_mask, length, batch_size)
-
-    def _teacher_states_of(self, inputs: Batch) -> torch.Tensor:
-        if "teacher_hidden_states" in inputs:
-            return inputs["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
-        input_ids, attention_mask, mask = sequences(inputs)
-        return self._teacher_states(input_ids, attention_mask, mask.shape[1])
-
-    def _score_rollout(self, batch: Batch) -> RolloutScores:
-        """Scores of both models: what sampling has left behind, and a pass of each model for what it has not."""
+    def _score_rollout(self, batch: Batch, sampled: ScoredRows) -> RolloutScores:
+        """Return scores of both models: those known from sampling, and the others from a pass of each model."""
         input_ids, attention_mask, mask = sequences(batch)
-        scores = RolloutScores(*(self._sampled_scores(name, mask) for name in RolloutScores._fields))
+        scores = sampled.assemble(mask.shape)
         if scores.student_logps is None:
             scores = self._score_student(input_ids, attention_mask, mask)
         if scores.teacher_logps is None:
-            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+            states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
             with self.accelerator.autocast():
                 teacher = self._scorer.score(
-                    batch["completion_ids"], mask, teacher=HeadStates(states, self._teacher_head)
+                    batch["completion_ids"], mask, teacher=HeadStates(states, self._teacher.head)
                 )
             scores = scores._replace(
                 teacher_logps=teacher.teacher_logps,
                 teacher_kd_logps=teacher.teacher_kd_logps,
-                teacher_hidden_states=self._keep(states),
+                teacher_hidden_states=self._teacher.keep(states),
             )
         return scores
 
@@ -326,20 +289,22 @@ class TeacherMixedTrainer(MeasuredRollouts):
         """Scores by a pass of the student, and by one of the teacher before it where both have to be there at once."""
         states = None
         if self._scorer.expected_reward is not None:
-            states = self._teacher_states(input_ids, attention_mask, mask.shape[1])
+            states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
         request = RolloutRequest(input_ids, attention_mask, mask, self._scorer, states)
         scores = self._score_without_gradient(self.model, request)
-        return scores._replace(teacher_hidden_states=self._keep(states))
+        return scores._replace(teacher_hidden_states=self._teacher.keep(states))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
     ):
         mask = attention_mask[:, -logits_to_keep:].bool()
-        if self._wants_old_logps:
-            self._wants_old_logps = False
-            if not self._sampled:  # so that the student need not run again to score the rollout
-                self._sampled = [(list(range(len(mask))), self._score_student(input_ids, attention_mask, mask))]
-            return self._sampled_scores("student_logps", mask), None, None
+        rollout = self._rollout
+        if rollout.wants_old_logps:
+            rollout.wants_old_logps = False
+            if not rollout.scores.parts:  # so that the student need not run again to score the rollout
+                every_row = list(range(len(mask)))
+                rollout.scores.parts.append((every_row, self._score_student(input_ids, attention_mask, mask)))
+            return rollout.scores.field("student_logps", mask.shape), None, None
         # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
         scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
         return scores.logps, scores.entropy, None

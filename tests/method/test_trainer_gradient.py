@@ -255,7 +255,7 @@ def test_student_equal_to_teacher_gives_zero_loss_and_gradient(tmp_path):
 def test_token_impossible_for_the_teacher_is_reported(tmp_path, options: dict):
     trainer = build_trainer(tmp_path, **options)
     never = torch.tensor([0.0, 0.0, -torch.inf]).double()
-    trainer._teacher_head = dataclasses.replace(trainer._teacher_head, bias=never)
+    trainer._teacher.head = dataclasses.replace(trainer._teacher.head, bias=never)
     with pytest.raises(FloatingPointError, match=r"teacher gives probability zero at token 2 \('b'\)"):
         trainer.score_rollouts(*batch_of(slice(0, None)))
 

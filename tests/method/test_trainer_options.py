@@ -257,7 +257,7 @@ class ScriptedFirstTurn(MiniLLMTrainer):
     CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        first = self._turn == 0
+        first = self._rollout.turn == 0
         completions, logps = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         if first:
             call = self._tokenizer(self.CALL)["input_ids"]

@@ -359,8 +359,8 @@ class TestTrainer:
         trainer.model.train()
         score = trainer._score_rollout
 
-        def broken(batch):
-            scores = score(batch)
+        def broken(batch, sampled):
+            scores = score(batch, sampled)
             scores.teacher_kd_logps[3, 0] = torch.nan
             return scores
 
@@ -386,7 +386,7 @@ class TestTrainer:
         trainer = make_trainer(tmp_path, reward_estimator="expected", teacher_mixed_alpha=0.0)
         bias = torch.zeros(trainer.vocab_size)
         bias[7] = -torch.inf
-        add_scoring(trainer.model, trainer.vocab_size, dataclasses.replace(trainer._teacher_head, bias=bias))
+        add_scoring(trainer.model, trainer.vocab_size, dataclasses.replace(trainer._teacher.head, bias=bias))
         ids = torch.tensor([[5, 6]])
         everywhere = torch.ones_like(ids)
         with pytest.raises(FloatingPointError, match=r"expected reward is -inf at token 5 .*set reward_clip"):

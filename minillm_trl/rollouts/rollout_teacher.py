@@ -1,0 +1,48 @@
+"""`RolloutTeacher`: the teacher's hidden states, cached during sampling or computed, and kept for the updates."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..models.lm_head import LMHead
+from ..models.teacher import teacher_hidden_states
+from .buffer import Batch, sequences
+
+
+@dataclass
+class RolloutTeacher:
+    """The frozen teacher as rollouts and the updates on them use it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the teacher, not wrapped, in eval mode.
+        head ([`LMHead`]): its head, frozen, on the device of the updates.
+        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        batch_size (`int`): rows of one forward pass.
+        kept_on (`str`): where the buffer keeps hidden states: `"device"`, `"cpu"`, or nowhere (`"recompute"`).
+    """
+
+    model: PreTrainedModel
+    head: LMHead
+    accelerator: Accelerator
+    batch_size: int
+    kept_on: str
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens."""
+        with self.accelerator.autocast():
+            return teacher_hidden_states(self.model, input_ids, attention_mask, length, self.batch_size)
+
+    def hidden_states_of(self, batch: Batch) -> torch.Tensor:
+        """Return the hidden states of a batch's completions `(B, T, H)` from the buffer, or else from a pass."""
+        if "teacher_hidden_states" in batch:
+            return batch["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
+        input_ids, attention_mask, mask = sequences(batch)
+        return self.hidden_states(input_ids, attention_mask, mask.shape[1])
+
+    def keep(self, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what the buffer keeps of hidden states; None if it recomputes them."""
+        if hidden_states is None or self.kept_on == "recompute":
+            return None
+        return hidden_states.cpu() if self.kept_on == "cpu" else hidden_states

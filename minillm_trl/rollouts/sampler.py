@@ -1,0 +1,144 @@
+"""`RolloutSampler`: prompts and keys of random numbers in, completions with their scores out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ..models.lm_head import LMHead
+from .buffer import assemble_rows
+from .decoding import CompiledDecoding
+from .rollout_teacher import RolloutTeacher
+from .sampling import Completions, left_pad, sample_prompts
+from .scores import RolloutScorer, RolloutScores, with_head
+
+
+@dataclass
+class ScoredRows:
+    """Scores of the rows of a rollout, in the parts that they were computed in.
+
+    Args:
+        parts (`list[tuple[list[int], RolloutScores]]`): numbers of rows, and the scores of their completions.
+    """
+
+    parts: list[tuple[list[int], RolloutScores]] = field(default_factory=list)
+
+    def field(self, name: str, shape: torch.Size) -> torch.Tensor | None:
+        """Return one field of the scores for all rows, padded to `shape` `(B, T)`; None if a part lacks it."""
+        values = [(rows, getattr(scores, name)) for rows, scores in self.parts]
+        if not values or any(value is None for _, value in values):
+            return None
+        return assemble_rows(values, *shape)
+
+    def assemble(self, shape: torch.Size) -> RolloutScores:
+        """Return the scores of all rows, padded to `shape` `(B, T)`."""
+        return RolloutScores(*(self.field(name, shape) for name in RolloutScores._fields))
+
+
+class SampledTurn(NamedTuple):
+    """What one call of the sampler returns.
+
+    Attributes:
+        completions (`list[list[int]]`): token ids in the order of the prompts, the end-of-sequence token included.
+        scores ([`ScoredRows`]): their scores, detached; empty unless asked for.
+    """
+
+    completions: list[list[int]]
+    scores: ScoredRows
+
+
+@dataclass(frozen=True)
+class RolloutSampler:
+    r"""Samples from the mixture of teacher and student, and scores what it samples.
+
+    The hidden states of a batch exist only while it is sampled, so it is scored at once: afterwards no model has to
+    run again for the log-probs. Tokens are drawn at the temperature of `scorer`, from the vocabulary that it scores.
+
+    Args:
+        teacher ([`RolloutTeacher`]): the teacher.
+        scorer ([`RolloutScorer`]): what is computed from the hidden states.
+        alpha (`float`): share of the teacher in the mixture; 0 samples from the student alone.
+        eos_token_ids (`Sequence[int]`): ids that end a completion.
+        pad_token_id (`int`): pads prompts and completions.
+        batch_size (`int`, *optional*): rows that are decoded together; all by default.
+        shared_coins (`bool`, *optional*, defaults to `True`): see [`sample_prompts`].
+        compiled ([`CompiledDecoding`], *optional*): of the student.
+        on_every_process (`Callable[[bool], bool]`, *optional*): for a teacher that is sharded over processes, see
+            [`~minillm_trl.rollouts.sampling.sample_completions`].
+    """
+
+    teacher: RolloutTeacher
+    scorer: RolloutScorer
+    alpha: float
+    eos_token_ids: Sequence[int]
+    pad_token_id: int
+    batch_size: int | None = None
+    shared_coins: bool = True
+    compiled: CompiledDecoding | None = None
+    on_every_process: Callable[[bool], bool] | None = None
+
+    def sample(
+        self,
+        student: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Sequence[tuple[int, ...]],
+        coin_key: tuple[int, ...],
+        max_new_tokens: int,
+        with_scores: bool = True,
+    ) -> SampledTurn:
+        """Sample one completion for each prompt.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`]): the student as it is now, not wrapped, in eval mode.
+            prompt_ids (`Sequence[Sequence[int]]`): prompts without padding. In a conversation with tools, a turn is a
+                call of its own: its prompts hold the turns before it and the tools' answers.
+            keys (`Sequence[tuple[int, ...]]`): key of each prompt's random numbers.
+            coin_key (`tuple[int, ...]`): key of the coins, see [`sample_prompts`].
+            max_new_tokens (`int`): length limit.
+            with_scores (`bool`, *optional*, defaults to `True`): whether to score the completions. The turns of a
+                conversation are scored together, once all are there.
+        """
+        scores = ScoredRows()
+
+        def score(rows: list[int], sampled: Completions) -> None:
+            scores.parts.append((rows, self._score(student, [prompt_ids[row] for row in rows], sampled)))
+
+        completions = sample_prompts(
+            student,
+            prompt_ids,
+            keys=keys,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+            temperature=self.scorer.temperature,
+            batch_size=self.batch_size,
+            teacher=self.teacher.model,
+            alpha=self.alpha,
+            coin_key=coin_key,
+            shared_coins=self.shared_coins,
+            vocab_size=self.scorer.vocab_size,
+            keep_states=with_scores,
+            compiled=self.compiled,
+            on_every_process=self.on_every_process,
+            on_batch=score if with_scores else None,
+        )
+        return SampledTurn(completions, scores)
+
+    def _score(
+        self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
+    ) -> RolloutScores:
+        """Score a batch from the hidden states of sampling; without coins the teacher has none."""
+        states = sampled.teacher_hidden_states
+        if states is None and self.scorer.expected_reward is not None:  # it needs both models' states at once
+            prompts = [part.to(sampled.ids.device) for part in left_pad(prompt_ids, self.pad_token_id)]
+            ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
+            states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1])
+        scores = self.scorer.score(
+            sampled.ids,
+            sampled.mask,
+            with_head(sampled.student_hidden_states, LMHead.of(student)),
+            with_head(states, LMHead.of(self.teacher.model)),
+        )
+        return scores._replace(teacher_hidden_states=self.teacher.keep(states))
