@@ -1,6 +1,41 @@
-"""`MiniLLMTrainer`: MiniLLM wired into TRL's `GRPOTrainer`. Formulas are in `objectives` and `fused_head`."""
+r"""`MiniLLMTrainer`: MiniLLM (arXiv 2306.08543) as TRL's `GRPOTrainer` with another sampler, advantage and loss.
 
-import textwrap
+The student writes completions and learns how much likelier the teacher finds them than the student itself does. This
+minimises the reverse KL of student to teacher, whose gradient has two terms at each token t (Eq. 3):
+
+    single step    grad KL(q(. | y_<t) || p(. | y_<t)), exact over the vocabulary
+    long term      -R_{t+1} grad log q(y_t | y_<t), where R_{t+1} sums log p - log q over the tokens after t
+
+What happens, and where:
+
+    1. sample      a coin for each token: student or teacher draws it (Eq. 4): `rollouts/sampler.py`
+    2. score       log-probs under both models, from the hidden states of sampling: `rollouts/scores.py`
+    3. weigh       rewards, returns (Eq. 6) and importance weights (Eq. 5), which are constants: `objectives.py`
+    4. deal        rows to optimizer steps and micro-batches, again for each pass: `rollouts/buffer.py`
+    5. update      both terms at each token, and L_PT on a corpus: `loss.py`, `training/language_modeling.py`
+
+What differs from GRPO:
+
+    1. Advantages belong to tokens and come from the teacher. Reward functions are optional and added to them.
+    2. The policy that samples is a mixture with the teacher, and the clipped ratio is relative to it.
+    3. A prompt needs one completion (`num_generations=1`); there is no group baseline unless `advantage_baseline`.
+    4. The single step is added to the clipped long term.
+    5. The loss is a mean over the tokens of an optimizer step on all processes (`loss_reduction`).
+    6. Logits exist for a chunk of tokens at a time, never for whole sequences.
+    7. Completions and optimizer steps with numbers that are not finite are left out, and named.
+
+What differs from the paper, by default:
+
+    1. The single step has no importance weight, as in the authors' code; only its variance differs.
+    2. The loss is the mean over tokens, as in the authors' code; `loss_reduction="sequence_sum"` is the paper's.
+    3. A return is divided by the number of tokens that it sums (T - t), where Eq. 6 writes T - t - 1.
+    4. Completions that are decoded together share their coins (`shared_coins`): each follows the mixture, but they
+       are not independent.
+    5. L_PT needs an `lm_dataset`.
+
+`docs/method.md` has the equations. The overrides of TRL are below, each with a line that says what TRL does there.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -8,31 +43,24 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from .config import MiniLLMConfig
 from .errors import UserError
 from .hardware.precision import keep_adapters_in_float32
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
 from .masking import normalize_loss
+from .models.dropout import disable_dropout
+from .models.encoding import added_tokens, without_extra_tokens
 from .models.fused_head import ScoreRequest, TokenScores
 from .models.quantization import keep_4bit_layout
-from .objectives import importance_weights, mixture_logps, token_rewards
 from .rollouts.buffer import Batch, sequences
-from .rollouts.sampler import ScoredRows
-from .training.checks import check_arguments, check_completion_ids, check_machine, check_model, check_rollout_logps
+from .training.checks import check_arguments, check_machine, check_model, check_prompt_ids, check_rollout_logps
 from .training.ends_of_run import settle_ends
-from .training.language_modeling import LanguageModelingBatches, language_modeling_request
-from .training.logged_metrics import completion_sums, loss_totals, token_totals
-from .training.nonfinite_rows import (
-    explain_empty_step,
-    explain_faults,
-    explain_losses,
-    explain_values,
-    name_rows,
-    trained_rows,
-    warn_of_faults,
-)
-from .training.resumable_rollouts import number_prompts
+from .training.language_modeling import language_modeling_request
+from .training.model_card import PAPER
+from .training.nonfinite_rows import explain_empty_step, explain_values, trained_rows, warn_of_faults
+from .training.resumable_rollouts import EpochRepeatSampler, number_prompts
 from .training.rollout_in_progress import RolloutInProgress
 from .training.run_settings import describe_dataset, describe_model
 from .training.teacher_mixed_trainer import TeacherMixedTrainer
@@ -41,10 +69,8 @@ from .training.teacher_mixed_trainer import TeacherMixedTrainer
 class MiniLLMTrainer(TeacherMixedTrainer):
     r"""Distils a teacher into a student by minimising the reverse KL on the student's own samples (arXiv 2306.08543).
 
-    A rollout is a GRPO rollout with token-level advantages whose behavior policy is the teacher-student mixture. From
-    [`~trl.GRPOTrainer`] come prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and
-    logging; sampling, scoring and the loss are replaced. The private members of TRL relied on are pinned in
-    `tests/method/test_trl_contract.py`.
+    Prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and logging are those of
+    [`~trl.GRPOTrainer`]; sampling, scoring and the loss are replaced.
 
     Per rollout: one generation, which leaves the hidden states of both models behind, so that no model runs again to
     score (a teacher that did not sample runs once). Per inner pass: one student forward and backward, and no teacher.
@@ -84,18 +110,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     _tag_names = ("trl", "minillm")
     _name = "MiniLLM"
-    _paper = {  # noqa: RUF012 - overrides an attribute of GRPOTrainer
-        "title": "MiniLLM: On-Policy Distillation of Large Language Models",
-        "id": "2306.08543",
-        "citation": textwrap.dedent("""\
-            @inproceedings{gu2024minillm,
-                title     = {{MiniLLM: Knowledge Distillation of Large Language Models}},
-                author    = {Yuxian Gu and Li Dong and Furu Wei and Minlie Huang},
-                booktitle = {The Twelfth International Conference on Learning Representations},
-                year      = 2024,
-                url       = {https://arxiv.org/abs/2306.08543},
-            }"""),
-    }
+    _paper = PAPER  # for model cards
 
     def __init__(
         self,
@@ -152,28 +167,19 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             environment_factory=environment_factory,
         )
         if no_reward_funcs:  # an environment may have added rewards of its own behind it
-            for each in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-                del each[0]
+            for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del sources[0]
             self.reward_weights = self.reward_weights[1:]
         keep_4bit_layout(self.model)
         keep_adapters_in_float32(self.model)
         check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
-            _disable_dropout(self.model)
+            disable_dropout(self.model)
         self._given = {"teacher_model": describe_model(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
         self._add_teacher(teacher_model)
         settle_ends(self, teacher_tokenizer)
         self._lm_window: list[Batch] = []
-        self._lm_batches = None
-        if lm_dataset is not None:
-            self._lm_batches = LanguageModelingBatches(
-                lm_dataset,
-                self._tokenizer,
-                max_length=min(args.lm_max_length, self.max_context or args.lm_max_length),
-                batch_size=args.lm_batch_size or args.per_device_train_batch_size,
-                seed=args.seed,
-                chat_template_kwargs=self.chat_template_kwargs,
-            )
+        self._lm_batches = None if lm_dataset is None else self._make_lm_batches(lm_dataset)
 
     # Scoring
 
@@ -199,7 +205,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             rewards, nats, less the baseline if there is one, with the given rows as the buffer),
             `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is now),
             `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
-            `(B, T)`, and, unless they are to be computed anew, `teacher_hidden_states` of shape `(B, T, H)`.
+            `(B, T)`, and, unless they are to be recomputed, `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
             ValueError: if the rows are not whole groups of `num_generations`, of which the baseline is a mean.
@@ -226,49 +232,58 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             raise FloatingPointError(f"Completion {row}: {fault}.")
         return batch
 
-    def _score_rollouts(
-        self,
-        batch: Batch,
-        alpha: float,
-        behavior_logps: torch.Tensor | None = None,
-        baseline: str = "none",
-        sampled: ScoredRows | None = None,
-        log: bool = False,
-    ) -> tuple[Batch, dict[int, str]]:
-        """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
-        mask = sequences(batch)[2]
-        check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
-        scores = self._score_rollout(batch, ScoredRows() if sampled is None else sampled)
-        kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
-        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
-        if behavior_logps is None:
-            behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
-        long_term_weights, single_step_weights = importance_weights(
-            scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
-        )
-        # the log-probs, not the rewards: a clip hides a teacher that gives a sampled token probability zero
-        faults = explain_faults(
-            *kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer, scores.expected_rewards
-        )
-        faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        faulty[list(faults)] = True
-        batch = {
-            **batch,
-            "faulty": faulty,
-            "advantages": self._advantages(rewards, scores.expected_rewards, mask, faulty, baseline, log),
-            "old_per_token_logps": behavior_logps.detach(),
-            "student_logps": scores.student_logps,
-            "long_term_weights": long_term_weights,
-            "single_step_weights": single_step_weights,
-        }
-        if scores.teacher_hidden_states is not None:
-            batch["teacher_hidden_states"] = scores.teacher_hidden_states
-        return batch, faults
+    # Overrides of TRL: rollouts
 
-    def _explain_loss(self, loss: float, inputs: Batch) -> str:
-        return f"the loss is {loss} with {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
+        # TRL: repeats prompts for groups and reused rollouts, in an order that follows from the epochs run so far
+        return EpochRepeatSampler.of(super()._get_train_sampler(dataset))
+
+    def _tokenize_prompts(self, prompts: list):
+        # TRL: applies the chat template, and encodes; text gets what the tokenizer adds to every text
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str):
+            prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
+        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context, self._context_name)
+        return prompt_ids, images, multimodal_fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        # TRL: samples from the student by `generate` or vLLM; also called for each turn after the tools have answered
+        if self._decodes_with_trl:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        return self._sample_turn(prompt_ids, self._turn_budget(prompt_ids)), None
+
+    def _tool_call_loop(self, *args: Any):
+        # TRL: calls tools and samples the next turns, on each process until its own completions call none
+        self._rollout.turn = 1  # also after a rollout function
+        outputs = super()._tool_call_loop(*args)
+        # without tool calls of its own, a process takes part in the turns of the others
+        while self._collective_turns and (budget := self._turn_budget([])) is not None:
+            self._sample_turn([], budget)
+        return outputs
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
+    ):
+        # TRL: scores completions from whole logits, and left-padded GPT-2 wrongly, as it passes no position_ids
+        mask = attention_mask[:, -logits_to_keep:].bool()
+        if self._rollout.wants_old_logps:
+            self._rollout.wants_old_logps = False
+            return self._old_logps(input_ids, attention_mask, mask), None, None
+        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
+        return scores.logps, scores.entropy, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        # TRL: calls the reward functions, and gathers their values from all processes
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+        return self._note_rewards(rewards)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        # TRL: samples, rewards, and computes an advantage for each completion
         with self._teacher_phase:
             return self._generate_and_score(inputs)
 
@@ -307,9 +322,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self._rollout = RolloutInProgress(counts)  # frees the scores
         return batch
 
-    def _prepare_inputs(self, generation_batch):
-        batch = super()._prepare_inputs(generation_batch)
-        if self._lm_batches is None or not self.model.training:
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
+        # TRL: samples once the buffer is used up, shuffles it, and returns its next micro-batch
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        batch = self._next_micro_batch(generation_batch)
+        if self._lm_batches is None:
             return batch
         accumulation = self.args.gradient_accumulation_steps
         micro_step = self._step % accumulation
@@ -317,9 +335,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             self._lm_window = self._lm_batches.load_window(self.state.global_step, accumulation, self.accelerator)
         return {**batch, "lm": self._lm_window[micro_step]}
 
-    # Loss
+    # Overrides of TRL: updates
 
     def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
+        # TRL: GRPO's loss from the logits of whole sequences, divided by its choice of tokens or rows
         counts = inputs.get("counts", ~inputs["faulty"])
         if self.model.training:
             self._faults += explain_empty_step(inputs)
@@ -331,7 +350,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
         def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
             everywhere = torch.ones_like(rows, dtype=torch.bool)
-            return loss_terms({name: each[rows] for name, each in flat.items()}, scores, everywhere, **options).loss
+            return loss_terms(
+                {name: values[rows] for name, values in flat.items()}, scores, everywhere, **options
+            ).loss
 
         request = ScoreRequest(
             input_ids,
@@ -350,46 +371,26 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         scores, *lm_scores = self._score(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
-        rows = inputs["counts"].sum() if "counts" in inputs else len(mask)
-        totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask, rows)
-        if self.model.training:
-            self._faults += (late := explain_losses(terms.loss, inputs))
-            if late or inputs["faulty"].any():  # the latter is a row of padding; either would spoil the means
-                totals = totals._replace(values=torch.zeros_like(totals.values))
-        self._log_totals(totals)
-        if scores.term_gradients is not None:
-            self._log_gradients(scores.term_gradients, inputs["half"], mask)
-        if "prompt_index" in inputs:  # a batch of `score_rollouts` may have other numbers of rows on other processes
-            self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
-        if not self.model.training:
-            self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
+        self._log_update(terms, scores, inputs, mask, counts)
         loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         return loss
 
-    def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
-        values = {"objective/lm_cross_entropy": -scores.logps}
-        if scores.divergence is not None:
-            values["objective/lm_forward_kl"] = scores.divergence
-        self._log_totals(token_totals(values, lm["loss_mask"]))
-        return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
+    # Overrides of TRL: runs
 
-    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor:
-        of_sequences = self.args.loss_reduction == "sequence_sum"
-        total = inputs.get("window_rows" if of_sequences else "window_tokens")
-        if total is None:  # the batch counts as one optimizer step
-            own = torch.tensor(len(mask), device=mask.device) if of_sequences else mask.sum()
-            total = self.accelerator.reduce(own, reduction="sum")
-        return total / self.accelerator.num_processes
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in [`ReliableTrainer`]; each prompt is first checked for room for its completion."""
+        self._check_prompt_lengths()
+        return super().train(*args, **kwargs)
 
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    """Switch off what GRPOTrainer leaves on: probabilities that modules keep as plain numbers (OPT's, Falcon's)."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the completions that were left out, and in float16 the steps that overflowed."""
+        # TRL: adds the means of its metrics, and prints the completions of the last rollout
+        if "loss" in logs:
+            logs = {**logs, **self._counts_to_log()}
+        with self._completions_shown_once(is_end="train_runtime" in logs):
+            super().log(logs, start_time)
 
 
 def _teacher_is_the_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:

@@ -1,21 +1,28 @@
 """`MeasuredRollouts`: rewards and advantages of rollouts, and what GRPO logs of them, over all that count."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ..loss import LossTerms
 from ..masking import masked_mean, masked_moments
+from ..models.fused_head import TokenScores
 from ..objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
 from ..rollouts.buffer import Batch, sequences
 from .logged_metrics import (
     baseline_totals,
+    completion_sums,
     completion_totals,
     degeneration,
     gradient_totals,
+    loss_totals,
     reward_metrics,
     rouge_l_to_references,
 )
+from .nonfinite_rows import explain_losses, name_rows
 from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
 from .rollout_in_progress import RolloutInProgress
 
@@ -30,6 +37,7 @@ class MeasuredRollouts(ResumableRollouts):
         super().__init__(*args, **kwargs)
         self._eval_rewards: list[torch.Tensor] = []
         self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # a new one for each rollout
+        self._shown_at: int | None = None  # the step of the last log
         self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the micro-batches of a step so far
 
     def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], torch.Tensor, list[dict[str, Any]]]:
@@ -41,11 +49,8 @@ class MeasuredRollouts(ResumableRollouts):
 
     # Rewards
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self.reward_funcs:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            rewards = torch.zeros(len(prompts) * self.accelerator.num_processes, 1, device=self.accelerator.device)
+    def _note_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Return rewards `(B_all, F)` without infinite ones, and with NaN for rows that do not count; note them."""
         if not self.model.training:  # no mean has a filler in it
             rewards = rewards.masked_fill(~self.accelerator.gather(self._rollout.counts)[:, None], torch.nan)
         infinite = rewards.isinf()
@@ -163,6 +168,38 @@ class MeasuredRollouts(ResumableRollouts):
         if 2 * unit > num_rows * self.accelerator.num_processes:
             unit = self.num_generations
         return rows // unit % 2
+
+    def _log_update(
+        self, terms: LossTerms, scores: TokenScores, inputs: Batch, mask: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Log what the loss of a micro-batch is made of; `counts` are the rows `(B,)` that count."""
+        rows = inputs["counts"].sum() if "counts" in inputs else len(mask)
+        totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask, rows)
+        if self.model.training:
+            self._faults += (late := explain_losses(terms.loss, inputs))
+            if late or inputs["faulty"].any():  # the latter is a row of padding; either would distort the means
+                totals = totals._replace(values=torch.zeros_like(totals.values))
+        self._log_totals(totals)
+        if scores.term_gradients is not None:
+            self._log_gradients(scores.term_gradients, inputs["half"], mask)
+        if "prompt_index" in inputs:  # a batch of `score_rollouts` may have other numbers of rows on other processes
+            self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
+        if not self.model.training:
+            self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
+
+    def _explain_loss(self, loss: float, inputs: Batch) -> str:
+        return f"the loss is {loss} with {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
+
+    @contextmanager
+    def _completions_shown_once(self, is_end: bool) -> Iterator[None]:
+        """Log without completions if this log ends a run at the step of a log that has shown them."""
+        wanted = self.log_completions
+        self.log_completions = wanted and not (is_end and self._shown_at == self.state.global_step)
+        try:
+            yield
+        finally:
+            self.log_completions = wanted
+        self._shown_at = self.state.global_step
 
     def _log_gradients(self, term_gradients: torch.Tensor, half: torch.Tensor, mask: torch.Tensor) -> None:
         """Note the gradients of a micro-batch by term and half, and log what those of the optimizer step say."""

@@ -45,13 +45,6 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     _overflow_counter: OverflowCounter | None
     _given: dict[str, dict[str, Any] | None]  # descriptions of the models and data beyond the student and the prompts
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> "EpochRepeatSampler":
-        sampler = super()._get_train_sampler(dataset)
-        return EpochRepeatSampler(
-            **{name: getattr(sampler, name) for name in ("data_source", "mini_repeat_count", "batch_size")},
-            **{name: getattr(sampler, name) for name in ("repeat_count", "shuffle", "seed")},
-        )
-
     def _blank(self, row: Row) -> Row:
         return {**row, FILLER: True}
 
@@ -59,9 +52,8 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     def _repeats_in_evaluation(self) -> int:
         return self.num_generations_eval
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
+    def _next_micro_batch(self, generation_batch: list[dict[str, Any]]) -> Batch:
+        """Return the next micro-batch of the buffer, which is filled by a rollout once it is used up."""
         accumulation = self.args.gradient_accumulation_steps
         if self._buffered_inputs is None:  # a resumed run starts at a fresh rollout, in step with the optimizer
             self._step = self.state.global_step * accumulation
@@ -161,6 +153,12 @@ class EpochRepeatSampler(RepeatSampler):
     """TRL's `RepeatSampler` whose order is a function of the epoch, the one that it has after that many epochs."""
 
     epoch = 0
+
+    @classmethod
+    def of(cls, sampler: RepeatSampler) -> "EpochRepeatSampler":
+        """Return a sampler with the settings of TRL's."""
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        return cls(**{name: getattr(sampler, name) for name in names})
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is read next."""

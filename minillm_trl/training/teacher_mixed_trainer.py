@@ -6,17 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from ..hardware.precision import OverflowCounter, configure_wrappers, half_precision
+from ..masking import normalize_loss
 from ..models.attention import avoid_cudnn_attention
 from ..models.context import max_context, name_context
-from ..models.encoding import added_tokens, without_extra_tokens
 from ..models.forward_methods import rebind_fused_head
-from ..models.fused_head import ScoreRequest, add_scoring
+from ..models.fused_head import ScoreRequest, TokenScores, add_scoring
 from ..models.lm_head import LMHead, check_head
 from ..models.student_copy import RolloutCopy, shards_student, student_of
 from ..models.teacher import (
@@ -28,16 +27,18 @@ from ..models.teacher import (
 )
 from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
-from ..objectives import expected_rewards
+from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
 from ..rollouts.buffer import Batch, assemble_rows, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.rollout_teacher import RolloutTeacher
 from ..rollouts.sampler import RolloutSampler, ScoredRows
 from ..rollouts.sampling import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
-from .checks import check_prompt_ids
-from .logged_metrics import make_totals
+from .checks import check_completion_ids
+from .language_modeling import LanguageModelingBatches
+from .logged_metrics import make_totals, token_totals
 from .measured_rollouts import MeasuredRollouts
+from .nonfinite_rows import explain_faults
 
 
 class TeacherMixedTrainer(MeasuredRollouts):
@@ -66,7 +67,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
         configure_wrappers(self.accelerator)
         # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
         self._rollout_copy = None
-        self._shown_at: int | None = None  # the step of the last log
         sharded = shards_student(self.accelerator)
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
@@ -130,22 +130,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
     def _student(self) -> PreTrainedModel:
         return student_of(self.model, self.accelerator)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in [`ReliableTrainer`]; each prompt is first checked for room for its completion."""
+    def _check_prompt_lengths(self) -> None:
+        """Check that each prompt leaves room for its completion."""
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for dataset in (self.train_dataset, *datasets.values()):
             # tools and environments add to prompts as they run; a stream's are checked as they come
             if self.max_context is not None and isinstance(dataset, Dataset) and not (self.tools or self.environments):
                 for start in range(0, len(dataset), 1000):
                     self._tokenize_prompts(dataset[start : start + 1000]["prompt"])
-        return super().train(*args, **kwargs)
-
-    def _tokenize_prompts(self, prompts: list):
-        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        if isinstance(prompts[0], str):
-            prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
-        check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context, self._context_name)
-        return prompt_ids, images, multimodal_fields
 
     def _fill_empty_completions(self, rollout_func: Callable) -> Callable:
         def filled(prompts: list, trainer: "TeacherMixedTrainer") -> dict[str, Any]:
@@ -155,21 +147,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
             return output
 
         return filled
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self._decodes_with_trl:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        return self._sample_turn(prompt_ids, self._turn_budget(prompt_ids)), None
-
-    def _tool_call_loop(self, *args: Any):
-        self._rollout.turn = 1  # also after a rollout function
-        outputs = super()._tool_call_loop(*args)
-        # without tool calls of its own, a process takes part in the turns of the others
-        while self._collective_turns and (budget := self._turn_budget([])) is not None:
-            self._sample_turn([], budget)
-        return outputs
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
         """Most tokens that a turn may sample, the same on all that take part; None where nobody has prompts."""
@@ -264,6 +241,45 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     # Scoring
 
+    def _score_rollouts(
+        self,
+        batch: Batch,
+        alpha: float,
+        behavior_logps: torch.Tensor | None = None,
+        baseline: str = "none",
+        sampled: ScoredRows | None = None,
+        log: bool = False,
+    ) -> tuple[Batch, dict[int, str]]:
+        """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
+        mask = sequences(batch)[2]
+        check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
+        scores = self._score_rollout(batch, ScoredRows() if sampled is None else sampled)
+        kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
+        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
+        if behavior_logps is None:
+            behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
+        long_term_weights, single_step_weights = importance_weights(
+            scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
+        )
+        # the log-probs, not the rewards: a clip hides a teacher that gives a sampled token probability zero
+        faults = explain_faults(
+            *kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer, scores.expected_rewards
+        )
+        faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        faulty[list(faults)] = True
+        batch = {
+            **batch,
+            "faulty": faulty,
+            "advantages": self._advantages(rewards, scores.expected_rewards, mask, faulty, baseline, log),
+            "old_per_token_logps": behavior_logps.detach(),
+            "student_logps": scores.student_logps,
+            "long_term_weights": long_term_weights,
+            "single_step_weights": single_step_weights,
+        }
+        if scores.teacher_hidden_states is not None:
+            batch["teacher_hidden_states"] = scores.teacher_hidden_states
+        return batch, faults
+
     def _score_rollout(self, batch: Batch, sampled: ScoredRows) -> RolloutScores:
         """Return scores of both models: those known from sampling, and the others from a pass of each model."""
         input_ids, attention_mask, mask = sequences(batch)
@@ -294,20 +310,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
         scores = self._score_without_gradient(self.model, request)
         return scores._replace(teacher_hidden_states=self._teacher.keep(states))
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
-    ):
-        mask = attention_mask[:, -logits_to_keep:].bool()
-        rollout = self._rollout
-        if rollout.wants_old_logps:
-            rollout.wants_old_logps = False
-            if not rollout.scores.parts:  # so that the student need not run again to score the rollout
-                every_row = list(range(len(mask)))
-                rollout.scores.parts.append((every_row, self._score_student(input_ids, attention_mask, mask)))
-            return rollout.scores.field("student_logps", mask.shape), None, None
-        # GRPO's version passes no position_ids, which scores left-padded GPT-2 wrongly
-        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
-        return scores.logps, scores.entropy, None
+    def _old_logps(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the student's log-probs of the rollout in progress, which later serve to score it as well."""
+        scores = self._rollout.scores
+        if not scores.parts:
+            scores.parts.append((list(range(len(mask))), self._score_student(input_ids, attention_mask, mask)))
+        return scores.field("student_logps", mask.shape)
 
     def _score(self, model, *requests: ScoreRequest | RolloutRequest) -> list[Any]:
         with self.accelerator.autocast():
@@ -349,17 +359,37 @@ class TeacherMixedTrainer(MeasuredRollouts):
             counts = self._compiled_decoding.take_counts()
             self._log_totals(make_totals({"rollout/compiled_steps": counts}, self.accelerator.device))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the completions that were left out, and in float16 the steps that overflowed."""
-        if "loss" in logs:
-            logs = {**logs, "nonfinite_completions": float(self._nonfinite_completions)}
-        if self._overflow_counter is not None and "loss" in logs:
-            logs = {**logs, **self._overflow_counter.metrics(self.model_wrapped)}
-        wanted = self.log_completions
-        # what ends a run is logged at the step of a log that has shown the completions
-        self.log_completions = wanted and not ("train_runtime" in logs and self._shown_at == self.state.global_step)
-        try:
-            super().log(logs, start_time)
-        finally:
-            self.log_completions = wanted
-        self._shown_at = self.state.global_step
+    def _counts_to_log(self) -> dict[str, float]:
+        """Return the completions that were left out so far, and in float16 the steps that overflowed."""
+        counts = {"nonfinite_completions": float(self._nonfinite_completions)}
+        if self._overflow_counter is not None:
+            counts |= self._overflow_counter.metrics(self.model_wrapped)
+        return counts
+
+    # Loss
+
+    def _make_lm_batches(self, lm_dataset: Dataset | IterableDataset) -> LanguageModelingBatches:
+        args = self.args
+        return LanguageModelingBatches(
+            lm_dataset,
+            self._tokenizer,
+            max_length=min(args.lm_max_length, self.max_context or args.lm_max_length),
+            batch_size=args.lm_batch_size or args.per_device_train_batch_size,
+            seed=args.seed,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
+        values = {"objective/lm_cross_entropy": -scores.logps}
+        if scores.divergence is not None:
+            values["objective/lm_forward_kl"] = scores.divergence
+        self._log_totals(token_totals(values, lm["loss_mask"]))
+        return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
+
+    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor:
+        of_sequences = self.args.loss_reduction == "sequence_sum"
+        total = inputs.get("window_rows" if of_sequences else "window_tokens")
+        if total is None:  # the batch counts as one optimizer step
+            own = torch.tensor(len(mask), device=mask.device) if of_sequences else mask.sum()
+            total = self.accelerator.reduce(own, reduction="sum")
+        return total / self.accelerator.num_processes
