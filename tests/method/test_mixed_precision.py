@@ -75,7 +75,7 @@ class TestConfigureWrappers:
 
     @pytest.mark.parametrize("kind", ["sft", "minillm"])
     def test_both_trainers_do_it(self, tmp_path, monkeypatch, kind: str):
-        place = {"sft": "baselines.fine_tuning", "minillm": "teacher_mixed_trainer"}[kind]
+        place = {"sft": "baselines.fine_tuning", "minillm": "training.teacher_mixed_trainer"}[kind]
         seen = []
         monkeypatch.setattr(f"minillm_trl.{place}.configure_wrappers", seen.append)
         torch.backends.cuda.enable_cudnn_sdp(True)
