@@ -10,5 +10,6 @@
   chunks of tokens, with closed-form gradients
 - `student_copy`: the copy of the student that samples rollouts
 - `reference`: checks of the reference model of `beta`; `fingerprints`: digests of models and datasets
+- `dropout`: dropout that modules keep as plain numbers
 - `forward_methods`, `activation_checkpointing`, `attention`: replaced `forward` methods, attention kernels
 """

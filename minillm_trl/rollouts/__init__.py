@@ -2,6 +2,7 @@
 
 - `sampling`: from the student or the teacher-student mixture, keyed random numbers, batches by length
 - `decoding`: KV caches, several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
+- `sampler`: prompts and keys in, completions with their scores out; `rollout_teacher`: the teacher's hidden states
 - `scores`: log-probs and expected rewards of a rollout under both models
 - `buffer`: the rows of a rollout, and how they are dealt to optimizer steps
 - `prompts`: completions of one model for a list of prompts, as evaluation and SeqKD need them

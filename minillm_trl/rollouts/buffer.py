@@ -116,4 +116,4 @@ def window_counts(batches: Sequence[Batch], accumulation_steps: int) -> dict[str
     tokens = torch.stack([sequences(batch)[2].sum() for batch in batches])
     rows = torch.stack([(~batch["faulty"]).sum() for batch in batches])
     counts = {"window_tokens": tokens, "window_rows": rows}
-    return {name: each.view(-1, accumulation_steps).sum(dim=1) for name, each in counts.items()}
+    return {name: values.view(-1, accumulation_steps).sum(dim=1) for name, values in counts.items()}

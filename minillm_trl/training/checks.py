@@ -121,15 +121,15 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
         ValueError: naming the setting, the card and what to set instead.
     """
     kwargs = [args.model_init_kwargs or {}, args.teacher_model_init_kwargs or {}]
-    settings = [quantization_settings(each) for each in ({"quantization_config": quantization_config}, *kwargs)]
+    settings = [quantization_settings(given) for given in ({"quantization_config": quantization_config}, *kwargs)]
     machine = probe()
-    for attn_implementation in {each.get("attn_implementation") for each in kwargs}:
+    for attn_implementation in {given.get("attn_implementation") for given in kwargs}:
         for problem in problems(
             machine,
             bf16=args.bf16,
             fp16=args.fp16,
             attn_implementation=attn_implementation,
-            load_in_8bit=any(each.get("load_in_8bit", False) for each in settings),
+            load_in_8bit=any(setting.get("load_in_8bit", False) for setting in settings),
             use_cpu=args.use_cpu,
             compile_rollouts=args.compile_rollouts,
         ):
@@ -162,7 +162,7 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
             "nn.DataParallel; scores are not computed in its copies. Start a process for each GPU "
             "(--accelerate_config ddp_bf16 or v100_ddp_fp16), or let it see one: CUDA_VISIBLE_DEVICES=0."
         )
-    quantised = not all(each.is_floating_point() for each in trainer.model.parameters())
+    quantised = not all(parameter.is_floating_point() for parameter in trainer.model.parameters())
     wrapped = isinstance(trainer.model.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
     _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
 
@@ -274,7 +274,7 @@ def _check_tokenizers(
 ) -> PreTrainedTokenizerBase | None:
     """Check the student's tokenizer, and compare it with the teacher's, which is returned."""
     student_name, teacher_name = (
-        each if isinstance(each, str) else each.config._name_or_path for each in (model, teacher_model)
+        named if isinstance(named, str) else named.config._name_or_path for named in (model, teacher_model)
     )
     tokenizer = processing_class
     if tokenizer is None and student_name:

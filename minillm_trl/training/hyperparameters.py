@@ -57,7 +57,7 @@ def list_changes(given: Groups, before: Groups) -> list[tuple[str, Any, Any]]:
         for new, old in zip(given, before, strict=True)
         for name in _changed(new, old)
     ]
-    return sorted({str(each): each for each in changes}.values(), key=str)
+    return sorted({str(change): change for change in changes}.values(), key=str)
 
 
 def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
@@ -72,8 +72,8 @@ def kind_of(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
     return {
-        name: f"{type(each).__module__}.{type(each).__qualname__}"
-        for name, each in (
+        name: f"{type(part).__module__}.{type(part).__qualname__}"
+        for name, part in (
             ("optimizer", inner),
             ("schedule", _unwrapped(scheduler)),
         )
@@ -86,7 +86,7 @@ def _plain_entries(group: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, _PLAIN) or (
-            isinstance(value, Sequence) and all(isinstance(each, _PLAIN) for each in value)
+            isinstance(value, Sequence) and all(isinstance(number, _PLAIN) for number in value)
         ):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
@@ -98,9 +98,9 @@ def _set_base_rate(group: dict[str, Any], scheduler: Any, index: int, old: float
         group[_BASE_RATE] = new
     rate = float(group["lr"]) / old * new if old else new
     _set_rate(group, rate)
-    for each in _nested(scheduler):
-        if index < len(getattr(each, "base_lrs", ())):
-            each.base_lrs[index] = new
+    for schedule in _nested(scheduler):
+        if index < len(getattr(schedule, "base_lrs", ())):
+            schedule.base_lrs[index] = new
 
 
 def _follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -30,7 +30,7 @@ def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequenc
 def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Rouge-L of each text to the `references` of its row, or to its `completion`; NaN where there is neither."""
     references = [_references(row) for row in rows]
-    return [rouge_l(text, each) if each else math.nan for text, each in zip(texts, references, strict=True)]
+    return [rouge_l(text, known) if known else math.nan for text, known in zip(texts, references, strict=True)]
 
 
 def _references(row: Mapping[str, Any]) -> list[str]:
@@ -55,7 +55,7 @@ class Totals(NamedTuple):
 def make_totals(sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> Totals:
     """[`Totals`] of a numerator and a denominator by name."""
     pairs = [
-        torch.stack([torch.as_tensor(each, dtype=torch.float64, device=device) for each in pair])
+        torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in pair])
         for pair in sums.values()
     ]
     return Totals(list(sums), torch.stack(pairs))
@@ -118,8 +118,8 @@ def completion_totals(
 
     sums = of_lengths(counts, "length") | of_lengths(counts & ended, "terminated_length")
     sums["completions/clipped_ratio"] = ((counts & ~ended).sum(), counts.sum())
-    for name, each in values.items():
-        known = torch.tensor(each, dtype=torch.float64, device=counts.device)[counts]
+    for name, of_rows in values.items():
+        known = torch.tensor(of_rows, dtype=torch.float64, device=counts.device)[counts]
         known = known[~known.isnan()]
         sums[name] = (known.sum(), len(known))
     return make_totals(sums, counts.device)

@@ -94,7 +94,8 @@ class MeasuredRollouts(ResumableRollouts):
         if not self.args.rkl_advantage:
             return torch.zeros_like(rewards)
         rewards, future_rewards = (
-            None if each is None else each.masked_fill(faulty[:, None], 0.0) for each in (rewards, expected_rewards)
+            None if values is None else values.masked_fill(faulty[:, None], 0.0)
+            for values in (rewards, expected_rewards)
         )
         advantages = reward_to_go(
             rewards,
@@ -121,8 +122,8 @@ class MeasuredRollouts(ResumableRollouts):
     def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
         """The baseline of each token, from the rows of all processes; tokens outside the mask are in no mean."""
         values, alive = (  # padding makes integers of a bool tensor
-            self.accelerator.gather(self.accelerator.pad_across_processes(each, dim=1))
-            for each in (returns, mask.int())
+            self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
+            for tensor in (returns, mask.int())
         )
         rows = torch.arange(len(values), device=values.device)
         groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
@@ -208,7 +209,7 @@ class MeasuredRollouts(ResumableRollouts):
         if not self.accelerator.sync_gradients:
             return
         gradients, tokens = (
-            self.accelerator.reduce(sum(each), reduction="sum") for each in zip(*self._term_gradients, strict=True)
+            self.accelerator.reduce(sum(parts), reduction="sum") for parts in zip(*self._term_gradients, strict=True)
         )
         self._term_gradients = []
         self._log_totals(gradient_totals(gradients, tokens))

@@ -72,6 +72,6 @@ def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
 def _known(metric: str) -> str | None:
     """The entry that describes a metric, if it is one of this package: the longest, as names may end in others."""
     name = metric.removeprefix("eval_")
-    found = [each for each in _DIRECTIONS if re.fullmatch(rf"([^/]*_)?{each}", name)]
-    exact = [each for each in found if re.fullmatch(each, name)]
+    found = [pattern for pattern in _DIRECTIONS if re.fullmatch(rf"([^/]*_)?{pattern}", name)]
+    exact = [pattern for pattern in found if re.fullmatch(pattern, name)]
     return max(exact or found, key=len, default=None)

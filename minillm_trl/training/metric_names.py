@@ -37,7 +37,7 @@ def check_metric_name(metric: str | None, known: Collection[str]) -> None:
     """
     if metric is None or (name := metric.removeprefix("eval_")) in known:
         return
-    names = [f"eval_{each}" for each in sorted(known)]
+    names = [f"eval_{name}" for name in sorted(known)]
     raise UserError(
         f"metric_for_best_model={metric!r} is no metric of an evaluation here.{nearest(f'eval_{name}', names)} There "
         f"are {', '.join(names)}."

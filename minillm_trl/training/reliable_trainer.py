@@ -125,7 +125,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
                 found = newest_whole_checkpoint(Path(self.args.output_dir), checksums=True)
             else:
                 found, damage = str(asked), find_damage(Path(asked))
-        damages = [each for each in gather_object([damage]) if each is not None]
+        damages = [text for text in gather_object([damage]) if text is not None]
         if damages:
             other = newest_whole_checkpoint(Path(asked).parent)
             raise CheckpointError(
@@ -196,9 +196,9 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         for name, saved in state.stateful_callbacks.items():
-            callbacks = [each for each in self.callback_handler.callbacks if type(each).__name__ == name]
-            for callback, each in zip(callbacks, saved if isinstance(saved, list) else [saved], strict=False):
-                for attribute, value in each.get("attributes", {}).items():
+            callbacks = [other for other in self.callback_handler.callbacks if type(other).__name__ == name]
+            for callback, kept in zip(callbacks, saved if isinstance(saved, list) else [saved], strict=False):
+                for attribute, value in kept.get("attributes", {}).items():
                     setattr(callback, attribute, value)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -213,9 +213,9 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
 
     def _stays_stopped(self) -> bool:
         """Whether what stopped the run would do so again: not where its patience has been raised since."""
-        patient = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        patient = [stop for stop in self.callback_handler.callbacks if isinstance(stop, EarlyStoppingCallback)]
         return not patient or any(
-            each.early_stopping_patience_counter >= each.early_stopping_patience for each in patient
+            stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in patient
         )
 
     def _run_epoch(self, **arguments: Any) -> None:

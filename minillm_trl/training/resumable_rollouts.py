@@ -83,16 +83,16 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()
         order = order[by_length(lengths[order], num_steps)]
         dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-        return self._count_windows([trim(each) for each in split_tensor_dict(dealt, self.args.steps_per_generation)])
+        return self._count_windows([trim(part) for part in split_tensor_dict(dealt, self.args.steps_per_generation)])
 
     def _count_windows(self, batches: list[Batch]) -> list[Batch]:
         window = self.args.gradient_accumulation_steps
         counts = {
-            name: self.accelerator.reduce(each, reduction="sum")
-            for name, each in window_counts(batches, window).items()
+            name: self.accelerator.reduce(count, reduction="sum")
+            for name, count in window_counts(batches, window).items()
         }
         return [
-            {**batch, **{name: each[i // window] for name, each in counts.items()}} for i, batch in enumerate(batches)
+            {**batch, **{name: sums[i // window] for name, sums in counts.items()}} for i, batch in enumerate(batches)
         ]
 
     def _forget_last_run(self) -> None:
@@ -190,12 +190,12 @@ def _pack(batches: list[Batch]) -> list[Batch]:
 
 def _plain(logged: Any) -> Any:
     """Nested dicts and deques as dicts and lists, which can be read back without running code."""
-    return {name: _plain(each) for name, each in logged.items()} if isinstance(logged, dict) else list(logged)
+    return {name: _plain(values) for name, values in logged.items()} if isinstance(logged, dict) else list(logged)
 
 
 def _extend(logged: defaultdict | Any, values: Any) -> None:
     if isinstance(values, dict):
-        for name, each in values.items():
-            _extend(logged[name], each)
+        for name, more in values.items():
+            _extend(logged[name], more)
     else:
         logged.extend(values)

@@ -58,7 +58,7 @@ class RunRecord(TrainerCallback):
         configuration: Sequence[Any],
         checkpoint: str | bool | None,
     ):
-        (args,) = (each for each in configuration if isinstance(each, TrainingArguments))
+        (args,) = (part for part in configuration if isinstance(part, TrainingArguments))
         self._writes = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._recipe = plain({**recipe, "fp16": args.fp16, "bf16": args.bf16})  # as chosen for this machine
@@ -75,10 +75,10 @@ class RunRecord(TrainerCallback):
             "resumed_from": checkpoint,
             "steps": None,
             "seconds": {},
-            "seeds": {each.name: getattr(args, each.name) for each in fields(args) if each.name.endswith("seed")},
+            "seeds": {entry.name: getattr(args, entry.name) for entry in fields(args) if entry.name.endswith("seed")},
             "data": {},
             "models": {},
-            "configuration": {type(each).__name__: plain(each) for each in configuration},
+            "configuration": {type(part).__name__: plain(part) for part in configuration},
             **environment(),
         }
 
@@ -200,7 +200,7 @@ def dataset_digest(dataset: Dataset) -> str:
 def environment() -> dict[str, Any]:
     """Versions, source, machine and processes."""
     machine, state = asdict(probe()), PartialState()
-    versions = {name: each for name, each in machine.pop("versions").items() if each is not None}
+    versions = {name: found for name, found in machine.pop("versions").items() if found is not None}
     more = {name: version(name) for name in ("tokenizers", "safetensors", "numpy")}
     return {
         "versions": {"minillm-trl": __version__, "python": platform.python_version(), **versions, **more},

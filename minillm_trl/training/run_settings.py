@@ -37,13 +37,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another in each proce
 def plain(value: Any) -> Any:
     """As JSON and YAML have it."""
     if is_dataclass(value):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted((plain(each) for each in value), key=str)
+        return sorted((plain(entry) for entry in value), key=str)
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, Enum):
         return value.value
     if value is None or isinstance(value, bool | int | float | str):
@@ -53,7 +53,7 @@ def plain(value: Any) -> Any:
 
 def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The fields that change what is trained, without secrets; those of the optimizer are with its groups."""
-    names = [each.name for each in fields(args)]
+    names = [entry.name for entry in fields(args)]
     kept = [name for name in names if not _WITHOUT_EFFECT.fullmatch(name) and name not in _OF_THE_OPTIMIZER]
     return redact({name: plain(getattr(args, name)) for name in kept})
 
@@ -63,7 +63,7 @@ def describe_dataset(dataset: Any) -> dict[str, Any] | None:
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: describe_dataset(each) for name, each in dataset.items()}
+        return {name: describe_dataset(part) for name, part in dataset.items()}
     if isinstance(dataset, Dataset):
         words = f"{len(dataset)} rows of {', '.join(dataset.column_names)}"
         return {"is": words, _DIGEST: dataset_fingerprint(dataset)}

@@ -57,7 +57,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if self.rollout_func is not None:
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
         # what the watch finds is logged too, so it comes before the callbacks that report
-        self.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, DegenerationWatch))
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, DegenerationWatch))
         half = half_precision(self.accelerator)
         self._overflow_counter = None
         if half is torch.float16:

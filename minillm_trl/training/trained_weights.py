@@ -34,10 +34,10 @@ def stuck_share(weights: Iterable[torch.Tensor], step: float) -> float:
         `float` in [0, 1]; 0 without weights.
     """
     weights = list(weights)
-    total = sum(each.numel() for each in weights)
+    total = sum(weight.numel() for weight in weights)
     stride = max(1, total // _SAMPLED)
     stuck = 0
-    for tensor in (each for each in weights if each.dtype.itemsize == 2):
+    for tensor in (weight for weight in weights if weight.dtype.itemsize == 2):
         sample = tensor.detach().flatten()[::stride]
         wide = sample.float()
         same = ((wide + step).to(sample.dtype) == sample) & ((wide - step).to(sample.dtype) == sample)
@@ -52,7 +52,7 @@ def unit_step(trainer: "GRPOTrainer | SFTTrainer") -> float | None:
     else:
         name, rates = str(getattr(trainer.args.optim, "value", trainer.args.optim)), [trainer.args.learning_rate]
     name = name.lower()
-    known = any(each in name for each in _UNIT_STEPS) and not any(each in name for each in _OTHER_STEPS)
+    known = any(step in name for step in _UNIT_STEPS) and not any(step in name for step in _OTHER_STEPS)
     return max(rates) if known else None
 
 
@@ -66,7 +66,7 @@ def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
         ValueError: if nothing is trained, or half precision weights are under the gradient scaler of fp16.
     """
     student = trainer.model  # not wrapped yet
-    trained = {name: each for name, each in student.named_parameters() if each.requires_grad}
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     if not trained:
         adapter = hasattr(student, "peft_config")
         raise UserError(
@@ -78,7 +78,7 @@ def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
             )
         )
     precision = trainer.accelerator.mixed_precision
-    half = [name for name, each in trained.items() if each.dtype.itemsize == 2]
+    half = [name for name, parameter in trained.items() if parameter.dtype.itemsize == 2]
     if not half or trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and precision != "no"):
         return
     if precision == "fp16":
