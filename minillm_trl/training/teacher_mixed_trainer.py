@@ -162,6 +162,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _sample_turn(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         rollout = self._rollout
+        sampler = self._make_sampler()  # before the student is put in eval mode
         keys, coin_key = self._turn_keys(prompt_ids, rollout.turn)
         first_turn = rollout.turn == 0  # later, tools have answered in between
         rollout.turn += 1
@@ -174,11 +175,11 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ),
             self._sampling_model() as student,
         ):
-            sampled = self._sampler().sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn)
+            sampled = sampler.sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn)
         rollout.scores = sampled.scores
         return sampled.completions
 
-    def _sampler(self) -> RolloutSampler:
+    def _make_sampler(self) -> RolloutSampler:
         """Return the sampler of a turn; an evaluation samples from the student alone."""
         mixes = self.model.training and self.rollout_func is None
         return RolloutSampler(

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, split_tensor_dict
 
+from minillm_trl import MiniLLMTrainer
 from minillm_trl.config import _OneGeneration
 from minillm_trl.training.trl_version import TESTED
 
@@ -34,6 +36,7 @@ def test_version_is_of_a_tested_line():
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
+        ("_get_train_sampler", ["self", "dataset"]),
         ("_tokenize_prompts", ["self", "prompts"]),
         (
             "_generate_single_turn",
@@ -56,6 +59,29 @@ def test_version_is_of_a_tested_line():
 )
 def test_overridden_methods_keep_their_signature(method: str, expected: list[str]):
     assert parameters(getattr(GRPOTrainer, method)) == expected
+
+
+def overrides(trainer: type) -> dict[str, list[str]]:
+    """The private methods of TRL and transformers that a trainer overrides, with the classes that do."""
+    own = trainer.__mro__[: trainer.__mro__.index(GRPOTrainer)]
+    names = {name for owner in own for name in vars(owner) if hasattr(GRPOTrainer, name)}
+    return {
+        name: [owner.__name__ for owner in own if name in vars(owner)]
+        for name in names
+        if name.startswith("_") and not name.startswith("__") and callable(getattr(GRPOTrainer, name))
+    }
+
+
+def test_private_methods_that_are_overridden_are_all_named_here():
+    source = Path(__file__).read_text()
+    assert [name for name in overrides(MiniLLMTrainer) if f'"{name}"' not in source and f".{name}" not in source] == []
+
+
+def test_methods_of_grpo_are_overridden_in_one_class():
+    of_grpo = {name for name in vars(GRPOTrainer) if not hasattr(transformers.Trainer, name)}
+    found = {name: classes for name, classes in overrides(MiniLLMTrainer).items() if name in of_grpo}
+    assert len(found) >= 6
+    assert set(map(tuple, found.values())) == {("MiniLLMTrainer",)}
 
 
 def test_scoring_method_is_called_with_the_arguments_that_ours_takes():
