@@ -1,0 +1,70 @@
+"""The sampler of rollouts on its own, without a trainer: completions and their scores."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import build_model
+
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
+from minillm_trl.rollouts.sampler import RolloutSampler
+from minillm_trl.rollouts.scores import RolloutScorer
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+TEMPERATURE = 0.7
+
+
+def build_sampler(alpha: float, kept_on: str = "device") -> RolloutSampler:
+    teacher = build_model("gpt2", 40, seed=1, width=48)
+    return RolloutSampler(
+        RolloutTeacher(teacher, LMHead.of(teacher), Accelerator(cpu=True), batch_size=2, kept_on=kept_on),
+        RolloutScorer(TEMPERATURE, TEMPERATURE, vocab_size=40),
+        alpha=alpha,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=2,
+    )
+
+
+def sample(sampler: RolloutSampler, **options):
+    keys = [(0, row) for row in range(len(PROMPTS))]
+    student = build_model("gpt2", 40, seed=0)
+    return student, sampler.sample(student, PROMPTS, keys, (0, 9), max_new_tokens=6, **options)
+
+
+def plain_logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+def test_scores_are_those_of_plain_forward_passes(alpha: float):
+    sampler = build_sampler(alpha)
+    student, turn = sample(sampler)
+    scores = turn.scores.assemble(torch.Size((len(PROMPTS), 8)))  # wider than any completion
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, turn.completions, strict=True)):
+        expected = plain_logps(student, prompt, completion)
+        torch.testing.assert_close(scores.student_logps[row, : len(completion)], expected, rtol=1e-4, atol=1e-5)
+        assert not scores.student_logps[row, len(completion) :].any()
+        if alpha > 0:
+            expected = plain_logps(sampler.teacher.model, prompt, completion)
+            torch.testing.assert_close(scores.teacher_logps[row, : len(completion)], expected, rtol=1e-4, atol=1e-5)
+    assert (scores.teacher_logps is None) == (alpha == 0.0)  # the teacher has not run
+    assert (scores.teacher_hidden_states is None) == (alpha == 0.0)
+
+
+def test_turn_without_scores_has_the_same_completions():
+    sampler = build_sampler(0.5)
+    _, scored = sample(sampler)
+    _, plain = sample(sampler, with_scores=False)
+    assert plain.completions == scored.completions
+    assert plain.scores.parts == []
+    assert plain.scores.field("student_logps", torch.Size((3, 6))) is None
+
+
+def test_states_that_are_recomputed_are_not_kept():
+    _, turn = sample(build_sampler(0.5, kept_on="recompute"))
+    scores = turn.scores.assemble(torch.Size((3, 6)))
+    assert scores.teacher_hidden_states is None
+    assert scores.teacher_logps is not None
