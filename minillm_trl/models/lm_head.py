@@ -76,7 +76,7 @@ class LMHead:
         """
         if self.softcap is not None:
             if logits is None:
-                raise ValueError(f"The gradient of a soft cap (softcap={self.softcap}) needs the logits.")
+                raise TypeError(f"The gradient of a soft cap (softcap={self.softcap}) needs the logits.")
             gradient.mul_(1.0 - (logits / self.softcap).square_())
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 

@@ -155,7 +155,8 @@ def test_rouge_l_cannot_choose_a_checkpoint_on_prompts_alone(tmp_path, model_dir
     options = ("--metric_for_best_model", metric, "--bf16", "false", "--output_dir", str(tmp_path / "out"))
     assert main(["minillm", *models, *arguments, *options]) == 2
     message = capsys.readouterr().err
-    assert f"metric_for_best_model={metric} needs references or completions, and {data} has prompts alone" in message
+    assert f"metric_for_best_model={metric}" in message
+    assert str(data) in message
 
 
 def test_fine_tuning_on_conversations_needs_a_chat_template(tmp_path, model_dir, capsys):
