@@ -114,6 +114,7 @@ def test_evaluation_logs_the_same_but_for_what_only_training_has(history: list[d
         "nonfinite_completions",
         "nonfinite_steps",
         "step_time",
+        *(f"objective/{term}_{moment}" for term in ("long_term", "single_step") for moment in ("signal", "variance")),
     }
     assert logged == documented(*ALWAYS, "In evaluation only") - training_only
 
