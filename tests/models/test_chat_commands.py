@@ -21,7 +21,7 @@ from minillm_trl.data.templates import format_instruction
 from minillm_trl.evaluation.label_words import label_probabilities
 from minillm_trl.models.loading import load_tokenizer
 
-HINT = "add --chat"
+HINT = "--chat"
 QUESTIONS = [{"question": f"the mill {i}", "reply": f"near the river {i}"} for i in range(4)]
 
 
