@@ -203,7 +203,7 @@ class TestFineTuning:
         assert tokenizer.eos_token_id == (0 if stays else 2)
 
     def test_eos_token_outside_eos_tokens_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match=r"eos_token='<\|im_end\|>' is none of eos_tokens"):
+        with pytest.raises(ValueError, match=r"eos_token='<\|im_end\|>' is not in eos_tokens="):
             FineTuningConfig(str(tmp_path), eos_token=TURN_END, eos_tokens=[TEXT_END], **TRAINING)
 
     @pytest.mark.parametrize("value", [[], [""], [3]])
