@@ -187,7 +187,7 @@ def _shrink(arguments: argparse.Namespace) -> int:
 
 
 def _check_sizes(arguments: argparse.Namespace, config: "PreTrainedConfig") -> None:
-    from ..models.shrink import intermediate_size
+    from ..models.layers import intermediate_size
 
     config = config.get_text_config()
     number = config.num_hidden_layers
@@ -232,7 +232,9 @@ def _load_pairs(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBa
 
 
 def _choose_layers(arguments: argparse.Namespace, model: "PreTrainedModel", pairs: _Pairs | None) -> list[int]:
-    from ..models.shrink import block_influence, decoder_layers, evenly_spaced, most_influential
+    from ..models.layer_importance import block_influence
+    from ..models.layers import decoder_layers
+    from ..models.shrink import evenly_spaced, most_influential
 
     number = len(decoder_layers(model)[1])
     if arguments.layers is not None:
@@ -248,7 +250,7 @@ def _choose_layers(arguments: argparse.Namespace, model: "PreTrainedModel", pair
 def _choose_channels(
     arguments: argparse.Namespace, model: "PreTrainedModel", pairs: _Pairs | None
 ) -> "list[torch.Tensor] | None":
-    from ..models.shrink import channel_importance
+    from ..models.layer_importance import channel_importance
 
     if arguments.intermediate_size is None:
         return None

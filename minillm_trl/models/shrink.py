@@ -6,8 +6,7 @@ small model must compute what the large one computes with the dropped parts skip
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +16,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from .layers import FeedForward, decoder_layers, feed_forward_layers, skipping, width_field
 
-_WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")  # of Llama and most others, OPT, GPT-2
 _CHECKED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """The projections of a feed-forward layer, by their names within the model.
-
-    Attributes:
-        up (`tuple[str, ...]`): into the intermediate channels; two where the layer is gated.
-        down (`str`): back out of them.
-    """
-
-    up: tuple[str, ...]
-    down: str
 
 
 @dataclass(frozen=True)
@@ -52,30 +38,15 @@ class Sizes:
     def of(cls, model: PreTrainedModel) -> "Sizes":
         """Count the parameters of `model`."""
         total = sum(parameter.numel() for parameter in model.parameters())
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        return cls(total, total - (0 if embedding is head else embedding.numel()))
+        head = model.get_output_embeddings()
+        embedding = _embedding(model)
+        return cls(total, total - (0 if head is not None and embedding is head.weight else embedding.numel()))
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """Return the decoder layers of a model and their name within it.
-
-    Raises:
-        ValueError: if they cannot be told from other lists of modules.
-    """
-    number = model.config.get_text_config().num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number
-    ]
-    depth = min((name.count(".") for name, _ in lists), default=0)
-    outermost = [(name, module) for name, module in lists if name.count(".") == depth]
-    if len(outermost) != 1:
-        raise UserError(
-            f"{type(model).__name__} cannot be shrunk: {len(outermost)} of its lists of modules have as many entries "
-            f"as the model has layers ({number}), where one is expected."
-        )
-    return outermost[0]
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def evenly_spaced(num_layers: int, num_kept: int) -> list[int]:
@@ -101,145 +72,6 @@ def most_influential(influence: torch.Tensor, num_kept: int) -> list[int]:
 def _check_number(num_layers: int, num_kept: int) -> None:
     if not 2 <= num_kept <= num_layers:
         raise UserError(f"num_layers={num_kept}: a model of {num_layers} layers can keep 2 to {num_layers} of them.")
-
-
-@torch.no_grad()
-def block_influence(model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    r"""Measure how much each decoder layer changes the hidden states that pass through it.
-
-    $$ \mathrm{BI}_l = 1 - \mathbb{E}_t \frac{h_{l,t} \cdot h_{l+1,t}}{\|h_{l,t}\| \, \|h_{l+1,t}\|} $$
-
-    with $h_{l,t}$ the input of layer l at token t, and the mean over all real tokens. A layer with a small value
-    hardly turns its input, so it can be dropped at a low cost (Men et al., ShortGPT, arXiv 2403.03853, equation 1).
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): in eval mode.
-        batches (`Iterable[tuple[torch.Tensor, torch.Tensor]]`): ids and attention masks `(B, L)`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_layers,)`, float64.
-    """
-    _, layers = decoder_layers(model)
-    sums = torch.zeros(len(layers), dtype=torch.float64)
-    number = 0
-
-    def measure(index: int) -> Callable:
-        def hook(_: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
-            before, after = _input_states(arguments, keywords), _states(output)
-            cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[index] += (1.0 - cosine)[real].double().sum().cpu()
-
-        return hook
-
-    handles = [layer.register_forward_hook(measure(index), with_kwargs=True) for index, layer in enumerate(layers)]
-    try:
-        for input_ids, attention_mask in batches:
-            real = attention_mask.bool()
-            number += int(real.sum())
-            model(input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums / number
-
-
-@torch.no_grad()
-def channel_importance(
-    model: PreTrainedModel, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> list[torch.Tensor]:
-    """Measure the mean absolute activation of each intermediate channel of each feed-forward layer.
-
-    It is the criterion of Muralidharan et al. (Minitron, arXiv 2407.14679, section 2.2) for neurons, aggregated by
-    the mean over all real tokens.
-
-    Args:
-        model, batches: as in [`block_influence`].
-
-    Returns:
-        `list[torch.Tensor]`: of shape `(intermediate_size,)`, float64, by layer.
-
-    Raises:
-        ValueError: if the feed-forward layers of the model cannot be narrowed.
-    """
-    layers = feed_forward_layers(model)
-    sums = [torch.zeros(intermediate_size(model.config), dtype=torch.float64) for _ in layers]
-    number = 0
-
-    def measure(index: int) -> Callable:
-        def hook(_: torch.nn.Module, arguments: tuple) -> None:
-            activations = arguments[0].detach().abs().double()
-            activations = activations.view(*real.shape, -1)  # OPT flattens its rows
-            sums[index] += activations[real].sum(dim=0).cpu()
-
-        return hook
-
-    handles = [
-        model.get_submodule(layer.down).register_forward_pre_hook(measure(index)) for index, layer in enumerate(layers)
-    ]
-    try:
-        for input_ids, attention_mask in batches:
-            real = attention_mask.bool()
-            number += int(real.sum())
-            model(input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [total / number for total in sums]
-
-
-def intermediate_size(config: PreTrainedConfig) -> int:
-    """Return the number of intermediate channels of a model's feed-forward layers."""
-    config = config.get_text_config()
-    size = getattr(config, _width_field(config))
-    return 4 * config.hidden_size if size is None else size  # GPT-2 leaves it open
-
-
-def _width_field(config: PreTrainedConfig) -> str:
-    for field in _WIDTH_FIELDS:
-        if hasattr(config, field):
-            return field
-    raise UserError(f"The feed-forward layers of {config.model_type} cannot be narrowed: their width is not known.")
-
-
-def feed_forward_layers(model: PreTrainedModel) -> list[FeedForward]:
-    """Find the feed-forward layer of each decoder layer.
-
-    Raises:
-        ValueError: for layers that are a mixture of experts, that keep two projections in one weight, or that are not
-            recognised otherwise.
-    """
-    prefix, layers = decoder_layers(model)
-    size = intermediate_size(model.config)
-    hidden = model.config.get_text_config().hidden_size
-    found = []
-    for index, layer in enumerate(layers):
-        groups: dict[str, dict[tuple[int, int], list[str]]] = {}
-        for name, module in layer.named_modules():
-            if isinstance(module, torch.nn.Linear | Conv1D):
-                parent = name.rpartition(".")[0]
-                groups.setdefault(parent, {}).setdefault(_shape(module), []).append(name)
-        fitting = [
-            (shapes[hidden, size], shapes[size, hidden])
-            for parent, shapes in groups.items()
-            if "attn" not in parent and "attention" not in parent
-            if len(shapes.get((hidden, size), ())) in (1, 2) and len(shapes.get((size, hidden), ())) == 1
-        ]
-        if len(fitting) != 1:
-            raise UserError(
-                f"The feed-forward layers of {type(model).__name__} cannot be narrowed: layer {index} has no plain "
-                f"pair of projections from {hidden} to {size} channels and back (mixtures of experts and fused "
-                "projections have none). Leave intermediate_size out, and drop layers only."
-            )
-        (up, (down,)) = fitting[0]
-        found.append(FeedForward(tuple(f"{prefix}.{index}.{name}" for name in up), f"{prefix}.{index}.{down}"))
-    return found
-
-
-def _shape(module: torch.nn.Module) -> tuple[int, int]:
-    """Return the numbers of input and output channels."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return module.in_features, module.out_features
 
 
 @torch.no_grad()
@@ -272,7 +104,7 @@ def shrink(
         for index, (layer, kept) in enumerate(zip(feed_forward_layers(model), channels, strict=True)):
             if index in new:
                 _narrow(model, weights, _renumber(layer, prefix, index, new[index]), layer, kept)
-        changes[_width_field(model.config.get_text_config())] = len(channels[0])
+        changes[width_field(model.config.get_text_config())] = len(channels[0])
     small = _empty(model, _shrunk_config(model.config, layers, changes))
     try:
         small.load_state_dict(weights)
@@ -341,7 +173,7 @@ def _empty(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     with no_init_weights():
         small = type(model)(config)
     small.tie_weights()
-    return small.to(device=model.device, dtype=model.dtype)
+    return torch.nn.Module.to(small, device=model.device, dtype=model.dtype)
 
 
 def _check_attributes(modules: torch.nn.ModuleList, small: torch.nn.ModuleList, layers: Sequence[int]) -> None:
@@ -372,7 +204,7 @@ def _check_outputs(
     model: PreTrainedModel, small: PreTrainedModel, layers: Sequence[int], channels: Sequence[torch.Tensor] | None
 ) -> None:
     """Refuse a result that does not compute what the model computes with the dropped parts skipped."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = len(_embedding(model))
     ids = (torch.arange(_CHECKED_TOKENS, device=model.device)[None] * 7919) % vocab_size
     training = model.training
     with skipping(model.eval(), layers, channels):
@@ -384,52 +216,3 @@ def _check_outputs(
             f"{type(model).__name__} cannot be shrunk: its logits differ by up to "
             f"{float((found - expected).abs().max()):.3g} from those of the model with the dropped parts skipped."
         )
-
-
-@contextmanager
-def skipping(
-    model: PreTrainedModel, layers: Sequence[int], channels: Sequence[torch.Tensor] | None = None
-) -> Iterator[None]:
-    """Let a model compute without some of its layers and channels within the block; its weights stay as they are.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the model.
-        layers (`Sequence[int]`): the layers that are kept; the others hand their input on.
-        channels (`Sequence[torch.Tensor]`, *optional*): the intermediate channels that are kept, by layer.
-    """
-
-    def hand_on(_: torch.nn.Module, arguments: tuple, keywords: dict[str, Any], output: Any) -> Any:
-        states = _input_states(arguments, keywords)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
-
-    def mask(kept: torch.Tensor) -> Callable:
-        def hook(_: torch.nn.Module, arguments: tuple) -> tuple:
-            states = arguments[0]
-            masked = torch.zeros_like(states)
-            masked[..., kept] = states[..., kept]
-            return (masked, *arguments[1:])
-
-        return hook
-
-    _, modules = decoder_layers(model)
-    handles = [
-        layer.register_forward_hook(hand_on, with_kwargs=True)
-        for index, layer in enumerate(modules)
-        if index not in set(layers)
-    ]
-    if channels is not None:
-        for layer, kept in zip(feed_forward_layers(model), channels, strict=True):
-            handles.append(model.get_submodule(layer.down).register_forward_pre_hook(mask(kept)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_states(arguments: tuple, keywords: dict[str, Any]) -> torch.Tensor:
-    return arguments[0] if arguments else keywords["hidden_states"]
-
-
-def _states(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output

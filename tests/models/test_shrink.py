@@ -16,17 +16,9 @@ from minillm_trl.cli.stages import read_recipe
 from minillm_trl.errors import UserError
 from minillm_trl.evaluation.divergence import completion_losses
 from minillm_trl.models.encoding import encode_pair
-from minillm_trl.models.shrink import (
-    Sizes,
-    block_influence,
-    channel_importance,
-    decoder_layers,
-    evenly_spaced,
-    intermediate_size,
-    most_influential,
-    shrink,
-    skipping,
-)
+from minillm_trl.models.layer_importance import block_influence, channel_importance
+from minillm_trl.models.layers import decoder_layers, feed_forward_layers, intermediate_size, skipping
+from minillm_trl.models.shrink import Sizes, evenly_spaced, most_influential, shrink
 
 LAYERS = 6
 IDS = torch.arange(2, 26).view(2, 12)
@@ -110,16 +102,18 @@ def test_influence_is_one_minus_the_mean_cosine_of_what_goes_in_and_out(family: 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_importance_is_the_mean_size_of_a_channel_over_real_tokens(family: str):
     model = build_model(family, layers=LAYERS)
-    found = channel_importance(model, [(IDS, MASK)])
-    for layer in (0, 3):
-        channel = int(found[layer].argmax())
-        others = [torch.arange(intermediate_size(model.config))] * LAYERS
-        others[layer] = torch.tensor([c for c in range(intermediate_size(model.config)) if c != channel])
-        with skipping(model, range(LAYERS), others):
-            without = logits(model)
-        assert not torch.allclose(without, logits(model), atol=1e-4)
-    padded = channel_importance(model, [(IDS.masked_fill(MASK == 0, 7), MASK)])
-    torch.testing.assert_close(padded, found)  # what padding holds does not matter
+    found = channel_importance(model, [(IDS, MASK), (IDS[:1], MASK[:1])])
+    seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(LAYERS)}
+    for index, layer in enumerate(feed_forward_layers(model)):
+        model.get_submodule(layer.down).register_forward_pre_hook(
+            lambda _, arguments, index=index: seen[index].append(arguments[0].reshape(-1, arguments[0].shape[-1]))
+        )
+    with torch.no_grad():
+        for ids, length in ((IDS[:1], 12), (IDS[1:], 7), (IDS[:1], 12)):
+            model(ids[:, :length])
+    for index in range(LAYERS):
+        expected = torch.cat(seen[index]).abs().double().mean(dim=0)
+        torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_are_chosen_by_spacing_or_influence():
