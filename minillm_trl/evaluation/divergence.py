@@ -1,6 +1,7 @@
-"""Score given completions token by token: the KL divergence of two models, and the loss of one model."""
+"""Score given completions token by token: entropy and KL divergence of two models, and the loss of one model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -8,9 +9,80 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..models.fused_head import ScoreRequest, score_hidden_states
 from ..models.lm_head import LMHead, check_embedded, completion_hidden_states
+from ..objectives import reverse_kl
+
+
+class CompletionScores(NamedTuple):
+    """Values in nats of each token of each completion; an empty list for an empty completion.
+
+    Attributes:
+        entropy (`list[list[float]]`): entropy of the first model's next-token distribution.
+        divergence (`list[list[float]]`, *optional*): KL(first || second); None without a second model.
+    """
+
+    entropy: list[list[float]]
+    divergence: list[list[float]] | None
 
 
 @torch.no_grad()
+def score_completions(
+    first: PreTrainedModel,
+    second: PreTrainedModel | None,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    second_temperature: float | None = None,
+    batch_size: int = 64,
+) -> CompletionScores:
+    r"""Return the exact entropy of a model, and its KL divergence from another, at each token of completions.
+
+    $$ H\big(f(\cdot|y_{<t}, x)\big), \qquad
+       \mathrm{KL}\big(f(\cdot|y_{<t}, x) \,\|\, s(\cdot|y_{<t}, x)\big), \qquad t = 1, \dots, T $$
+
+    With the student as `first` and the teacher as `second` the divergence is the reverse KL; swapped, it is the
+    forward KL. On completions sampled from `first`, the mean over completions of the sum over tokens is an unbiased
+    estimate of KL(first || second) over completions up to the length limit, with less variance than the log-ratio of
+    the sampled tokens.
+
+    Args:
+        first, second ([`~transformers.PreTrainedModel`]): the models in eval mode, with the same tokenizer. Without
+            `second`, only the entropy is computed.
+        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
+        completion_ids (`Sequence[Sequence[int]]`): completions, including the end-of-sequence token.
+        vocab_size (`int`): number of leading vocabulary rows that both models share.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of the first model's distribution.
+        second_temperature (`float`, *optional*): temperature of the second model's distribution; None means
+            `temperature`.
+        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
+
+    Raises:
+        ValueError: if a prompt has no tokens, or the number of prompts differs from the number of completions.
+    """
+    head = LMHead.of(first)
+    second_head = None if second is None else LMHead.of(second)
+    ratio = temperature / (second_temperature or temperature)
+
+    def divergence_of(log_probs: torch.Tensor, second_log_probs: torch.Tensor) -> torch.Tensor:
+        # Log-probs at one temperature are logits up to a constant, so they give the log-probs at any other
+        return reverse_kl(log_probs, torch.log_softmax(second_log_probs * ratio, dim=-1))
+
+    def score(request: ScoreRequest) -> list[torch.Tensor]:
+        request = request._replace(temperature=temperature)
+        if second is not None:
+            request = request._replace(
+                teacher_hidden_states=_states(second, request),
+                divergence=reverse_kl if ratio == 1 else divergence_of,
+            )
+        scores = score_hidden_states(_states(first, request), head, request, vocab_size, second_head)
+        return [scores.entropy] if scores.divergence is None else [scores.entropy, scores.divergence]
+
+    names = ("entropy",) if second is None else ("entropy", "divergence")
+    values = _token_values(names, score, prompt_ids, completion_ids, batch_size, head.weight.device)
+    return CompletionScores(values["entropy"], values.get("divergence"))
+
+
 def token_divergences(
     first: PreTrainedModel,
     second: PreTrainedModel,
@@ -19,41 +91,16 @@ def token_divergences(
     *,
     vocab_size: int,
     temperature: float = 1.0,
+    second_temperature: float | None = None,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    r"""Return the exact KL divergence of two models' next-token distributions at each token of completions.
-
-    $$ \mathrm{KL}\big(f(\cdot|y_{<t}, x) \,\|\, s(\cdot|y_{<t}, x)\big), \qquad t = 1, \dots, T $$
-
-    With the student as `first` and the teacher as `second` this is the reverse KL; swapped, it is the forward KL. On
-    completions sampled from `first`, the mean over completions of the sum over tokens is an unbiased estimate of
-    KL(first || second) over completions up to the length limit, with less variance than the log-ratio of the sampled
-    tokens.
-
-    Args:
-        first, second ([`~transformers.PreTrainedModel`]): the two models in eval mode, with the same tokenizer.
-        prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
-        completion_ids (`Sequence[Sequence[int]]`): completions, including the end-of-sequence token.
-        vocab_size (`int`): number of leading vocabulary rows that both models share.
-        temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions.
-        batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
-
-    Returns:
-        `list[list[float]]`: nats, one list per completion with one number per token; empty for an empty completion.
-
-    Raises:
-        ValueError: if a prompt has no tokens, or the number of prompts differs from the number of completions.
-    """
-    head, second_head = LMHead.of(first), LMHead.of(second)
-
-    def divergences(request: ScoreRequest) -> torch.Tensor:
-        states, second_states = (_states(model, request) for model in (first, second))
-        request = request._replace(temperature=temperature, teacher_hidden_states=second_states)
-        scores = score_hidden_states(states, head, request, vocab_size, second_head)
-        assert scores.divergence is not None  # the request has the second model's states
-        return scores.divergence
-
-    return _token_values(divergences, prompt_ids, completion_ids, batch_size, head.weight.device)
+    """Return the divergences of [`score_completions`], which has the same arguments and errors."""
+    options = {"vocab_size": vocab_size, "temperature": temperature, "batch_size": batch_size}
+    scores = score_completions(
+        first, second, prompt_ids, completion_ids, second_temperature=second_temperature, **options
+    )
+    assert scores.divergence is not None  # there is a second model
+    return scores.divergence
 
 
 @torch.no_grad()
@@ -84,10 +131,10 @@ def completion_losses(
     check_embedded(model, (*prompt_ids, *completion_ids))
     head = LMHead.of(model)
 
-    def losses(request: ScoreRequest) -> torch.Tensor:
-        return -score_hidden_states(_states(model, request), head, request, head.weight.shape[0]).logps
+    def losses(request: ScoreRequest) -> list[torch.Tensor]:
+        return [-score_hidden_states(_states(model, request), head, request, head.weight.shape[0]).logps]
 
-    return _token_values(losses, prompt_ids, completion_ids, batch_size, head.weight.device)
+    return _token_values(("loss",), losses, prompt_ids, completion_ids, batch_size, head.weight.device)["loss"]
 
 
 def score_requests(
@@ -136,15 +183,17 @@ def _states(model: PreTrainedModel, request: ScoreRequest) -> torch.Tensor:
 
 
 def _token_values(
-    score: Callable[[ScoreRequest], torch.Tensor],
+    names: Sequence[str],
+    score: Callable[[ScoreRequest], list[torch.Tensor]],
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     batch_size: int,
     device: torch.device,
-) -> list[list[float]]:
-    """Apply `score`, which returns values `(B, T)` for a batch, and return the values by completion."""
-    values: list[list[float]] = [[] for _ in completion_ids]
+) -> dict[str, list[list[float]]]:
+    """Apply `score`, which returns a tensor `(B, T)` for each name, to all completions; return lists by completion."""
+    values: dict[str, list[list[float]]] = {name: [[] for _ in completion_ids] for name in names}
     for rows, request in score_requests(prompt_ids, completion_ids, batch_size, device):
-        for row, scores in zip(rows, score(request).tolist(), strict=True):
-            values[row] = scores[: len(completion_ids[row])]
+        for name, scores in zip(names, score(request), strict=True):
+            for row, row_scores in zip(rows, scores.tolist(), strict=True):
+                values[name][row] = row_scores[: len(completion_ids[row])]
     return values

@@ -61,6 +61,7 @@ def evaluate_model(
     no_repeat_ngram_size: int = 0,
     batch_size: int = 64,
     teacher: PreTrainedModel | None = None,
+    teacher_temperature: float | None = None,
     forward_kl: bool = False,
     exposure_bias_samples: int = 0,
     eos_tokens: Sequence[str] | None = None,
@@ -71,9 +72,9 @@ def evaluate_model(
     """Sample from `model` alone, once per prompt and seed, and score the completions.
 
     Processes share the prompts; the result does not depend on their number. `docs/evaluation_measures.md` explains the
-    measures: `length`, `eos_rate` and `repeated_4grams`; with references `rouge_l`, `exact_match` and `loss`; with
-    several seeds `distinct_outputs`, `distinct_4grams` and `self_bleu`; with a teacher `reverse_kl` and, with
-    `forward_kl=True`, `forward_kl`, both also `_per_token`.
+    measures: `length`, `eos_rate`, `repeated_4grams` and, for samples, `entropy_per_token`; with references `rouge_l`,
+    `exact_match` and `loss`; with several seeds `best_rouge_l`, `distinct_outputs`, `distinct_4grams` and `self_bleu`;
+    with a teacher `reverse_kl` and, with `forward_kl=True`, `forward_kl`, both also `_per_token`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to evaluate; put in eval mode.
@@ -88,6 +89,8 @@ def evaluate_model(
             model itself, so `reverse_kl` is a biased estimate.
         batch_size (`int`, *optional*, defaults to `64`): prompts decoded together; the result does not depend on it.
         teacher ([`~transformers.PreTrainedModel`], *optional*): for the divergences.
+        teacher_temperature (`float`, *optional*): temperature of the teacher in `reverse_kl` and `forward_kl`. None
+            means `temperature`. Below temperature 1, pass 1 to compare with the teacher as it is.
         forward_kl (`bool`, *optional*, defaults to `False`): also sample from the teacher, once per prompt and
             seed, to measure `forward_kl`.
         exposure_bias_samples (`int`, *optional*, defaults to `0`): samples per prompt from model and teacher to
@@ -112,7 +115,9 @@ def evaluate_model(
         "eos_tokens": eos_tokens,
         "chat_template_kwargs": chat_template_kwargs,
     }
-    task = TaskMeasures(model, teacher, tokenizer, dataset, decoding, no_repeat_ngram_size)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    task = TaskMeasures(model, teacher, tokenizer, dataset, decoding, teacher_temperature, no_repeat_ngram_size)
     runs: list[int | None] = [None] if seeds is None else list(seeds)
     records = _measure_runs(task, runs, teacher if forward_kl else None, parts, progress)
     losses = None if task.references is None else _kept(parts, "loss", task.measure_losses)
@@ -124,6 +129,7 @@ def evaluate_model(
         "seeds": [seed for seed in runs if seed is not None],
         "greedy": seeds is None,
         "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "max_new_tokens": max_new_tokens,
         "prompts": len(dataset),
@@ -200,6 +206,8 @@ def _summarize(
             values["distinct_outputs"] = distinct_outputs(outputs)
             values["distinct_4grams"] = distinct_ngrams(outputs, NGRAM)
             values["self_bleu"] = self_bleu(outputs)
+            if "rouge_l" in scores:
+                values["best_rouge_l"] = max(scores["rouge_l"])
         if losses is not None:
             values["loss"] = losses[row]
         per_prompt.append(values)

@@ -15,7 +15,7 @@ from ..models.encoding import Prompt, encode_pair, encode_prompts
 from ..models.lm_head import check_embedded
 from ..models.teacher import shared_vocab_size
 from ..rollouts.prompts import Completion, generate_completions
-from .divergence import completion_losses, token_divergences
+from .divergence import completion_losses, score_completions, token_divergences
 from .exposure_bias import sample_divergences
 from .metrics import exact_match, repeated_ngrams, rouge_l
 
@@ -33,6 +33,7 @@ class TaskMeasures:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of both models.
         dataset ([`~datasets.Dataset`]): columns `prompt` and, optionally, `references`.
         decoding (`dict`): the arguments that [`generate_completions`] and [`sample_divergences`] share.
+        teacher_temperature (`float`): temperature of the teacher in `reverse_kl` and `forward_kl`.
         no_repeat_ngram_size (`int`): see [`NgramBlock`]; 0 for no block.
     """
 
@@ -43,10 +44,12 @@ class TaskMeasures:
         tokenizer: PreTrainedTokenizerBase,
         dataset: Dataset,
         decoding: dict[str, Any],
+        teacher_temperature: float,
         no_repeat_ngram_size: int,
     ):
         self.model, self.teacher, self.tokenizer = model, teacher, tokenizer
         self.decoding, self.no_repeat_ngram_size = decoding, no_repeat_ngram_size
+        self.teacher_temperature = teacher_temperature
         self.prompts = dataset["prompt"][:]
         self.references: list[list[str]] | None = (
             dataset["references"][:] if "references" in dataset.column_names else None
@@ -63,23 +66,50 @@ class TaskMeasures:
 
     def measure_samples(self, seed: int | None, bar: tqdm) -> list[dict[str, Any]]:
         """Return the output and scores for each prompt, sampled with `seed`; None decodes greedily."""
-        completions = self._sample(self.model, seed, bar)
+        completions = self._sample(self.model, self.decoding["temperature"], seed, bar)
         records: list[dict[str, Any]] = [
             {"output": completion.text, "scores": self._text_scores(row, completion)}
             for row, completion in zip(self.rows, completions, strict=True)
         ]
-        if self.teacher is not None:
-            vocab_size = shared_vocab_size(self.model, self.teacher, self.tokenizer)
-            divergences = self._divergences(self.model, self.teacher, completions, vocab_size)
-            for record, values in zip(records, divergences, strict=True):
-                record["scores"] |= _sum_and_mean("reverse_kl", values)
+        if seed is not None:  # greedy decoding samples from no distribution
+            for record, scores in zip(records, self._distribution_scores(completions), strict=True):
+                record["scores"] |= scores
         return gather_rows(records, len(self.prompts))
+
+    def _distribution_scores(self, completions: list[Completion]) -> list[dict[str, float]]:
+        """Return the entropy per token and, with a teacher, the reverse KL of each completion."""
+        if self.teacher is None:
+            vocab_size = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        else:
+            vocab_size = shared_vocab_size(self.model, self.teacher, self.tokenizer)
+        scores = score_completions(
+            self.model.eval(),
+            None if self.teacher is None else self.teacher.eval(),
+            [self.prompt_ids[row] for row in self.rows],
+            [completion.token_ids for completion in completions],
+            vocab_size=vocab_size,
+            temperature=self.decoding["temperature"],
+            second_temperature=self.teacher_temperature,
+            batch_size=self.decoding["batch_size"],
+        )
+        by_completion = [{"entropy_per_token": sum(values) / len(values)} for values in scores.entropy]
+        for found, values in zip(by_completion, scores.divergence or (), strict=scores.divergence is not None):
+            found |= _sum_and_mean("reverse_kl", values)
+        return by_completion
 
     def measure_forward_kl(self, teacher: PreTrainedModel, seed: int | None, bar: tqdm) -> list[dict[str, float]]:
         """Return KL(p || q) for each prompt, on a completion sampled from the teacher."""
-        completions = self._sample(teacher, seed, bar)
-        vocab_size = shared_vocab_size(self.model, teacher, self.tokenizer)
-        divergences = self._divergences(teacher, self.model, completions, vocab_size)
+        completions = self._sample(teacher, self.teacher_temperature, seed, bar)
+        divergences = token_divergences(
+            teacher.eval(),
+            self.model.eval(),
+            [self.prompt_ids[row] for row in self.rows],
+            [completion.token_ids for completion in completions],
+            vocab_size=shared_vocab_size(self.model, teacher, self.tokenizer),
+            temperature=self.teacher_temperature,
+            second_temperature=self.decoding["temperature"],
+            batch_size=self.decoding["batch_size"],
+        )
         return gather_rows([_sum_and_mean("forward_kl", values) for values in divergences], len(self.prompts))
 
     def measure_losses(self) -> list[float]:
@@ -132,7 +162,7 @@ class TaskMeasures:
             for references in self.references or ()
         ]
 
-    def _sample(self, model: PreTrainedModel, seed: int | None, bar: tqdm) -> list[Completion]:
+    def _sample(self, model: PreTrainedModel, temperature: float, seed: int | None, bar: tqdm) -> list[Completion]:
         processes = PartialState().num_processes
         return generate_completions(
             model,
@@ -143,7 +173,7 @@ class TaskMeasures:
             greedy=seed is None,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
             on_batch=lambda count: bar.update(count * processes),
-            **self.decoding,
+            **{**self.decoding, "temperature": temperature},
         )
 
     def _text_scores(self, row: int, completion: Completion) -> dict[str, float]:
@@ -156,19 +186,6 @@ class TaskMeasures:
             scores["rouge_l"] = rouge_l(completion.text, self.references[row])
             scores["exact_match"] = exact_match(completion.text, self.references[row])
         return scores
-
-    def _divergences(
-        self, first: PreTrainedModel, second: PreTrainedModel, completions: list[Completion], vocab_size: int
-    ) -> list[list[float]]:
-        return token_divergences(
-            first.eval(),
-            second.eval(),
-            [self.prompt_ids[row] for row in self.rows],
-            [completion.token_ids for completion in completions],
-            vocab_size=vocab_size,
-            temperature=self.decoding["temperature"],
-            batch_size=self.decoding["batch_size"],
-        )
 
 
 def _sum_and_mean(name: str, values: list[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, build_model
 
-from minillm_trl.evaluation.divergence import completion_losses, token_divergences
+from minillm_trl.evaluation.divergence import completion_losses, score_completions, token_divergences
 from minillm_trl.models import fused_head
 from minillm_trl.models.lm_head import LMHead, check_embedded
 
@@ -56,6 +56,34 @@ def test_divergence_of_each_token_is_the_sum_over_the_shared_vocabulary(case, te
         )
     options = {"vocab_size": VOCABULARY, "temperature": temperature}
     assert token_divergences(first, second, PROMPTS, COMPLETIONS, **options) == approx(expected, rel=1e-4)
+
+
+def test_each_model_has_its_own_temperature():
+    first, second = pair(PAIRS[1])
+    options = {"vocab_size": VOCABULARY, "temperature": 0.5, "second_temperature": 1.4}
+    found = score_completions(first, second, PROMPTS, COMPLETIONS, **options)
+    entropies, divergences = [], []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        log_f = full_log_probs(first, prompt, completion, VOCABULARY, 0.5)
+        log_s = full_log_probs(second, prompt, completion, VOCABULARY, 1.4)
+        entropies.append([-sum(math.exp(a) * a for a in row) for row in log_f])
+        divergences.append(
+            [
+                sum(math.exp(a) * (a - b) for a, b in zip(f_t, s_t, strict=True))
+                for f_t, s_t in zip(log_f, log_s, strict=True)
+            ]
+        )
+    assert found.entropy == approx(entropies, rel=1e-4)
+    assert found.divergence == approx(divergences, rel=1e-4)
+
+
+def test_entropy_needs_no_second_model():
+    first, second = pair(PAIRS[1])
+    alone = score_completions(first, None, PROMPTS, COMPLETIONS, vocab_size=VOCABULARY)
+    both = score_completions(first, second, PROMPTS, COMPLETIONS, vocab_size=VOCABULARY)
+    assert alone.divergence is None
+    assert alone.entropy == approx(both.entropy)
+    assert score_completions(first, second, [], [], vocab_size=VOCABULARY) == ([], [])
 
 
 def test_sum_along_a_completion_averages_to_the_divergence_of_whole_completions():

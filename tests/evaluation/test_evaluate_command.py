@@ -47,8 +47,8 @@ def test_results_hold_every_measure_and_each_sample_s_scores(tmp_path, rows, mod
     assert main(words(rows, model_dir("llama"), tmp_path / "out", *teacher)) == 0
     results, samples = read(tmp_path / "out")
     both = {f"{name}{suffix}" for name in ("reverse_kl", "forward_kl") for suffix in ("", "_per_token")}
-    sampled = {"rouge_l", "exact_match", "length", "eos_rate", "repeated_4grams", *both}
-    of_a_prompt = {"distinct_outputs", "distinct_4grams", "self_bleu", "loss"}
+    sampled = {"rouge_l", "exact_match", "length", "eos_rate", "repeated_4grams", "entropy_per_token", *both}
+    of_a_prompt = {"best_rouge_l", "distinct_outputs", "distinct_4grams", "self_bleu", "loss"}
     assert results["summary"].keys() == results["per_prompt"][0].keys() == sampled | of_a_prompt
     assert results["by_seed"].keys() == samples[0]["scores"].keys() == sampled
     for name in sampled:

@@ -9,6 +9,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset
 
 from minillm_trl.cli import main
+from minillm_trl.evaluation.divergence import score_completions
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.evaluation.exposure_bias import excess_accumulated_error, sample_divergences
 from minillm_trl.models.files import is_lost_folder
@@ -35,7 +36,8 @@ def test_results_do_not_depend_on_the_batch_size():
 def test_every_measure_is_there_with_its_interval():
     evaluation = evaluate(4)
     text = {"rouge_l", "exact_match", "loss", "length", "eos_rate", "repeated_4grams"}
-    names = {*text, "distinct_outputs", "distinct_4grams", "self_bleu", "reverse_kl", "reverse_kl_per_token"}
+    several_seeds = {"best_rouge_l", "distinct_outputs", "distinct_4grams", "self_bleu"}
+    names = {*text, *several_seeds, "entropy_per_token", "reverse_kl", "reverse_kl_per_token"}
     assert evaluation.summary.keys() == names
     for name, interval in evaluation.summary.items():
         assert interval.low <= interval.mean <= interval.high
@@ -70,6 +72,49 @@ def test_forward_kl_is_the_reverse_kl_of_the_teacher_to_the_student():
     for one, two in zip(forward.per_prompt, swapped.per_prompt, strict=True):
         assert one["forward_kl"] == pytest.approx(two["reverse_kl"], rel=1e-4)
         assert one["reverse_kl"] != pytest.approx(two["reverse_kl"], rel=1e-3)
+
+
+class TestTeacherTemperature:
+    def evaluate(self, **options):
+        student, teacher = build_model("gpt2", len(TOKENIZER)), build_model("gpt2", len(TOKENIZER), seed=1)
+        options = {"seeds": [3], "max_new_tokens": 8, "temperature": 0.5, "progress": False, **options}
+        return student, teacher, evaluate_model(student, TOKENIZER, DATASET, teacher=teacher, **options)
+
+    @pytest.mark.parametrize("teacher_temperature", [None, 1.0])
+    def test_reverse_kl_is_from_the_teacher_at_its_temperature(self, teacher_temperature):
+        student, teacher, found = self.evaluate(teacher_temperature=teacher_temperature)
+        completions = generate_completions(student, TOKENIZER, PROMPTS, seed=3, max_new_tokens=8, temperature=0.5)
+        scores = score_completions(
+            student,
+            teacher,
+            encode_prompts(TOKENIZER, PROMPTS),
+            [completion.token_ids for completion in completions],
+            vocab_size=len(TOKENIZER),
+            temperature=0.5,
+            second_temperature=teacher_temperature or 0.5,
+        )
+        for row, entropy, divergence in zip(found.per_prompt, *scores, strict=True):
+            assert row["entropy_per_token"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-4)
+            assert row["reverse_kl"] == pytest.approx(sum(divergence), rel=1e-4)
+
+    def test_forward_kl_is_on_samples_of_the_teacher_at_its_temperature(self):
+        student, teacher, found = self.evaluate(teacher_temperature=1.0, forward_kl=True)
+        options = {"seeds": [3], "max_new_tokens": 8, "progress": False}
+        swapped = evaluate_model(
+            teacher, TOKENIZER, DATASET, teacher=student, teacher_temperature=0.5, temperature=1.0, **options
+        )
+        for one, two in zip(found.per_prompt, swapped.per_prompt, strict=True):
+            assert one["forward_kl"] == pytest.approx(two["reverse_kl"], rel=1e-4)
+
+
+def test_best_of_the_seeds():
+    evaluation = evaluate(4)
+    for row, sample in zip(evaluation.per_prompt, evaluation.samples, strict=True):
+        assert row["best_rouge_l"] == max(sample["scores"]["rouge_l"])
+
+
+def test_greedy_decoding_has_no_entropy():
+    assert "entropy_per_token" not in evaluate(4, seeds=None, teacher=None).summary
 
 
 def test_exposure_bias_is_measured_on_samples_of_the_first_seed():
