@@ -18,11 +18,12 @@ from minillm_trl.cli.launch import accelerate_config_path
 from minillm_trl.cli.stages import TRAINING, read_recipe
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import recipe_memory  # noqa: E402 - lies in a folder that is no package
-
 RECIPES = ROOT / "recipes"
+sys.path[:0] = [str(ROOT / "benchmarks"), str(RECIPES)]
+
+import generate  # noqa: E402 - lies in a folder that is no package
+import recipe_memory  # noqa: E402 - likewise
+
 PAPER = sorted(path.parent for path in RECIPES.glob("*-from-*/recipe.yaml"))
 STAGES = [path for path in sorted(RECIPES.glob("*/*.yaml")) if path.stem != "recipe"]
 STAGES = [path for path in STAGES if path.parent.name != "accelerate_configs"]
@@ -193,6 +194,21 @@ class TestPaperRecipe:
         assert inputs["evaluate:kd"] == {"dolly", "selfinst", "vicuna", "sni", "unni", "kd"} | teacher
         assert recipe.teacher == "sft_teacher"
         assert (values["seeds"], values["temperature"], values["max_new_tokens"]) == ([10, 20, 30, 40, 50], 1.0, 256)
+
+
+def test_yamls_of_the_pairs_are_as_generated():
+    found = {path.relative_to(RECIPES): path.read_text() for folder in PAPER for path in folder.glob("*.yaml")}
+    made = generate.make_files()
+    different = sorted(str(path) for path in found.keys() | made.keys() if found.get(path) != made.get(path))
+    assert not different, "edit recipes/pairs.yaml or recipes/templates, then run `python recipes/generate.py`"
+
+
+def test_batches_that_do_not_fill_an_optimizer_step_are_refused(monkeypatch):
+    pairs = yaml.safe_load((RECIPES / "pairs.yaml").read_text())
+    pairs["gpt2-120m-from-1.5b"]["gpus"] = 3
+    monkeypatch.setattr(generate.yaml, "safe_load", lambda text: pairs)
+    with pytest.raises(ValueError, match=r"gpt2-120m-from-1\.5b.*32.*24"):
+        generate.make_files()
 
 
 def test_ten_pairs_are_there_and_listed():
