@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig
 
 from ..errors import UserError
+from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import quantization_settings
 from ..training.trl_version import TESTED
 from .arguments import PlainParser, TeacherArguments, parse, parse_plain
-from .option_values import parsed_mapping
 from .shrink import read_settings
 
 # Functions import torch, transformers and TRL's configurations, which take seconds, so that `--help` is quick.
@@ -96,7 +96,7 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
     """Return why the settings of a run cannot work on a machine; empty if they can."""
     from ..hardware.machine import problems
 
-    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
+    teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
     return problems(
         machine,
         bf16=bool(args.bf16),
@@ -121,8 +121,8 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
 
     sources, found = _sources(model, teacher, args), []
     names = [name for name, _ in sources]
-    student_kwargs = {"revision": model.model_revision, **(parsed_mapping(args.model_init_kwargs) or {})}
-    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
+    student_kwargs = {"revision": model.model_revision, **(parsed_kwargs(args.model_init_kwargs) or {})}
+    teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
     assert args.max_completion_length is not None  # MiniLLMConfig refuses None
     try:
         if not args.allow_pickled_weights:
@@ -161,7 +161,7 @@ def describe_ends(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMC
                 teacher=configs[1],
                 teacher_tokenizer=tokenizers[1],
                 eos_tokens=args.eos_tokens,
-                chat_template_kwargs=parsed_mapping(args.chat_template_kwargs),
+                chat_template_kwargs=parsed_kwargs(args.chat_template_kwargs),
             )
             check_eos(tokenizers[0], ends)
             kind = "Conversations" if conversational else "Texts"
@@ -182,8 +182,8 @@ def choose_strategy(
     assert args.steps_per_generation is not None  # set by GRPOConfig
     assert args.max_completion_length is not None  # MiniLLMConfig refuses None
     buffered = args.per_device_train_batch_size * args.steps_per_generation
-    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs)
-    dtype = (parsed_mapping(args.model_init_kwargs) or {}).get("dtype", model.dtype)
+    teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
+    dtype = (parsed_kwargs(args.model_init_kwargs) or {}).get("dtype", model.dtype)
     dtype = configs[0].dtype if dtype == "auto" else dtype
     load = Workload(
         rows=args.per_device_train_batch_size,
@@ -244,7 +244,7 @@ def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -
 def _sources(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[tuple[str, str | None]]:
     """Return name or folder, and revision, of student and teacher."""
     assert model.model_name_or_path is not None  # the parser requires it
-    teacher_kwargs = parsed_mapping(args.teacher_model_init_kwargs) or {}
+    teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs) or {}
     return [
         (model.model_name_or_path, model.model_revision),
         (teacher.teacher_model_name_or_path, teacher_kwargs.get("revision")),

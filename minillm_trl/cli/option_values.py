@@ -30,12 +30,6 @@ def json_object(text: str) -> dict[str, Any]:
     return parse_json(mapping(text))
 
 
-def parsed_mapping(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """Return a field such as `model_init_kwargs`; TRL's annotation has the JSON text that `__post_init__` parses."""
-    assert not isinstance(value, str), value
-    return value
-
-
 def mapping_or_file(text: str) -> str:
     """Return the text if it is a JSON object, or the name of a file with one."""
     if not Path(text).is_file():

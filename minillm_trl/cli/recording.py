@@ -10,10 +10,10 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..files.redaction import is_secret
+from ..models.init_kwargs import parsed_kwargs
 from ..training.run_record import RunRecord
 from .arguments import Parser
 from .launch import launched_with
-from .option_values import parsed_mapping
 
 if TYPE_CHECKING:
     from .training import TrainerConfig
@@ -37,12 +37,12 @@ def record_run(
 
 def add_models(record: RunRecord, args: "TrainerConfig", student: str, teacher: str | None = None) -> None:
     """Record the models of a run, with the revisions that its arguments name."""
-    record.add_model("student", student, (parsed_mapping(args.model_init_kwargs) or {})["revision"])
+    record.add_model("student", student, (parsed_kwargs(args.model_init_kwargs) or {})["revision"])
     if teacher is not None:
         record.add_model(
             "teacher",
             teacher,
-            (parsed_mapping(getattr(args, "teacher_model_init_kwargs", None)) or {}).get("revision"),
+            (parsed_kwargs(getattr(args, "teacher_model_init_kwargs", None)) or {}).get("revision"),
         )
 
 

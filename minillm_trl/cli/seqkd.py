@@ -12,10 +12,10 @@ from trl import ModelConfig
 from ..baselines import SeqKDConfig
 from ..data import DataError
 from ..models.encoding import holds_conversations
+from ..models.init_kwargs import parsed_kwargs
 from ..training.metric_names import FINE_TUNING, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
-from .option_values import parsed_mapping
 from .sft import trainer_arguments
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _generate_missing(
     from ..models.teacher import load_teacher, place_teacher, whole_weights
 
     state = PartialState()
-    teacher_kwargs, template_kwargs = map(parsed_mapping, (args.teacher_model_init_kwargs, args.chat_template_kwargs))
+    teacher_kwargs, template_kwargs = map(parsed_kwargs, (args.teacher_model_init_kwargs, args.chat_template_kwargs))
     revision = (teacher_kwargs or {}).get("revision")
     tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
     length, conversational = args.max_completion_length, holds_conversations(prompts)

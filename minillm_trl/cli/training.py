@@ -16,6 +16,7 @@ from ..files.json_files import read_json
 from ..models.adapters import is_adapter
 from ..models.encoding import holds_conversations
 from ..models.files import check_weights
+from ..models.init_kwargs import parsed_kwargs
 from ..models.loading import load_config, load_tokenizer
 from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
@@ -24,7 +25,6 @@ from ..monitoring.degeneration_watch import DegenerationWatch
 from ..training.checkpoints import finish_replacements, newest_whole_checkpoint
 from ..training.reliable_trainer import ReliableTrainer
 from ..training.run_record import RunRecord
-from .option_values import parsed_mapping
 
 if TYPE_CHECKING:
     from ..baselines import FineTuningConfig, KDConfig
@@ -46,7 +46,7 @@ def check_teacher_tokenizer(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
         train ([`~datasets.Dataset`]): with a column `prompt`; for conversations the chat templates must agree too.
     """
-    revision = (parsed_mapping(args.teacher_model_init_kwargs) or {}).get("revision")
+    revision = (parsed_kwargs(args.teacher_model_init_kwargs) or {}).get("revision")
     teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=holds_conversations(train))
 
@@ -62,7 +62,7 @@ def check_models(names: Sequence[str], args: "TrainerConfig") -> None:
             f"--model_name_or_path {student} is an adapter, but training starts from a whole model. Merge it first "
             f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
         )
-    loaded_with = map(parsed_mapping, (args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)))
+    loaded_with = map(parsed_kwargs, (args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)))
     for name, init_kwargs in zip(names, loaded_with, strict=False):
         if not Path(name).is_dir():
             continue
@@ -82,7 +82,7 @@ def set_model_init_kwargs(args: "TrainerConfig", model: ModelConfig) -> None:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         "use_safetensors": None if args.allow_pickled_weights else True,
-        **(parsed_mapping(args.model_init_kwargs) or {}),
+        **(parsed_kwargs(args.model_init_kwargs) or {}),
     }
 
 
