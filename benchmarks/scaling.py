@@ -19,7 +19,8 @@ from measurement import DEVICE, DTYPE, build, bytes_before, in_own_process, peak
 
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
 from minillm_trl.models.lm_head import LMHead
-from minillm_trl.rollouts.sampling import Completions, sample_completions, toss_coins
+from minillm_trl.rollouts.keyed_random import toss_coins
+from minillm_trl.rollouts.sampling import Completions, sample_completions
 from minillm_trl.rollouts.scores import HeadStates, RolloutScorer
 
 PROMPT, VOCAB = 32, 50257

@@ -39,7 +39,7 @@ PACKAGE = ROOT / "minillm_trl"
 # What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
 MODULES = (
     *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
-    *("buffer", "scores", "token_scores", "sampler", "rollout_teacher"),
+    *("buffer", "scores", "token_scores", "sampler", "rollout_teacher", "keyed_random"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "logged_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),

@@ -23,7 +23,8 @@ from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
 from ..models.quantization import keep_4bit_layout
 from ..models.student_copy import RolloutCopy, shards_student, student_of
-from ..rollouts.sampling import evaluation_key, sample_prompts
+from ..rollouts.keyed_random import evaluation_key
+from ..rollouts.sampling import sample_prompts
 from ..training.ends_of_run import settle_tokenizer
 from ..training.evaluation_rows import Row
 from ..training.logged_metrics import degeneration, rouge_l_to_references, token_totals

@@ -16,8 +16,9 @@ from ..models.end_tokens import find_turn_end
 from ..models.fingerprints import model_fingerprint
 from ..models.init_kwargs import parsed_kwargs
 from ..models.pickled_weights import refuse_pickled_weights
+from ..rollouts.keyed_random import sample_key
 from ..rollouts.prompts import end_token_ids
-from ..rollouts.sampling import sample_key, sample_prompts
+from ..rollouts.sampling import sample_prompts
 from .configs import SeqKDConfig
 from .teacher_data import Job, TeacherCompletion, TeacherData
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.encoding import Prompt, encode_prompts
 from ..models.teacher import shared_vocab_size
+from ..rollouts.keyed_random import draw_seed, evaluation_key
 from ..rollouts.prompts import end_token_ids
-from ..rollouts.sampling import Completions, draw_seed, evaluation_key, sample_prompts
+from ..rollouts.sampling import Completions, sample_prompts
 from .divergence import token_divergences
 
 

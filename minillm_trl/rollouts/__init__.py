@@ -1,6 +1,7 @@
 """Sampling completions, and the buffer that holds them.
 
-- `sampling`: from the student or the teacher-student mixture, keyed random numbers, batches by length
+- `sampling`: from the student or the teacher-student mixture, in batches by length
+- `keyed_random`: random numbers as functions of seed, step and row
 - `decoding`: KV caches, several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
 - `sampler`: prompts and keys in, completions with their scores out; `rollout_teacher`: the teacher's hidden states
 - `scores`: log-probs and expected rewards of a rollout under both models

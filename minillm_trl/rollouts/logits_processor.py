@@ -1,4 +1,4 @@
-"""Teacher-mixed sampling within `generate` of transformers."""
+"""Teacher-mixed sampling in `generate` of transformers."""
 
 import inspect
 
@@ -8,9 +8,9 @@ from transformers.generation import logits_process
 
 from ..errors import UserError
 from .decoding import LazyDecoder
-from .sampling import keyed_uniforms
+from .keyed_random import keyed_uniforms
 
-# What rescales all scores of a row alike, so that what is drawn from is the mixture at that temperature
+# Processors that scale or shift all scores of a row by the same amount: samples still follow the mixture
 _HARMLESS = (LogitNormalization, logits_process.TemperatureLogitsWarper)
 
 
@@ -25,22 +25,22 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
 
     At each step a coin decides whether the scores are the student's or the teacher's; `generate` then draws from them.
     So each sequence follows $\alpha p + (1-\alpha) q$ (Eq. 4) at any `temperature`, which `generate` applies after its
-    custom processors. The coin is shared by the batch, and the teacher runs only at its own steps. One processor
-    serves one call of `generate`.
+    custom processors. All rows of the batch share the coin, and the teacher runs only at the steps that it won. Make a
+    new processor for each call of `generate`.
 
-    Nothing else may reshape the scores. `generate` keeps the 50 most likely tokens unless it is told `top_k=0`, and
-    many models bring a `top_p` or a penalty in their generation config; such a call is refused at its first step.
+    Nothing else may reshape the scores. `generate` keeps the 50 most likely tokens unless you pass `top_k=0`, and the
+    generation configs of many models set `top_p` or a penalty. Such a call fails at its first step.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): the teacher, in eval mode, with the student's tokenizer.
         alpha (`float`): the teacher's share, in [0, 1].
-        attention_mask (`torch.Tensor` of shape `(B, P)`): mask of the left-padded prompts given to `generate`.
-        seed (`int`, *optional*): seed of the coins; calls with the same seed toss the same coins. None takes them from
-            torch's generator, as `generate` does its draws.
+        attention_mask (`torch.Tensor` of shape `(B, P)`): mask of the left-padded prompts passed to `generate`.
+        seed (`int`, *optional*): seed of the coins; calls with the same seed toss the same coins. None draws them from
+            torch's generator, as `generate` draws its tokens.
 
     Raises:
-        ValueError: if `alpha` lies outside [0, 1], or the rows do not match those of `attention_mask`, or the
-            processor is used for a second call of `generate`, or that call reshapes the scores.
+        ValueError: if `alpha` is outside [0, 1], the rows do not match `attention_mask`, the processor is used for a
+            second call of `generate`, or that call reshapes the scores.
     """
 
     def __init__(self, teacher: PreTrainedModel, alpha: float, attention_mask: torch.Tensor, seed: int | None = None):
@@ -54,7 +54,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         self._length = attention_mask.shape[1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores of the model whose turn it is, -inf where only one of the models has a token."""
+        """Return the scores of the model that won the coin, -inf for tokens that only one of the models has."""
         if input_ids.shape[0] != self.attention_mask.shape[0] or input_ids.shape[1] != self._length:
             raise UserError(
                 f"Expected input_ids of shape {(self.attention_mask.shape[0], self._length)}, got "
@@ -69,7 +69,7 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         coin = torch.rand((), dtype=torch.float64).item() if self.seed is None else keyed_uniforms(1, self.seed, step)
         if coin >= self.alpha:
             mixed = scores.clone()
-            mixed[:, shared:] = -torch.inf  # rows that the teacher lacks are excluded from both
+            mixed[:, shared:] = -torch.inf  # tokens that the teacher lacks are never sampled
             return mixed
         generated = self.attention_mask.new_ones(input_ids.shape[0], step)
         mask = torch.cat([self.attention_mask, generated], dim=1).bool()
@@ -80,10 +80,10 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
 
 
 def _check_others() -> None:
-    """Check that no other processor of transformers in the list that calls ours reshapes the scores.
+    """Check that no other processor of transformers in the same list reshapes the scores.
 
-    `generate` does not tell a processor of the others; the list that calls it is found among the callers. In a loop of
-    the user's own there may be none.
+    `generate` does not pass the list to its processors, so look for it among the callers. A custom decode loop may
+    have no list.
 
     Raises:
         ValueError: naming the processors.
@@ -96,7 +96,7 @@ def _check_others() -> None:
     reshaping = [type(processor).__name__ for processor in own if not isinstance(processor, _HARMLESS)]
     if reshaping:
         raise UserError(
-            f"generate reshapes the scores by {', '.join(reshaping)}, so its samples would not follow the mixture of "
-            "teacher and student. Switch that off, in the call or in the student's generation_config: top_k=0 (50 by "
-            "default), top_p=1.0, repetition_penalty=1.0, min_new_tokens=None."
+            f"generate reshapes the scores with {', '.join(reshaping)}, so its samples would not follow the mixture "
+            "of teacher and student. Switch this off in the call or in the student's generation_config: top_k=0 (the "
+            "default is 50), top_p=1.0, repetition_penalty=1.0, min_new_tokens=None."
         )

@@ -1,4 +1,4 @@
-"""Decoding without repeated n-grams, as the evaluation of the original code has it."""
+"""Decoding without repeated n-grams, as in the evaluation of the authors' code."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 
 
 class NgramBlock:
-    """Excludes the tokens that would repeat an n-gram of their row, those of the prompt included.
+    """Exclude the tokens that would repeat an n-gram of their row, prompt included.
 
-    The rule of `no_repeat_ngram_size` in `generate`; n-grams are kept from step to step instead of gathered anew.
+    This is the rule of `no_repeat_ngram_size` in `generate`. The n-grams are updated at each step, not recomputed.
 
     Args:
         size (`int`): length n of the n-grams, at least 1.
@@ -25,7 +25,7 @@ class NgramBlock:
                 self._append(row, token)
 
     def exclude(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """A copy of `logits`, `(R, V)`, with -inf at what would repeat an n-gram of the rows with these numbers."""
+        """Return a copy of `logits` `(R, V)`, of these rows, with -inf for tokens that would repeat an n-gram."""
         excluded = logits.clone()
         for index, row in enumerate(rows):
             if (banned := self._followers[row].get(self._context(row))) is not None:
@@ -33,7 +33,7 @@ class NgramBlock:
         return excluded
 
     def append(self, tokens: Sequence[int]) -> None:
-        """Note the token that each row was given."""
+        """Append the next token of each row."""
         for row, token in enumerate(tokens):
             self._append(row, token)
 

@@ -1,4 +1,4 @@
-"""Completions of a model on its own: the same for any batch size, given seed, prompt's index and sample."""
+"""Completions of one model, which depend on seed, prompt index and sample number, but not on the batch size."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.encoding import Prompt, encode_prompts
 from ..models.end_tokens import find_end_tokens
 from ..models.lm_head import check_embedded
-from .sampling import draw_seed, sample_key, sample_prompts
+from .keyed_random import draw_seed, sample_key
+from .sampling import sample_prompts
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Completion:
     Attributes:
         text (`str`): decoded without special tokens.
         token_ids (`list[int]`): the end-of-sequence token included.
-        finished (`bool`): whether it ended by itself and not at the length limit.
+        finished (`bool`): whether it ended with an end-of-sequence token, before the length limit.
     """
 
     text: str
@@ -34,10 +35,10 @@ def end_token_ids(
     eos_tokens: Sequence[str] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Return every id that ends a completion of a model on its own, see [`find_end_tokens`].
+    """Return every id that ends a completion of one model, see [`find_end_tokens`].
 
     Raises:
-        ValueError: if the generation config, or `eos_tokens`, names something that is no token.
+        ValueError: if the generation config or `eos_tokens` names a text that is no token.
     """
     ends = find_end_tokens(
         tokenizer,
@@ -66,7 +67,7 @@ def generate_completions(
     chat_template_kwargs: dict[str, Any] | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """Sample one completion for each prompt from `model` alone.
+    """Sample one completion for each prompt from `model`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model; put in eval mode.
@@ -74,38 +75,41 @@ def generate_completions(
         prompts (`Sequence`): texts or conversations.
         max_new_tokens (`int`): length limit, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature.
-        seed (`int`, *optional*): together with a prompt's index and `sample` it determines the completion, whatever
-            the batch size. None draws one from torch's generator.
+        seed (`int`, *optional*): determines the completion together with the prompt's index and `sample`, for any
+            batch size. None draws a seed from torch's generator.
         sample (`int`, *optional*, defaults to `0`): number of the sample, for several completions of each prompt.
-            Seeds share none.
-        indices (`Sequence[int]`, *optional*): the prompts' indices, where they are a share of all; their positions by
-            default.
+            Different seeds give different samples.
+        indices (`Sequence[int]`, *optional*): index of each prompt, if `prompts` are a part of a larger set; by
+            default their positions.
         batch_size (`int`, *optional*, defaults to `64`): prompts decoded together.
-        greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead.
-        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no completion may repeat an n-gram, see
-            [`NgramBlock`]; 0 for none.
-        eos_tokens (`Sequence[str]`, *optional*): the tokens that end a completion; by default those of tokenizer and
-            generation config and, for conversations, what the chat template writes after an assistant's turn.
-        chat_template_kwargs (`dict`, *optional*): what else the chat template is given.
+        greedy (`bool`, *optional*, defaults to `False`): take the most likely token instead of sampling.
+        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): size of the n-grams that no completion may repeat,
+            see [`NgramBlock`]; 0 allows all.
+        eos_tokens (`Sequence[str]`, *optional*): the tokens that end a completion; by default the EOS tokens of
+            tokenizer and generation config and, for conversations, the chat template's end of an assistant's turn.
+        chat_template_kwargs (`dict`, *optional*): further arguments of the chat template.
         on_batch (`Callable`, *optional*): called after each batch with the number of its prompts.
 
     Returns:
         `list[Completion]` in the order of the prompts.
 
     Raises:
-        ValueError: if a prompt has no tokens, or one that the model has no embedding of.
+        ValueError: if a prompt has no tokens, or a token without an embedding in the model.
     """
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    seed = draw_seed() if seed is None and not greedy else seed
+    indices = range(len(prompts)) if indices is None else indices
+    keys = None
+    if not greedy:
+        seed = draw_seed() if seed is None else seed
+        keys = [sample_key(seed, index, sample) for index in indices]
     conversational = any(not isinstance(prompt, str) for prompt in prompts)
     ends = end_token_ids(model, tokenizer, conversational, eos_tokens, chat_template_kwargs)
-    indices = range(len(prompts)) if indices is None else indices
     prompt_ids = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     check_embedded(model, [*prompt_ids, [pad_token_id]])
     sampled = sample_prompts(
         model.eval(),
         prompt_ids,
-        keys=None if greedy else [sample_key(seed, index, sample) for index in indices],
+        keys=keys,
         max_new_tokens=max_new_tokens,
         eos_token_ids=ends,
         pad_token_id=pad_token_id,

@@ -1,4 +1,4 @@
-"""`RolloutTeacher`: the teacher's hidden states, cached during sampling or computed, and kept for the updates."""
+"""`RolloutTeacher`: the teacher's hidden states, which updates read from the buffer or recompute."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,15 @@ from .buffer import Batch, sequences
 
 @dataclass
 class RolloutTeacher:
-    """The frozen teacher as rollouts and the updates on them use it.
+    """The frozen teacher of rollouts and updates.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): the teacher, not wrapped, in eval mode.
+        model ([`~transformers.PreTrainedModel`]): the teacher, unwrapped, in eval mode.
         head ([`LMHead`]): its head, frozen, on the device of the updates.
-        accelerator ([`~accelerate.Accelerator`]): of the trainer.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
         batch_size (`int`): rows of one forward pass.
-        kept_on (`str`): where the buffer keeps hidden states: `"device"`, `"cpu"`, or nowhere (`"recompute"`).
+        kept_on (`str`): where the buffer keeps hidden states: on the `"device"`, the `"cpu"`, or not at all
+            (`"recompute"`).
     """
 
     model: PreTrainedModel
@@ -35,14 +36,14 @@ class RolloutTeacher:
             return teacher_hidden_states(self.model, input_ids, attention_mask, length, self.batch_size)
 
     def hidden_states_of(self, batch: Batch) -> torch.Tensor:
-        """Return the hidden states of a batch's completions `(B, T, H)` from the buffer, or else from a pass."""
+        """Return the hidden states of a batch's completions `(B, T, H)`, from the buffer or a forward pass."""
         if "teacher_hidden_states" in batch:
             return batch["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
         input_ids, attention_mask, mask = sequences(batch)
         return self.hidden_states(input_ids, attention_mask, mask.shape[1])
 
     def keep(self, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
-        """Return what the buffer keeps of hidden states; None if it recomputes them."""
+        """Return the hidden states as the buffer keeps them; None if updates recompute them."""
         if hidden_states is None or self.kept_on == "recompute":
             return None
         return hidden_states.cpu() if self.kept_on == "cpu" else hidden_states

@@ -1,4 +1,4 @@
-"""`RolloutSampler`: prompts and keys of random numbers in, completions with their scores out."""
+"""`RolloutSampler`: takes prompts and keys of random numbers, returns completions with their scores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ from .scores import RolloutScorer, RolloutScores, with_head
 
 @dataclass
 class ScoredRows:
-    """Scores of the rows of a rollout, in the parts that they were computed in.
+    """Scores of the rows of a rollout, in the batches in which they were computed.
 
     Args:
-        parts (`list[tuple[list[int], RolloutScores]]`): numbers of rows, and the scores of their completions.
+        parts (`list[tuple[list[int], RolloutScores]]`): row numbers, and the scores of their completions.
     """
 
     parts: list[tuple[list[int], RolloutScores]] = field(default_factory=list)
@@ -38,11 +38,11 @@ class ScoredRows:
 
 
 class SampledTurn(NamedTuple):
-    """What one call of the sampler returns.
+    """Completions of one call of the sampler.
 
     Attributes:
         completions (`list[list[int]]`): token ids in the order of the prompts, the end-of-sequence token included.
-        scores ([`ScoredRows`]): their scores, detached; empty unless asked for.
+        scores ([`ScoredRows`]): their scores, detached; empty without `with_scores`.
     """
 
     completions: list[list[int]]
@@ -51,20 +51,20 @@ class SampledTurn(NamedTuple):
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    r"""Samples from the mixture of teacher and student, and scores what it samples.
+    r"""Sample from the mixture of teacher and student, and score the samples.
 
-    The hidden states of a batch exist only while it is sampled, so it is scored at once: afterwards no model has to
-    run again for the log-probs. Tokens are drawn at the temperature of `scorer`, from the vocabulary that it scores.
+    A batch is scored from the hidden states that sampling it computed, before they are freed. So no model has to run
+    again for the log-probs. Tokens are drawn at the temperature of `scorer`, from the vocabulary that it scores.
 
     Args:
         teacher ([`RolloutTeacher`]): the teacher.
-        scorer ([`RolloutScorer`]): what is computed from the hidden states.
+        scorer ([`RolloutScorer`]): computes the scores from hidden states.
         alpha (`float`): share of the teacher in the mixture; 0 samples from the student alone.
         eos_token_ids (`Sequence[int]`): ids that end a completion.
         pad_token_id (`int`): pads prompts and completions.
-        batch_size (`int`, *optional*): rows that are decoded together; all by default.
+        batch_size (`int`, *optional*): rows decoded together; all by default.
         shared_coins (`bool`, *optional*, defaults to `True`): see [`sample_prompts`].
-        compiled ([`CompiledDecoding`], *optional*): of the student.
+        compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
         on_every_process (`Callable[[bool], bool]`, *optional*): for a teacher that is sharded over processes, see
             [`~minillm_trl.rollouts.sampling.sample_completions`].
     """
@@ -91,14 +91,14 @@ class RolloutSampler:
         """Sample one completion for each prompt.
 
         Args:
-            student ([`~transformers.PreTrainedModel`]): the student as it is now, not wrapped, in eval mode.
-            prompt_ids (`Sequence[Sequence[int]]`): prompts without padding. In a conversation with tools, a turn is a
-                call of its own: its prompts hold the turns before it and the tools' answers.
+            student ([`~transformers.PreTrainedModel`]): the student with its current weights, unwrapped, in eval mode.
+            prompt_ids (`Sequence[Sequence[int]]`): prompts without padding. In a conversation with tools, each turn is
+                a separate call: its prompts hold the previous turns and the tools' answers.
             keys (`Sequence[tuple[int, ...]]`): key of each prompt's random numbers.
             coin_key (`tuple[int, ...]`): key of the coins, see [`sample_prompts`].
             max_new_tokens (`int`): length limit.
             with_scores (`bool`, *optional*, defaults to `True`): whether to score the completions. The turns of a
-                conversation are scored together, once all are there.
+                conversation are scored together after the last one.
         """
         scores = ScoredRows()
 
@@ -129,9 +129,9 @@ class RolloutSampler:
     def _score(
         self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
     ) -> RolloutScores:
-        """Score a batch from the hidden states of sampling; without coins the teacher has none."""
+        """Score a batch from its hidden states; sampling without coins leaves none of the teacher."""
         states = sampled.teacher_hidden_states
-        if states is None and self.scorer.expected_reward is not None:  # it needs both models' states at once
+        if states is None and self.scorer.expected_reward is not None:  # a function of both models' states
             prompts = [part.to(sampled.ids.device) for part in left_pad(prompt_ids, self.pad_token_id)]
             ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
             states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1])

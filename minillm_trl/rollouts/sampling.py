@@ -1,17 +1,15 @@
 r"""Sampling completions from the student or from the teacher-student mixture.
 
 Sampling from $\mu = \alpha p + (1-\alpha) q$ (Eq. 4) is a coin toss, then a draw from one of the two models. The coin
-is drawn first, so each model runs only at its own steps, over the tokens since its last call: with coins shared by the
-rows that are decoded together N calls in all for N tokens, where mixing the two distributions at every step takes 2 N.
+comes first, so a model runs only at the steps that it won, over the tokens since its last call. If the rows of a batch
+share their coins, N tokens take N model calls in all. Mixing the two distributions at every step would take 2 N.
 
 Randomness is stateless: a token is the inverse CDF at a uniform number that is a pure function of a key (seed, round,
-row, ...). So a sample does not depend on the rows beside it, on the number of processes, or on what else drew random
-numbers, and an interrupted run resumes with the samples it would have drawn.
+row, ...). So a sample does not depend on the other rows of the batch, on the number of processes, or on other users of
+random numbers, and an interrupted run resumes with the samples it would have drawn.
 """
 
-import hashlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -23,59 +21,8 @@ from ..masking import completion_mask
 from ..models.attention import without_cudnn_attention
 from ..models.context import check_longrope
 from .decoding import CompiledDecoding, LazyDecoder
+from .keyed_random import digest, draw_seed, keyed_uniforms, toss_coins
 from .ngram_block import NgramBlock
-
-
-def keyed_uniforms(length: int, *key: int) -> np.ndarray:
-    """Return `length` uniform numbers in [0, 1), float64, a pure function of the non-negative integers in `key`.
-
-    Different keys give independent numbers, also where one is the other followed by zeros.
-
-    Raises:
-        ValueError: if a number of the key is negative.
-    """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(_entropy(key)))).random(length)
-
-
-def _entropy(key: Sequence[int]) -> Sequence[int]:
-    """Return what seeds the numbers of a key, different for different keys.
-
-    `SeedSequence` cuts large numbers into words of 32 bits and fills up to four words with zeros. So that no two keys
-    have the same words, only keys of two numbers may end in 0 or be filled up; of others the digest is taken.
-    """
-    if any(number < 0 for number in key):
-        raise ValueError(f"A key of random numbers must be of non-negative integers, got {tuple(key)}.")
-    unique = len(key) == 2 or len(key) > 4 or (len(key) > 2 and key[-1] != 0)
-    return key if unique and all(number < 2**32 for number in key) else (_digest(key),)
-
-
-def _digest(key: Iterable[object]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(list(map(str, key))).encode()).digest())
-
-
-def draw_seed() -> int:
-    """Draw a seed from torch's generator: what is not told a seed does not repeat its random numbers."""
-    return int(torch.randint(2**63 - 1, ()))
-
-
-# Second element of the keys of the noise, after the seed: what it is for
-TRAIN_TOKENS, EVAL_TOKENS, COINS, ROLLOUT_ORDER = range(4)
-
-
-def evaluation_key(seed: int, prompt_ids: Sequence[int], sample: int = 0, turn: int = 0) -> tuple[int, ...]:
-    """Key of the noise of a completion in evaluation: the same at every evaluation and for every trainer, so that
-    their curves differ by the student alone."""
-    return seed, EVAL_TOKENS, zlib.crc32(repr(list(prompt_ids)).encode()), sample, turn
-
-
-def sample_key(seed: int, prompt: int, sample: int = 0) -> tuple[int, ...]:
-    """Key of the noise of a completion outside training, by the numbers of its prompt and of the prompt's sample."""
-    return (seed, prompt, sample) if sample else (seed, prompt)
-
-
-def toss_coins(length: int, alpha: float, *key: int) -> np.ndarray:
-    """Toss the coin of every step: True (with probability `alpha`) where the teacher samples."""
-    return keyed_uniforms(length, *key) < alpha
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
@@ -104,14 +51,47 @@ class Completions(NamedTuple):
         ids (`torch.Tensor` of shape `(B, T)`): right-padded; T is the length of the longest.
         mask (`torch.Tensor` of shape `(B, T)`): True on real tokens, the end-of-sequence token included.
         student_hidden_states, teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`, *optional*): the models'
-            last hidden states that predict each token; arbitrary outside the mask. None unless asked for, and for a
-            teacher without coins.
+            last hidden states that predict each token; arbitrary outside the mask. None unless `keep_states`; the
+            teacher's also without `teacher_coins`.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     student_hidden_states: torch.Tensor | None = None
     teacher_hidden_states: torch.Tensor | None = None
+
+
+class _GrowingRows:
+    """Prompts with the tokens sampled so far.
+
+    Attributes:
+        ids, mask (`torch.Tensor` of shape `(B, L)`): L grows by one a step; the mask is False on left padding.
+        prompt_length (`int`): padded length P of the prompts.
+        finished (`np.ndarray` of shape `(B,)`, bool): rows that have ended, and rows without a prompt.
+        last (`np.ndarray` of shape `(B,)`): index in `ids` of each row's last token; the length limit until it ends.
+    """
+
+    def __init__(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int):
+        self.ids, self.mask = prompt_ids, prompt_mask.bool()
+        self.prompt_length = prompt_ids.shape[1]
+        self.finished = ~self.mask.any(dim=1).cpu().numpy()
+        self.last = np.full(len(prompt_ids), self.prompt_length + max_new_tokens - 1)
+
+    def tokens(self) -> list[list[int]]:
+        """Return the tokens of each row without padding."""
+        return [row[keep].tolist() for row, keep in zip(self.ids.cpu(), self.mask.cpu(), strict=True)]
+
+    def append(self, tokens: torch.Tensor, eos: torch.Tensor) -> None:
+        """Append a token `(B,)` to every row, and mark the rows that end with it as finished."""
+        ends = torch.isin(tokens, eos).cpu().numpy() & ~self.finished
+        self.last[ends] = self.ids.shape[1]
+        self.finished |= ends
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+
+    def completions(self) -> torch.Tensor:
+        """Return the sampled tokens `(B, T)`, T being the length of the longest completion."""
+        return self.ids[:, self.prompt_length : int(self.last.max()) + 1]
 
 
 @without_cudnn_attention()
@@ -134,102 +114,125 @@ def sample_completions(
     compiled: CompiledDecoding | None = None,
     no_repeat_ngram_size: int = 0,
 ) -> Completions:
-    """Sample one completion a row, each token from the student or, where its coin says so, from the teacher.
+    """Sample one completion for each row, each token from the student or, where its coin says so, from the teacher.
 
-    With coins tossed at probability alpha (see [`toss_coins`]) every row follows the mixture exactly. Rows that share
-    their coins are dependent, but need one model a step; with a coin for each row most steps need both. Nothing else
-    reshapes the distributions, unless n-grams are blocked: generation configs are not read.
+    If the coins are tossed with probability alpha (see [`toss_coins`]), each row follows the mixture exactly. Rows
+    that share their coins depend on each other, but need one model a step; with a coin for each row, most steps need
+    both models. Nothing else reshapes the distributions unless n-grams are blocked: generation configs are not read.
 
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
-        prompt_ids (`torch.Tensor` of shape `(B, P)`): left-padded prompts, P >= 1 real token each.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens. A row without any is finished from the
-            start: with it, a process that has no prompts takes part in the calls of a sharded model.
+        prompt_ids (`torch.Tensor` of shape `(B, P)`): left-padded prompts of at least one real token.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens. A row without real tokens is finished
+            from the start. A process without prompts uses one to take part in the calls of a sharded model.
         max_new_tokens (`int`): length limit N, the end-of-sequence token included.
         eos_token_ids (`Sequence[int]`): ids that end a completion.
-        pad_token_id (`int`): fills up finished rows.
-        uniforms (`torch.Tensor` of shape `(B, N)`, float64, *optional*): one number a token, see [`keyed_uniforms`].
-            None decodes greedily.
+        pad_token_id (`int`): pads finished rows.
+        uniforms (`torch.Tensor` of shape `(B, N)`, float64, *optional*): a number for each token, see
+            [`keyed_uniforms`]. None decodes greedily.
         temperature (`float`, *optional*, defaults to `1.0`): sampling temperature of both models, > 0.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): needed where a coin is True.
-        teacher_coins (`np.ndarray` of shape `(B, N)` or `(1, N)`, bool, *optional*): where the teacher samples; a
-            single row is shared by all. None means student alone.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): required with `teacher_coins`.
+        teacher_coins (`np.ndarray` of shape `(B, N)` or `(1, N)`, bool, *optional*): where the teacher samples; all
+            rows share a single row of coins. None samples from the student alone.
         vocab_size (`int`, *optional*): number of leading vocabulary rows that may be sampled; all by default.
         keep_states (`bool`, *optional*, defaults to `False`): whether to return the hidden states that predict each
-            token. All but those of the last few tokens come up in sampling anyway; one call adds the rest, so that
-            neither model has to run again to score the completions. Needs heads that [`~lm_head.check_head`]
-            accepts.
-        on_every_process (`Callable[[bool], bool]`, *optional*): whether its argument is True on every process. To be
-            given where a model is sharded over processes, whose calls are then the same on all: a model that one
+            token. Sampling computes all of them but the last few, which one more call adds, so that neither model has
+            to run again to score the completions. Requires heads that [`~lm_head.check_head`] accepts.
+        on_every_process (`Callable[[bool], bool]`, *optional*): returns whether its argument is True on every process.
+            Required if a model is sharded over processes, which then have to make the same calls: a model that one
             process needs at a step is called by all, and all continue until the rows of all have finished. Shared
-            coins that are the same on all spare calls. The number of calls of this function and `max_new_tokens` must
-            be the same on all.
-        compiled ([`CompiledDecoding`], *optional*): of the student, whose steps then run compiled.
-        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): n for which no row may repeat an n-gram of its own
-            or of its prompt, see [`NgramBlock`]; 0 for none.
+            coins that are the same on all processes save calls. All processes must call this function equally often,
+            with the same `max_new_tokens`.
+        compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
+        no_repeat_ngram_size (`int`, *optional*, defaults to `0`): size of the n-grams that no row may repeat, its
+            prompt included, see [`NgramBlock`]; 0 allows all.
 
     Returns:
         [`Completions`].
 
     Raises:
-        ValueError: if a completion can cross the length up to which a model with LongRoPE can be sampled from.
+        ValueError: if a completion can cross the length up to which a model with LongRoPE can be sampled from, or
+            `teacher_coins` are given without a teacher.
     """
-    for model in (student,) if teacher_coins is None else (student, teacher):
-        check_longrope(model, prompt_mask, max_new_tokens)
-    device, (batch_size, prompt_length) = prompt_ids.device, prompt_ids.shape
-    vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
-    eos = torch.tensor(list(eos_token_ids), device=device)
-    keep_from = prompt_length - 1 if keep_states else None  # the prompt's last token predicts the first sampled one
-    length = prompt_length + max_new_tokens
-    decoders = [LazyDecoder(student, vocab_size, batch_size, keep_from, compiled, length)]
+    models = [student]
     if teacher_coins is not None:
-        decoders.append(LazyDecoder(teacher, vocab_size, batch_size, keep_from))
+        if teacher is None:
+            raise ValueError("teacher_coins choose the steps of a teacher, but teacher is None. Pass both or neither.")
+        models.append(teacher)
+    for model in models:
+        check_longrope(model, prompt_mask, max_new_tokens)
+    rows = _GrowingRows(prompt_ids, prompt_mask, max_new_tokens)
+    vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
+    keep_from = rows.prompt_length - 1 if keep_states else None  # the last prompt token predicts the first sampled one
+    length = rows.prompt_length + max_new_tokens
+    decoders = [
+        LazyDecoder(model, vocab_size, len(prompt_ids), keep_from, None if index else compiled, length)
+        for index, model in enumerate(models)
+    ]
     coins = np.array([[False]]) if teacher_coins is None else teacher_coins
     coins = np.broadcast_to(coins, (len(coins), max_new_tokens))
-    ids, mask = prompt_ids, prompt_mask.bool()
-    block = None
-    if no_repeat_ngram_size:
-        prompts = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-        block = NgramBlock(no_repeat_ngram_size, prompts)
-    finished = ~mask.any(dim=1).cpu().numpy()
-    last = np.full(batch_size, prompt_length + max_new_tokens - 1)  # index of each row's last token
+    eos = torch.tensor(list(eos_token_ids), device=prompt_ids.device)
+    block = NgramBlock(no_repeat_ngram_size, rows.tokens()) if no_repeat_ngram_size else None
 
     for step in range(max_new_tokens):
-        tokens = torch.full((batch_size,), pad_token_id, device=device)
+        tokens = torch.full((len(prompt_ids),), pad_token_id, device=prompt_ids.device)
         for decoder, chosen in zip(decoders, (~coins[:, step], coins[:, step]), strict=False):
-            idle = not (chosen & ~finished).any()
-            if on_every_process is not None and teacher_coins is not None:
-                idle = on_every_process(idle)  # a sharded model is called by all processes or by none
-            if idle:
-                continue
-            decoder.drop(finished, last)
-            logits = decoder.next_logits(ids, mask)
-            if block is not None:
-                logits = block.exclude(logits, decoder.rows)
-            rows = torch.from_numpy(decoder.rows).to(device)
-            drawn = draw_tokens(logits, None if uniforms is None else uniforms[rows, step], temperature)
-            chosen = torch.from_numpy(np.broadcast_to(chosen, batch_size)[decoder.rows]).to(device)
-            tokens[rows] = torch.where(chosen, drawn, tokens[rows])
-        tokens = tokens.masked_fill(torch.from_numpy(finished).to(device), pad_token_id)
-        ids = torch.cat([ids, tokens[:, None]], dim=1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            idle = not (chosen & ~rows.finished).any()
+            if teacher_coins is not None:
+                idle = _everywhere(idle, on_every_process)  # either all processes call a sharded model, or none
+            if not idle:
+                at_step = None if uniforms is None else uniforms[:, step]
+                _draw_chosen(decoder, chosen, rows, tokens, at_step, temperature, block)
+        tokens = tokens.masked_fill(torch.from_numpy(rows.finished).to(tokens.device), pad_token_id)
         if block is not None:
             block.append(tokens.tolist())
-        ends = torch.isin(tokens, eos).cpu().numpy() & ~finished
-        last[ends] = prompt_length + step
-        finished |= ends
-        done = bool(finished.all())
-        if done if on_every_process is None else on_every_process(done):
+        rows.append(tokens, eos)
+        if _everywhere(bool(rows.finished.all()), on_every_process):
             break
 
-    length = min(int(last.max()), ids.shape[1] - 1) + 1 - prompt_length
-    sampled = ids[:, prompt_length : prompt_length + length]
-    states = []
-    for decoder in decoders if keep_states else ():
-        if (last[decoder.rows] > decoder.fed).any() or on_every_process is not None:
-            decoder.next_logits(ids, mask)
-        states.append(decoder.kept_states(batch_size, length))
+    sampled = rows.completions()
+    states = _kept_states(decoders, rows, sampled.shape[1], on_every_process) if keep_states else []
     return Completions(sampled, completion_mask(sampled, eos_token_ids), *states)
+
+
+def _everywhere(flag: bool, on_every_process: Callable[[bool], bool] | None) -> bool:
+    return flag if on_every_process is None else on_every_process(flag)
+
+
+def _draw_chosen(
+    decoder: LazyDecoder,
+    chosen: np.ndarray,
+    rows: _GrowingRows,
+    tokens: torch.Tensor,
+    uniforms: torch.Tensor | None,
+    temperature: float,
+    block: NgramBlock | None,
+) -> None:
+    """Write the next token of the rows in which `chosen`, `(B,)` or `(1,)`, is True to `tokens` `(B,)`."""
+    decoder.drop(rows.finished, rows.last)
+    logits = decoder.next_logits(rows.ids, rows.mask)
+    if block is not None:
+        logits = block.exclude(logits, decoder.rows.tolist())
+    numbers = torch.from_numpy(decoder.rows).to(tokens.device)
+    drawn = draw_tokens(logits, None if uniforms is None else uniforms[numbers], temperature)
+    is_chosen = torch.from_numpy(np.broadcast_to(chosen, len(tokens))[decoder.rows]).to(tokens.device)
+    tokens[numbers] = torch.where(is_chosen, drawn, tokens[numbers])
+
+
+def _kept_states(
+    decoders: Sequence[LazyDecoder],
+    rows: _GrowingRows,
+    length: int,
+    on_every_process: Callable[[bool], bool] | None,
+) -> list[torch.Tensor]:
+    """Return the hidden states `(B, length, H)` of each decoder, with those of the tokens since its last call."""
+    states = []
+    for decoder in decoders:
+        # processes cannot know whether another one needs the call, so with a sharded model all make it
+        if (rows.last[decoder.rows] > decoder.fed).any() or on_every_process is not None:
+            decoder.next_logits(rows.ids, rows.mask)
+        states.append(decoder.kept_states(len(rows.ids), length))
+    return states
 
 
 def sample_prompts(
@@ -251,11 +254,11 @@ def sample_prompts(
     keep_states: bool = False,
     compiled: CompiledDecoding | None = None,
     no_repeat_ngram_size: int = 0,
-    on_batch: Callable[[list[int], Completions], None] | None = None,
+    on_batch: Callable[[list[int], Completions], object] | None = None,
 ) -> list[list[int]]:
-    """Sample one completion for each prompt, in batches of neighbours in length so that little padding is decoded.
+    """Sample one completion for each prompt, in batches of prompts of similar length to save padding.
 
-    Where processes sample together (`on_every_process`) they may have different numbers of prompts, or none.
+    Processes that sample together (`on_every_process`) may have different numbers of prompts, or none.
 
     Args:
         student ([`~transformers.PreTrainedModel`]): an unwrapped model in eval mode.
@@ -264,14 +267,14 @@ def sample_prompts(
             None decodes greedily.
         batch_size (`int`, *optional*): rows decoded together; all by default.
         alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
-        coin_key (`tuple[int, ...]`, *optional*): key of the coins; the number of the batch is added to it, or with a
-            coin for each row the row's key. None derives the coins from `keys`, apart from the numbers that draw the
-            tokens; without `keys` they come from torch's generator.
+        coin_key (`tuple[int, ...]`, *optional*): key of the coins, to which the number of the batch is appended, or
+            the key of the row if each row has coins of its own. None derives the coins from `keys`, independently of
+            the numbers that draw the tokens; without `keys` they come from torch's generator.
         shared_coins (`bool`, *optional*, defaults to `True`): whether rows decoded together share their coins, so that
             only one of the models runs at a step. `False` makes all rows independent, and a completion a function of
             its key alone.
-        on_batch (`Callable[[list[int], Completions], None]`, *optional*): called after each batch with the numbers of
-            its prompts and their [`Completions`].
+        on_batch (`Callable[[list[int], Completions], object]`, *optional*): called after each batch with the numbers
+            of its prompts and their [`Completions`].
         max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states,
             compiled, no_repeat_ngram_size: see [`sample_completions`].
 
@@ -323,12 +326,11 @@ def sample_prompts(
 
 def _batches(
     order: Sequence[int], batch_size: int, on_every_process: Callable[[bool], bool] | None
-) -> Iterator[Sequence[int]]:
-    """Cut `order` into batches; where processes sample together, empty ones follow until the last has no more."""
+) -> Iterator[list[int]]:
+    """Split `order` into batches; if processes sample together, empty ones follow until the last process is done."""
     for start in count(0, batch_size):
-        rows = order[start : start + batch_size]
-        done = not rows
-        if done if on_every_process is None else on_every_process(done):
+        rows = list(order[start : start + batch_size])
+        if _everywhere(not rows, on_every_process):
             return
         yield rows
 
@@ -336,10 +338,10 @@ def _batches(
 def _coin_keys(
     coin_key: tuple[int, ...] | None, batch: int, keys: Sequence[tuple[int, ...] | None], shared: bool
 ) -> list[tuple[int, ...]]:
-    """Return the key of the coins that the rows of a batch share, or of each row's.
+    """Return the key of the coins that the rows of a batch share, or one key for each row.
 
     Args:
-        coin_key (`tuple[int, ...]`, *optional*): what the caller gave.
+        coin_key (`tuple[int, ...]`, *optional*): the caller's key of the coins.
         batch (`int`): number of the batch.
         keys (`Sequence[tuple[int, ...] | None]`): key of each row's tokens; None for greedy decoding.
         shared (`bool`): whether the rows share their coins.
@@ -348,16 +350,19 @@ def _coin_keys(
         return [(*coin_key, batch)]
     if coin_key:
         return [(*coin_key, batch, row) if key is None else (*coin_key, *key) for row, key in enumerate(keys)]
-    tossed_for = [keys] if shared else [[key] for key in keys]
-    # a digest, so that no coin ever has the number that draws a token
-    return [
-        (draw_seed() if None in group else _digest(["coins", *(tuple(map(int, key)) for key in group)]),)
-        for group in tossed_for
-    ]
+    return [_derive_coin_key(keys)] if shared else [_derive_coin_key([key]) for key in keys]
+
+
+def _derive_coin_key(keys: Sequence[tuple[int, ...] | None]) -> tuple[int]:
+    """Return a key for the coins of rows whose tokens have these keys."""
+    if None in keys:
+        return (draw_seed(),)
+    # a digest, so that no coin reuses a number that draws a token
+    return (digest(["coins", *(tuple(map(int, key)) for key in keys if key is not None)]),)
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and bool mask `(B, L)` of sequences of unequal length."""
+    """Return left-padded token ids and their bool mask `(B, L)`."""
     width = max(1, max(map(len, sequences)))
     ids = torch.full((len(sequences), width), pad_token_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)

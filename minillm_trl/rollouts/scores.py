@@ -1,6 +1,6 @@
 """Scores of a rollout under both models, from one pass of each head over the last hidden states, in chunks of tokens.
 
-Nothing here carries a gradient: the scores of a rollout are constants of the updates on it.
+Nothing here has a gradient: updates treat the scores of a rollout as constants.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class RolloutScores(NamedTuple):
         student_logps, teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the sampling temperature.
         student_kd_logps, teacher_kd_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the KD temperature.
         expected_rewards (`torch.Tensor` of shape `(B, T)`): see [`~minillm_trl.objectives.expected_rewards`]; None
-            unless they are wanted.
-        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`): the teacher's last hidden states, from which the
-            single-step term is computed in every inner pass without the teacher; None where they are to be recomputed.
+            if rewards are sampled.
+        teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`): the teacher's last hidden states, from which every
+            inner pass computes the single-step term without running the teacher; None if it recomputes them.
 
-    The log-probs of a model whose states were not given are None.
+    The log-probs of a model are None if its hidden states were not given.
     """
 
     student_logps: torch.Tensor | None = None
@@ -49,15 +49,15 @@ def with_head(hidden_states: torch.Tensor | None, head: LMHead) -> HeadStates | 
 
 @dataclass(frozen=True)
 class RolloutScorer:
-    """Computes [`RolloutScores`] from hidden states.
+    """Compute [`RolloutScores`] from hidden states.
 
     Args:
-        temperature (`float`): of the policy that samples.
-        kd_temperature (`float`): of the rewards and of the single-step term.
-        vocab_size (`int`): number of leading vocabulary rows that both models share; others are excluded from both.
+        temperature (`float`): temperature of the sampling policy.
+        kd_temperature (`float`): temperature of the rewards and of the single-step term.
+        vocab_size (`int`): number of leading vocabulary rows that both models share; other rows are excluded.
         expected_reward (`Callable`, *optional*): maps the log-probs `(n, V)` of the teacher and of the student at the
             KD temperature, and of the student at the sampling temperature, to expected rewards `(n,)`, see
-            [`~minillm_trl.objectives.expected_rewards`]. None where rewards are sampled.
+            [`~minillm_trl.objectives.expected_rewards`]. None if rewards are sampled.
     """
 
     temperature: float
@@ -73,10 +73,10 @@ class RolloutScorer:
         student: HeadStates | None = None,
         teacher: HeadStates | None = None,
     ) -> RolloutScores:
-        """Score the tokens of completions `(B, T)` where the mask is True, under the models whose states are given.
+        """Score the tokens of completions `(B, T)` where the mask is True, under each model whose states are given.
 
-        Expected rewards are a function of both models' distributions, so they are there only if both are given.
-        Memory beyond the inputs is bounded by `CHUNK_ELEMENTS`, not by B * T * V.
+        Expected rewards need the distributions, and so the states, of both models. Memory beyond the inputs is bounded
+        by `CHUNK_ELEMENTS`, not by B * T * V.
         """
         rows = completion_mask.flatten().nonzero().squeeze(1)  # (N,)
         targets = completion_ids.flatten()[rows]
@@ -89,9 +89,10 @@ class RolloutScorer:
         pieces = [self._score_chunk(targets[part], part, *models) for part in chunks]
 
         def scatter(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-            if parts[0] is None:
+            known = [part for part in parts if part is not None]  # all of them, or none
+            if not known:
                 return None
-            flat = torch.cat(parts)
+            flat = torch.cat(known)
             return flat.new_zeros(completion_mask.numel()).index_put((rows,), flat).view_as(completion_mask)
 
         return RolloutScores(*(scatter(parts) for parts in zip(*pieces, strict=True)))
@@ -99,7 +100,7 @@ class RolloutScorer:
     def _score_chunk(
         self, targets: torch.Tensor, part: slice, student: HeadStates | None, teacher: HeadStates | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return the first five fields of [`RolloutScores`] for a chunk of the tokens, from their states `(N, H)`."""
+        """Return the first five fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
         found: list[torch.Tensor | None] = []
         log_probs: list[torch.Tensor] = []
         for model in (student, teacher):
@@ -122,12 +123,12 @@ class RolloutScorer:
 
 
 class RolloutRequest(NamedTuple):
-    """Sequences that the student scores as it runs, see [`~minillm_trl.models.fused_head.add_scoring`].
+    """Sequences for the student to score in its forward pass, see [`~minillm_trl.models.fused_head.add_scoring`].
 
     Attributes:
         input_ids, attention_mask (`torch.Tensor` of shape `(B, P+T)`): left-padded prompts, right-padded completions.
         completion_mask (`torch.Tensor` of shape `(B, T)`): True on the tokens to score.
-        scorer ([`RolloutScorer`]): what is computed.
+        scorer ([`RolloutScorer`]): computes the scores.
         teacher_hidden_states (`torch.Tensor` of shape `(B, T, H_teacher)`, *optional*): needed for expected rewards.
     """
 
@@ -140,8 +141,10 @@ class RolloutRequest(NamedTuple):
     def score(
         self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: LMHead | None
     ) -> RolloutScores:
-        """Score from the student's hidden states `(B, T, H)`."""
-        states = self.teacher_hidden_states
+        """Score the tokens from the student's hidden states `(B, T, H)`."""
         ids = self.input_ids[:, -self.completion_mask.shape[1] :]
-        teacher = None if states is None else HeadStates(states, teacher_head)
+        teacher = None
+        if self.teacher_hidden_states is not None:
+            assert teacher_head is not None, "the student was given no teacher head"
+            teacher = HeadStates(self.teacher_hidden_states, teacher_head)
         return self.scorer.score(ids, self.completion_mask, HeadStates(hidden_states, head), teacher)

@@ -18,7 +18,7 @@ from ..models.encoding import Prompt, encode_pair, encode_prompts, encode_texts
 from ..models.fused_head import ScoreRequest, TokenScores
 from ..models.lm_head import completion_hidden_states
 from ..objectives import forward_kl, language_modeling_loss
-from ..rollouts.sampling import keyed_uniforms
+from ..rollouts.keyed_random import keyed_uniforms
 
 logger = logging.getLogger(__name__)
 

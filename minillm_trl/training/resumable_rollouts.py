@@ -14,7 +14,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 from ..config import MiniLLMConfig
 from ..hardware.precision import OverflowCounter
 from ..rollouts.buffer import Batch, by_length, deal_rows, trim, window_counts
-from ..rollouts.sampling import ROLLOUT_ORDER
+from ..rollouts.keyed_random import ROLLOUT_ORDER
 from .evaluation_rows import Row
 from .measured_trainer import MeasuredTrainer
 from .nonfinite_rows import leave_out_faulty

@@ -30,9 +30,9 @@ from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
 from ..rollouts.buffer import Batch, assemble_rows, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
+from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.rollout_teacher import RolloutTeacher
 from ..rollouts.sampler import RolloutSampler, ScoredRows
-from ..rollouts.sampling import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
 from .checks import check_completion_ids
 from .language_modeling import LanguageModelingBatches

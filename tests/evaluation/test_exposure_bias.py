@@ -9,7 +9,7 @@ import torch
 from conftest import build_model, build_tokenizer
 
 from minillm_trl.evaluation.exposure_bias import ExposureBias, excess_accumulated_error, sample_divergences
-from minillm_trl.rollouts.sampling import evaluation_key, keyed_uniforms
+from minillm_trl.rollouts.keyed_random import evaluation_key, keyed_uniforms
 
 TOKENIZER = build_tokenizer()
 PROMPTS = ["the mill", "the punter serves", "a cheap pub near the river", "food\n"]

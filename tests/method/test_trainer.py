@@ -19,7 +19,8 @@ import minillm_trl.rollouts.sampler
 import minillm_trl.training.checks
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.hardware.machine import GPU, Machine
-from minillm_trl.rollouts.sampling import EVAL_TOKENS, TRAIN_TOKENS, sample_prompts
+from minillm_trl.rollouts.keyed_random import EVAL_TOKENS, TRAIN_TOKENS
+from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.training.checks import check_machine, check_model
 
 PROMPTS = [f"the punter {'near the river ' * (i % 4)}{i}\n" for i in range(32)]

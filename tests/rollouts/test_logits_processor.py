@@ -7,7 +7,7 @@ from test_sampling import EOS, HORIZON, PROMPTS, VOCAB, distance, mixture_law, t
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from minillm_trl import TeacherMixedLogitsProcessor
-from minillm_trl.rollouts.sampling import keyed_uniforms
+from minillm_trl.rollouts.keyed_random import keyed_uniforms
 
 PROMPT = PROMPTS[1]
 IDS, MASK = torch.tensor([[1, 1, *PROMPT]] * 8), torch.tensor([[0, 0, *[1] * len(PROMPT)]] * 8)
@@ -89,7 +89,7 @@ def test_every_token_of_the_vocabulary_has_its_probability_in_the_mixture():
     ],
 )
 def test_call_that_reshapes_the_scores_is_refused_with_its_name(options: dict, name: str):
-    with pytest.raises(ValueError, match=f"reshapes the scores by {name}, .* top_k=0"):
+    with pytest.raises(ValueError, match=f"{name}, .* top_k=0"):
         generate(tiny(0), TeacherMixedLogitsProcessor(tiny(1), 0.5, MASK), **options)
 
 

@@ -14,14 +14,8 @@ import minillm_trl.rollouts.decoding
 import minillm_trl.rollouts.sampling
 from minillm_trl.rollouts.buffer import deal_rows
 from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
-from minillm_trl.rollouts.sampling import (
-    ROLLOUT_ORDER,
-    draw_tokens,
-    keyed_uniforms,
-    sample_completions,
-    sample_prompts,
-    toss_coins,
-)
+from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms, toss_coins
+from minillm_trl.rollouts.sampling import draw_tokens, sample_completions, sample_prompts
 
 VOCAB, HORIZON, EOS = 3, 3, 0
 PROMPTS = [[1], [2, 1, 2, 2]]
@@ -369,6 +363,13 @@ def test_step_that_is_not_compiled_is_counted_and_said_once(long_models, caplog)
     assert 0 < steps < all_steps
     assert compiled.take_counts() == (0, 0)
     assert caplog.text.count("rollout/compiled_steps") == 1
+
+
+def test_coins_without_a_teacher_are_refused():
+    ids, coins = torch.tensor([[1, 2]]), np.array([[True, False]])
+    options = {"max_new_tokens": 2, "eos_token_ids": [EOS], "pad_token_id": 1, "uniforms": None}
+    with pytest.raises(ValueError, match=r"teacher_coins .* teacher is None"):
+        sample_completions(tiny(0), ids, torch.ones_like(ids), teacher_coins=coins, **options)
 
 
 class TestCheckDecoding:
