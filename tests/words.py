@@ -41,7 +41,6 @@ NOT_YET_CLEAN = (
     "minillm_trl/hardware/*.py",
     "minillm_trl/models/*.py",
     "minillm_trl/monitoring/*.py",
-    "minillm_trl/training/*.py",
 )
 
 

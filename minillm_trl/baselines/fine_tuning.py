@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -196,10 +196,10 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         if not shards_student(self.accelerator):
             yield self._student
         elif self._whole_copy is None:
-            yield cast(PreTrainedModel, self._copy_student().model)
+            yield self._copy_student().model
         else:
             self._whole_copy.refresh(self._student)
-            yield cast(PreTrainedModel, self._whole_copy.model)
+            yield self._whole_copy.model
             self._whole_copy.release()
 
     @contextmanager

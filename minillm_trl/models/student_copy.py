@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def student_of(model: torch.nn.Module, accelerator: Accelerator) -> PreTrainedModel:
@@ -24,7 +26,7 @@ def shards_student(accelerator: Accelerator) -> bool:
     return is_fsdp or (plugin is not None and plugin.zero_stage == 3)
 
 
-def copy_modules(model: torch.nn.Module, replaced: Mapping[int, torch.Tensor] | None = None) -> torch.nn.Module:
+def copy_modules(model: Module, replaced: Mapping[int, torch.Tensor] | None = None) -> Module:
     """Copy the modules of `model` in eval mode, sharing its tensors.
 
     Args:
@@ -91,7 +93,7 @@ class RolloutCopy:
         device = next(model.parameters()).device
         # DeepSpeed moves the model after it was copied
         if any(buffer.device != device for buffer in self.model.buffers()):
-            self.model.to(device)
+            self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
     def release(self) -> None:
         """Free the memory of a sharded model's copy until the next `refresh`."""

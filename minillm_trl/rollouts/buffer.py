@@ -57,6 +57,23 @@ def assemble_rows(parts: Sequence[tuple[Sequence[int], torch.Tensor]], num_rows:
     return values
 
 
+def assemble_fields(parts: Sequence[tuple[Sequence[int], Any]], shape: torch.Size) -> Any:
+    """Join named tuples of tensors field by field with [`assemble_rows`]; a field that is None stays None.
+
+    Args:
+        parts (`Sequence[tuple[Sequence[int], NamedTuple]]`): row numbers, and named tuples of one class.
+        shape (`torch.Size`): `(num_rows, length)` of the result.
+    """
+    kind = type(parts[0][1])
+    known = {name for name in kind._fields if getattr(parts[0][1], name) is not None}
+    return kind(
+        *(
+            assemble_rows([(rows, getattr(part, name)) for rows, part in parts], *shape) if name in known else None
+            for name in kind._fields
+        )
+    )
+
+
 def trim(batch: Batch) -> Batch:
     """Remove the columns that are padding in every row: the prompts' first and the completions' last."""
     prompt = int(batch["prompt_mask"].bool().any(dim=0).int().argmax())

@@ -1,4 +1,4 @@
-"""What the trainer refuses: arguments before any weight is loaded, models and rollouts before they are used."""
+"""Checks of the trainer: of arguments before it loads any weights, of models and rollouts before it uses them."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..hardware.machine import probe, problems
 from ..models.encoding import holds_conversations
 from ..models.end_tokens import check_eos, find_end_tokens, read_generation_config
+from ..models.init_kwargs import parsed_kwargs
 from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
 from ..models.reference import check_adapters, check_reference
@@ -43,28 +44,21 @@ def check_arguments(
     """Check the arguments of [`MiniLLMTrainer`] against each other, and return the teacher's tokenizer.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerBase`], None for a teacher that was built in process or came without one.
+        [`~transformers.PreTrainedTokenizerBase`]; None if the teacher was built in process or has no tokenizer.
 
     Raises:
-        TypeError: if `args` is no [`MiniLLMConfig`].
+        TypeError: if `args` is not a [`MiniLLMConfig`].
         ValueError: naming the argument, its value and the fix.
     """
     if not isinstance(args, MiniLLMConfig):
         raise TypeError(f"args must be a MiniLLMConfig, got {type(args).__name__}.")
     adapters = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
     check_adapters(adapters, args.beta, args.teacher_shares_base)
-    loads_reference = args.beta > 0 and not adapters  # with an adapter, the model without it is what it was
+    loads_reference = args.beta > 0 and not adapters  # an adapter's reference is the model without it
     if not args.allow_pickled_weights:
-        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        names = [model, *rewards]
-        if loads_reference and not isinstance(model, str) and model.config._name_or_path:
-            names.append(model.config._name_or_path)
-        loaded = [(name, args.model_init_kwargs) for name in names]
-        for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
-            if isinstance(name, str):
-                refuse_pickled_weights(name, init_kwargs)
+        _check_weight_files(model, teacher_model, reward_funcs, args, loads_reference)
     check_apart(model, teacher_model)
-    if not (has_environment and train_dataset is None):  # an environment may bring its own prompts
+    if not (has_environment and train_dataset is None):  # an environment can provide the prompts
         _check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if dataset is not None:
@@ -76,27 +70,47 @@ def check_arguments(
     if rollout_func is not None and args.teacher_mixed_alpha > 0:
         logger.warning(
             f"rollout_func samples by itself, so teacher_mixed_alpha={args.teacher_mixed_alpha} is not used; the "
-            "importance weights are those of the logprobs that it returns. Set teacher_mixed_alpha=0.0."
+            "importance weights follow from the logprobs that it returns. Set teacher_mixed_alpha=0.0."
         )
-    if lm_dataset is None:
-        for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
-            if getattr(args, name) != default:
-                raise UserError(
-                    f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
-                )
-    elif isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
-        raise UserError("lm_dataset is empty.")
+    _check_lm_dataset(lm_dataset, args)
     if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
         raise UserError(
-            f"beta={args.beta} needs the student as it was, which is loaded from where the student came from; this "
-            "model was built in process. Save it and pass the folder, or set beta=0.0."
+            f"beta={args.beta} needs the initial student as reference, loaded from its folder, but this model was "
+            "built in process. Save it and pass the folder, or set beta=0.0."
         )
     conversational = train_dataset is None or holds_conversations(train_dataset)
     return _check_tokenizers(model, teacher_model, processing_class, conversational, args)
 
 
+def _check_weight_files(
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel,
+    reward_funcs: Any,
+    args: MiniLLMConfig,
+    loads_reference: bool,
+) -> None:
+    """Check that no model that will be loaded has pickled weights."""
+    names = [model, *(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+    if loads_reference and not isinstance(model, str) and model.config._name_or_path:
+        names.append(model.config._name_or_path)
+    loaded = [(name, args.model_init_kwargs) for name in names]
+    for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
+        if isinstance(name, str):
+            refuse_pickled_weights(name, parsed_kwargs(init_kwargs))
+
+
+def _check_lm_dataset(lm_dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
+    if isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
+        raise UserError("lm_dataset is empty.")
+    for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
+        if lm_dataset is None and getattr(args, name) != default:
+            raise UserError(
+                f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
+            )
+
+
 def check_apart(model: str | torch.nn.Module, teacher_model: str | torch.nn.Module) -> None:
-    """Check that no module of a teacher that is loaded already is one of the student's, which training would move.
+    """Check that a teacher given as a module shares no module with the student, which training would change.
 
     Raises:
         ValueError: with the fix.
@@ -104,29 +118,30 @@ def check_apart(model: str | torch.nn.Module, teacher_model: str | torch.nn.Modu
     if isinstance(model, str) or isinstance(teacher_model, str):
         return
     if model is teacher_model:
-        raise UserError("model and teacher_model are the same object; training it would move the teacher.")
+        raise UserError("model and teacher_model are the same object; training would change the teacher.")
     own = {id(module) for module in model.modules()}
     if any(id(module) in own for module in teacher_model.modules()):
         raise UserError(
-            f"teacher_model ({type(teacher_model).__name__}) shares modules with model ({type(model).__name__}): an "
-            "adapter is put into its base, which then is no teacher of its own. Load the teacher once more; or, for a "
-            "teacher that is an adapter on the student's base, pass its folder and teacher_shares_base=True."
+            f"teacher_model ({type(teacher_model).__name__}) shares modules with model ({type(model).__name__}). PEFT "
+            "adds an adapter to its base model in place, which changes a teacher that is this base. Load the teacher "
+            "separately. If the teacher is an adapter on the student's base, pass its folder and "
+            "teacher_shares_base=True."
         )
 
 
 def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
-    """Check that this machine can run the settings, before hours are spent on loading models.
+    """Check that this machine can run the settings, before models are loaded.
 
     Raises:
-        ValueError: naming the setting, the card and what to set instead.
+        ValueError: with the setting, the card and a setting that works.
     """
-    kwargs = [args.model_init_kwargs or {}, args.teacher_model_init_kwargs or {}]
+    kwargs = [parsed_kwargs(given) or {} for given in (args.model_init_kwargs, args.teacher_model_init_kwargs)]
     settings = [quantization_settings(given) for given in ({"quantization_config": quantization_config}, *kwargs)]
     machine = probe()
     for attn_implementation in {given.get("attn_implementation") for given in kwargs}:
         for problem in problems(
             machine,
-            bf16=args.bf16,
+            bf16=bool(args.bf16),
             fp16=args.fp16,
             attn_implementation=attn_implementation,
             load_in_8bit=any(setting.get("load_in_8bit", False) for setting in settings),
@@ -137,19 +152,20 @@ def check_machine(args: MiniLLMConfig, quantization_config: Any = None) -> None:
 
 
 def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
-    """Check what is known of a student that learns from a teacher's distributions, once TRL has loaded and placed it.
+    """Check a student that learns from a teacher's distributions, after TRL has loaded and placed it.
 
     Raises:
-        ValueError: naming what is not supported, and what to do instead.
+        ValueError: with the unsupported feature, and an alternative.
     """
+    student: Any = trainer.model
     if isinstance(trainer.processing_class, ProcessorMixin):
         raise UserError("Vision-language students are not supported: the teacher is scored on text alone.")
-    refuse_multimodal(trainer.model.config, f"model={trainer.model.config._name_or_path!r}")
-    adapter = getattr(trainer.model, "active_peft_config", None)
+    refuse_multimodal(student.config, f"model={student.config._name_or_path!r}")
+    adapter = getattr(student, "active_peft_config", None)
     if adapter is not None and adapter.is_prompt_learning:
         raise UserError(
-            f"{type(adapter).__name__} is not supported: student and teacher are scored on the same tokens, without "
-            "virtual ones before them. Use LoRA."
+            f"{type(adapter).__name__} is not supported: its virtual tokens precede the prompt, but student and "
+            "teacher are scored on the same tokens. Use LoRA."
         )
     if trainer.aux_loss_enabled:
         raise UserError(
@@ -158,42 +174,46 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
         )
     if trainer.args.n_gpu > 1:
         raise UserError(
-            f"One process sees {trainer.args.n_gpu} GPUs, over which transformers would spread each batch with "
-            "nn.DataParallel; scores are not computed in its copies. Start a process for each GPU "
-            "(--accelerate_config ddp_bf16 or v100_ddp_fp16), or let it see one: CUDA_VISIBLE_DEVICES=0."
+            f"One process sees {trainer.args.n_gpu} GPUs, so transformers would use nn.DataParallel, which does not "
+            "support scoring in the forward pass. Start a process for each GPU (--accelerate_config ddp_bf16 or "
+            "v100_ddp_fp16), or make one GPU visible: CUDA_VISIBLE_DEVICES=0."
         )
-    quantised = not all(parameter.is_floating_point() for parameter in trainer.model.parameters())
-    wrapped = isinstance(trainer.model.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
+    quantised = not all(parameter.is_floating_point() for parameter in student.parameters())
+    wrapped = isinstance(student.get_output_embeddings(), (BaseTunerLayer, ModulesToSaveWrapper))
     _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
 
 
 def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
-    """Check what is known of the student of [`MiniLLMTrainer`] once GRPOTrainer has loaded and placed it.
+    """Check the student of [`MiniLLMTrainer`] after GRPOTrainer has loaded and placed it.
 
     Raises:
-        ValueError: naming what is not supported, and what to do instead.
+        ValueError: with the unsupported feature, and an alternative.
     """
+    args = trainer.args
+    assert isinstance(args, MiniLLMConfig)  # see `check_arguments`
+    assert trainer.model is not None  # set by GRPOTrainer
     check_student(trainer)
     check_trained_weights(trainer)
     if trainer.beta > 0:
         check_reference(trainer.model, trainer.ref_model, trainer.accelerator)
-    checkpointing = trainer.args.gradient_checkpointing and (trainer.args.gradient_checkpointing_kwargs or {})
-    if has_corpus and checkpointing and checkpointing.get("use_reentrant") and trainer.accelerator.num_processes > 1:
+    checkpointing = parsed_kwargs(args.gradient_checkpointing_kwargs) if args.gradient_checkpointing else None
+    reentrant = checkpointing is not None and checkpointing.get("use_reentrant")
+    if has_corpus and reentrant and trainer.accelerator.num_processes > 1:
         raise UserError(
-            "lm_dataset with reentrant gradient checkpointing on several processes is not supported: the two losses "
-            "share one backward pass, in which it would reduce each gradient twice. Set use_reentrant=False in "
+            "lm_dataset with reentrant gradient checkpointing on several processes is not supported: both losses "
+            "share a backward pass, in which gradients would be reduced twice. Set use_reentrant=False in "
             "gradient_checkpointing_kwargs. TRL sets it to True for adapters under ZeRO-3: use ZeRO-2 or FSDP there."
         )
-    sampled_by_trl = trainer.use_vllm or bool(trainer.args.reshaping_fields())
+    sampled_by_trl = trainer.use_vllm or bool(args.reshaping_fields())
     refused = {
-        "teacher_shares_base=True": trainer.args.teacher_shares_base,
+        "teacher_shares_base=True": args.teacher_shares_base,
         "rollouts that TRL samples (vLLM, or a reshaped distribution)": sampled_by_trl,
     }
     _check_sharding(trainer, refused)
 
 
 def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool]) -> None:
-    """Check the student against the way in which it is to be sharded over processes, if it is."""
+    """Check that the student can be sharded over processes as configured; `refused` names features that cannot."""
     state = trainer.accelerator.state
     is_zero3 = trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
     if trainer.is_fsdp_enabled:
@@ -201,14 +221,14 @@ def _check_sharding(trainer: GRPOTrainer | SFTTrainer, refused: dict[str, bool])
             raise UserError("fsdp_version: 1 is not supported. Set fsdp_version: 2 in the accelerate configuration.")
         if state.fsdp_plugin.cpu_ram_efficient_loading:
             raise UserError(
-                "fsdp_cpu_ram_efficient_loading: true leaves the weights of all processes but the first empty until "
-                "training starts, before which student and teacher are checked. Set it to false."
+                "fsdp_cpu_ram_efficient_loading: true keeps weights empty on all processes but the first until "
+                "training starts, but student and teacher are checked before. Set it to false."
             )
     if not (is_zero3 or trainer.is_fsdp_enabled):
         return
     strategy = "ZeRO-3" if is_zero3 else "FSDP"
-    for what in (what for what, is_so in refused.items() if is_so):
-        raise UserError(f"{strategy} with {what} is not supported. Use DDP, or ZeRO stage 1 or 2.")
+    for feature in (feature for feature, is_used in refused.items() if is_used):
+        raise UserError(f"{strategy} with {feature} is not supported. Use DDP, or ZeRO stage 1 or 2.")
 
 
 def check_prompt_ids(
@@ -218,14 +238,16 @@ def check_prompt_ids(
     max_context: int | None,
     context_name: str = "context",
 ) -> None:
-    """Check that every encoded prompt has a token, and room for its completion.
+    """Check that every encoded prompt has a token, and that its completion fits into the context.
 
     Raises:
-        ValueError: naming the first prompt that does not.
+        ValueError: with the first prompt for which this is not so.
     """
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
         if len(ids) == 0:
-            raise UserError(f"The prompt {prompt!r} has no tokens, so nothing predicts its completion's first token.")
+            raise UserError(
+                f"The prompt {prompt!r} has no tokens from which to predict the first token of its completion."
+            )
         if max_context is not None and len(ids) + max_completion_length > max_context:
             raise UserError(
                 f"A prompt of {len(ids)} tokens and max_completion_length={max_completion_length} exceed the models' "
@@ -235,33 +257,33 @@ def check_prompt_ids(
 
 
 def check_completion_ids(completion_ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
-    """Check that every trained token lies in the shared vocabulary, which samplers other than ours may leave.
+    """Check that all trained tokens are in the shared vocabulary; other samplers may use a larger one.
 
     Raises:
-        ValueError: naming the token.
+        ValueError: with the token.
     """
     largest = completion_ids.masked_fill(~mask, 0).max().item() if mask.any() else 0
     if largest >= vocab_size:
         raise UserError(
-            f"A completion has the token {largest}, but student and teacher share the rows 0 to {vocab_size - 1} of "
-            "their vocabularies. Exclude it where the completions are sampled."
+            f"A completion has the token {largest}, but student and teacher share only tokens 0 to {vocab_size - 1}. "
+            "Exclude it from sampling."
         )
 
 
 def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
-    """Check the `logprobs` of a rollout function, `(B, T)`, where tokens are trained.
+    """Check the `logprobs` `(B, T)` of a rollout function on trained tokens. The importance weights depend on them.
 
     Raises:
-        ValueError: if they cannot be log-probs of sampled tokens, on which the importance weights rest.
+        ValueError: if they cannot be log-probs of sampled tokens.
     """
     if logps is None or not mask.any():
         return
     given = logps[mask]
     if not given.isfinite().all() or given.max() > 1e-3 or (given == 0).all():
         raise UserError(
-            f"rollout_func returned logprobs that are none: their range is {given.min().item()} to "
-            f"{given.max().item()}. Return the log-probs of the sampled tokens under the policy that sampled them, at "
-            "the sampling temperature; or None if the student sampled as it is."
+            f"rollout_func returned logprobs from {given.min().item()} to {given.max().item()}, which cannot be "
+            "log-probs of sampled tokens. Return the log-probs under the policy that sampled the tokens, at the "
+            "sampling temperature; or None if the current student sampled them."
         )
 
 
@@ -272,7 +294,7 @@ def _check_tokenizers(
     conversational: bool,
     args: MiniLLMConfig,
 ) -> PreTrainedTokenizerBase | None:
-    """Check the student's tokenizer, and compare it with the teacher's, which is returned."""
+    """Check the student's tokenizer, compare it with the teacher's, and return the teacher's."""
     student_name, teacher_name = (
         named if isinstance(named, str) else named.config._name_or_path for named in (model, teacher_model)
     )
@@ -280,48 +302,56 @@ def _check_tokenizers(
     if tokenizer is None and student_name:
         tokenizer = AutoTokenizer.from_pretrained(student_name)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        options = {"conversational": conversational, "chat_template_kwargs": args.chat_template_kwargs}
-        generation_config = read_generation_config(model, trust_remote_code=args.trust_remote_code)
-        ends = find_end_tokens(tokenizer, student=generation_config, eos_tokens=args.eos_tokens, **options)
+        ends = find_end_tokens(
+            tokenizer,
+            conversational=conversational,
+            student=read_generation_config(model, trust_remote_code=args.trust_remote_code),
+            eos_tokens=args.eos_tokens,
+            chat_template_kwargs=parsed_kwargs(args.chat_template_kwargs),
+        )
         check_eos(tokenizer, ends)
-    if not teacher_name:  # built in process: its vocabulary's size is all that can be checked, once it is placed
+    if not teacher_name:  # built in process: only its vocabulary size can be checked, later
         return None
     try:
         teacher_tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(teacher_name))
     except (OSError, ValueError) as error:
         if isinstance(teacher_model, str):
-            raise UserError(
-                f"teacher_model={teacher_name!r}: no tokenizer could be loaded from there: {error}"
-            ) from error
+            raise UserError(f"teacher_model={teacher_name!r}: its tokenizer could not be loaded: {error}") from error
         logger.warning(
-            f"The teacher's tokenizer could not be loaded from {teacher_name!r}, so it was not compared. "
-            "Make sure that it is the student's."
+            f"The teacher's tokenizer could not be loaded from {teacher_name!r}, so it was not compared with the "
+            "student's. Make sure that they are the same."
         )
         return None
+    if tokenizer is None:
+        raise UserError(
+            "model was built in process, without a folder to load its tokenizer from. Pass processing_class."
+        )
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=conversational)
     return teacher_tokenizer
 
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
     if dataset is None or next(iter(dataset), None) is None:
-        raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions for.")
+        raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions.")
     _check_columns(dataset, "train_dataset")
     if isinstance(dataset, Dataset):
         check_fills_rollout(dataset, args, "train_dataset")
 
 
 def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repeats: str = "") -> None:
-    """Check that there are prompts enough for one rollout.
+    """Check that there are enough prompts for one rollout.
 
     Args:
-        prompts ([`~datasets.Dataset`]): each prompt in a row.
+        prompts ([`~datasets.Dataset`]): distinct prompts, one in each row.
         args ([`MiniLLMConfig`]): configuration.
-        source (`str`): what the user calls them; the message begins with it.
-        repeats (`str`, *optional*): from how many rows they came, if some had the same prompt.
+        source (`str`): the user's name for them, with which the message begins.
+        repeats (`str`, *optional*): remark on the number of original rows, if some had the same prompt.
 
     Raises:
         UserError: with the number of prompts.
     """
+    assert args.generation_batch_size is not None  # set by GRPOConfig
+    assert args.num_generations is not None
     if len(prompts) * args.num_generations < args.generation_batch_size:
         remark = f" ({repeats})" if repeats else ""
         raise UserError(
@@ -334,6 +364,8 @@ def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repe
 def _check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise UserError(f"{name} is empty.")
-    columns = dataset.column_names  # None for a stream of unknown features
+    columns = dataset.column_names  # None for a stream with unknown features
     if columns is not None and "prompt" not in columns:
-        raise UserError(f"{name} has no column 'prompt'; its columns are {columns}. Rename the right one.")
+        raise UserError(
+            f"{name} has no column 'prompt'; its columns are {columns}. Rename the column with the prompts."
+        )

@@ -1,4 +1,4 @@
-"""Lets a run end completions with the right tokens: tokenizer, student, sampling, and what is saved."""
+"""Settle the end tokens of a run: in tokenizer, student and sampling, and in the saved model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +15,20 @@ logger = logging.get_logger(__name__)
 
 
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, keep_eos: bool = False, **options: Any) -> EndTokens:
-    """Find what ends a completion, and give the tokenizer its EOS, which it no longer appends to prompts.
+    """Find the end tokens of completions, set the tokenizer's EOS, and stop it from appending tokens to texts.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the student's.
-        keep_eos (`bool`, *optional*, defaults to `False`): whether its EOS is what the user has chosen.
-        options: of [`find_end_tokens`].
+        keep_eos (`bool`, *optional*, defaults to `False`): whether the user has chosen its EOS.
+        options: further arguments of [`find_end_tokens`].
 
     Raises:
-        ValueError: if nothing ends a completion, or an option names no token.
+        ValueError: if no token ends a completion, or an option names a text that is no token.
     """
     if appended := stop_appending(tokenizer):
         logger.warning(
             f"The tokenizer appended {tokenizer.decode(appended)!r} to every text, which would end answers before "
-            "they begin. It no longer does, and is saved so."
+            "they begin. Appending is now switched off, in the saved tokenizer too."
         )
     ends = find_end_tokens(tokenizer, keep_eos=keep_eos, **options)
     check_eos(tokenizer, ends)
@@ -37,14 +37,14 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, keep_eos: bool = False,
 
 
 def settle_ends(trainer: "TeacherMixedTrainer", teacher_tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Let sampling, student and tokenizer of a trainer that has its teacher end with the right tokens.
+    """Set the same end tokens in sampling, student and tokenizer of a trainer, once it has its teacher.
 
     Args:
         trainer ([`TeacherMixedTrainer`]): the trainer.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the teacher's.
 
     Raises:
-        ValueError: if nothing ends a completion.
+        ValueError: if no token ends a completion.
     """
     tokenizer, student = trainer._tokenizer, trainer._student
     before = {*trainer.eos_token_ids}
@@ -65,6 +65,6 @@ def settle_ends(trainer: "TeacherMixedTrainer", teacher_tokenizer: PreTrainedTok
         for name, value in (("eos_token_id", ends.ids), ("pad_token_id", tokenizer.pad_token_id)):
             setattr(trainer.generation_config, name, value)
             trainer.generation_kwargs[name] = value
-    elif {*ends.ids} != before:  # vLLM ends with what the student's folder says
+    elif {*ends.ids} != before:  # by default, vLLM reads the end tokens from the student's folder
         given = trainer.vllm_generation.generation_kwargs
         trainer.vllm_generation.generation_kwargs = {"stop_token_ids": ends.ids, **given}

@@ -1,7 +1,7 @@
-"""Rows that fill up the last batch of an evaluation on several processes, and that no metric counts.
+"""Filler rows, which pad the last batch of an evaluation on several processes and which metrics leave out.
 
-All processes need the same number of rows. accelerate repeats the first rows, which metrics then count twice. Here
-fillers take their place, so a metric has the same value on any number of processes.
+All processes need the same number of rows. accelerate repeats the first rows, which metrics then count twice. With
+fillers instead, a metric has the same value on any number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,12 @@ Row = dict[str, Any]
 
 
 class FilledDataset(data.Dataset):
-    """The rows of a dataset, then fillers up to a multiple of the rows that all processes evaluate at a time.
+    """The rows of a dataset, padded with fillers to a multiple of the batch over all processes.
 
     Args:
-        rows (`Sequence[dict]`): at least one.
-        multiple (`int`): of which the length is to be one.
-        blank (`Callable`): makes a filler of a row.
+        rows (`Sequence[dict]`): at least one row.
+        multiple (`int`): the length becomes a multiple of this number.
+        blank (`Callable`): turns a row into a filler.
     """
 
     def __init__(self, rows: Sequence[Row], multiple: int, blank: Callable[[Row], Row]):
@@ -28,7 +28,7 @@ class FilledDataset(data.Dataset):
 
     @property
     def total_dataset_length(self) -> int:
-        """Number of rows that count; accelerate drops the others from what `gather_for_metrics` gathers."""
+        """Return the number of real rows; accelerate's `gather_for_metrics` drops the others."""
         return len(self.rows)
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class FilledDataset(data.Dataset):
 
 
 class FilledStream(data.IterableDataset):
-    """The same for a stream, whose length is known at its end."""
+    """The rows of a stream, padded in the same way. Its length is only known at its end."""
 
     def __init__(self, rows: data.IterableDataset, multiple: int, blank: Callable[[Row], Row]):
         self.rows = rows
@@ -49,7 +49,7 @@ class FilledStream(data.IterableDataset):
         self.blank = blank
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of a stream that is shuffled."""
+        """Set the epoch, which determines the order of a shuffled stream."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 

@@ -1,11 +1,12 @@
-"""`FiniteSteps`: a transformers `Trainer` that takes no optimizer step with a number that is not finite."""
+"""`FiniteSteps`: a transformers `Trainer` that skips optimizer steps with NaN or infinite numbers."""
 
 import threading
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..hardware.precision import zero_loss_scaler
@@ -13,35 +14,40 @@ from ..hardware.precision import zero_loss_scaler
 logger = logging.get_logger(__name__)
 
 _REMEDY = (
-    "Check the teacher in float32 on the prompts that are named; lower learning_rate; in float16 use bf16=True where "
-    "the device has it, or a student and teacher whose activations fit in float16."
+    "Check the teacher in float32 on the prompts named above; lower learning_rate; instead of float16, use bf16=True "
+    "if the device supports it, or models whose activations fit in float16."
 )
 
 
 class FiniteSteps(Trainer):
-    """An optimizer step with a number that is not finite, on any process, is skipped on all, counted and explained.
+    """Skip an optimizer step on all processes if any of them has a number that is not finite; count and explain it.
 
-    The weights, the optimizer's state and the loss scale of float16 stay as they are. `args.max_nonfinite_steps` in a
-    row end the run.
+    A skipped step changes neither the weights nor the optimizer's state nor the loss scale of float16.
+    `args.max_nonfinite_steps` skipped steps in a row end the run.
     """
 
-    _sigterm: threading.Event  # processes agree on SIGTERM where they agree on the step
+    # transformers declares these as optional or more general; its constructor, and training, set them to these types
+    args: Any  # its arguments, with `max_nonfinite_steps`
+    model: PreTrainedModel
+    optimizer: AcceleratedOptimizer
+
+    _sigterm: threading.Event  # processes agree on SIGTERM when they agree on a step
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._sigterm_received = False
-        self._faults: list[str] = []  # of this process, since the last optimizer step
+        self._faults: list[str] = []  # explanations of this process since the last optimizer step
         self._nonfinite_steps = 0
         self._nonfinite_in_row = 0
         self._scaler_before: dict[str, Any] = {}
 
     def _forget_last_run(self) -> None:
-        """Drop what an earlier call of `train()` has left behind; a checkpoint is restored after this."""
+        """Reset the state that an earlier call of `train()` left; restoring a checkpoint comes later."""
         self._faults.clear()
         self._nonfinite_steps = self._nonfinite_in_row = 0
 
     def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in the TRL trainer; a loss that is not finite makes the optimizer step one to be skipped."""
+        """Compute the loss as TRL does, and note a loss that is not finite, so that the optimizer step is skipped."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if isinstance(result, tuple):
             self._check_loss(result[0], inputs)
@@ -49,9 +55,9 @@ class FiniteSteps(Trainer):
         return self._check_loss(result, inputs)
 
     def _check_loss(self, loss: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """Note a micro-batch's loss that is not finite, in training; a faulty one is NaN from here on.
+        """In training, note a loss that is not finite, and return NaN for the rest of a faulty step.
 
-        So DeepSpeed, which steps within the backward pass, passes over the step, and the logged mean leaves it out.
+        DeepSpeed steps within the backward pass and skips a step with a NaN gradient. The logged mean leaves out NaN.
         """
         if not self.model.training:
             return loss
@@ -62,8 +68,9 @@ class FiniteSteps(Trainer):
         return loss * torch.nan if self._faults else loss
 
     def _explain_loss(self, loss: float, inputs: Any) -> str:
-        """What is known of a micro-batch whose loss is not finite."""
-        text = self.processing_class.decode(inputs["input_ids"][0][:32])
+        """Describe a micro-batch whose loss is not finite."""
+        tokenizer: Any = self.processing_class
+        text = tokenizer.decode(inputs["input_ids"][0][:32])
         return f"the loss is {loss} in a micro-batch whose first row begins with {text!r}"
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -72,12 +79,12 @@ class FiniteSteps(Trainer):
         return norm
 
     def _agree_on_step(self, grad_norm: Any) -> None:
-        """Before each optimizer step: skip it everywhere if a number is not finite anywhere; hear of SIGTERM."""
+        """Agree before an optimizer step on whether all processes skip it, and on whether one received SIGTERM."""
         scaler = self.accelerator.scaler
-        scales = scaler is not None or self.args.fp16  # an overflow now and then is how a loss scale finds its size
+        scales = scaler is not None or self.args.fp16  # overflows are normal: they adapt the loss scale
         gradient_is_bad = not scales and grad_norm is not None and not torch.as_tensor(grad_norm).isfinite().item()
         if scaler is not None and scaler.get_scale() < 1.0:
-            self._faults.append(f"the loss scale is down to {scaler.get_scale():.2g}: gradients overflow at any scale")
+            self._faults.append(f"the loss scale fell to {scaler.get_scale():.2g}: gradients overflow at any scale")
         flags = bool(self._faults), gradient_is_bad, self._sigterm.is_set()
         faulty, gradient_is_bad, self._sigterm_received = self._on_any_process(*flags)
         if not (faulty or gradient_is_bad):
@@ -86,9 +93,9 @@ class FiniteSteps(Trainer):
         explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
         if faulty:
             explained, self._faults = gather_object(self._faults), []
-        # DeepSpeed steps within the backward pass; its ZeRO optimizers pass over a gradient that is not finite
+        # DeepSpeed has stepped within the backward pass; its ZeRO optimizers skip a gradient that is not finite
         if self.is_deepspeed_enabled and not self.optimizer.step_was_skipped:
-            raise FloatingPointError(f"Step {self.state.global_step} spoiled the weights: {explained[0]}. {_REMEDY}")
+            raise FloatingPointError(f"Step {self.state.global_step} broke the weights: {explained[0]}. {_REMEDY}")
         self._skip_step(explained)
 
     def _on_any_process(self, *flags: bool) -> list[bool]:
@@ -103,21 +110,21 @@ class FiniteSteps(Trainer):
         if self._nonfinite_in_row >= self.args.max_nonfinite_steps:
             raise FloatingPointError(
                 f"{self._nonfinite_in_row} optimizer steps in a row were skipped (max_nonfinite_steps), the last one, "
-                f"{step}, because {explained[0]}. The weights are those of the last step that was taken. {_REMEDY}"
+                f"{step}, because {explained[0]}. The weights are those before these steps. {_REMEDY}"
             )
         if self.accelerator.scaler is not None:
-            # It would take what is not finite for an overflow and halve its scale. So it forgets this step, and
-            # neither scaler nor optimizer are called in it.
+            # The scaler would take the NaN for an overflow and halve its scale. So reset its record of this step, and
+            # call neither scaler nor optimizer.
             self.accelerator.scaler.update(self.accelerator.scaler.get_scale())
             self.accelerator.gradient_state._set_sync_gradients(False)
             return
         if self.is_deepspeed_enabled:
             zero_loss_scaler(self.model_wrapped).update(self._scaler_before)
-        for parameter in self.model.parameters():  # an optimizer passes over weights without a gradient
+        for parameter in self.model.parameters():  # optimizers skip weights without a gradient
             parameter.grad = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the number of steps that were skipped so far."""
+        """Log, with the number of steps skipped so far."""
         if "loss" in logs:
             logs = {**logs, "nonfinite_steps": float(self._nonfinite_steps)}
         super().log(logs, start_time)

@@ -1,4 +1,4 @@
-"""An optimizer's hyperparameters and its schedule's base rates, of which a resumed run takes those of now."""
+"""Hyperparameters of optimizer and schedule: a resumed run uses its current ones, not the checkpoint's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,34 +9,36 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 Groups = list[dict[str, Any]]
 
 _PLAIN = bool | int | float | str | None
-_BASE_RATE = "initial_lr"  # as a schedule notes it in the groups
+_BASE_RATE = "initial_lr"  # under this name a schedule stores it in the parameter groups
 _RATES = (_BASE_RATE, "lr")
-# What a checkpoint's own groups are compared by where it has no settings; other entries may be an optimizer's state
+# For checkpoints without settings, only these entries are compared; others may be part of an optimizer's state
 _COMPARED = (_BASE_RATE, "weight_decay", "betas", "eps", "momentum")
 
 
 def read_groups(optimizer: torch.optim.Optimizer) -> Groups:
-    """The plain entries of each parameter group, as JSON has them; of an optimizer that has not stepped yet, they are
-    its hyperparameters. The rate of a schedule is its base rate."""
+    """Return the entries of each parameter group that JSON can hold.
+
+    Before its first step, these are an optimizer's hyperparameters. With a schedule, `initial_lr` is the base rate.
+    """
     return [_plain_entries(group) for group in optimizer.param_groups]
 
 
 def take_over(
     optimizer: torch.optim.Optimizer, scheduler: Any, given: Groups, before: Groups | None
 ) -> list[tuple[str, Any, Any]]:
-    """After a checkpoint was loaded: give an optimizer and its schedule the hyperparameters that are given now.
+    """Set the current hyperparameters in an optimizer and a schedule that were loaded from a checkpoint.
 
-    An entry that is given as it was `before` stays as loaded, as some optimizers keep a state among them. The schedule
-    stays at its step, with the base rate and the form of now.
+    An entry with the same value as `before` stays as loaded, since some optimizers keep their state in these entries.
+    The schedule stays at its step, with its current base rate and form.
 
     Args:
-        optimizer ([`~torch.optim.Optimizer`]): with the groups of the checkpoint.
+        optimizer ([`~torch.optim.Optimizer`]): optimizer with the checkpoint's groups.
         scheduler: its schedule, at the checkpoint's step.
-        given, before (`list[dict]`): [`read_groups`] of the fresh optimizer now and when the checkpoint's run began;
-            `before=None` stands for the groups of the checkpoint.
+        given, before (`list[dict]`): [`read_groups`] of the fresh optimizer, now and at the start of the checkpoint's
+            run. `before=None` uses the checkpoint's groups.
 
     Returns:
-        `list[tuple]`: name, old and new value of what is different.
+        `list[tuple]`: name, old value and new value of each change.
     """
     if before is None:
         before = [{name: group[name] for name in _COMPARED if name in group} for group in read_groups(optimizer)]
@@ -51,7 +53,7 @@ def take_over(
 
 
 def list_changes(given: Groups, before: Groups) -> list[tuple[str, Any, Any]]:
-    """Name, old and new value of what is given otherwise than before, in any group."""
+    """Return name, old value and new value of each hyperparameter that has changed in any group."""
     changes = [
         ("lr" if name in _RATES else name, old[name], new[name])
         for new, old in zip(given, before, strict=True)
@@ -61,14 +63,14 @@ def list_changes(given: Groups, before: Groups) -> list[tuple[str, Any, Any]]:
 
 
 def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """Names of the entries that differ between both; of the rates, the base rate where a schedule has noted one."""
+    """Return the names of the entries that differ. With a schedule, compare its base rate, not the current rate."""
     left_out = _RATES[1] if _RATES[0] in new else None
     return [name for name in sorted(new.keys() & old.keys()) if name != left_out and new[name] != old[name]]
 
 
 def kind_of(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
-    """The classes whose states a checkpoint holds."""
-    inner = optimizer
+    """Return the classes of the optimizer and the schedule whose states a checkpoint holds."""
+    inner: Any = optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
     return {
@@ -93,18 +95,17 @@ def _plain_entries(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_base_rate(group: dict[str, Any], scheduler: Any, index: int, old: float, new: float) -> None:
-    """Let the rate keep its share of the base rate; a schedule that computes it from its step does so again."""
+    """Replace a base rate; the current rate keeps its ratio to the base rate."""
     if _BASE_RATE in group:
         group[_BASE_RATE] = new
-    rate = float(group["lr"]) / old * new if old else new
-    _set_rate(group, rate)
+    _set_rate(group, float(group["lr"]) / old * new if old else new)
     for schedule in _nested(scheduler):
         if index < len(getattr(schedule, "base_lrs", ())):
             schedule.base_lrs[index] = new
 
 
 def _follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Set the rates of a schedule that is a function of its step: it may have another form than it had."""
+    """Recompute the rates of a schedule that is a function of its step, as its form may have changed."""
     scheduler = _unwrapped(scheduler)
     if not isinstance(scheduler, LambdaLR):
         return
@@ -117,7 +118,7 @@ def _follow_schedule(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     scheduler._last_lr = rates  # what is logged until its next step
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
+def _set_rate(group: dict[str, Any], rate: float | torch.Tensor) -> None:
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(rate)
     else:
@@ -125,13 +126,13 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
 
 
 def _unwrapped(scheduler: Any) -> Any:
-    """What is inside the wrapper that accelerate makes."""
+    """Return the schedule inside the wrapper of accelerate."""
     inner = getattr(scheduler, "scheduler", None)
     return scheduler if inner is None else inner
 
 
 def _nested(scheduler: Any) -> Iterator[LRScheduler]:
-    """A schedule, and those that it puts one after the other."""
+    """Yield a schedule and the schedules that it consists of."""
     scheduler = _unwrapped(scheduler)
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):

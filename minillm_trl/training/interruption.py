@@ -1,15 +1,15 @@
-"""A scheduler's warning (SIGTERM): noted when it comes, heeded at the end of the optimizer step."""
+"""SIGTERM, with which schedulers announce that they will kill a process: saves a checkpoint after the current step."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_STATUS = 128 + signal.SIGTERM  # 143, what shells report of a process that SIGTERM ended
+EXIT_STATUS = 128 + signal.SIGTERM  # 143, the status that shells report for SIGTERM
 
 
 class Terminated(SystemExit):
-    """Ends the process with [`EXIT_STATUS`] after a checkpoint was saved.
+    """End the process with [`EXIT_STATUS`] after saving a checkpoint.
 
     Args:
         checkpoint (`str`): folder of the checkpoint.
@@ -22,7 +22,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def note_sigterm() -> Iterator[threading.Event]:
-    """Within it, SIGTERM sets the event and does nothing else. Threads other than the main one cannot listen."""
+    """Make SIGTERM set the yielded event and do nothing else. Only works in the main thread."""
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,13 +1,14 @@
 """The corpus of L_PT: its encoding, and its batches as a function of the optimizer step.
 
-Which examples an optimizer step sees depends on its number alone, not on the number of processes, the cut into
-micro-batches, or what was read before. So a resumed run goes on with the examples that it would have had.
+The examples of an optimizer step depend on its number alone, not on the number of processes, the split into
+micro-batches, or earlier reads. So a resumed run continues with the same examples as an uninterrupted one.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -30,8 +31,8 @@ class LanguageModelingBatches:
       `max_length` tokens, and all of their tokens count.
     - Columns `prompt` and `completion`, texts or conversations: the completion's tokens count, cut at `max_length`.
 
-    A [`~datasets.Dataset`] is shuffled anew in every epoch. An [`~datasets.IterableDataset`] is read in its own order
-    and begun again at its end; to resume, what was read before is read again and passed over.
+    A [`~datasets.Dataset`] is reshuffled in every epoch. An [`~datasets.IterableDataset`] is read in its own order and
+    restarted at its end. To resume, the stream is read from its start and the examples seen before are skipped.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): the corpus.
@@ -42,7 +43,7 @@ class LanguageModelingBatches:
         chat_template_kwargs (`dict`, *optional*): for prompts that are conversations.
 
     Raises:
-        ValueError: if the columns are others, or no row has a token that counts.
+        ValueError: if the columns are missing, or no row has a token that counts.
     """
 
     def __init__(
@@ -61,17 +62,18 @@ class LanguageModelingBatches:
         self.rows = encode_corpus(dataset, tokenizer, max_length, chat_template_kwargs or {})
         self._stream: Iterator[dict[str, list[int]]] = iter(())
         self._position = 0  # of the next example of the stream
-        self._epoch: tuple[int, Sequence[int]] = (-1, ())
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)  # of the rows in that epoch
 
     def window(
         self, step: int, accumulation_steps: int, process: int, num_processes: int
     ) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of one optimizer step on one process.
+        """Return the micro-batches of one optimizer step on one process.
 
         Args:
             step (`int`): number of the optimizer step, from 0.
             accumulation_steps (`int`): micro-batches of an optimizer step on each process.
-            process, num_processes (`int`): of the distributed run.
+            process, num_processes (`int`): number of the process, and number of processes.
 
         Returns:
             `list[dict]` of `accumulation_steps` batches with `input_ids`, `attention_mask` of shape `(B, L)` and
@@ -82,14 +84,14 @@ class LanguageModelingBatches:
         if isinstance(self.rows, Dataset):
             start = first + process * share
             rows = [self._shuffled_row(number) for number in range(start, start + share)]
-        else:  # every process reads the whole window and keeps its share
+        else:  # each process reads the whole window and keeps its share
             rows = self._read_stream(first, share * num_processes)[process * share : (process + 1) * share]
         return [self._collate(rows[i : i + self.batch_size]) for i in range(0, share, self.batch_size)]
 
     def load_window(
         self, step: int, accumulation_steps: int, accelerator: Accelerator
     ) -> list[dict[str, torch.Tensor]]:
-        """[`window`] of this process on its device, each batch with the tokens of the whole step (`window_tokens`)."""
+        """Return [`window`] for this process on its device; `window_tokens` counts the tokens of the whole step."""
         batches = self.window(step, accumulation_steps, accelerator.process_index, accelerator.num_processes)
         batches = [{name: values.to(accelerator.device) for name, values in batch.items()} for batch in batches]
         tokens = accelerator.reduce(sum(batch["loss_mask"].sum() for batch in batches), reduction="sum")
@@ -97,13 +99,13 @@ class LanguageModelingBatches:
 
     def _shuffled_row(self, number: int) -> dict[str, list[int]]:
         epoch, index = divmod(number, len(self.rows))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, keyed_uniforms(len(self.rows), self.seed, epoch).argsort())
-        return self.rows[int(self._epoch[1][index])]
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, keyed_uniforms(len(self.rows), self.seed, epoch).argsort()
+        return self.rows[int(self._order[index])]
 
     def _read_stream(self, first: int, count: int) -> list[dict[str, list[int]]]:
         if first < self._position or self._position == 0:
-            self._stream, self._position = _endless(self.rows), 0
+            self._stream, self._position = _repeat_forever(self.rows), 0
         while self._position < first:
             next(self._stream)
             self._position += 1
@@ -127,11 +129,11 @@ class LanguageModelingBatches:
 def language_modeling_request(
     batch: dict[str, torch.Tensor], teacher: PreTrainedModel, kd_ratio: float
 ) -> ScoreRequest:
-    """What the student has to score for L_PT on a batch of [`LanguageModelingBatches`].
+    """Return the request for the student to score a batch of [`LanguageModelingBatches`] for L_PT.
 
     Args:
         batch (`dict` of `torch.Tensor`): see [`LanguageModelingBatches.window`].
-        teacher ([`~transformers.PreTrainedModel`]): not wrapped; run once if `kd_ratio` is positive.
+        teacher ([`~transformers.PreTrainedModel`]): unwrapped; run once if `kd_ratio` is positive.
         kd_ratio (`float`): share of forward KL to the teacher.
     """
     ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["loss_mask"]
@@ -156,8 +158,8 @@ def encode_corpus(
     """Encode a corpus to rows of `input_ids` and `counts` (where a token counts), see [`LanguageModelingBatches`].
 
     Raises:
-        ValueError: if the columns are not those of a corpus, a row has no text (naming it), or nothing is left to
-            learn from.
+        ValueError: if the columns are not those of a corpus, a row has no text (the message has its number), or no
+            row has a token that counts.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     is_text = "text" in columns
@@ -178,20 +180,20 @@ def encode_corpus(
 
     features = Features({"input_ids": List(Value("int32")), "counts": List(Value("bool"))})
     progress = {"desc": "Encoding lm_dataset"} if isinstance(dataset, Dataset) else {}
-    with PartialState().main_process_first():  # the others find its cache
+    with PartialState().main_process_first():  # the other processes then read its cache
         encoded = dataset.map(encode, with_indices=True, remove_columns=columns, features=features, **progress)
         if is_text:
             encoded = encoded.map(_pack, batched=True, fn_kwargs={"max_length": max_length}, features=features)
         usable = encoded.filter(lambda row: any(row["counts"][1:]))  # the first token is predicted from nothing
     if isinstance(usable, Dataset) and len(usable) < len(encoded):
         logger.warning(
-            f"{len(encoded) - len(usable)} of {len(encoded)} rows of lm_dataset were dropped: no token of theirs "
-            f"counts within lm_max_length={max_length}."
+            f"{len(encoded) - len(usable)} of {len(encoded)} rows of lm_dataset were dropped: within "
+            f"lm_max_length={max_length} they have no token to learn."
         )
     if isinstance(usable, Dataset) and len(usable) == 0:
         raise UserError(
-            f"lm_dataset has no row with a token to learn within lm_max_length={max_length}. Raise it, or check the "
-            "data."
+            f"lm_dataset has no row with a token to learn within lm_max_length={max_length}. Raise lm_max_length, or "
+            "check the data."
         )
     return usable
 
@@ -201,16 +203,16 @@ def _check_row(row: dict[str, Any], number: int, names: tuple[str, ...]) -> None
         value = row[name]
         if not isinstance(value, str) and (name == "text" or not isinstance(value, list) or not value):
             expected = "a text" if name == "text" else "a text or a conversation of at least one message"
-            raise UserError(f"lm_dataset: row {number}: {name} is {value!r}, where {expected} is needed. Fix the row.")
+            raise UserError(f"lm_dataset: row {number}: {name} is {value!r}, expected {expected}. Fix the row.")
     if len({type(row[name]) for name in names}) > 1:
         raise UserError(
-            f"lm_dataset: row {number}: of prompt and completion one is a text, the other a conversation. Make both "
-            "the same."
+            f"lm_dataset: row {number}: prompt and completion are a text and a conversation. Make both texts, or "
+            "both conversations."
         )
 
 
 def _pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
-    """Join the rows of a batch and cut them into blocks; the last one of a batch may be shorter."""
+    """Join the rows of a batch and cut them into blocks; the last block may be shorter."""
     joined = {name: [value for row in rows for value in row] for name, rows in batch.items()}
     starts = range(0, len(joined["input_ids"]), max_length)
     return {name: [values[start : start + max_length] for start in starts] for name, values in joined.items()}
@@ -219,23 +221,25 @@ def _pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[
 def _encode_pair(
     prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> tuple[int, list[int]]:
-    """Number of tokens of the prompt, and the tokens of prompt and completion."""
-    if isinstance(prompt, str):
+    """Return the number of prompt tokens, and the tokens of prompt and completion."""
+    if isinstance(prompt, str) and isinstance(completion, str):  # `_check_row` has checked that both are of one kind
         prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
-        if ids[: len(prompt_ids)] != prompt_ids:  # a token spans the border; sampling starts from the prompt's tokens
+        if (
+            ids[: len(prompt_ids)] != prompt_ids
+        ):  # a token spans the border, but sampling starts from the prompt's tokens
             ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
         return len(prompt_ids), ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
     context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
     if context != prompt_ids:
         raise UserError(
-            "lm_dataset: the chat template renders a prompt differently once its completion follows, so that its end "
-            f"cannot be found. Give the pairs as text. The prompt is {str(prompt)[:80]}."
+            "lm_dataset: the chat template renders a prompt differently when its completion follows, so the end of "
+            f"the prompt cannot be found. Pass prompt and completion as texts. The prompt is {str(prompt)[:80]}."
         )
     return len(prompt_ids), context + learnt
 
 
-def _endless(rows: IterableDataset) -> Iterator[dict[str, list[int]]]:
+def _repeat_forever(rows: IterableDataset) -> Iterator[dict[str, list[int]]]:
     epoch = 0
     while True:
         rows.set_epoch(epoch)

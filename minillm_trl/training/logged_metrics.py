@@ -1,4 +1,4 @@
-"""The metrics of training and evaluation, which `docs/metrics.md` explains: sums and counts, and means over many."""
+"""Compute the metrics of training and evaluation, which `docs/metrics.md` explains, from sums and counts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
 
 def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, list[float]]:
-    """Of each completion, what shows text degenerating while the reverse KL still falls."""
+    """Return per-completion indicators of degenerating text, which the reverse KL does not show."""
     return {
         "rollout/eos_rate": [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids],
         "rollout/repeated_4grams": [repeated_ngrams(ids, 4) for ids in completion_ids],
@@ -28,7 +28,7 @@ def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequenc
 
 
 def rouge_l_to_references(texts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Rouge-L of each text to the `references` of its row, or to its `completion`; NaN where there is neither."""
+    """Return Rouge-L of each text to its row's `references` or `completion`; NaN if the row has neither."""
     references = [_references(row) for row in rows]
     return [rouge_l(text, known) if known else math.nan for text, known in zip(texts, references, strict=True)]
 
@@ -43,17 +43,24 @@ def _references(row: Mapping[str, Any]) -> list[str]:
 
 
 class Totals(NamedTuple):
-    """Numerators and denominators `(K,)` of one process's metrics, in one order for one gather of all of them.
+    """Numerators and denominators of one process's metrics, in one tensor so that a single gather is enough.
 
-    Of a largest or smallest value the numerator is that value, and the denominator is 0 where there is none.
+    A maximum or minimum is its own numerator; its denominator is 0 if there are no values.
+
+    Attributes:
+        names (`list[str]`): names of the K metrics.
+        values (`torch.Tensor` of shape `(K, 2)`): numerators and denominators, float64.
     """
 
     names: list[str]
     values: torch.Tensor
 
 
-def make_totals(sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]], device: torch.device) -> Totals:
-    """[`Totals`] of a numerator and a denominator by name."""
+Fraction = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+def make_totals(sums: Mapping[str, Fraction], device: torch.device) -> Totals:
+    """Make [`Totals`] from a numerator and a denominator for each name."""
     pairs = [
         torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in pair])
         for pair in sums.values()
@@ -65,7 +72,14 @@ def make_totals(sums: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | fl
 def loss_totals(
     terms: LossTerms, entropy: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, rows: int | torch.Tensor
 ) -> Totals:
-    """What [`metric_means`] needs of one process's batch; tensors of shape `(B, T)`, and the number of completions."""
+    """Sum up the metrics of the loss over a batch of one process.
+
+    Args:
+        terms ([`LossTerms`]): terms of the loss at each token.
+        entropy, advantages (`torch.Tensor` of shape `(B, T)`): at each token.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        rows (`int` or `torch.Tensor`): number of completions.
+    """
     tokens = mask.sum()
     per_token = {
         "objective/long_term": terms.long_term,
@@ -76,7 +90,9 @@ def loss_totals(
     }
     if terms.reference_kl is not None:
         per_token["kl"] = terms.reference_kl
-    sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
+    sums: dict[str, Fraction] = {
+        name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()
+    }
     sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
     sums["clip_ratio/mixing"] = (terms.clipped.by_mixing.sum(), tokens)
     sums["clip_ratio/drift"] = (terms.clipped.by_drift.sum(), tokens)
@@ -89,7 +105,7 @@ def loss_totals(
 
 @torch.no_grad()
 def token_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
-    """The same of means over tokens: tensors of shape `(B, L)` by name, and where a token counts."""
+    """Sum up tensors `(B, L)` over the tokens where `mask` is True, for means over tokens."""
     tokens = mask.sum()
     sums = {name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()}
     return make_totals(sums, mask.device)
@@ -98,16 +114,16 @@ def token_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> T
 def completion_totals(
     lengths: torch.Tensor, ended: torch.Tensor, values: Mapping[str, Sequence[float]], counts: torch.Tensor
 ) -> Totals:
-    """The same of completions.
+    """Sum up lengths and other values of completions, for means over completions.
 
     Args:
-        lengths (`torch.Tensor` of shape `(B,)`): trained tokens of each.
-        ended (`torch.Tensor` of shape `(B,)`): whether it ended by itself.
-        values (`Mapping[str, Sequence[float]]`): a number for each, by name; NaN where there is none.
-        counts (`torch.Tensor` of shape `(B,)`): whether it counts at all.
+        lengths (`torch.Tensor` of shape `(B,)`): trained tokens of each completion.
+        ended (`torch.Tensor` of shape `(B,)`): whether the completion ended before the length limit.
+        values (`Mapping[str, Sequence[float]]`): further values of the completions by name; NaN where undefined.
+        counts (`torch.Tensor` of shape `(B,)`): whether the completion counts, or is a filler.
     """
 
-    def of_lengths(chosen: torch.Tensor, name: str) -> dict[str, tuple[torch.Tensor | float, int]]:
+    def of_lengths(chosen: torch.Tensor, name: str) -> dict[str, Fraction]:
         found = lengths[chosen].double()
         count = len(found)
         return {
@@ -126,18 +142,19 @@ def completion_totals(
 
 
 def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
-    """Metrics of all micro-batches of all processes.
+    """Compute metrics from the totals of all micro-batches of all processes.
 
     Args:
-        names (`list[str]`): of [`Totals`].
+        names (`list[str]`): names of [`Totals`].
         gathered (`torch.Tensor` of shape `(parts, K, 2)`): values of [`Totals`] of every micro-batch and process.
 
     Returns:
-        `dict`: means over tokens, in nats, or over completions; `objective/reverse_kl` is the sum over a completion's
-        tokens, mean over completions (states from the behavior policy; in evaluation from the student, so an unbiased
-        estimate of the objective); `importance_weight/effective_sample_size` is a share, sum^2 / (n * sum of squares);
-        `objective/baseline_explained_variance` is 1 - var(returns - baseline) / var(returns) over tokens.
-        A metric of nothing is 0, but for `rouge_l`, which is left out.
+        `dict`: means over tokens, in nats, or over completions. `objective/reverse_kl` is the mean over completions of
+        sums over tokens. Its states come from the behavior policy; in evaluation this is the student, which makes it
+        an unbiased estimate of the objective. `importance_weight/effective_sample_size` is the share
+        sum^2 / (n * sum of squares). `objective/baseline_explained_variance` is
+        1 - var(returns - baseline) / var(returns) over tokens. Metrics without values are 0, except `rouge_l`, which
+        is left out.
     """
     numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
     metrics = dict(zip(names, (numerators / denominators.clamp(min=1.0)).tolist(), strict=True))
@@ -164,12 +181,15 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def completion_sums(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Sum values over the tokens of each completion of a micro-batch: `(B,)`, NaN for those that do not count.
+    """Sum values over the tokens of each completion of a micro-batch.
 
     Args:
-        values (`torch.Tensor` of shape `(b, T)`): of all completions, or in order of those that count alone.
+        values (`torch.Tensor` of shape `(b, T)`): values of all completions, or only of those that count, in order.
         mask (`torch.Tensor` of shape `(b, T)`): True on the completion's tokens.
-        counts (`torch.Tensor` of shape `(B,)`): which completions do.
+        counts (`torch.Tensor` of shape `(B,)`): whether the completion counts.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: sums, NaN for completions that do not count.
     """
     sums, rows = masked_sum(values.double(), mask, dim=1), counts.nonzero().squeeze(1)
     found = sums.new_full((len(counts),), torch.nan)
@@ -178,7 +198,7 @@ def completion_sums(values: torch.Tensor, mask: torch.Tensor, counts: torch.Tens
 
 
 def median_and_max(values: torch.Tensor) -> dict[str, float]:
-    """Return the median (the lower of two middles) and the largest of values `(N,)` that are finite; 0 of nothing."""
+    """Return median (the lower of two middle values) and maximum of the finite values in `(N,)`; 0 without any."""
     known = values[values.isfinite()]
     if not len(known):
         return {"median": 0.0, "max": 0.0}
@@ -186,10 +206,10 @@ def median_and_max(values: torch.Tensor) -> dict[str, float]:
 
 
 def baseline_totals(returns: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Totals:
-    """What the variance that a baseline explains is computed from, of one process's rollout.
+    """Sum up moments of one process's rollout, for the variance that the baseline explains.
 
     Args:
-        returns, advantages (`torch.Tensor` of shape `(B, T)`): before and after the baseline is subtracted.
+        returns, advantages (`torch.Tensor` of shape `(B, T)`): before and after subtracting the baseline.
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
     """
     tokens = mask.sum()
@@ -203,20 +223,21 @@ def baseline_totals(returns: torch.Tensor, advantages: torch.Tensor, mask: torch
 
 @torch.no_grad()
 def gradient_totals(gradients: torch.Tensor, tokens: torch.Tensor) -> Totals:
-    r"""Signal and variance of the terms of an optimizer step's gradient, from two halves that were sampled apart.
+    r"""Estimate signal and variance of both terms of an optimizer step's gradient, from two independent halves.
 
-    With $g_1, g_2$ the mean gradients of the $n_1, n_2$ tokens of either half, $\langle g_1, g_2 \rangle$ estimates
-    the squared norm of the expected gradient, and $\|g_1 - g_2\|^2\, n_1 n_2 / (n_1 + n_2)^2$ the variance of the
-    step's gradient around it, summed over its components.
+    Let $g_1, g_2$ be the mean gradients over the $n_1, n_2$ tokens of the halves. Then $\langle g_1, g_2 \rangle$
+    estimates the squared norm of the expected gradient. $\|g_1 - g_2\|^2\, n_1 n_2 / (n_1 + n_2)^2$ estimates the
+    variance of the step's gradient around it, summed over its components.
 
     Args:
         gradients (`torch.Tensor` of shape `(2, 2, V)`): sums over tokens by term (long term, single step) and half.
-        tokens (`torch.Tensor` of shape `(2,)`): number of tokens of each half; nothing is known if either has none.
+        tokens (`torch.Tensor` of shape `(2,)`): number of tokens of each half; without tokens in one of
+            them, the estimates are left out.
     """
     known = int(tokens.min() > 0)
     of_halves = gradients.double() / tokens.clamp(min=1)[:, None]
     share = tokens.double().prod() / tokens.sum().clamp(min=1).double().square()
-    totals = {}
+    totals: dict[str, Fraction] = {}
     for name, (first, second) in zip(("long_term", "single_step"), of_halves, strict=True):
         totals[f"objective/{name}_signal"] = (known * (first @ second), known)
         totals[f"objective/{name}_variance"] = ((first - second).square().sum() * share, known)
@@ -226,17 +247,17 @@ def gradient_totals(gradients: torch.Tensor, tokens: torch.Tensor) -> Totals:
 def reward_metrics(
     rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str], num_generations: int
 ) -> dict[str, float]:
-    """GRPO's metrics of reward functions, of all completions of an evaluation.
+    """Compute GRPO's metrics of reward functions over all completions of an evaluation.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, F)`): NaN where a function does not apply.
-        weights (`torch.Tensor` of shape `(F,)`): of the functions.
-        names (`Sequence[str]`): of the functions.
+        weights (`torch.Tensor` of shape `(F,)`): weight of each function.
+        names (`Sequence[str]`): name of each function.
         num_generations (`int`): completions of a prompt, which are neighbours.
 
     Returns:
-        `dict`: mean and standard deviation (of a sample) of each function and of the weighted sum, and the share of
-        prompts whose completions all have one reward; NaN where there is nothing to take them of.
+        `dict`: mean and sample standard deviation of each function and of the weighted sum, and the share of prompts
+        whose completions all have the same reward; NaN without values.
     """
 
     def mean_and_deviation(values: torch.Tensor) -> tuple[float, float]:

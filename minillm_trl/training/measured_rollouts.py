@@ -1,4 +1,4 @@
-"""`MeasuredRollouts`: rewards and advantages of rollouts, and what GRPO logs of them, over all that count."""
+"""`MeasuredRollouts`: rewards and advantages of rollouts, and their metrics over all completions that count."""
 
 import math
 from collections.abc import Iterator
@@ -28,20 +28,20 @@ from .rollout_in_progress import RolloutInProgress
 
 
 class MeasuredRollouts(ResumableRollouts):
-    """The advantages of rollouts, and the metrics of rollouts and rewards: means over all since the last log.
+    """Compute advantages, and metrics of rollouts and rewards as means over all completions since the last log.
 
-    GRPO's own are means of the means of rollouts, and count what fills up the last batch of an evaluation.
+    GRPO logs means of per-rollout means instead, which include the fillers in the last batch of an evaluation.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._eval_rewards: list[torch.Tensor] = []
-        self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # a new one for each rollout
-        self._shown_at: int | None = None  # the step of the last log
-        self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the micro-batches of a step so far
+        self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # replaced for each rollout
+        self._shown_at: int | None = None  # step of the last log
+        self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step's micro-batches
 
     def _take_rows(self, rows: list[dict[str, Any]]) -> tuple[list[int], torch.Tensor, list[dict[str, Any]]]:
-        """Split off what was added to rows: their place in the dataset (-1 if unknown), and whether they count."""
+        """Split rows into their numbers in the dataset (-1 if unknown), whether they count, and the user's columns."""
         counts = torch.tensor([FILLER not in row for row in rows], device=self.accelerator.device)
         prompt_index = [row.get(PROMPT_INDEX, -1) for row in rows]
         added = (PROMPT_INDEX, FILLER)
@@ -50,8 +50,8 @@ class MeasuredRollouts(ResumableRollouts):
     # Rewards
 
     def _note_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Return rewards `(B_all, F)` without infinite ones, and with NaN for rows that do not count; note them."""
-        if not self.model.training:  # no mean has a filler in it
+        """Store and return rewards `(B_all, F)`, with infinite ones replaced, and NaN for rows that do not count."""
+        if not self.model.training:  # NaN keeps fillers out of all means
             rewards = rewards.masked_fill(~self.accelerator.gather(self._rollout.counts)[:, None], torch.nan)
         infinite = rewards.isinf()
         group = self.num_generations if self.model.training else self.num_generations_eval
@@ -60,7 +60,7 @@ class MeasuredRollouts(ResumableRollouts):
         return self._rollout.rewards
 
     def _mark_infinite_rewards(self, faulty: torch.Tensor) -> dict[int, str]:
-        """Mark the completions of this process whose reward is infinite."""
+        """Mark the completions of this process with an infinite reward as faulty, and explain them by row."""
         mine = self._rollout.infinite_rewards[self.accelerator.process_index * len(faulty) :][: len(faulty)]
         faulty |= mine.any(dim=1)
         return {
@@ -69,7 +69,7 @@ class MeasuredRollouts(ResumableRollouts):
         }
 
     def _reward_advantages(self, group_advantages: torch.Tensor) -> torch.Tensor:
-        """GRPO's advantages of the reward functions, or, without groups, those relative to the whole buffer."""
+        """Return GRPO's advantages of the reward functions; without groups, relative to the whole buffer instead."""
         if (self.num_generations if self.model.training else self.num_generations_eval) > 1:
             return group_advantages
         advantages = batch_advantages(
@@ -91,14 +91,13 @@ class MeasuredRollouts(ResumableRollouts):
         baseline: str,
         log: bool,
     ) -> torch.Tensor:
+        """Return the advantages `(B, T)` of the teacher's rewards: returns, less a baseline, whitened on request."""
         if not self.args.rkl_advantage:
             return torch.zeros_like(rewards)
-        rewards, future_rewards = (
-            None if values is None else values.masked_fill(faulty[:, None], 0.0)
-            for values in (rewards, expected_rewards)
-        )
+        future_rewards = None if expected_rewards is None else expected_rewards.masked_fill(faulty[:, None], 0.0)
+        assert self.args.include_current_reward is not None  # set by MiniLLMConfig
         advantages = reward_to_go(
-            rewards,
+            rewards.masked_fill(faulty[:, None], 0.0),
             mask,
             gamma=self.args.gamma,
             include_current=self.args.include_current_reward,
@@ -120,8 +119,8 @@ class MeasuredRollouts(ResumableRollouts):
         return whiten(advantages, mask, self.accelerator.reduce(moments, reduction="sum"))
 
     def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
-        """The baseline of each token, from the rows of all processes; tokens outside the mask are in no mean."""
-        values, alive = (  # padding makes integers of a bool tensor
+        """Return the baseline of each token `(B, T)`, from the masked tokens of all processes."""
+        values, alive = (  # as integers, which padding would make of a bool tensor anyway
             self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
             for tensor in (returns, mask.int())
         )
@@ -134,6 +133,7 @@ class MeasuredRollouts(ResumableRollouts):
     # Metrics
 
     def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
+        """Log metrics of a rollout's completions and rewards; `inputs` are its rows of the dataset."""
         mode = "train" if self.model.training else "eval"
         mask = sequences(batch)[2]
         completions = zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)
@@ -144,27 +144,28 @@ class MeasuredRollouts(ResumableRollouts):
             values["rouge_l"] = rouge_l_to_references(texts, inputs)
         ended = self._ended(batch)
         for name in [name for name in self._metrics[mode] if name.startswith("completions/")]:
-            del self._metrics[mode][name]  # GRPO's, which are means of the means of rollouts
+            del self._metrics[mode][name]  # GRPO's means of per-rollout means
         self._log_totals(completion_totals(mask.sum(dim=1), ended, values, self._rollout.counts))
         counts = self.accelerator.gather(self._rollout.counts)
         self._log_rewards(mode, counts)
         self._log_table(batch, counts.tolist())
 
     def _ended(self, batch: Batch) -> torch.Tensor:
-        """Which completions end by themselves, by GRPO's rule, `(B,)`; an empty one does."""
+        """Return which completions `(B,)` ended before the length limit, by GRPO's rule; empty ones did."""
         lengths = batch["completion_mask"].sum(dim=1)
         last = batch["completion_ids"].gather(1, (lengths - 1).clamp(min=0)[:, None].long())[:, 0]
         ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
         return torch.isin(last, ends) | (lengths == 0)
 
     def _halves(self, num_rows: int) -> torch.Tensor:
-        """Which half of the buffer each row of this process is in `(B,)`; completions of a prompt are in the same.
+        """Return the half of the buffer, 0 or 1, of each row of this process `(B,)`.
 
-        Rows are dealt to optimizer steps from blocks of neighbours, so halves of whole blocks are halves of each step.
+        Completions of a prompt are in the same half. Each block of neighbours gives one row to each optimizer step, so
+        halves of whole blocks also split each step into halves.
         """
         first = self.accelerator.process_index * num_rows
         rows = torch.arange(first, first + num_rows, device=self.accelerator.device)
-        num_steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        num_steps = self._steps_per_generation // self.args.gradient_accumulation_steps
         unit = math.lcm(num_steps, self.num_generations)
         if 2 * unit > num_rows * self.accelerator.num_processes:
             unit = self.num_generations
@@ -173,27 +174,28 @@ class MeasuredRollouts(ResumableRollouts):
     def _log_update(
         self, terms: LossTerms, scores: TokenScores, inputs: Batch, mask: torch.Tensor, counts: torch.Tensor
     ) -> None:
-        """Log what the loss of a micro-batch is made of; `counts` are the rows `(B,)` that count."""
+        """Log the terms of a micro-batch's loss; `counts` `(B,)` is True for rows that count."""
         rows = inputs["counts"].sum() if "counts" in inputs else len(mask)
         totals = loss_totals(terms, scores.entropy, inputs["advantages"], mask, rows)
         if self.model.training:
             self._faults += (late := explain_losses(terms.loss, inputs))
-            if late or inputs["faulty"].any():  # the latter is a row of padding; either would distort the means
+            if late or inputs["faulty"].any():  # a faulty row became padding; both would distort the means
                 totals = totals._replace(values=torch.zeros_like(totals.values))
         self._log_totals(totals)
         if scores.term_gradients is not None:
             self._log_gradients(scores.term_gradients, inputs["half"], mask)
-        if "prompt_index" in inputs:  # a batch of `score_rollouts` may have other numbers of rows on other processes
+        if "prompt_index" in inputs:  # not in batches of `score_rollouts`, which may differ in size between processes
             self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
         if not self.model.training:
+            assert scores.loss is not None  # the request had a loss
             self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())
 
     def _explain_loss(self, loss: float, inputs: Batch) -> str:
-        return f"the loss is {loss} with {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
+        return f"the loss is {loss} for {name_rows(inputs, torch.ones_like(inputs['faulty']))}"
 
     @contextmanager
     def _completions_shown_once(self, is_end: bool) -> Iterator[None]:
-        """Log without completions if this log ends a run at the step of a log that has shown them."""
+        """Print no completions in the last log of a run if a log at the same step has printed them."""
         wanted = self.log_completions
         self.log_completions = wanted and not (is_end and self._shown_at == self.state.global_step)
         try:
@@ -203,7 +205,7 @@ class MeasuredRollouts(ResumableRollouts):
         self._shown_at = self.state.global_step
 
     def _log_gradients(self, term_gradients: torch.Tensor, half: torch.Tensor, mask: torch.Tensor) -> None:
-        """Note the gradients of a micro-batch by term and half, and log what those of the optimizer step say."""
+        """Add the gradients of a micro-batch by term and half; log them at the end of the optimizer step."""
         tokens = torch.stack([mask[half == number].sum() for number in range(2)])
         self._term_gradients.append((term_gradients, tokens))
         if not self.accelerator.sync_gradients:
@@ -215,7 +217,7 @@ class MeasuredRollouts(ResumableRollouts):
         self._log_totals(gradient_totals(gradients, tokens))
 
     def _log_rewards(self, mode: str, counts: torch.Tensor) -> None:
-        """Drop what GRPO has logged of rewards and groups that are not there; keep an evaluation's to its end."""
+        """Drop GRPO's metrics of rewards and groups that do not exist; keep rewards until an evaluation ends."""
         one = (self.num_generations if mode == "train" else self.num_generations_eval) == 1
         dropped = [] if self.reward_funcs else ["reward", "reward_std"]
         dropped += ["frac_reward_zero_std"] if one or not self.reward_funcs else []
@@ -225,7 +227,7 @@ class MeasuredRollouts(ResumableRollouts):
             self._eval_rewards.append(self._rollout.rewards[counts])
 
     def _log_table(self, batch: Batch, counts: list[bool]) -> None:
-        """Correct the last rows of GRPO's table of completions, which has advantages without the teacher's."""
+        """Correct the last rows of GRPO's table of completions: add the teacher's advantages, remove fillers."""
         advantages = masked_mean(batch["advantages"], sequences(batch)[2], dim=1)
         logged = self._logs["advantages"]
         advantages = self.accelerator.gather(advantages).tolist()

@@ -1,4 +1,4 @@
-"""`MeasuredTrainer`: a `ReliableTrainer` whose metrics are means over all tokens and completions of all processes."""
+"""`MeasuredTrainer`: a `ReliableTrainer` with metrics averaged over the tokens and completions of all processes."""
 
 import math
 from collections import defaultdict
@@ -16,12 +16,12 @@ from .reliable_trainer import ReliableTrainer
 
 
 class MeasuredTrainer(ReliableTrainer):
-    """What the trainers of this package share in what they log.
+    """Compute and log the metrics that the trainers of this package share.
 
     - A metric is a sum over all tokens or completions since the last log, divided by their number. Its value does not
-      depend on how they are cut into micro-batches and processes. The same holds for the loss of an evaluation.
-    - In an evaluation every row counts once. Where the processes need more rows, [`_blank`] makes fillers.
-    - The metrics of an evaluation on one of several datasets have its name.
+      depend on their split into micro-batches and processes. The same holds for the evaluation loss.
+    - In an evaluation every row counts once. If the processes need more rows, [`_blank`] makes fillers.
+    - With several evaluation datasets, the metrics have the dataset's name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -29,11 +29,11 @@ class MeasuredTrainer(ReliableTrainer):
         self._totals: dict[str, dict[tuple[str, ...], list[torch.Tensor]]] = {
             mode: defaultdict(list) for mode in ("train", "eval")
         }
-        # single values of completions, of which medians are taken
+        # single values of completions, for medians
         self._values: dict[str, dict[str, list[torch.Tensor]]] = {
             mode: defaultdict(list) for mode in ("train", "eval")
         }
-        self._eval_loss: list[torch.Tensor] = []  # sums of losses, and numbers of what they are sums over
+        self._eval_loss: list[torch.Tensor] = []  # summed losses, and the number of their terms
 
     _blank: Callable[[Row], Row]
 
@@ -47,7 +47,9 @@ class MeasuredTrainer(ReliableTrainer):
             multiple = batch_size if self.args.accelerator_config.split_batches else batch_size * processes
             if isinstance(dataset, torch.utils.data.IterableDataset):
                 loading = self.accelerator.dataloader_config
-                if loading.dispatch_batches is None:  # would be True for streams, and fail where widths differ
+                if (
+                    loading.dispatch_batches is None
+                ):  # the default for streams is True, which fails if batch widths differ
                     loading.dispatch_batches = False
                 dataset = FilledStream(dataset, multiple, self._blank)
             elif not self.args.dataloader_drop_last:
@@ -58,7 +60,7 @@ class MeasuredTrainer(ReliableTrainer):
 
     @property
     def _repeats_in_evaluation(self) -> int:
-        """How often the sampler of an evaluation takes each row of a dataset."""
+        """Return how often the sampler of an evaluation yields each row of a dataset."""
         return 1
 
     def evaluation_loop(
@@ -69,18 +71,19 @@ class MeasuredTrainer(ReliableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in transformers, but the loss is the mean over all tokens (or sequences), not of the means of batches."""
+        """Evaluate as transformers does, but average the loss over all tokens (or sequences), not over batches."""
         self._eval_loss.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._eval_loss:
             total, count = self.accelerator.reduce(sum(self._eval_loss), reduction="sum").tolist()
+            assert output.metrics is not None  # a dict since transformers made it
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1.0)
         if isinstance(dataloader.dataset, FilledDataset):
             output = output._replace(num_samples=len(dataloader.dataset.rows))
         return output
 
     def _add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None:
-        """Note the summed loss of a batch of this process in evaluation, and what the loss is to be divided by."""
+        """Add the summed loss of an evaluation batch on this process, and the number of its tokens or sequences."""
         count = torch.as_tensor(count, device=total.device)
         self._eval_loss.append(torch.stack([total.detach().double(), count.double()]))
 
@@ -88,20 +91,20 @@ class MeasuredTrainer(ReliableTrainer):
 
     def _log_totals(self, totals: Totals) -> None:
         mode, values = "train" if self.model.training else "eval", totals.values
-        if self.model.training:  # what is not finite would spoil the means, and its step is skipped
+        if self.model.training:  # NaN would break the means, and its step is skipped anyway
             values = torch.where(values.isfinite().all(), values, 0.0)
         self._totals[mode][tuple(totals.names)].append(self.accelerator.gather(values[None]))
 
     def _log_values(self, name: str, values: torch.Tensor) -> None:
-        """Note a value of each completion of a micro-batch `(B,)`, whose size is that of all processes.
+        """Add a value for each completion of a micro-batch, `(B,)` with the same B on all processes.
 
-        NaN stands for a completion that does not count.
+        NaN marks a completion that does not count.
         """
         mode = "train" if self.model.training else "eval"
         self._values[mode][name].append(self.accelerator.gather(values.detach().double()))
 
     def _log_means(self) -> None:
-        """Take the means of what the totals since the last log sum up, and median and largest of the values."""
+        """Compute the metrics since the last log: means from the totals, median and maximum of the values."""
         mode = "train" if self.model.training else "eval"
         for name, gathered in self._values[mode].items():
             for measure, value in median_and_max(torch.cat(gathered)).items():
@@ -113,7 +116,7 @@ class MeasuredTrainer(ReliableTrainer):
         self._totals[mode].clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the name of the evaluation dataset where there are several, which TRL leaves out."""
+        """Log; with several evaluation datasets add the dataset's name to TRL's metrics, which lack it."""
         self._log_means()
         loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
         name = loss.removeprefix("eval_").removesuffix("loss")  # "" for a single dataset
@@ -137,7 +140,7 @@ class MeasuredTrainer(ReliableTrainer):
     def _restore_run(self, state: TrainerState, control: TrainerControl) -> None:
         super()._restore_run(state, control)
         if self._resumed_state is not None:
-            for names, parts in self._resumed_state.get("totals", []):  # fine-tuning had none before
+            for names, parts in self._resumed_state.get("totals", []):  # older checkpoints of fine-tuning have none
                 self._totals["train"][tuple(names)] = [parts.to(self.accelerator.device)]
-            for name, values in self._resumed_state.get("values", {}).items():  # new in 0.1
+            for name, values in self._resumed_state.get("values", {}).items():  # older checkpoints have none
                 self._values["train"][name] = [values.to(self.accelerator.device)]

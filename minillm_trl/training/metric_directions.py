@@ -1,7 +1,7 @@
-"""Whether larger or smaller values of a metric are better, for `metric_for_best_model`.
+"""Directions of metrics for `metric_for_best_model`: whether larger or smaller values are better.
 
-transformers takes larger values for better unless the name ends in "loss", so it would keep the checkpoint with the
-highest reverse KL.
+By default, transformers assumes that larger values are better unless the name ends in "loss". It would keep the
+checkpoint with the highest reverse KL.
 """
 
 import re
@@ -40,37 +40,40 @@ _DIRECTIONS = {
 
 
 def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
-    """The direction of a metric of an evaluation.
+    """Return the direction of an evaluation metric.
 
     Args:
-        metric (`str`, *optional*): `metric_for_best_model`; `eval_` and the name of a dataset may stand before it.
+        metric (`str`, *optional*): `metric_for_best_model`, with or without the prefix `eval_` and a dataset's name.
         given (`bool`, *optional*): `greater_is_better` of the configuration.
 
     Returns:
-        `bool` or `None`: `given` for metrics that are not of this package, which transformers completes.
+        `bool` or `None`: `given` for metrics of other packages; transformers replaces None by its default.
 
     Raises:
-        ValueError: if `given` contradicts the metric, or is missing for one that has no direction of its own.
+        ValueError: if `given` contradicts the metric's direction, or is missing for a metric without a direction.
     """
     if metric is None or (known := _known(metric)) is None:
         return given
     direction = _DIRECTIONS[known]
     if direction is None and given is None:
         raise UserError(
-            f"metric_for_best_model={metric!r}: neither larger nor smaller values are better in themselves. Set "
-            "greater_is_better, or take a metric such as eval_rouge_l or eval_loss."
+            f"metric_for_best_model={metric!r}: neither larger nor smaller values are always better. Set "
+            "greater_is_better, or choose a metric such as eval_rouge_l or eval_loss."
         )
     if None not in (direction, given) and direction != given:
         better = "larger" if direction else "smaller"
         raise UserError(
-            f"greater_is_better={given} contradicts metric_for_best_model={metric!r}, of which {better} values are "
-            "better: the worst checkpoint would be kept. Leave greater_is_better out."
+            f"greater_is_better={given} contradicts metric_for_best_model={metric!r}: {better} values are better, so "
+            "the worst checkpoint would be kept. Drop greater_is_better."
         )
     return given if direction is None else direction
 
 
 def _known(metric: str) -> str | None:
-    """The entry that describes a metric, if it is one of this package: the longest, as names may end in others."""
+    """Return the pattern that describes a metric of this package, or None.
+
+    Several patterns may match, as a dataset's name before a metric can end like a metric. Prefer the longest.
+    """
     name = metric.removeprefix("eval_")
     found = [pattern for pattern in _DIRECTIONS if re.fullmatch(rf"([^/]*_)?{pattern}", name)]
     exact = [pattern for pattern in found if re.fullmatch(pattern, name)]

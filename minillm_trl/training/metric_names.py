@@ -1,4 +1,4 @@
-"""The metrics that an evaluation during training has, so that a misspelt one is refused before the training."""
+"""Metrics of an evaluation during training, to reject a misspelt `metric_for_best_model` before training starts."""
 
 from collections.abc import Collection
 
@@ -11,7 +11,7 @@ _TERMINATED = ("mean_terminated_length", "min_terminated_length", "max_terminate
 _SAMPLES = ("rouge_l", "rollout/eos_rate", "rollout/repeated_4grams")
 
 FINE_TUNING = frozenset((*_ALWAYS, *_SAMPLES, "completions/mean_length", "mean_token_accuracy", "aux_loss"))
-_FROM_LOGITS = {"mean_token_accuracy", "num_tokens", "aux_loss"}  # which KD has no use for
+_FROM_LOGITS = {"mean_token_accuracy", "num_tokens", "aux_loss"}  # KD does not compute them
 KD = FINE_TUNING - _FROM_LOGITS | {"kd/cross_entropy", "kd/forward_kl"}
 MINILLM = frozenset(
     (
@@ -26,19 +26,19 @@ MINILLM = frozenset(
 
 
 def check_metric_name(metric: str | None, known: Collection[str]) -> None:
-    """Check that evaluations can have the metric that chooses the checkpoint; else the first of them would fail.
+    """Check that evaluations log the metric that chooses the checkpoint. Otherwise, the first of them would fail.
 
     Args:
-        metric (`str`, *optional*): `metric_for_best_model`, with `eval_` or without.
+        metric (`str`, *optional*): `metric_for_best_model`, with or without `eval_`.
         known (`Collection[str]`): the metrics of the subcommand, without `eval_`.
 
     Raises:
-        ValueError: naming the nearest one.
+        ValueError: with the most similar name.
     """
     if metric is None or (name := metric.removeprefix("eval_")) in known:
         return
     names = [f"eval_{name}" for name in sorted(known)]
     raise UserError(
-        f"metric_for_best_model={metric!r} is no metric of an evaluation here.{nearest(f'eval_{name}', names)} There "
-        f"are {', '.join(names)}."
+        f"metric_for_best_model={metric!r} is no metric of an evaluation here.{nearest(f'eval_{name}', names)} The "
+        f"metrics are {', '.join(names)}."
     )

@@ -1,4 +1,4 @@
-"""What model cards cite."""
+"""The paper that model cards cite."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""Completions with a number that is not finite: what is wrong with them, and how an update leaves them out."""
+"""Completions with NaN or infinite numbers: explain the fault, and leave them out of the update."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from ..rollouts.buffer import Batch, sequences
 
 logger = logging.getLogger(__name__)
 
-_MOST_WARNINGS = 4  # of a rollout: a broken teacher spoils every completion
+_MAX_WARNINGS = 4  # per rollout, since a broken teacher makes every completion faulty
 
 
 def explain_faults(
@@ -24,10 +24,12 @@ def explain_faults(
     tokenizer: PreTrainedTokenizerBase,
     expected_rewards: torch.Tensor | None = None,
 ) -> dict[int, str]:
-    """Say what is not finite first in each row of scored completions, all `(B, T)`, where `mask` is True.
+    """Describe the first number that is not finite in each row of scored completions.
+
+    All tensors have the shape `(B, T)`; only tokens where `mask` is True are checked.
 
     Returns:
-        `dict[int, str]`: by the number of the row.
+        `dict[int, str]`: descriptions by row number.
     """
     checked = [("the teacher", teacher_logps), ("the student", student_logps), ("weight", weights)]
     if expected_rewards is not None:
@@ -37,7 +39,7 @@ def explain_faults(
         bad = ~values.isfinite() & mask
         for row in bad.any(dim=1).nonzero().flatten().tolist():
             position = int(bad[row].int().argmax())
-            token, value = completion_ids[row, position].item(), values[row, position].item()
+            token, value = int(completion_ids[row, position]), values[row, position].item()
             place = f"at token {token} ({tokenizer.decode([token])!r}), position {position} of the completion"
             if what == "weight":
                 fault = (
@@ -58,61 +60,62 @@ def explain_faults(
 
 
 def explain_values(batch: Batch) -> dict[int, str]:
-    """Name, for each row that is not marked as faulty, a value of the loss's inputs that is not finite."""
-    mask, found = sequences(batch)[2], {}
+    """Name a non-finite value among the inputs of the loss, for each row that is not yet marked as faulty."""
+    mask = sequences(batch)[2]
+    found: dict[int, str] = {}
     for name in (name for name in LOSS_INPUTS if name in batch):
         bad = (~batch[name].isfinite() & mask).any(dim=1) & ~batch["faulty"]
         for row in bad.nonzero().flatten().tolist():
             values = batch[name][row].expand(mask.shape[1])[mask[row]]
-            found.setdefault(row, f"its {name} have the value {values[~values.isfinite()][0].item()}")
+            found.setdefault(row, f"{name} contains {values[~values.isfinite()][0].item()}")
     return found
 
 
 def warn_of_faults(faults: Mapping[int, str], prompts: Sequence[Any], prompt_index: Sequence[int]) -> None:
-    """Warn of faults by the prompts of their rows; `prompt_index` is their places in the dataset, -1 if not known."""
-    for row, fault in list(faults.items())[:_MOST_WARNINGS]:
+    """Log faults with the prompts of their rows; `prompt_index` has their rows in the dataset, -1 if unknown."""
+    for row, fault in list(faults.items())[:_MAX_WARNINGS]:
         number = "" if prompt_index[row] < 0 else f" {prompt_index[row]}"
         logger.warning(f"Prompt{number} {str(prompts[row])[:80]!r}: {fault}.")
-    if len(faults) > _MOST_WARNINGS:
-        logger.warning(f"The same or the like holds for {len(faults) - _MOST_WARNINGS} more completions.")
+    if len(faults) > _MAX_WARNINGS:
+        logger.warning(f"{len(faults) - _MAX_WARNINGS} more completions have NaN or infinite numbers.")
 
 
 def name_rows(batch: Batch, rows: torch.Tensor) -> str:
-    """Name the rows `(B,)` of a micro-batch by their prompts, or by their numbers where these are not known."""
+    """Name rows of a micro-batch, chosen by a mask `(B,)`, by their prompts or, if unknown, by their numbers."""
     if "prompt_index" not in batch:  # a batch of `score_rollouts`
         return f"the rows {rows.nonzero().flatten().tolist()} of the batch"
     return f"the prompts {sorted(set(batch['prompt_index'][rows].tolist()))} of train_dataset"
 
 
 def explain_empty_step(batch: Batch) -> list[str]:
-    """Say which rows a micro-batch has lost if nothing is left to train in its whole optimizer step."""
+    """Name the faulty rows of a micro-batch if its whole optimizer step has nothing left to train on."""
     if not batch["faulty"].any() or batch.get("window_tokens", 1) > 0:
         return []
-    return [f"what is scored is not finite with {name_rows(batch, batch['faulty'])}"]
+    return [f"scores are not finite for {name_rows(batch, batch['faulty'])}"]
 
 
 def explain_losses(loss: torch.Tensor, batch: Batch) -> list[str]:
-    """Say which rows of a micro-batch have a loss `(B, T)` that is not finite although their scores were."""
+    """Name the rows of a micro-batch whose loss `(B, T)` is not finite although their scores were finite."""
     bad = (~loss.isfinite() & sequences(batch)[2]).any(dim=1)
-    return [f"what is scored is not finite with {name_rows(batch, bad)}"] if bad.any() else []
+    return [f"the loss is not finite for {name_rows(batch, bad)}"] if bad.any() else []
 
 
 def leave_out_faulty(batch: Batch) -> Batch:
-    """Take the tokens of faulty rows out of the completions, so that nothing that counts or averages tokens has them.
+    """Mask the tokens of faulty rows, so that token counts and means leave them out.
 
     Args:
-        batch (`dict` of `torch.Tensor`): of [`MiniLLMTrainer.score_rollouts`]; `faulty`, of shape `(B,)`, marks rows.
+        batch (`dict` of `torch.Tensor`): result of [`MiniLLMTrainer.score_rollouts`]; `faulty` `(B,)` marks the rows.
     """
     mask = batch["completion_mask"]
     return {**batch, "completion_mask": mask.masked_fill(batch["faulty"][:, None], 0)}
 
 
 def trained_rows(batch: Batch, pad_token_id: int) -> Batch:
-    """The rows of a micro-batch that are trained: all but those that are faulty.
+    """Return the rows of a micro-batch that are not faulty.
 
-    A faulty row does not go through the student at all, as a number that is not finite in a forward pass gives a
-    gradient that is not finite even where its loss counts nothing. Where no row is left there is one of padding, for
-    each process has to make its pass.
+    Masking the loss of a faulty row would not be enough: a NaN in the forward pass gives a NaN gradient even with
+    weight 0. So faulty rows do not go through the student at all. If no row is left, a row of padding takes their
+    place, as every process has to make its pass.
     """
     faulty = batch["faulty"]
     if not faulty.any():

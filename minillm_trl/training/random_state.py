@@ -1,4 +1,4 @@
-"""The random states of a process, as plain values that `torch.load(weights_only=True)` reads."""
+"""Random states of a process, as plain values that `torch.load(weights_only=True)` can read."""
 
 import random
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, those of all CUDA devices included."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    """Return the states of Python's, NumPy's and torch's generators, including all CUDA devices."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
@@ -19,7 +20,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what [`random_state`] returned; devices that are not there any more are left out."""
+    """Restore the states that [`random_state`] returned, except for CUDA devices that no longer exist."""
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -1,18 +1,20 @@
-"""`ReliableTrainer`: a transformers `Trainer` whose runs go on exactly where they were, and never learn from NaN."""
+"""`ReliableTrainer`: a transformers `Trainer` with exact resume, atomic checkpoints, and no steps on NaN."""
 
 import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -43,38 +45,39 @@ logger = logging.get_logger(__name__)
 
 
 class ReliableTrainer(ResumedSettings, FiniteSteps):
-    """What the trainers of this package share beyond transformers' `Trainer`.
+    """Add reliable runs to a TRL trainer. List it before the TRL trainer in the bases.
 
-    - A run that was stopped at any moment, and resumed from its newest checkpoint, has the weights and the logged
-      values of a run that was left alone; [`_run_state`] is what a checkpoint needs for that beyond transformers'.
-      With other settings than the checkpoint's, it trains with those of now, see [`ResumedSettings`].
-    - A checkpoint gets its name when it is whole, with a record of its files by which later damage is known.
+    - A run that was stopped at any moment and resumed from its newest checkpoint has the same weights and logged
+      values as an uninterrupted run. [`_run_state`] returns the state that transformers' checkpoints lack for that.
+      Changed settings take effect on resume, see [`ResumedSettings`].
+    - Checkpoints are atomic, and a record of their files detects later damage.
     - SIGTERM saves a checkpoint at the end of the optimizer step and ends the process, see [`Terminated`].
-    - An optimizer step with a number that is not finite, on any process, is skipped on all, counted and explained;
-      `args.max_nonfinite_steps` in a row end the run.
-
-    - A process that does not know about the others of its launch is refused, see [`check_processes`].
-
-    It stands before a TRL trainer among the base classes.
+    - An optimizer step with a NaN or infinite number on any process is skipped on all, counted and explained.
+      `args.max_nonfinite_steps` skipped steps in a row end the run.
+    - A process that does not know about the other processes of its launch is rejected, see [`check_processes`].
     """
+
+    model: PreTrainedModel  # as in `FiniteSteps`
+    optimizer: AcceleratedOptimizer
+    _metrics: dict[str, defaultdict[str, list[float]]]  # TRL's, by mode and name
 
     def __init__(self, *args: Any, **kwargs: Any):
         check_processes()
         ignore_old_names()
         super().__init__(*args, **kwargs)
-        self._unfinished: Path | None = None  # where a checkpoint is being written
+        self._unfinished: Path | None = None  # folder of the checkpoint that is being written
         self._resumed_state: dict[str, Any] | None = None
         self._epoch_random_state: dict[str, Any] | None = None
 
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in transformers; `True` stands for the newest whole checkpoint, or the beginning where there is none.
+        """Train as transformers does. `True` resumes from the newest whole checkpoint, or starts if there is none.
 
         Raises:
-            CheckpointError: if `output_dir` cannot be written to, or a checkpoint is damaged or cannot be written.
-            UserError: if the checkpoint's optimizer or schedule is of another kind.
-            FloatingPointError: after `max_nonfinite_steps` in a row.
+            CheckpointError: if `output_dir` is not writable, or a checkpoint is damaged or cannot be written.
+            UserError: if the checkpoint's optimizer or schedule is of another class.
+            FloatingPointError: after `max_nonfinite_steps` skipped steps in a row.
             Terminated: after SIGTERM.
         """
         self._finish_replacements(resume_from_checkpoint)
@@ -85,7 +88,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         self._forget_last_run()
         restore = _OnTrainBegin(self)
         eval_on_start = self.args.eval_on_start
-        self.args.eval_on_start = eval_on_start and checkpoint is None  # the start was evaluated before
+        self.args.eval_on_start = eval_on_start and checkpoint is None  # a resumed run has evaluated its start
         self.add_callback(restore)
         try:
             with note_sigterm() as self._sigterm:
@@ -110,16 +113,17 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         try:
             probe.mkdir(parents=True, exist_ok=True)
             (probe / "probe").write_text("")
-            shutil.rmtree(probe)  # and what a run that was killed has left
+            shutil.rmtree(probe)  # including the remains of a killed run
         except OSError as error:
             raise CheckpointError(
-                f"output_dir={self.args.output_dir!r} cannot be written to ({error}). Choose another folder."
+                f"output_dir={self.args.output_dir!r} is not writable ({error}). Choose another folder."
             ) from error
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         if asked is None or asked is False:
             return None
-        found, damage = None, None
+        found: str | None = None
+        damage: str | None = None
         if self.args.local_process_index == 0:
             if asked is True:
                 found = newest_whole_checkpoint(Path(self.args.output_dir), checksums=True)
@@ -127,22 +131,22 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
                 found, damage = str(asked), find_damage(Path(asked))
         damages = [text for text in gather_object([damage]) if text is not None]
         if damages:
-            other = newest_whole_checkpoint(Path(asked).parent)
+            other = newest_whole_checkpoint(Path(str(asked)).parent)
             raise CheckpointError(
                 f"resume_from_checkpoint={str(asked)!r} is damaged: {damages[0]}. "
-                + (f"The newest whole one is {other}." if other else "There is no other in its folder.")
+                + (f"Resume from {other}, the newest whole checkpoint." if other else "Its folder has no other one.")
             )
         (checkpoint,) = broadcast_object_list([found])
         if checkpoint is None:
-            logger.warning(f"No checkpoint in {self.args.output_dir}: training starts at the beginning.")
+            logger.warning(f"No checkpoint in {self.args.output_dir}: training starts from the beginning.")
         return checkpoint
 
     def _read_run_state(self, checkpoint: Path) -> dict[str, Any] | None:
         path = checkpoint / self._run_state_name
         if not path.is_file():
             logger.warning(
-                f"{checkpoint} has no {path.name}: it was saved by another program, or by another number of "
-                "processes. Training goes on from its weights, but not exactly as it would have."
+                f"{checkpoint} has no {path.name}: it was saved by another program, or by a different number of "
+                "processes. Training resumes from it, but will differ from an uninterrupted run."
             )
             return None
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -152,7 +156,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         return f"run_state_{self.args.process_index}-of-{self.args.world_size}.pt"
 
     def _run_state(self) -> dict[str, Any]:
-        """What this process needs to go on exactly: tensors and plain values."""
+        """Return the state that this process needs for an exact resume, as tensors and plain values."""
         return {
             "epoch_random_state": self._epoch_random_state,
             "loss_since_log": self._tr_loss.cpu(),
@@ -168,10 +172,10 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         }
 
     def _restore_run(self, state: TrainerState, control: TrainerControl) -> None:
-        """Called when training begins, after transformers has restored what it knows of."""
+        """Restore the state of a checkpoint when training begins, after transformers has restored its own part."""
         self._announce_resume(state)
         self._restore_callbacks(state)
-        if state.best_global_step:  # the run's folder may have another name now
+        if state.best_global_step:  # the run's folder may have been renamed
             best = Path(self.args.output_dir) / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else state.best_model_checkpoint
         saved = self._resumed_state
@@ -187,22 +191,23 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
             self._nonfinite_steps, self._nonfinite_in_row = saved["nonfinite_steps"]
         stopped_early = saved is not None and saved["stopped_early"] and self._stays_stopped()
         if stopped_early or state.global_step >= state.max_steps:
-            logger.warning(f"The run had ended at step {state.global_step}: nothing is left to train.")
+            logger.warning(f"The run has already ended at step {state.global_step}: nothing is left to train.")
             control.should_training_stop = True
 
     def _restore_callbacks(self, state: TrainerState) -> None:
-        """Give callbacks that keep a state what they had; their arguments are those of now."""
-        for callback in self.callback_handler.callbacks:  # one that is new keeps its state from now on
+        """Restore the state of stateful callbacks, but not their arguments, which may have changed."""
+        states: dict[str, Any] = cast(dict[str, Any], state.stateful_callbacks)  # as `TrainerState` makes it
+        for callback in self.callback_handler.callbacks:  # new callbacks are saved from now on, too
             if isinstance(callback, ExportableState):
-                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
-        for name, saved in state.stateful_callbacks.items():
+                states.setdefault(type(callback).__name__, callback.state())
+        for name, saved in states.items():
             callbacks = [other for other in self.callback_handler.callbacks if type(other).__name__ == name]
             for callback, kept in zip(callbacks, saved if isinstance(saved, list) else [saved], strict=False):
                 for attribute, value in kept.get("attributes", {}).items():
                     setattr(callback, attribute, value)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in transformers, but for tied weights, of which a checkpoint holds one name."""
+        """Warn as transformers does, except about tied weights, of which a checkpoint holds only one name."""
         names = defaultdict(set)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names[id(parameter)].add(name)
@@ -212,13 +217,13 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=keys))
 
     def _stays_stopped(self) -> bool:
-        """Whether what stopped the run would do so again: not where its patience has been raised since."""
+        """Return whether the run would stop again: not if the patience of early stopping was raised."""
         patient = [stop for stop in self.callback_handler.callbacks if isinstance(stop, EarlyStoppingCallback)]
         return not patient or any(
             stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in patient
         )
 
-    def _run_epoch(self, **arguments: Any) -> None:
+    def _run_epoch(self, **arguments: Any) -> None:  # type: ignore[override]  # transformers calls it by keywords
         if self.control.should_training_stop:  # a resumed run that had ended
             return
         epoch, checkpoint = arguments["epoch"], arguments["resume_from_checkpoint"]
@@ -230,7 +235,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         else:
             self._epoch_random_state = random_state()
         sampler = _innermost_sampler(arguments["train_dataloader"])
-        if hasattr(sampler, "set_epoch"):  # accelerate does not reach through the wrappers of a resumed run
+        if hasattr(sampler, "set_epoch"):  # accelerate does not unwrap the sampler of a resumed run
             sampler.set_epoch(epoch)
         super()._run_epoch(**arguments)
 
@@ -240,7 +245,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # an upload goes on in the background, so it waits for the final name
+        if self._unfinished is None:  # uploads run in the background, so they wait for the final name
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -268,7 +273,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         if self.args.should_save:
             replace_folder(unfinished / name, run / name)
         self.accelerator.wait_for_everyone()
-        if leads_node and (unfinished / name).is_dir():  # a disk that the main process does not see
+        if leads_node and (unfinished / name).is_dir():  # the node has a disk that the main process does not see
             replace_folder(unfinished / name, run / name)
         if leads_node:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -281,11 +286,11 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
-        if self.args.should_save and isinstance(model, PeftModel):  # PEFT leaves out what the student ends with
+        if self.args.should_save and isinstance(model, PeftModel):  # PEFT does not save it, with the end tokens
             model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def save_whole_model(self) -> None:
-        """Save the model to `output_dir`, each file under its name once it is whole."""
+        """Save the model to `output_dir`, every file atomically."""
         target = Path(self.args.output_dir)
         self.save_model(str(target / UNFINISHED))
         self.accelerator.wait_for_everyone()
@@ -295,7 +300,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
             (target / UNFINISHED).rmdir()
 
     def _set_best_checkpoint(self, run: Path, name: str) -> None:
-        """Name the best checkpoint by where it will be, which transformers knows as the unfinished folder."""
+        """Set the final path of the best checkpoint, for which transformers has the unfinished folder."""
         best = f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == name or (run / best).is_dir()):
             self.state.best_model_checkpoint = str(run / best)
@@ -305,22 +310,22 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         last = newest_whole_checkpoint(run)
         free = shutil.disk_usage(run).free / 2**30
         return CheckpointError(
-            f"{run / name} could not be written: {error}. {free:.1f} GiB are free there. "
-            + (f"The last checkpoint, {last}, is whole. " if last else "There is no checkpoint before it. ")
-            + "Make room or make the folder writable (save_total_limit keeps fewer checkpoints), and go on with "
-            "resume_from_checkpoint=True."
+            f"{run / name} could not be written: {error}. The disk has {free:.1f} GiB free. "
+            + (f"The last checkpoint, {last}, is whole. " if last else "There is no earlier checkpoint. ")
+            + "Free disk space (save_total_limit keeps fewer checkpoints) or make the folder writable, and resume "
+            "with resume_from_checkpoint=True."
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._sigterm_received:
             checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-            self.accelerator.print(f"SIGTERM: saved {checkpoint}; resume_from_checkpoint=True goes on from it.")
+            self.accelerator.print(f"SIGTERM: saved {checkpoint}; resume_from_checkpoint=True resumes from it.")
             raise Terminated(checkpoint)
         return super()._finalize_training(*args, **kwargs)
 
 
 class _OnTrainBegin(TrainerCallback):
-    """Lets the trainer restore its state after transformers has reset it, and stop at the end of a step."""
+    """Let the trainer restore its state after transformers has reset it, and stop at the end of a step."""
 
     def __init__(self, trainer: ReliableTrainer):
         self.trainer = trainer
@@ -340,12 +345,12 @@ class _OnTrainBegin(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
-        if self.trainer._sigterm_received:  # in the middle of the epoch: what belongs to its end is not due
+        if self.trainer._sigterm_received:  # stopped within the epoch, whose end is not reached
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-def _innermost_sampler(dataloader: DataLoader) -> Sampler | None:
-    sampler = getattr(dataloader, "batch_sampler", None)
+def _innermost_sampler(dataloader: DataLoader) -> Any:
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return getattr(sampler, "sampler", None)

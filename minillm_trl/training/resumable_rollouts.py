@@ -1,7 +1,6 @@
-"""`ResumableRollouts`: a `GRPOTrainer` whose runs go on within a rollout buffer, with the prompts next in turn."""
+"""`ResumableRollouts`: a `GRPOTrainer` that resumes mid-buffer and continues with the next prompts."""
 
 import time
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from .run_settings import plain
 
 logger = logging.get_logger(__name__)
 
-PROMPT_INDEX = "minillm_prompt_index"  # column of the training dataset: where a prompt stands in it
-FILLER = "minillm_filler"  # column of the rows that an evaluation on several processes does not count
+PROMPT_INDEX = "minillm_prompt_index"  # column of the training dataset: number of the row
+FILLER = "minillm_filler"  # column that marks the filler rows of an evaluation
 
-# What a rollout buffer was sampled, scored and cut by: under other values it cannot be used up
+# Settings of sampling, scoring and batching: if one changes, the rest of a rollout buffer cannot be used
 _MADE_BY = (
     *("per_device_train_batch_size", "steps_per_generation", "gradient_accumulation_steps"),
     *("num_generations", "num_iterations", "seed"),
@@ -37,13 +36,26 @@ _MADE_BY = (
 
 
 class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
-    """What GRPO does not restore: its rollout buffer and the step within it, its metrics, and the order of prompts."""
+    """Restore what GRPO does not: the rollout buffer and the step within it, its metrics, and the order of prompts."""
 
     args: MiniLLMConfig
-    _nonfinite_completions = 0  # that the training has left out so far, on all processes
-    rollout_seconds = 0.0  # spent on rollouts of the training, since the process began
+    # GRPOTrainer takes these from its arguments, which annotate them as optional and fill them in
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
+    _buffered_inputs: list[Batch] | None  # type: ignore[assignment]  # TRL only declares None, its first value
+    _logs: dict[str, Any]  # GRPO's table of completions, by column
+
+    rollout_seconds = 0.0  # time spent on training rollouts since the process started
+    _nonfinite_completions = 0  # left out of the training so far, on all processes
     _overflow_counter: OverflowCounter | None
-    _given: dict[str, dict[str, Any] | None]  # descriptions of the models and data beyond the student and the prompts
+    _given: dict[str, dict[str, Any] | None]  # descriptions of the teacher and the corpus of L_PT
+
+    @property
+    def _steps_per_generation(self) -> int:
+        """Return the micro-batches of a rollout buffer."""
+        assert self.args.steps_per_generation is not None  # set by GRPOConfig
+        return self.args.steps_per_generation
 
     def _blank(self, row: Row) -> Row:
         return {**row, FILLER: True}
@@ -53,20 +65,20 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         return self.num_generations_eval
 
     def _next_micro_batch(self, generation_batch: list[dict[str, Any]]) -> Batch:
-        """Return the next micro-batch of the buffer, which is filled by a rollout once it is used up."""
+        """Return the next micro-batch of the buffer, which a rollout refills when it is used up."""
         accumulation = self.args.gradient_accumulation_steps
-        if self._buffered_inputs is None:  # a resumed run starts at a fresh rollout, in step with the optimizer
+        if self._buffered_inputs is None:  # also in a resumed run without its buffer
             self._step = self.state.global_step * accumulation
-        generate_every = self.args.steps_per_generation * self.num_iterations
+        generate_every = self._steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
             started = time.perf_counter()
             batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = self._deal(self._leave_out_faulty(batch))
             self.rollout_seconds += time.perf_counter() - started
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._step % self._steps_per_generation]
 
     def _leave_out_faulty(self, batch: Batch) -> Batch:
-        """A rollout without the tokens of faulty rows, which are counted over all processes."""
+        """Mask the tokens of faulty rows, and count these rows over all processes."""
         flags = self.accelerator.gather(batch["faulty"])
         if count := int(flags.sum()):
             self._nonfinite_completions += count
@@ -75,17 +87,19 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         return leave_out_faulty(batch)
 
     def _deal(self, batch: Batch) -> list[Batch]:
-        """Deal the rows of a rollout to its micro-batches."""
-        num_rows, num_steps = len(batch["prompt_ids"]), self.args.steps_per_generation
-        num_steps //= self.args.gradient_accumulation_steps
+        """Assign the rows of a rollout to micro-batches."""
+        num_rows = len(batch["prompt_ids"])
+        num_steps = self._steps_per_generation // self.args.gradient_accumulation_steps
         first_row = self.accelerator.process_index * num_rows
         order = deal_rows(num_rows, num_steps, first_row, self.args.seed, ROLLOUT_ORDER, self.state.global_step)
         lengths = (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).cpu()
         order = order[by_length(lengths[order], num_steps)]
-        dealt = {key: values[order.to(values.device)] for key, values in batch.items()}
-        return self._count_windows([trim(part) for part in split_tensor_dict(dealt, self.args.steps_per_generation)])
+        dealt: dict[str, Any] = {key: values[order.to(values.device)] for key, values in batch.items()}
+        parts: list[Any] = split_tensor_dict(dealt, self._steps_per_generation)
+        return self._count_windows([trim(part) for part in parts])
 
     def _count_windows(self, batches: list[Batch]) -> list[Batch]:
+        """Add the trained tokens and rows of its optimizer step, on all processes, to each micro-batch."""
         window = self.args.gradient_accumulation_steps
         counts = {
             name: self.accelerator.reduce(count, reduction="sum")
@@ -95,18 +109,37 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             {**batch, **{name: sums[i // window] for name, sums in counts.items()}} for i, batch in enumerate(batches)
         ]
 
+    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor:
+        """Return the tokens or rows of the optimizer step by process, whose gradients DDP averages."""
+        of_sequences = self.args.loss_reduction == "sequence_sum"
+        total = inputs.get("window_rows" if of_sequences else "window_tokens")
+        if total is None:  # a batch outside training counts as an optimizer step
+            own = torch.tensor(len(mask), device=mask.device) if of_sequences else mask.sum()
+            total = self.accelerator.reduce(own, reduction="sum")
+        return total / self.accelerator.num_processes
+
+    def _counts_to_log(self) -> dict[str, float]:
+        """Return the number of completions left out so far, and in float16 of steps that overflowed."""
+        counts = {"nonfinite_completions": float(self._nonfinite_completions)}
+        if self._overflow_counter is not None:
+            counts |= self._overflow_counter.metrics(self.model_wrapped)
+        return counts
+
     def _forget_last_run(self) -> None:
         super()._forget_last_run()
         self._buffered_inputs = None
         self._nonfinite_completions = 0
 
     def _run_state(self) -> dict[str, Any]:
-        within_buffer = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        rollouts = None
+        if self._step % (self._steps_per_generation * self.num_iterations) != 0:  # the buffer is not used up
+            assert self._buffered_inputs is not None
+            rollouts = _pack(self._buffered_inputs)
         return {
             **super()._run_state(),
             "made_by": self._made_by(),
             "step": self._step,
-            "rollouts": _pack(self._buffered_inputs) if within_buffer else None,
+            "rollouts": rollouts,
             "completions": _plain(self._logs) if self.log_completions else {},
             "nonfinite_completions": self._nonfinite_completions,
             "overflows": None if self._overflow_counter is None else self._overflow_counter.skipped_steps,
@@ -123,19 +156,23 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         if self._overflow_counter is not None and saved["overflows"] is not None:
             self._overflow_counter.skipped_steps = saved["overflows"]
         made_by = self._made_by()
-        before = saved.get("made_by") or saved["cut_by"]  # of older checkpoints, which have fewer
+        before = saved.get("made_by") or saved["cut_by"]  # the name in older checkpoints, with fewer settings
         changed = {name: value for name, value in before.items() if value != made_by[name]}
         if saved["rollouts"] is None:
             return
         if changed:
             then = ", ".join(f"{name}={value}" for name, value in changed.items())
-            logger.warning(f"The checkpoint's rollouts were made with {then}: they are dropped, and new ones sampled.")
+            logger.warning(
+                f"The checkpoint's rollouts were made with {then}. They are discarded; new ones are sampled."
+            )
             return
         self._step = saved["step"]
         self._buffered_inputs = [self._unpack(batch) for batch in saved["rollouts"]]
 
     def _made_by(self) -> dict[str, Any]:
+        """Return the settings that the rollout buffer depends on."""
         teacher = self._given["teacher_model"]
+        assert teacher is not None, "MiniLLM always has a teacher"
         values = {name: plain(getattr(self.args, name)) for name in _MADE_BY}
         return {**values, "teacher_model": teacher["digest"] or teacher["is"]}
 
@@ -150,7 +187,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's `RepeatSampler` whose order is a function of the epoch, the one that it has after that many epochs."""
+    """TRL's `RepeatSampler`, with an order that depends on the epoch alone, also in a resumed run."""
 
     epoch = 0
 
@@ -161,11 +198,12 @@ class EpochRepeatSampler(RepeatSampler):
         return cls(**{name: getattr(sampler, name) for name in names})
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is read next."""
+        """Set the epoch to read next."""
         self.epoch = epoch
 
     def __iter__(self):
-        if self.shuffle:
+        if self.shuffle:  # TRL's generator is advanced by one permutation an epoch
+            assert self.seed is not None  # GRPOTrainer passes `args.seed`
             self.generator.manual_seed(self.seed)
             for _ in range(self.epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
@@ -173,10 +211,10 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 def number_prompts(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Let each row say where it stands in the dataset, for messages about it. A stream begins again at its end.
+    """Add a column with the number of each row, for messages, and repeat a stream endlessly.
 
-    So a run's place in a stream is the number of rows that it has read, which transformers knows of a resumed run; of
-    passes over a stream, whose lengths it cannot know, it does not.
+    The position of a run in an endless stream is the number of rows read, which transformers restores. It could not
+    restore a position after several passes over a stream of unknown length.
     """
     if isinstance(dataset, Dataset):
         return dataset.add_column(PROMPT_INDEX, range(len(dataset)))
@@ -184,16 +222,17 @@ def number_prompts(dataset: Dataset | IterableDataset) -> Dataset | IterableData
 
 
 def _pack(batches: list[Batch]) -> list[Batch]:
-    """Batches on the CPU; each tensor has memory of its own, of which nothing is saved that it does not show."""
+    """Copy batches to the CPU. Cloning keeps `torch.save` from writing the whole storage behind a view."""
     return [{name: values.detach().cpu().clone() for name, values in batch.items()} for batch in batches]
 
 
 def _plain(logged: Any) -> Any:
-    """Nested dicts and deques as dicts and lists, which can be read back without running code."""
+    """Convert nested dicts and deques to dicts and lists, which load without running code."""
     return {name: _plain(values) for name, values in logged.items()} if isinstance(logged, dict) else list(logged)
 
 
-def _extend(logged: defaultdict | Any, values: Any) -> None:
+def _extend(logged: Any, values: Any) -> None:
+    """Append what [`_plain`] returned to nested dicts and deques."""
     if isinstance(values, dict):
         for name, more in values.items():
             _extend(logged[name], more)

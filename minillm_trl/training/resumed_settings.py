@@ -1,4 +1,4 @@
-"""`ResumedSettings`: a transformers `Trainer` that resumes with the settings of now, and says what they were."""
+"""`ResumedSettings`: a transformers `Trainer` that resumes with its current settings, and reports what changed."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
 from ..errors import UserError
@@ -22,11 +22,15 @@ _CALLED = {"lr": "learning_rate"}
 
 
 class ResumedSettings(Trainer):
-    """A resumed run trains with what is given now, which transformers ignores for the optimizer's hyperparameters.
+    """Use the current settings in a resumed run. transformers restores hyperparameters from the checkpoint instead.
 
-    Learning rate, weight decay, betas and others are set in the optimizer, and the schedule continues at its place.
-    One message lists all that is different from what the checkpoint's run was given.
+    Learning rate, weight decay, betas and others are set in the optimizer, and the schedule continues at its step. One
+    message lists all settings that differ from the checkpoint's run.
     """
+
+    args: Any  # as in `FiniteSteps`
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -37,7 +41,7 @@ class ResumedSettings(Trainer):
         self._hyperparameter_changes: list[tuple[str, Any, Any]] = []
 
     def _own_settings(self) -> dict[str, Any]:
-        """What changes the training and is not among the arguments: see [`find_changes`] for its form."""
+        """Return the settings besides `args` that change the training, in the form of [`find_changes`]."""
         model = self.accelerator.unwrap_model(self.model)
         config = model.peft_config.get("default") if isinstance(model, PeftModel) else None
         adapter = {} if config is None else plain(config.to_dict())
@@ -49,10 +53,10 @@ class ResumedSettings(Trainer):
         }
 
     def _compare_settings(self, checkpoint: str | None) -> None:
-        """Note what the run trains with, and what that of the checkpoint did.
+        """Store the settings of this run, and those of the checkpoint's run.
 
         Raises:
-            CheckpointError: for a checkpoint without an optimizer under DeepSpeed or FSDP.
+            CheckpointError: if the checkpoint has no optimizer state, under DeepSpeed or FSDP.
         """
         self._resumed_from, self._hyperparameter_changes = checkpoint, []
         before = None
@@ -64,17 +68,17 @@ class ResumedSettings(Trainer):
         sharded = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
         if checkpoint is not None and sharded and not has_optimizer(Path(checkpoint)):
             raise CheckpointError(
-                f"resume_from_checkpoint={checkpoint!r} holds a model and no optimizer (save_only_model=True), from "
-                f"which {sharded} cannot resume. Start a run from its weights (model_name_or_path={checkpoint}), or "
-                "resume from a checkpoint that was saved with save_only_model=False."
+                f"resume_from_checkpoint={checkpoint!r} has no optimizer state (save_only_model=True), which "
+                f"{sharded} needs to resume. Start a new run from its weights (model_name_or_path={checkpoint}), or "
+                "resume from a checkpoint saved with save_only_model=False."
             )
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As in transformers; the hyperparameters are noted before a checkpoint's replace them."""
+        """Create the schedule, and store the hyperparameters before a checkpoint overrides them."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed's comes later, and this is called again
+        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed creates its optimizer later and calls this again
             self._given_groups = read_groups(self.optimizer)
         return scheduler
 
@@ -85,19 +89,20 @@ class ResumedSettings(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             self._hyperparameter_changes = list_changes(given, before or given)
             return
-        self._check_kinds(settings.get(_KINDS, {}))
+        self._check_kinds(settings)
         super()._load_optimizer_and_scheduler(checkpoint)
         self._hyperparameter_changes = take_over(self.optimizer, self.lr_scheduler, given, before)
 
-    def _check_kinds(self, before: dict[str, str]) -> None:
+    def _check_kinds(self, settings: dict[str, Any]) -> None:
+        """Check that optimizer and schedule are of the classes whose states the checkpoint holds."""
+        before = settings.get(_KINDS, {})
         for name, kind in kind_of(self.optimizer, self.lr_scheduler).items():
             if before.get(name, kind) != kind:
                 field = _FIELD_OF[name]
                 raise UserError(
-                    f"{field}={plain(getattr(self.args, field))}: {self._resumed_from} holds the state of "
-                    f"{before[name]}, from which {kind} cannot continue. Resume with {field}="
-                    f"{self._settings_before.get(field)}, or start a run from the checkpoint's weights "
-                    f"(model_name_or_path={self._resumed_from})."
+                    f"{field}={plain(getattr(self.args, field))}: {self._resumed_from} has the state of "
+                    f"{before[name]}, from which {kind} cannot continue. Resume with {field}={settings.get(field)}, "
+                    f"or start a new run from the checkpoint's weights (model_name_or_path={self._resumed_from})."
                 )
 
     def _write_settings(self, checkpoint: Path) -> None:
@@ -105,24 +110,25 @@ class ResumedSettings(Trainer):
         write_settings(checkpoint, {**self._settings, _GROUPS: self._given_groups, _KINDS: kinds})
 
     def _announce_resume(self, state: TrainerState) -> None:
-        """Say where the run resumes, what is other than it was, and what is lost."""
+        """Log where the run resumes, which settings have changed, and which state is lost."""
+        assert self._resumed_from is not None, "only a resumed run is announced"
         self.accelerator.print(f"Resuming from {self._resumed_from} at step {state.global_step} of {state.max_steps}.")
         if not self.accelerator.is_main_process:
             return
         if changes := self._changes():
             listed = "".join(f"\n  {change}" for change in changes)
-            logger.warning(f"Settings differ from the checkpoint's; those of now are in force:{listed}")
+            logger.warning(f"Settings differ from the checkpoint's run; the new ones are used:{listed}")
         if not has_optimizer(Path(self._resumed_from)):
             logger.warning(
-                f"{self._resumed_from} holds no optimizer (save_only_model=True): the optimizer's moments start at "
-                f"zero and the learning-rate schedule at its beginning, warm-up included, though {state.global_step} "
-                f"of {state.max_steps} steps are done. The random state is lost too."
+                f"{self._resumed_from} has no optimizer state (save_only_model=True): the optimizer's moments start "
+                f"at zero and the learning-rate schedule restarts with its warm-up, though {state.global_step} of "
+                f"{state.max_steps} steps are done. The random state is lost too."
             )
         if self.args.ignore_data_skip:
             logger.warning(
-                f"ignore_data_skip=True: the data starts at the beginning of epoch {int(state.epoch)}, so the run "
-                "trains again on what it has seen of this epoch and differs from an uninterrupted one. Leave it out "
-                "to resume exactly."
+                f"ignore_data_skip=True: the data restarts at the beginning of epoch {int(state.epoch or 0)}, so the "
+                "run sees the first examples of this epoch twice and differs from an uninterrupted run. Drop "
+                "ignore_data_skip to resume exactly."
             )
 
     def _changes(self) -> list[str]:

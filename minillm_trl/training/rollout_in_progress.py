@@ -1,4 +1,4 @@
-"""`RolloutInProgress`: what a rollout keeps between the methods that GRPO calls one after another."""
+"""`RolloutInProgress`: the state that the methods called by GRPO share within one rollout."""
 
 from dataclasses import dataclass, field
 
@@ -11,19 +11,19 @@ from ..rollouts.sampler import ScoredRows
 class RolloutInProgress:
     """The state of one rollout, from its prompts to its batch.
 
-    GRPO samples, asks for log-probs and computes rewards in methods of its own, which the trainer overrides. What one
-    of them finds out for the next is here, and is dropped with the rollout.
+    GRPO samples, requests log-probs and computes rewards in separate methods, which the trainer overrides. This object
+    passes results from one method to the next, and is discarded with the rollout.
 
     Args:
-        counts (`torch.Tensor` of shape `(B,)`, bool): rows of this process that count: all but those that fill up the
-            last batch of an evaluation.
-        wants_old_logps (`bool`): whether GRPO's next call for log-probs is for the policy that sampled this rollout.
-        turn (`int`): calls of the sampler so far; tools make it several.
-        scores ([`ScoredRows`]): scores of the completions that are known already.
+        counts (`torch.Tensor` of shape `(B,)`, bool): rows of this process that count, that is, all but the fillers in
+            the last batch of an evaluation.
+        wants_old_logps (`bool`): whether GRPO's next request for log-probs is for the policy that sampled the rollout.
+        turn (`int`): calls of the sampler so far, several with tools.
+        scores ([`ScoredRows`]): scores of completions computed so far.
         empty_rows (`list[int]`): rows that the rollout function left empty.
-        rewards (`torch.Tensor` of shape `(B_all, F)`): of each reward function, for the rows of all processes; an
-            infinite one is replaced by the mean of its group.
-        infinite_rewards (`torch.Tensor` of shape `(B_all, F)`, bool): where they were infinite.
+        rewards (`torch.Tensor` of shape `(B_all, F)`): rewards of each function for the rows of all processes, with
+            infinite rewards replaced by the mean of their group.
+        infinite_rewards (`torch.Tensor` of shape `(B_all, F)`, bool): True for rewards that were infinite.
     """
 
     counts: torch.Tensor

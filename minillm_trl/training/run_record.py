@@ -1,4 +1,4 @@
-"""The record of a training run, `run.json`, and the recipe that repeats it, `run.yaml`, in its output folder."""
+"""The record of a training run, `run.json`, and the recipe to repeat it, `run.yaml`, in the output folder."""
 
 import hashlib
 import json
@@ -34,20 +34,21 @@ RECORD, RECIPE = "run.json", "run.yaml"
 
 
 class RunRecord(TrainerCallback):
-    """Writes what a training was run with into its output folder, and how it ended; only on the main process.
+    """Record the inputs and the outcome of a training run in its output folder, on the main process only.
 
-    A context manager around the training and a callback of its trainer. Every attempt at the run, resumed or not, is
-    appended to `run.json`; `run.yaml` is the recipe of the last one. Both appear complete or not at all.
+    Use it both as a context manager around the training and as a callback of its trainer. Each attempt at the run,
+    resumed or not, is appended to `run.json`; `run.yaml` is the recipe of the last attempt. Both files are written
+    atomically.
 
     Args:
-        subcommand (`str`): of `minillm-trl`.
+        subcommand (`str`): subcommand of `minillm-trl`.
         argv (`Sequence[str]`): its arguments.
-        recipe (`Mapping`): value of each option that the recipe is to have, as given.
-        configuration (`Sequence`): the dataclasses made of them, the training arguments among them.
-        checkpoint (`str` or `bool`, *optional*): that the run goes on from; True for the newest, if there is one.
+        recipe (`Mapping`): options of the recipe, with the values that the user gave.
+        configuration (`Sequence`): the dataclasses built from the options, including the training arguments.
+        checkpoint (`str` or `bool`, *optional*): checkpoint to resume from; True for the newest one, if any.
 
     Raises:
-        ValueError: if there is a `run.json` of something else in the folder.
+        ValueError: if the folder has a `run.json` that is not such a record.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RunRecord(TrainerCallback):
         checkpoint: str | bool | None,
     ):
         (args,) = (part for part in configuration if isinstance(part, TrainingArguments))
+        assert args.output_dir is not None  # set by TrainingArguments
         self._writes = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._recipe = plain({**recipe, "fp16": args.fp16, "bf16": args.bf16})  # as chosen for this machine
@@ -89,7 +91,7 @@ class RunRecord(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         if error is None:
             try:
-                PartialState().wait_for_everyone()  # a run has not finished if another process of it failed
+                PartialState().wait_for_everyone()  # if another process failed, the run has not finished
             except BaseException as failure:
                 self._end(failure)
                 raise
@@ -101,17 +103,19 @@ class RunRecord(TrainerCallback):
             self.attempt["error"] = f"{type(error).__name__}: {error}"
         elif self.attempt["status"] == "running":
             self.attempt["status"] = "finished"
-        if isinstance(error, Exception) and not isinstance(error, UserError):  # a message of ours says it all
+        if isinstance(error, Exception) and not isinstance(
+            error, UserError
+        ):  # its message is complete without a traceback
             self.attempt["traceback"] = "".join(format_exception(error))
         self.attempt["ended"] = _now()
         self._write()
 
     def stop(self, reason: str) -> None:
-        """Note why the training ended before its time."""
+        """Record why the training stopped early."""
         self.attempt |= {"status": "stopped", "error": reason}
 
     def add_data(self, role: str, source: str, dataset: Dataset | IterableDataset | None) -> None:
-        """Note a dataset: rows, and a digest of their contents that is the same on any machine; None for a stream."""
+        """Record a dataset: its rows and a digest that is the same on any machine, or None for a stream."""
         if self._writes and dataset is not None:
             is_stream = isinstance(dataset, IterableDataset)
             self.attempt["data"][role] = {
@@ -122,7 +126,7 @@ class RunRecord(TrainerCallback):
             }
 
     def add_model(self, role: str, name: str, revision: str | None = None) -> None:
-        """Note a model: a digest of a folder, or the commit of a name on the hub."""
+        """Record a model: the digest of a folder, or the commit of a name on the hub."""
         if self._writes:
             fingerprint = model_fingerprint(Path(name))
             commit = _hub_commit(name, revision) if fingerprint is None else None
@@ -135,7 +139,7 @@ class RunRecord(TrainerCallback):
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those of this name."""
+        """Add the duration of the block to the seconds recorded under this name."""
         start = time.perf_counter()
         try:
             yield
@@ -143,7 +147,7 @@ class RunRecord(TrainerCallback):
             self._add_seconds(name, time.perf_counter() - start)
 
     def add_clock(self, name: str, seconds: Callable[[], float]) -> None:
-        """Take the seconds of this name from a function whenever the record is written."""
+        """Read the seconds of this name from a function whenever the record is written."""
         self._clocks[name] = seconds
 
     def _add_seconds(self, name: str, seconds: float) -> None:
@@ -174,7 +178,7 @@ class RunRecord(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._add_seconds("saving", self._lap())
-        self._write()  # of a run that is killed, this is what remains
+        self._write()  # a killed run leaves this record
 
     def _write(self) -> None:
         if not self._writes:
@@ -190,7 +194,7 @@ class RunRecord(TrainerCallback):
 
 
 def dataset_digest(dataset: Dataset) -> str:
-    """SHA-256 of all rows."""
+    """Return the SHA-256 of all rows."""
     digest = hashlib.sha256()
     for rows in dataset.iter(batch_size=1000):
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
@@ -198,7 +202,7 @@ def dataset_digest(dataset: Dataset) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, source, machine and processes."""
+    """Return versions, source revision, machine and processes."""
     machine, state = asdict(probe()), PartialState()
     versions = {name: found for name, found in machine.pop("versions").items() if found is not None}
     more = {name: version(name) for name in ("tokenizers", "safetensors", "numpy")}
@@ -211,13 +215,13 @@ def environment() -> dict[str, Any]:
 
 
 def _commit(package: Path) -> dict[str, Any] | None:
-    """Revision of the checkout that the package runs from, and whether it has been changed since; None for others."""
+    """Return the commit of the package's checkout, and whether it has changes; None outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", package, *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an environment may lie in the checkout of something else
+        git("ls-files", "--error-unmatch", "__init__.py")  # the environment may be inside another project's checkout
         return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -242,11 +246,11 @@ class _Record(TypedDict):
 def _earlier_attempts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    mend = "It is not the record of a training run. Name another output_dir."
-    attempts = read_json(path, _Record, mend)["attempts"]
+    remedy = "It is not the record of a training run. Choose another output_dir."
+    attempts = read_json(path, _Record, remedy)["attempts"]
     for attempt in attempts:
         if attempt["status"] == "running":
-            attempt["status"] = "killed"  # or it still runs, which only the user can know
+            attempt["status"] = "killed"  # or it is still running, which cannot be known here
     return attempts
 
 

@@ -1,4 +1,4 @@
-"""What a run trains with, as each checkpoint keeps it, and what of it is different when the run is resumed."""
+"""The settings of a run, which each checkpoint stores, and their changes when the run is resumed."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from ..models.fingerprints import dataset_fingerprint, model_fingerprint, weight
 
 SETTINGS = "run_settings.json"
 
-# Where a run writes, what it prints, how often it saves and evaluates: none changes what is trained
+# Output, logging, saving and evaluation, which do not change the training
 _WITHOUT_EFFECT = re.compile(
     r"output_dir|run_name|project|trackio_.*|report_to|disable_tqdm|debug|local_rank|do_.*|log_.*|logging_.*|save_.*|"
     r"eval_.*|per_device_eval_batch_size|num_generations_eval|predict_with_generate|prediction_loss_only|"
@@ -27,15 +27,15 @@ _WITHOUT_EFFECT = re.compile(
     r"num_completions_to_print|skip_memory_metrics|ddp_.*|max_nonfinite_steps|allow_pickled_weights|"
     r"trust_remote_code|use_cpu|torch_empty_cache_steps"
 )
-# The optimizer's parameter groups say it, however the optimizer was made
+# Taken from the optimizer's parameter groups instead, which also hold for an optimizer that the user created
 _OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 _DIGEST = "digest"
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another in each process
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # an object's address differs between processes
 
 
 def plain(value: Any) -> Any:
-    """As JSON and YAML have it."""
+    """Convert a value to types that JSON and YAML can hold."""
     if is_dataclass(value):
         return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
@@ -52,14 +52,14 @@ def plain(value: Any) -> Any:
 
 
 def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The fields that change what is trained, without secrets; those of the optimizer are with its groups."""
+    """Return the arguments that change the training, without secrets and the optimizer's hyperparameters."""
     names = [entry.name for entry in fields(args)]
     kept = [name for name in names if not _WITHOUT_EFFECT.fullmatch(name) and name not in _OF_THE_OPTIMIZER]
     return redact({name: plain(getattr(args, name)) for name in kept})
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any] | None:
-    """Rows and columns, and a digest of the rows (see [`dataset_fingerprint`]), which a stream has not."""
+    """Return rows, columns and a digest of a dataset (see [`dataset_fingerprint`]); the digest of a stream is None."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
@@ -72,7 +72,7 @@ def describe_dataset(dataset: Any) -> dict[str, Any] | None:
 
 
 def describe_model(model: str | torch.nn.Module) -> dict[str, Any]:
-    """Name and digest of a model that is given by name, in a folder, or in memory."""
+    """Return name and digest of a model, which is given as a name, a folder or a module."""
     if isinstance(model, str):
         return {"is": model, _DIGEST: model_fingerprint(Path(model))}
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -80,8 +80,10 @@ def describe_model(model: str | torch.nn.Module) -> dict[str, Any]:
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`field: old -> new` for each field of nested settings that is not as it was; those of one side alone are left
-    out, since another version of the package may have written the other."""
+    """Return `field: old -> new` for each field of nested settings that has changed.
+
+    Fields that only one side has are left out, since another version of the package may have written the other side.
+    """
     changes = []
     for name in then.keys() & now.keys():
         old, new = then[name], now[name]
@@ -97,13 +99,13 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def read_settings(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint's run trained with; None for a checkpoint of another program."""
+    """Read the settings of a checkpoint's run; None if another program wrote the checkpoint."""
     path = checkpoint / SETTINGS
     return read_json(path, dict[str, Any], "Resume from an earlier checkpoint.") if path.is_file() else None
 
 
 def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Write them into a checkpoint."""
+    """Write the settings of a run into its checkpoint."""
     (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both in chunks."""
+"""`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both models in chunks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +16,7 @@ from ..models.attention import avoid_cudnn_attention
 from ..models.context import max_context, name_context
 from ..models.forward_methods import rebind_fused_head
 from ..models.fused_head import ScoreRequest, TokenScores, add_scoring
+from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import LMHead, check_head
 from ..models.student_copy import RolloutCopy, shards_student, student_of
 from ..models.teacher import (
@@ -28,7 +29,7 @@ from ..models.teacher import (
 from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
-from ..rollouts.buffer import Batch, assemble_rows, fill_empty_completions, parts_by_length, sequences
+from ..rollouts.buffer import Batch, assemble_fields, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.rollout_teacher import RolloutTeacher
@@ -42,44 +43,56 @@ from .nonfinite_rows import explain_faults
 
 
 class TeacherMixedTrainer(MeasuredRollouts):
-    """GRPO's generation, scoring, rewards and logs with a teacher: what [`MiniLLMTrainer`] does without an objective.
+    """Replace GRPO's generation, scoring, rewards and logs: all of [`MiniLLMTrainer`] except for the objective.
 
     A subclass calls `_add_teacher` at the end of its constructor.
     """
 
+    _overflow_counter: OverflowCounter | None = None
+    _rollout_copy: RolloutCopy | None = None
+    _compiled_decoding: CompiledDecoding | None = None
+
     def _add_teacher(self, teacher_model: str | PreTrainedModel) -> None:
-        """Load and place the teacher, and let the models score in their own forward passes.
+        """Load and place the teacher, and prepare both models for sampling and for scoring in their forward passes.
 
         Raises:
-            ValueError: if teacher and student do not fit, or a head cannot be reproduced.
+            ValueError: if teacher and student do not match, or a head cannot be reproduced.
         """
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
         if self.rollout_func is not None:
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
-        # what the watch finds is logged too, so it comes before the callbacks that report
-        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, DegenerationWatch))
-        half = half_precision(self.accelerator)
-        self._overflow_counter = None
-        if half is torch.float16:
-            self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
-            self.add_callback(self._overflow_counter)
+        self._order_callbacks()
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
-        # Sampling and the checks below need the student whole; DeepSpeed has it in half precision already
-        self._rollout_copy = None
+        half = half_precision(self.accelerator)
+        # Sampling and the checks below need a complete student. Under DeepSpeed it is in half precision already.
         sharded = shards_student(self.accelerator)
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
-        is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # as its files may be, or was by the caller
+        is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
         refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
         # whether all processes take part in a turn if one does
         self._collective_turns = not self._decodes_with_trl and (sharded or is_sharded(self.teacher_model))
         self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
         self.max_context = max_context(student, self.teacher_model)
-        self._scorer = self._make_scorer()
         self._context_name = name_context(student, self.teacher_model)
+        self._scorer = self._make_scorer()
+        self._add_heads(student)
+        self._prepare_decoding(student)
+        self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
+
+    def _order_callbacks(self) -> None:
+        """Add the counter of float16 overflows, and move the watch to the front."""
+        # findings of the watch are logged, so it has to run before the callbacks that report logs
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, DegenerationWatch))
+        if half_precision(self.accelerator) is torch.float16:
+            self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
+            self.add_callback(self._overflow_counter)
+
+    def _add_heads(self, student: PreTrainedModel) -> None:
+        """Check both LM heads, and add scoring to the forward pass of the student."""
         check_head(student, "student")
         check_head(self.teacher_model, "teacher")
         self._teacher = RolloutTeacher(
@@ -93,33 +106,34 @@ class TeacherMixedTrainer(MeasuredRollouts):
         add_scoring(self._student, self.vocab_size, self._teacher.head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
+
+    def _prepare_decoding(self, student: PreTrainedModel) -> None:
+        """Check that the models can be decoded with a cache, and compile the student's steps on request."""
         if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
             static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
             check_decoding(student, "student", static)
             if self.args.teacher_mixed_alpha > 0:
                 check_decoding(self.teacher_model, "teacher")
-        self._compiled_decoding = None
         if self.args.compile_rollouts:
             self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
-        elif self._rollout_copy is not None:  # what is compiled has the addresses of the copy's weights
+        elif self._rollout_copy is not None:  # compiled code would need the copy's weights at their addresses
             self._rollout_copy.release()
-        self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
 
     def _make_scorer(self) -> RolloutScorer:
         expected_reward = None
         if self.args.reward_estimator == "expected":
-            options = {"scale": self.args.reward_scale, "clip": self.args.reward_clip}
-            expected_reward = partial(expected_rewards, **options)
+            expected_reward = partial(expected_rewards, scale=self.args.reward_scale, clip=self.args.reward_clip)
         kd_temperature = self.args.kd_temperature or self.temperature
         return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward)
 
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
+            assert isinstance(teacher_model, str), "`adapter_on_base` loads an adapter from a folder"
             return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
         return place_new_teacher(
             teacher_model,
             self.accelerator,
-            init_kwargs=self.args.teacher_model_init_kwargs,
+            init_kwargs=parsed_kwargs(self.args.teacher_model_init_kwargs),
             default_dtype=dtype,
             shard=self.args.shard_teacher,
             trust_remote_code=self.args.trust_remote_code,
@@ -134,12 +148,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
         """Check that each prompt leaves room for its completion."""
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for dataset in (self.train_dataset, *datasets.values()):
-            # tools and environments add to prompts as they run; a stream's are checked as they come
+            # Tools and environments extend prompts during a rollout, which checks them then. So it does for a stream.
             if self.max_context is not None and isinstance(dataset, Dataset) and not (self.tools or self.environments):
                 for start in range(0, len(dataset), 1000):
                     self._tokenize_prompts(dataset[start : start + 1000]["prompt"])
 
     def _fill_empty_completions(self, rollout_func: Callable) -> Callable:
+        """Wrap a rollout function to pad empty completions, and remember their rows."""
+
         def filled(prompts: list, trainer: "TeacherMixedTrainer") -> dict[str, Any]:
             output, self._rollout.empty_rows = fill_empty_completions(
                 rollout_func(prompts, trainer), self._tokenizer.pad_token_id
@@ -149,8 +165,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return filled
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
-        """Most tokens that a turn may sample, the same on all that take part; None where nobody has prompts."""
-        if self._rollout.turn == 0:  # everybody has some, which were checked before
+        """Return the token limit of a turn, the same on all processes; None if no process has prompts."""
+        if self._rollout.turn == 0:  # all processes have prompts, which were checked before
             return self.max_completion_length
         budget, longest = self.max_completion_length, max(map(len, prompt_ids), default=0)
         if self.max_context is not None:
@@ -161,17 +177,18 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return min((value for value in self.accelerator.gather(own).tolist() if value >= 0), default=None)
 
     def _sample_turn(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Sample the completions of a turn; keep the scores of a first turn."""
         rollout = self._rollout
-        sampler = self._make_sampler()  # before the student is put in eval mode
+        sampler = self._make_sampler()  # first, as the next lines switch the student to eval mode
         keys, coin_key = self._turn_keys(prompt_ids, rollout.turn)
-        first_turn = rollout.turn == 0  # later, tools have answered in between
+        first_turn = rollout.turn == 0  # later turns follow answers of tools
         rollout.turn += 1
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=False,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=parsed_kwargs(self.args.gradient_checkpointing_kwargs),
             ),
             self._sampling_model() as student,
         ):
@@ -195,11 +212,11 @@ class TeacherMixedTrainer(MeasuredRollouts):
         )
 
     def _turn_keys(self, prompt_ids: list[list[int]], turn: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-        """Return the keys of the random numbers of a turn: of each row's tokens, and of the coins."""
+        """Return the keys of the random numbers of a turn: a key for the tokens of each row, and one for the coins."""
         seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
         keys: list[tuple[int, ...]]
         if self.model.training:
-            first_row = process * self.args.per_device_train_batch_size * self.args.steps_per_generation
+            first_row = process * self.args.per_device_train_batch_size * self._steps_per_generation
             keys = [(seed, TRAIN_TOKENS, step, first_row + row, turn) for row in range(len(prompt_ids))]
         else:
             first_row = process * self.args.eval_batch_size
@@ -207,23 +224,23 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, turn)
                 for row, ids in enumerate(prompt_ids)
             ]
-        if not self.args.shared_coins:  # the rest of their keys comes from the rows
+        if not self.args.shared_coins:  # the keys of the rows complete it
             return keys, (seed, COINS)
-        # a teacher that is sharded is called by all processes at once, so they share their coins
+        # all processes call a sharded teacher at the same time, so they share their coins
         group = 0 if is_sharded(self.teacher_model) else process
         return keys, (seed, COINS, step, group, turn + 1)
 
     @property
     def _grpo_scores_rollouts(self) -> bool:
-        """Whether GRPO asks for the log-probs of a rollout's tokens under the student that sampled them."""
-        generate_every = self.args.steps_per_generation * self.num_iterations
+        """Return whether GRPO requests the log-probs of a rollout's tokens under the student that sampled them."""
+        generate_every = self._steps_per_generation * self.num_iterations
         if self.use_vllm and self.vllm_importance_sampling_correction:
             return True
         return self.args.gradient_accumulation_steps % generate_every != 0
 
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:
-        """The student in eval mode as it is, or its copy with the weights of now."""
+        """Yield the student in eval mode, or its copy with the current weights."""
         if self._rollout_copy is not None:
             self._rollout_copy.refresh(self._student)
             yield self._rollout_copy.model
@@ -237,6 +254,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self._student.train(training)
 
     def _on_every_process(self, flag: bool) -> bool:
+        """Return whether the flag is True on all processes."""
         flags = torch.tensor(int(flag), device=self.accelerator.device)
         return int(self.accelerator.reduce(flags, reduction="sum")) == self.accelerator.num_processes
 
@@ -251,10 +269,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
         sampled: ScoredRows | None = None,
         log: bool = False,
     ) -> tuple[Batch, dict[int, str]]:
-        """The training batch, and what is wrong with rows that are not finite, which are marked as `faulty`."""
+        """Return the training batch, and explanations of its `faulty` rows, which have a NaN or infinite number."""
         mask = sequences(batch)[2]
         check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
         scores = self._score_rollout(batch, ScoredRows() if sampled is None else sampled)
+        assert scores.student_logps is not None  # as the other log-probs: scores of both models have them
+        assert scores.teacher_logps is not None
+        assert scores.student_kd_logps is not None
+        assert scores.teacher_kd_logps is not None
         kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
         rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
         if behavior_logps is None:
@@ -262,7 +284,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         long_term_weights, single_step_weights = importance_weights(
             scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
         )
-        # the log-probs, not the rewards: a clip hides a teacher that gives a sampled token probability zero
+        # check log-probs, not rewards: the clip hides that the teacher gives a sampled token probability zero
         faults = explain_faults(
             *kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer, scores.expected_rewards
         )
@@ -282,7 +304,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         return batch, faults
 
     def _score_rollout(self, batch: Batch, sampled: ScoredRows) -> RolloutScores:
-        """Return scores of both models: those known from sampling, and the others from a pass of each model."""
+        """Return the scores of both models, from sampling if it computed them, else from a pass of each model."""
         input_ids, attention_mask, mask = sequences(batch)
         scores = sampled.assemble(mask.shape)
         if scores.student_logps is None:
@@ -303,7 +325,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
     def _score_student(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
     ) -> RolloutScores:
-        """Scores by a pass of the student, and by one of the teacher before it where both have to be there at once."""
+        """Score by a pass of the student, after a pass of the teacher if the rewards need both distributions."""
         states = None
         if self._scorer.expected_reward is not None:
             states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
@@ -314,23 +336,24 @@ class TeacherMixedTrainer(MeasuredRollouts):
     def _old_logps(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor | None:
-        """Return the student's log-probs of the rollout in progress, which later serve to score it as well."""
+        """Return the student's log-probs of the rollout in progress, and keep them for scoring it."""
         scores = self._rollout.scores
         if not scores.parts:
             scores.parts.append((list(range(len(mask))), self._score_student(input_ids, attention_mask, mask)))
         return scores.field("student_logps", mask.shape)
 
     def _score(self, model, *requests: ScoreRequest | RolloutRequest) -> list[Any]:
+        """Answer the requests in one forward pass of `model`."""
         with self.accelerator.autocast():
             return model(score_requests=requests)
 
     @torch.no_grad()
     def _score_without_gradient(self, model, request: ScoreRequest | RolloutRequest) -> Any:
-        """Score under a model as it is now, without dropout, in parts of a training micro-batch."""
+        """Score under the current weights of `model`, without dropout, in parts of a training micro-batch's size."""
         training = model.training
         model.eval()
         states = request.teacher_hidden_states
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs):
+        with disable_gradient_checkpointing(model, parsed_kwargs(self.args.gradient_checkpointing_kwargs)):
             batch_size, length = self.args.per_device_train_batch_size, request.completion_mask.shape[1]
             parts = []
             for rows, columns in parts_by_length(request.attention_mask, batch_size):
@@ -343,29 +366,13 @@ class TeacherMixedTrainer(MeasuredRollouts):
                 )
                 parts.append((rows.tolist(), self._score(model, part)[0]))
         model.train(training)
-        whole = request.completion_mask.shape
-        kind = type(parts[0][1])
-        return kind(
-            *(
-                None
-                if parts[0][1][field] is None
-                else assemble_rows([(rows, part[field]) for rows, part in parts], *whole)
-                for field in range(len(kind._fields))
-            )
-        )
+        return assemble_fields(parts, request.completion_mask.shape)
 
     def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
         super()._log_rollouts(inputs, batch)
         if self._compiled_decoding is not None:
             counts = self._compiled_decoding.take_counts()
             self._log_totals(make_totals({"rollout/compiled_steps": counts}, self.accelerator.device))
-
-    def _counts_to_log(self) -> dict[str, float]:
-        """Return the completions that were left out so far, and in float16 the steps that overflowed."""
-        counts = {"nonfinite_completions": float(self._nonfinite_completions)}
-        if self._overflow_counter is not None:
-            counts |= self._overflow_counter.metrics(self.model_wrapped)
-        return counts
 
     # Loss
 
@@ -377,20 +384,14 @@ class TeacherMixedTrainer(MeasuredRollouts):
             max_length=min(args.lm_max_length, self.max_context or args.lm_max_length),
             batch_size=args.lm_batch_size or args.per_device_train_batch_size,
             seed=args.seed,
-            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_kwargs=parsed_kwargs(self.chat_template_kwargs),
         )
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
+        """Log the terms of L_PT of a micro-batch, and return its share of the loss."""
+        assert scores.loss is not None  # the request had a loss
         values = {"objective/lm_cross_entropy": -scores.logps}
         if scores.divergence is not None:
             values["objective/lm_forward_kl"] = scores.divergence
         self._log_totals(token_totals(values, lm["loss_mask"]))
         return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)
-
-    def _loss_normalizer(self, inputs: Batch, mask: torch.Tensor) -> torch.Tensor:
-        of_sequences = self.args.loss_reduction == "sequence_sum"
-        total = inputs.get("window_rows" if of_sequences else "window_tokens")
-        if total is None:  # the batch counts as one optimizer step
-            own = torch.tensor(len(mask), device=mask.device) if of_sequences else mask.sum()
-            total = self.accelerator.reduce(own, reduction="sum")
-        return total / self.accelerator.num_processes

@@ -1,4 +1,4 @@
-"""The weights that a run trains: that there are some, and that their precision can hold its updates."""
+"""Checks of the trained weights: that there are any, and that their precision can hold the updates."""
 
 import logging
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED = 1 << 20  # weights that are looked at
-# Optimizers that move a weight by about the learning rate, but for those that keep what rounding takes, and those that
-# move a low-rank part
+_SAMPLED = 1 << 20  # weights in the sample
+# Names of optimizers whose update of a weight is about the learning rate. Excluded are optimizers that accumulate the
+# rounding error, or update a low-rank part.
 _UNIT_STEPS = ("adam", "lion", "ademamix")
 _OTHER_STEPS = ("anyprecision", "galore", "apollo", "schedule_free")
 
@@ -24,11 +24,12 @@ def stuck_share(weights: Iterable[torch.Tensor], step: float) -> float:
     r"""Return the share of weights that an update of a given size leaves bit for bit as they are.
 
     A weight $w$ in half precision is stuck if both $w + s$ and $w - s$ round to $w$: in bfloat16 where
-    $|w| > 2^8 s$ to $2^9 s$. Weights in higher precision count as free. Of many weights every n-th is looked at.
+    $|w| > 2^8 s$ to $2^9 s$. Weights in higher precision are never stuck. From large models, every n-th weight is
+    sampled.
 
     Args:
         weights (`Iterable[torch.Tensor]`): the tensors that are trained.
-        step (`float`): size $s$ of an update, that of Adam being about the learning rate.
+        step (`float`): size $s$ of an update; with Adam about the learning rate.
 
     Returns:
         `float` in [0, 1]; 0 without weights.
@@ -36,7 +37,7 @@ def stuck_share(weights: Iterable[torch.Tensor], step: float) -> float:
     weights = list(weights)
     total = sum(weight.numel() for weight in weights)
     stride = max(1, total // _SAMPLED)
-    stuck = 0
+    stuck = 0.0
     for tensor in (weight for weight in weights if weight.dtype.itemsize == 2):
         sample = tensor.detach().flatten()[::stride]
         wide = sample.float()
@@ -46,7 +47,7 @@ def stuck_share(weights: Iterable[torch.Tensor], step: float) -> float:
 
 
 def unit_step(trainer: "GRPOTrainer | SFTTrainer") -> float | None:
-    """Return the size of an update at the learning rate; None for optimizers of which it is not known."""
+    """Return the size of an update at the learning rate; None for optimizers for which it is unknown."""
     if trainer.optimizer is not None:  # the user's own
         name, rates = type(trainer.optimizer).__name__, [group["lr"] for group in trainer.optimizer.param_groups]
     else:
@@ -57,15 +58,17 @@ def unit_step(trainer: "GRPOTrainer | SFTTrainer") -> float | None:
 
 
 def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
-    """Check the weights that a trainer will train, once TRL has loaded the student and put its adapter on.
+    """Check the weights that a trainer will train, after TRL has loaded the student and added its adapter.
 
-    Warns where most of them are in half precision and too large to move at the learning rate: rounding takes the
-    update. DeepSpeed, and FSDP under mixed precision, keep float32 weights of their own.
+    Warn if most of them are in half precision and too large to move at the learning rate, because rounding cancels the
+    update. DeepSpeed, and FSDP with mixed precision, keep float32 copies of the weights.
 
     Raises:
-        ValueError: if nothing is trained, or half precision weights are under the gradient scaler of fp16.
+        ValueError: if no weight is trained, or trained weights are in half precision under the gradient scaler of
+            fp16.
     """
     student = trainer.model  # not wrapped yet
+    assert student is not None  # set by TRL
     trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
     if not trained:
         adapter = hasattr(student, "peft_config")
@@ -74,7 +77,7 @@ def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
             + (
                 "Load its adapter with PeftModel.from_pretrained(base, adapter, is_trainable=True)."
                 if adapter
-                else "Switch it on with model.requires_grad_(True), or pass peft_config."
+                else "Enable training with model.requires_grad_(True), or pass peft_config."
             )
         )
     precision = trainer.accelerator.mixed_precision
@@ -83,8 +86,8 @@ def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
         return
     if precision == "fp16":
         raise UserError(
-            f"fp16=True with trained weights in half precision ({half[0]}): their updates would be lost in rounding, "
-            "and the gradient scaler refuses them. Load the student in float32 (dtype='float32'), or train an adapter."
+            f"fp16=True with trained weights in half precision ({half[0]}): rounding would cancel their updates, and "
+            "the gradient scaler rejects them. Load the student in float32 (dtype='float32'), or train an adapter."
         )
     step = unit_step(trainer)
     if step is None or not trainer.accelerator.is_main_process:
@@ -94,7 +97,7 @@ def check_trained_weights(trainer: "GRPOTrainer | SFTTrainer") -> None:
         dtype = str(trained[half[0]].dtype).removeprefix("torch.")
         logger.warning(
             f"{100 * share:.0f} % of the trained weights cannot move: they are in {dtype}, where an update of about "
-            f"learning_rate={step:g} is lost in rounding ({half[0]} is one of the tensors). Load the student in "
+            f"learning_rate={step:g} is lost in rounding (for example in {half[0]}). Load the student in "
             "float32 (dtype='float32') and set bf16=True, which computes in bfloat16; or train an adapter "
             "(peft_config, --use_peft); or raise the learning rate."
         )

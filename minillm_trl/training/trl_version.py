@@ -1,9 +1,9 @@
-"""Which versions of TRL this package runs on: it overrides private members of GRPOTrainer, which move between them."""
+"""Check TRL's version: this package overrides private members of GRPOTrainer, which change between versions."""
 
 import warnings
 from importlib.metadata import version
 
-# Minor versions whose contract tests have been run, see tests/tools/trl_matrix.py
+# Minor versions that pass the contract tests, see tests/tools/trl_matrix.py
 TESTED = ("1.16",)
 
 
@@ -11,10 +11,10 @@ def check_trl_version(installed: str | None = None) -> None:
     """Check the installed version of TRL, before anything is imported from it.
 
     Args:
-        installed (`str`, *optional*): the version to check; that of the installed package by default.
+        installed (`str`, *optional*): the version to check; by default that of the installed package.
 
     Raises:
-        ImportError: for another major version, or one older than those tested.
+        ImportError: for another major version, or a version older than the tested ones.
     """
     installed = installed or version("trl")
     minor = ".".join(installed.split(".")[:2])

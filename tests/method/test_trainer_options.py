@@ -181,7 +181,7 @@ class TestRolloutFunction:
 
     @pytest.mark.parametrize("given", [[0.0] * 4, [-1.0, 2.0, -1.0, -1.0], [-1.0, None, -1.0, -1.0]])
     def test_logprobs_that_are_none_are_refused(self, tmp_path, given: list):
-        with pytest.raises(ValueError, match="rollout_func returned logprobs that are none"):
+        with pytest.raises(ValueError, match="rollout_func returned logprobs from"):
             self.batch(self.make(tmp_path, given))
 
     def test_weight_that_overflows_is_reported_with_the_cap_to_set(self, tmp_path, caplog):

@@ -346,7 +346,7 @@ def test_decoding_that_is_off_is_refused_in_half_precision(monkeypatch: pytest.M
         model.transformer.wpe.weight.mul_(0.05)
     check_decoding(model, "student")
     monkeypatch.setattr("minillm_trl.rollouts.decoding.position_ids", lambda mask: position_ids(mask) + 1)
-    with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time"):
+    with pytest.raises(ValueError, match="cannot decode several tokens at a time"):
         check_decoding(model, "student")
 
 

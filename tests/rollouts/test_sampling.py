@@ -387,7 +387,7 @@ class TestCheckDecoding:
         model = build_model("gpt2").to(dtype)
         check_decoding(model, "student")
         monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: self.reset())
-        with pytest.raises(ValueError, match="cannot be decoded a few tokens at a time: logits differ by up to"):
+        with pytest.raises(ValueError, match="cannot decode several tokens at a time: its logits differ by up to"):
             check_decoding(model, "student")
 
 
