@@ -1,4 +1,4 @@
-"""The loss of each token, put together from the terms of `objectives`."""
+"""The loss of each token, combined from the terms in `objectives`."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 from .models.fused_head import TokenScores
 from .objectives import clipped_policy_gradient_loss, reference_kl
 
-# What a rollout brings to the loss of its tokens, beside their scores
+# Entries of a rollout that the loss needs besides the scores
 LOSS_INPUTS = (
     *("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights"),
     *("importance_sampling_ratio", "ref_per_token_logps"),
@@ -21,10 +21,11 @@ LOSS_OPTIONS = (
 
 
 class ClippedTokens(NamedTuple):
-    """Bool tensors `(B, T)`: where the clip removes the gradient of the long term.
+    """Masks `(B, T)` of tokens at which the clip removes the gradient of the long term.
 
-    `by_mixing` holds already for the student that sampled (q_old / mu is outside the range); `by_drift` only since it
-    moved.
+    Attributes:
+        by_mixing (`torch.Tensor`): clipped from the start, because q_old / mu is outside the clip range.
+        by_drift (`torch.Tensor`): clipped only after the student has moved away from q_old.
     """
 
     by_mixing: torch.Tensor
@@ -41,16 +42,16 @@ def clipped_tokens(
     epsilon_high: float | None = None,
     delta: float | None = None,
 ) -> ClippedTokens:
-    """Tell tokens clipped by teacher mixing from tokens clipped by the student's drift.
+    """Find the tokens clipped by teacher mixing, and those clipped by the student's drift.
 
     Args:
-        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student now (q_theta).
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the current student (q_theta).
         student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
-        old_logps (`torch.Tensor` of shape `(B, T)`): log-probs that the clipped ratio is relative to: mu's, or q_old's
-            where the weights are decoupled, so that nothing is clipped by mixing.
-        advantages (`torch.Tensor` of shape `(B, T)`): what the ratio multiplies.
+        old_logps (`torch.Tensor` of shape `(B, T)`): log-probs in the denominator of the clipped ratio: of mu, or of
+            q_old for decoupled weights, with which nothing is clipped by mixing.
+        advantages (`torch.Tensor` of shape `(B, T)`): factor of the ratio.
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        epsilon, epsilon_high, delta (`float`): of the clip range, see
+        epsilon, epsilon_high, delta (`float`): clip range, see
             [`~minillm_trl.objectives.clipped_policy_gradient_loss`].
     """
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
@@ -67,9 +68,15 @@ def clipped_tokens(
 
 
 class LossTerms(NamedTuple):
-    """Tensors of the shape of the scores, nats unless stated; `reference_kl` is None without a reference model.
+    """Terms of the loss at each token, in the shape of the scores, in nats except for `weights`.
 
-    `loss` and the terms carry the gradient; `weights` is what multiplies the advantage of each token, before clipping.
+    Attributes:
+        loss (`torch.Tensor`): weighted sum of the terms. It and the terms have a gradient.
+        long_term (`torch.Tensor`): clipped policy-gradient term.
+        single_step (`torch.Tensor`): divergence from the teacher.
+        reference_kl (`torch.Tensor`, *optional*): KL to the reference model; None without one.
+        weights (`torch.Tensor`): factor of the advantage of each token, before clipping.
+        clipped ([`ClippedTokens`]): tokens without a long-term gradient.
     """
 
     loss: torch.Tensor
@@ -93,28 +100,31 @@ def loss_terms(
     beta: float = 0.0,
     use_bias_correction_kl: bool = True,
 ) -> LossTerms:
-    r"""Loss of each token, a function of the scores and the rollout's values of that token alone.
+    r"""Compute the loss of each token from the scores and the rollout's values of that token alone.
 
     $$ \ell_t = W_t\, \ell^{\mathrm{long}}_t + W'_t\, \mathrm{KL}(q_\theta \| p)_t + \beta\, \rho_t\, k_t $$
 
     Args:
-        rollout (`Mapping[str, torch.Tensor]`): the entries of [`MiniLLMTrainer.score_rollouts`] that `LOSS_INPUTS`
-            names, the last two if there are; of the shape of the scores.
-        scores ([`TokenScores`]): of the student being trained, with its divergence from the teacher.
+        rollout (`Mapping[str, torch.Tensor]`): the entries `LOSS_INPUTS` of [`MiniLLMTrainer.score_rollouts`], of
+            which the last two are optional; in the shape of the scores.
+        scores ([`TokenScores`]): scores of the student being trained, with its divergence from the teacher.
         mask (`torch.Tensor`): True on the completion's tokens.
-        importance_weighting (`str`): see [`~minillm_trl.objectives.importance_weights`]. With `"token"` the clipped
-            ratio is to the behavior policy, otherwise to the student that sampled, so that the drift alone is clipped.
+        importance_weighting (`str`): see [`~minillm_trl.objectives.importance_weights`]. With `"token"`, the clipped
+            ratio is to the behavior policy; otherwise to the student that sampled, so that only the drift is clipped.
         epsilon, epsilon_high, delta (`float`): see [`~minillm_trl.objectives.clipped_policy_gradient_loss`].
-        single_step_decomposition (`bool`): whether the divergence is part of the loss.
+        single_step_decomposition (`bool`): whether the loss includes the divergence.
         beta (`float`): weight of the KL to the reference model.
-        use_bias_correction_kl (`bool`): whether it is multiplied by the ratio, which makes its expectation that under
-            the student.
+        use_bias_correction_kl (`bool`): whether to multiply this KL by the ratio, so that its expectation is that
+            under the student.
+
+    Returns:
+        [`LossTerms`].
     """
+    assert scores.divergence is not None  # the request had the teacher's hidden states
     old_logps = rollout["old_per_token_logps" if importance_weighting == "token" else "student_logps"]
-    clip_range = {"epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
     weights = rollout["long_term_weights"] * (scores.logps - old_logps).masked_fill(~mask, 0.0).exp()
     long_term = rollout["long_term_weights"] * clipped_policy_gradient_loss(
-        scores.logps, old_logps, rollout["advantages"], mask, **clip_range
+        scores.logps, old_logps, rollout["advantages"], mask, epsilon, epsilon_high, delta
     )
     if "importance_sampling_ratio" in rollout:  # from vLLM's distribution to the student's
         long_term = long_term * rollout["importance_sampling_ratio"]
@@ -126,6 +136,6 @@ def loss_terms(
         kl = reference_kl(scores.logps, rollout["ref_per_token_logps"], mask)
         loss = loss + beta * (kl * weights if use_bias_correction_kl else kl)
     clipped = clipped_tokens(
-        scores.logps, rollout["student_logps"], old_logps, rollout["advantages"], mask, **clip_range
+        scores.logps, rollout["student_logps"], old_logps, rollout["advantages"], mask, epsilon, epsilon_high, delta
     )
     return LossTerms(loss, long_term, scores.divergence, kl, weights, clipped)

@@ -10,8 +10,8 @@ with rho_t = q_theta(y_t) / mu(y_t) and A_t the (normalised) sum of the *future*
 gradient at alpha = 0, gamma = 1, without normalisation and clipping, is the gradient of the sequence-level reverse KL.
 
 Equation numbers refer to arXiv 2306.08543 (v6). Shapes: B sequences, T positions, V vocabulary. Log-probabilities are
-in nats. Functions return per-token values; reduction is in `masking`. What is made of returns and of reward functions
-is in `advantages`, and public here.
+in nats. Functions return per-token values; `masking` has the reductions. Baselines and whitening of returns are in
+`advantages`, and also public here.
 """
 
 import math
@@ -50,22 +50,22 @@ def token_rewards(
     scale: float = 1.0,
     clip: float | None = None,
 ) -> torch.Tensor:
-    r"""Per-token rewards (the summand of Eq. 2's return), by default without scale and clip.
+    r"""Return the reward of each token (the summand of the return in Eq. 2), by default without scale and clip.
 
     $$ r_t = \mathrm{clip}\big((\log p(y_t|y_{<t}) - \log q_{old}(y_t|y_{<t})) / \mathrm{scale},
        -\mathrm{clip}, \mathrm{clip}\big) $$
 
     Args:
         teacher_logps (`torch.Tensor` of shape `(B, T)`): log-probs of the sampled tokens under the teacher.
-        student_logps (`torch.Tensor` of shape `(B, T)`): the same under the student that is frozen for this rollout.
+        student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student of this rollout (q_old).
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        scale (`float`, *optional*, defaults to `1.0`): divisor, > 0. The authors' code has 0.5, so twice the rewards.
-        clip (`float`, *optional*): largest size of a reward once it is scaled. None does not clip.
+        scale (`float`, *optional*, defaults to `1.0`): divisor, > 0; 0.5 in the authors' code.
+        clip (`float`, *optional*): maximum absolute value of a scaled reward. None does not clip.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, nats (over `scale`), detached: no gradient flows through a reward. 0 outside
-        the mask. Where the teacher gives a sampled token probability zero the reward is -inf unless it is clipped,
-        which is what the reverse KL is there.
+        the mask. Without a clip, the reward is -inf where the teacher gives a sampled token probability zero, since
+        the reverse KL is infinite there.
 
     Raises:
         ValueError: if `scale` or `clip` is not positive.
@@ -85,21 +85,21 @@ def expected_rewards(
     $$ \bar r_t = \sum_{v \in V} q_{old}(v|y_{<t})\, r_t(v), \qquad
        r_t(v) = \mathrm{clip}\big((\log p(v|y_{<t}) - \log q_{old}(v|y_{<t})) / \mathrm{scale}\big) $$
 
-    Without scale and clip it is $-\mathrm{KL}(q_{old} \,\|\, p)$ of the next token. In place of a *future* reward it
-    leaves the expected gradient as it is, without the variance of a draw (Rao-Blackwell, as in arXiv 2504.10637 and
-    2605.07865). The expectation is the student's, also where the token was drawn from the mixture.
+    Without scale and clip it is $-\mathrm{KL}(q_{old} \,\|\, p)$ of the next token. In place of a *future* reward, it
+    keeps the expected gradient and removes the variance of sampling that token (Rao-Blackwell, as in arXiv 2504.10637
+    and 2605.07865). The expectation is over the student, even if the mixture drew the token.
 
     Args:
         teacher_log_probs, student_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher,
-            and of the student that is frozen for this rollout, at the temperature of the rewards.
-        sampling_log_probs (`torch.Tensor` of shape `(..., V)`, *optional*): those of the student at the sampling
-            temperature, over which the expectation is taken. Needed where the temperatures differ.
+            and of the student of this rollout (q_old), at the temperature of the rewards.
+        sampling_log_probs (`torch.Tensor` of shape `(..., V)`, *optional*): log-probs of this student at the sampling
+            temperature, for the expectation. Required if the temperatures differ.
         scale, clip (`float`): as in [`token_rewards`].
 
     Returns:
         `torch.Tensor` of shape `(...)`, nats (over `scale`), detached: no gradient flows through a reward. Tokens that
-        the student gives probability zero add nothing. -inf where the teacher alone gives a token probability zero,
-        unless rewards are clipped.
+        the student gives probability zero add nothing. Without a clip, -inf if only the teacher gives a token
+        probability zero.
 
     Raises:
         ValueError: if `scale` or `clip` is not positive.
@@ -126,41 +126,41 @@ def reward_to_go(
     discounted_length: bool = True,
     future_rewards: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    r"""Return of the future at every position, by default as the mean of the future rewards (Eq. 6).
+    r"""Return the reward-to-go at every position, by default as the mean of the future rewards (Eq. 6).
 
     $$ R_{t+1} = \sum_{i=t+1}^{T} \gamma^{\,i-t-1} r_i, \qquad
        R^{norm}_{t+1} = R_{t+1} \Big/ \sum_{i=t+1}^{T} \gamma^{\,i-t-1} $$
 
-    The reward of the current token is left out because the single-step term accounts for it exactly (Eq. 3);
-    `include_current=True` gives $R_t$ with weights $\gamma^{i-t}$, for use without that term.
+    The reward of the current token is left out because the single-step term accounts for it exactly (Eq. 3).
+    `include_current=True` returns $R_t$ with weights $\gamma^{i-t}$, for use without that term.
 
     Args:
         rewards (`torch.Tensor` of shape `(B, T)`): per-token rewards, nats. Must be finite where `mask` is True.
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        gamma (`float`, *optional*, defaults to `1.0`): discount, in [0, 1]. With `0.0` only the nearest counted reward
-            is left (0^0 = 1).
-        include_current (`bool`, *optional*, defaults to `False`): whether $r_t$ is part of the return at t.
+        gamma (`float`, *optional*, defaults to `1.0`): discount, in [0, 1]. `0.0` keeps only the first reward of the
+            sum (0^0 = 1).
+        include_current (`bool`, *optional*, defaults to `False`): whether the return at t includes $r_t$.
         length_normalization (`bool`, *optional*, defaults to `True`): whether to divide by the sum of the weights of
-            the real tokens, so that the return does not grow with the length that is left.
-        discounted_length (`bool`, *optional*, defaults to `True`): whether that sum is discounted as the return is.
-            `False` divides by the number of tokens, as the authors' code does, which with gamma < 1 shrinks the
-            returns that have many tokens ahead of them.
-        future_rewards (`torch.Tensor` of shape `(B, T)`, *optional*): what stands in for the rewards of all positions
-            after t in the return at t, such as [`expected_rewards`]. The current reward stays the sampled one: it
-            depends on the token whose score it multiplies, and its expectation would multiply a score of mean 0.
+            the real tokens, so that the return does not grow with the remaining length.
+        discounted_length (`bool`, *optional*, defaults to `True`): whether this sum is discounted like the return.
+            `False` divides by the number of tokens, as the authors' code does. With gamma < 1, this shrinks returns
+            with many tokens ahead of them.
+        future_rewards (`torch.Tensor` of shape `(B, T)`, *optional*): replacement for the rewards after t in the
+            return at t, such as [`expected_rewards`]. The current reward is always the sampled one, because it depends
+            on the token whose score it multiplies; its expectation would multiply a score with mean 0.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, nats, detached; 0 where there is no counted token, so at the last token, and
-        outside the mask.
+        `torch.Tensor` of shape `(B, T)`, nats, detached; 0 if no reward counts, as at the last token, and outside the
+        mask.
 
     Raises:
-        ValueError: if `gamma` lies outside [0, 1].
+        ValueError: if `gamma` is outside [0, 1].
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
     future_rewards = rewards if future_rewards is None else future_rewards
     # float64: the discounted sums of long completions lose digits in half precision
-    current, future = (each.detach().double().masked_fill(~mask, 0.0) for each in (rewards, future_rewards))
+    current, future = (values.detach().double().masked_fill(~mask, 0.0) for values in (rewards, future_rewards))
     returns = _sums_ahead(future, gamma, include_current)
     if include_current:
         returns = returns + (current - future)
@@ -171,10 +171,10 @@ def reward_to_go(
 
 
 def _sums_ahead(values: torch.Tensor, gamma: float, include_current: bool) -> torch.Tensor:
-    r"""Sum what lies ahead of each position, $\sum_{i \ge t} \gamma^{i-t} x_i$, or $\sum_{i>t} \gamma^{i-t-1} x_i$.
+    r"""Return $\sum_{i \ge t} \gamma^{i-t} x_i$ at each position, or $\sum_{i>t} \gamma^{i-t-1} x_i$.
 
-    A scan by doubling: each of the log2(T) rounds adds to the sum over `span` positions that over the next `span`.
-    Memory is O(T). No power of gamma is divided by, which would underflow on long completions.
+    A scan by doubling: each of the log2(T) rounds extends the sums over `span` positions by the sums over the next
+    `span`. Memory is O(T). Dividing cumulative sums by powers of gamma would underflow on long completions.
     """
     span = 1
     while span < values.shape[1]:
@@ -185,7 +185,7 @@ def _sums_ahead(values: torch.Tensor, gamma: float, include_current: bool) -> to
 
 
 def mixture_logps(student_logps: torch.Tensor, teacher_logps: torch.Tensor, alpha: float) -> torch.Tensor:
-    r"""Log-probs of the sampled tokens under the teacher-mixed behavior policy (Eq. 4).
+    r"""Return log-probs of the sampled tokens under the teacher-mixed behavior policy (Eq. 4).
 
     $$ \log \mu(y_t) = \log\big(\alpha\, p(y_t) + (1-\alpha)\, q_{old}(y_t)\big) $$
 
@@ -198,7 +198,7 @@ def mixture_logps(student_logps: torch.Tensor, teacher_logps: torch.Tensor, alph
         `torch.Tensor` of shape `(B, T)`, nats, detached.
 
     Raises:
-        ValueError: if `alpha` lies outside [0, 1].
+        ValueError: if `alpha` is outside [0, 1].
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
@@ -212,7 +212,7 @@ def mixture_logps(student_logps: torch.Tensor, teacher_logps: torch.Tensor, alph
 def importance_weights(
     student_logps: torch.Tensor, behavior_logps: torch.Tensor, mask: torch.Tensor, level: str, cap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Weights that turn expectations over the behavior policy into expectations over the student that sampled.
+    r"""Return weights that turn expectations over the behavior policy into expectations over the student.
 
     With $w_t = q_{old}(y_t) / \mu(y_t)$, for the long and the single-step term (Eq. 5 before its truncation):
 
@@ -223,21 +223,21 @@ def importance_weights(
     | `"prefix"` | $\prod_{i \le t} w_i$ | $\prod_{i < t} w_i$ |
     | `"sequence"` | $\prod_{i \le T} w_i$ | $\prod_{i \le T} w_i$ |
 
-    `"token"` is the paper's: the ratio to the behavior policy in [`clipped_policy_gradient_loss`] is the weight, and
-    is clipped with it. The others are factors of a loss whose ratio is to the student that sampled, so that only its
-    drift is clipped. `"sequence"` alone makes the expected gradient exact; the variance grows in the order of the
-    rows. The single-step term of position t depends on the tokens before it alone.
+    With `"token"`, the paper's, the ratio to the behavior policy in [`clipped_policy_gradient_loss`] already is the
+    weight, and is clipped. The other levels are factors of a loss with the ratio to the student that sampled, so only
+    the drift of the student is clipped. Only `"sequence"` makes the expected gradient exact. The variance grows from
+    the first row to the last. The single-step term at t depends only on the tokens before t.
 
     Args:
         student_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student that sampled (q_old).
         behavior_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the policy that sampled (mu).
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
         level (`str`): a row of the table.
-        cap (`float`, *optional*): weights above are set to it, which trades variance for bias. None does not cap.
+        cap (`float`, *optional*): upper bound of the weights, which trades variance for bias. None does not cap.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `(B, T)`: the two columns of the table, detached; 1 outside the
-        mask, except for `"sequence"`, which has one weight a row.
+        mask, except for `"sequence"`, which has the same weight in the whole row.
 
     Raises:
         ValueError: if `level` is unknown or `cap` is not positive.
@@ -246,7 +246,7 @@ def importance_weights(
         raise ValueError(f"level must be one of {WEIGHTING_LEVELS}, got {level!r}.")
     if cap is not None and not cap > 0.0:
         raise ValueError(f"cap must be positive, got {cap}.")
-    # float64: products over long completions leave the range of float32 long before they leave this one
+    # float64: products over long completions overflow in float32
     log_weights = (student_logps - behavior_logps).detach().double().masked_fill(~mask, 0.0)
     nothing = torch.zeros_like(log_weights)
     if level == "token":
@@ -273,36 +273,36 @@ def clipped_policy_gradient_loss(
     epsilon_high: float | None = None,
     delta: float | None = None,
 ) -> torch.Tensor:
-    r"""Per-token long-term loss with PPO's clip, the ratio doubling as importance weight (Algorithm 1).
+    r"""Return the long-term loss of each token with PPO's clip; the ratio is also the importance weight (Algorithm 1).
 
     $$ \ell_t = -\min\big(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon)\, A_t\big), \qquad
        \rho_t = q_\theta(y_t) / \mu(y_t) $$
 
     Args:
-        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student being trained; the only input with
+        logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student being trained; the only input that gets a
             gradient.
         behavior_logps (`torch.Tensor` of shape `(B, T)`): log-probs under the policy that sampled, see
             [`mixture_logps`].
         advantages (`torch.Tensor` of shape `(B, T)`): see [`reward_to_go`].
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
-        epsilon (`float`): half-width of the clip range, > 0; `float("inf")` switches clipping off.
-        epsilon_high (`float`, *optional*): its upper half, if it is another.
-        delta (`float`, *optional*): upper bound of the ratio also where the advantage is negative, which PPO's clip
-            leaves unbounded; above 1 + `epsilon_high`. None sets no bound.
+        epsilon (`float`): half-width of the clip range, > 0; `float("inf")` disables clipping.
+        epsilon_high (`float`, *optional*): width of its upper half, if different.
+        delta (`float`, *optional*): upper bound of the ratio for negative advantages too, for which PPO's clip has no
+            bound; above 1 + `epsilon_high`. None sets no bound.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`; 0 with zero gradient outside the mask. At rho = 1 its value is -A_t and its
+        `torch.Tensor` of shape `(B, T)`; 0 with zero gradient outside the mask. At rho = 1, the value is -A_t and the
         gradient -A_t grad log q_theta(y_t).
 
     Raises:
-        ValueError: if `epsilon` or `epsilon_high` is not positive, or `delta` not above the clip range.
+        ValueError: if `epsilon` or `epsilon_high` is not positive, or `delta` is not above the clip range.
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     if not (epsilon > 0.0 and epsilon_high > 0.0):
         raise ValueError(f"epsilon must be positive, got epsilon={epsilon} and epsilon_high={epsilon_high}.")
     if delta is not None and not delta > 1.0 + epsilon_high:
         raise ValueError(f"delta must be above 1 + epsilon_high = {1.0 + epsilon_high}, got {delta}.")
-    # masked before exp: a padded slot may hold anything, and inf * 0 in the backward pass would be NaN
+    # mask before exp: padding may hold any value, and inf * 0 in the backward pass would be NaN
     log_ratio = (logps - behavior_logps.detach()).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~mask, 0.0)
@@ -313,7 +313,7 @@ def clipped_policy_gradient_loss(
 
 
 def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
-    r"""Reverse KL of the next-token distributions, exact over the vocabulary (the single-step term of Eq. 3).
+    r"""Return the reverse KL of next-token distributions, exact over the vocabulary (single-step term of Eq. 3).
 
     $$ \mathrm{KL}(q_\theta \| p) = \sum_{v \in V} q_\theta(v)\, \big(\log q_\theta(v) - \log p(v)\big) $$
 
@@ -323,16 +323,16 @@ def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
         teacher_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher; detached here.
 
     Returns:
-        `torch.Tensor` of shape `(...)`, nats, >= 0. Tokens that the student gives probability zero add nothing; a
-        token that only the teacher gives probability zero makes it infinite.
+        `torch.Tensor` of shape `(...)`, nats, >= 0. Tokens with probability zero under the student add nothing;
+        infinite if a token has probability zero only under the teacher.
     """
-    impossible = student_log_probs == -math.inf  # 0 log 0 = 0, kept out of the graph
+    impossible = student_log_probs == -math.inf  # 0 log 0 = 0, without a gradient
     log_ratio = (student_log_probs - teacher_log_probs.detach()).masked_fill(impossible, 0.0)
     return (student_log_probs.exp() * log_ratio).sum(dim=-1)
 
 
 def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
-    r"""Forward KL of the next-token distributions, exact over the vocabulary; part of L_PT in the authors' code.
+    r"""Return the forward KL of next-token distributions, exact over the vocabulary (L_PT in the authors' code).
 
     $$ \mathrm{KL}(p \| q_\theta) = \sum_{v \in V} p(v)\, \big(\log p(v) - \log q_\theta(v)\big) $$
 
@@ -342,8 +342,8 @@ def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
         teacher_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher; detached here.
 
     Returns:
-        `torch.Tensor` of shape `(...)`, nats, >= 0. Its gradient is that of the cross-entropy to the teacher, from
-        which it differs by the teacher's entropy. Tokens that the teacher gives probability zero add nothing.
+        `torch.Tensor` of shape `(...)`, nats, >= 0. It differs from the cross-entropy to the teacher by the teacher's
+        entropy, so its gradient is the same. Tokens with probability zero under the teacher add nothing.
     """
     teacher_log_probs = teacher_log_probs.detach()
     impossible = teacher_log_probs == -math.inf
@@ -352,11 +352,11 @@ def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor)
 
 
 def reference_kl(logps: torch.Tensor, reference_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    r"""Estimate of the KL to a reference model from the sampled tokens (GRPO's, with weight `beta`).
+    r"""Estimate the KL to a reference model from the sampled tokens, as GRPO does for `beta`.
 
     $$ \exp(\delta_t) - \delta_t - 1, \qquad \delta_t = \log q_{ref}(y_t) - \log q_\theta(y_t) $$
 
-    Under $y_t \sim q_\theta$ its expectation is $\mathrm{KL}(q_\theta \| q_{ref})$ and it is never negative.
+    It is never negative; for $y_t \sim q_\theta$ its expectation is $\mathrm{KL}(q_\theta \| q_{ref})$.
 
     Args:
         logps (`torch.Tensor` of shape `(B, T)`): log-probs under the student being trained; carries the gradient.
@@ -373,25 +373,25 @@ def reference_kl(logps: torch.Tensor, reference_logps: torch.Tensor, mask: torch
 def language_modeling_loss(
     logps: torch.Tensor, forward_kl: torch.Tensor | None = None, kd_ratio: float = 0.0
 ) -> torch.Tensor:
-    r"""Per-token loss on the plain-text corpus (L_PT of Algorithm 1).
+    r"""Return the loss of each token of the plain-text corpus (L_PT of Algorithm 1).
 
     $$ \ell_t = -(1-\lambda) \log q_\theta(d_t|d_{<t}) + \lambda\, \mathrm{KL}(p \| q_\theta) $$
 
     Args:
         logps (`torch.Tensor` of shape `(B, T)`): log-probs of the corpus's tokens; carries the gradient.
-        forward_kl (`torch.Tensor` of shape `(B, T)`, *optional*): see [`forward_kl`]; needed with `kd_ratio` > 0.
+        forward_kl (`torch.Tensor` of shape `(B, T)`, *optional*): see [`forward_kl`]; required if `kd_ratio` > 0.
         kd_ratio (`float`, *optional*, defaults to `0.0`): lambda, in [0, 1]. The paper has 0, the authors' code 0.5.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, nats.
 
     Raises:
-        ValueError: if `kd_ratio` lies outside [0, 1], or is positive without `forward_kl`.
+        ValueError: if `kd_ratio` is outside [0, 1], or positive without `forward_kl`.
     """
     if not 0.0 <= kd_ratio <= 1.0:
         raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}.")
     if kd_ratio == 0.0:
         return -logps
     if forward_kl is None:
-        raise ValueError(f"kd_ratio={kd_ratio} needs forward_kl.")
+        raise ValueError(f"kd_ratio={kd_ratio} requires forward_kl.")
     return -(1.0 - kd_ratio) * logps + kd_ratio * forward_kl

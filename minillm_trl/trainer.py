@@ -1,43 +1,44 @@
 r"""`MiniLLMTrainer`: MiniLLM (arXiv 2306.08543) as TRL's `GRPOTrainer` with another sampler, advantage and loss.
 
-The student writes completions and learns how much likelier the teacher finds them than the student itself does. This
-minimises the reverse KL of student to teacher, whose gradient has two terms at each token t (Eq. 3):
+The student samples completions. Its reward for each token is how much more likely the token is under the teacher than
+under the student. This minimises the reverse KL of student to teacher, whose gradient has two terms at each token t
+(Eq. 3):
 
     single step    grad KL(q(. | y_<t) || p(. | y_<t)), exact over the vocabulary
     long term      -R_{t+1} grad log q(y_t | y_<t), where R_{t+1} sums log p - log q over the tokens after t
 
-What happens, and where:
+The steps, and their modules:
 
-    1. sample      a coin for each token: student or teacher draws it (Eq. 4): `rollouts/sampler.py`
+    1. sample      a coin decides for each token whether student or teacher draws it (Eq. 4): `rollouts/sampler.py`
     2. score       log-probs under both models, from the hidden states of sampling: `rollouts/scores.py`
-    3. weigh       rewards, returns (Eq. 6) and importance weights (Eq. 5), which are constants: `objectives.py`
-    4. deal        rows to optimizer steps and micro-batches, again for each pass: `rollouts/buffer.py`
+    3. weigh       rewards, returns (Eq. 6) and importance weights (Eq. 5), all without gradient: `objectives.py`
+    4. shuffle     rows into optimizer steps and micro-batches, for every pass: `rollouts/buffer.py`
     5. update      both terms at each token, and L_PT on a corpus: `loss.py`, `training/language_modeling.py`
 
-What differs from GRPO:
+Differences from GRPO:
 
-    1. Advantages belong to tokens and come from the teacher. Reward functions are optional and added to them.
-    2. The policy that samples is a mixture with the teacher, and the clipped ratio is relative to it.
-    3. A prompt needs one completion (`num_generations=1`); there is no group baseline unless `advantage_baseline`.
-    4. The single step is added to the clipped long term.
+    1. Advantages belong to tokens and come from the teacher. Advantages of reward functions, if any, are added.
+    2. The sampling policy is a mixture with the teacher, and the clipped ratio is relative to this mixture.
+    3. One completion per prompt is enough (`num_generations=1`). Group baselines are optional (`advantage_baseline`).
+    4. The loss adds the single step to the clipped long term.
     5. The loss is a mean over the tokens of an optimizer step on all processes (`loss_reduction`).
     6. Logits exist for a chunk of tokens at a time, never for whole sequences.
-    7. Completions and optimizer steps with numbers that are not finite are left out, and named.
+    7. Completions and optimizer steps with NaN or infinite numbers are left out and reported.
 
-What differs from the paper, by default:
+Differences from the paper, by default:
 
-    1. The single step has no importance weight, as in the authors' code; only its variance differs.
+    1. The single step has no importance weight, as in the authors' code. This changes only its variance.
     2. The loss is the mean over tokens, as in the authors' code; `loss_reduction="sequence_sum"` is the paper's.
-    3. A return is divided by the number of tokens that it sums (T - t), where Eq. 6 writes T - t - 1.
-    4. Completions that are decoded together share their coins (`shared_coins`): each follows the mixture, but they
-       are not independent.
-    5. L_PT needs an `lm_dataset`.
+    3. A return is divided by the number of its summands (T - t), where Eq. 6 has T - t - 1.
+    4. Completions decoded together share their coins (`shared_coins`): each follows the mixture, but they are not
+       independent.
+    5. L_PT requires an `lm_dataset`.
 
-`docs/method.md` has the equations. The overrides of TRL are below, each with a line that says what TRL does there.
+`docs/method.md` has the equations. The overrides of TRL below all begin with a comment on TRL's own implementation.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -58,6 +59,7 @@ from .rollouts.buffer import Batch, sequences
 from .training.checks import check_arguments, check_machine, check_model, check_prompt_ids, check_rollout_logps
 from .training.ends_of_run import settle_ends
 from .training.language_modeling import language_modeling_request
+from .training.measured_rollouts import placeholder_reward
 from .training.model_card import PAPER
 from .training.nonfinite_rows import explain_empty_step, explain_values, trained_rows, warn_of_faults
 from .training.resumable_rollouts import EpochRepeatSampler, number_prompts
@@ -67,48 +69,49 @@ from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
 
 class MiniLLMTrainer(TeacherMixedTrainer):
-    r"""Distils a teacher into a student by minimising the reverse KL on the student's own samples (arXiv 2306.08543).
+    r"""Distil a teacher into a student by minimising the reverse KL on the student's own samples (arXiv 2306.08543).
 
-    Prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and logging are those of
+    Prompts, rollout reuse (`steps_per_generation`, `num_iterations`), reward functions and logging work as in
     [`~trl.GRPOTrainer`]; sampling, scoring and the loss are replaced.
 
-    Per rollout: one generation, which leaves the hidden states of both models behind, so that no model runs again to
-    score (a teacher that did not sample runs once). Per inner pass: one student forward and backward, and no teacher.
+    A rollout is scored from hidden states cached during sampling, so no model runs again (except, once, a teacher that
+    did not sample). An inner pass runs one student forward and backward pass, and no teacher.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
         teacher_model (`str` or [`~transformers.PreTrainedModel`]):
-            The teacher, with the student's tokenizer. It is frozen, put in eval mode and never quantised or wrapped
-            for training because the student is.
+            The teacher, with the student's tokenizer. It is frozen and put in eval mode. Settings that quantise or
+            wrap the student do not apply to it.
         reward_funcs (*optional*):
-            Reward functions as in [`~trl.GRPOTrainer`], weighted among each other by `reward_weights`. Their advantage
-            is added with weight 1 to the teacher's at every token. It is relative to the other completions of the
-            prompt, or of the whole buffer where `num_generations` is 1.
+            Reward functions as in [`~trl.GRPOTrainer`], with relative weights `reward_weights`. Their advantage is
+            added to the teacher's at every token, with weight 1. It is relative to the other completions of the
+            prompt, or of the whole buffer if `num_generations` is 1.
         args ([`MiniLLMConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Has a column `prompt`: text, or a conversation.
+            Prompts in a column `prompt`, as texts or conversations.
         eval_dataset (*optional*):
-            The same. With a column `references` (list of texts) or `completion` evaluation logs `eval_rouge_l`.
+            Prompts for evaluation. With a column `references` (list of texts) or `completion`, evaluation logs
+            `eval_rouge_l`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of both; loaded from the student's path by default.
+            The tokenizer of both models; loaded from the student's path by default.
         rollout_func (*optional*):
-            As in [`~trl.GRPOTrainer`]. Its `logprobs` are taken as those of the policy that sampled, whatever that
-            is, and its `env_mask` marks with 0 what is neither rewarded nor trained; None stands for samples of the
-            student as it is. An empty completion has no tokens to train, but counts as a completion.
+            As in [`~trl.GRPOTrainer`]. Its `logprobs` must be those of the policy that sampled; None means that the
+            current student did. Its `env_mask` is 0 on tokens that are neither rewarded nor trained. An empty
+            completion has no tokens to train, but counts as a completion.
         lm_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Corpus of the language-modelling loss (the paper's L_PT): a column `text`, or `prompt` and `completion`.
         reward_processing_classes, callbacks, optimizers, peft_config, quantization_config, tools, environment_factory
         (*optional*):
-            As in [`~trl.GRPOTrainer`]. What tools and environments answer is neither rewarded nor trained.
+            As in [`~trl.GRPOTrainer`]. Answers of tools and environments are neither rewarded nor trained.
 
     Raises:
-        ValueError: for a teacher that does not share the student's tokenizer, an LM head that cannot be reproduced,
-            and settings that have no meaning here; before any training.
+        ValueError: before any training, for a teacher with a different tokenizer, an LM head that cannot be
+            reproduced, and settings without effect.
     """
 
-    _tag_names = ("trl", "minillm")
+    _tag_names: ClassVar[list[str]] = ["trl", "minillm"]  # type: ignore[misc]  # TRL's own annotation forgets ClassVar
     _name = "MiniLLM"
     _paper = PAPER  # for model cards
 
@@ -151,8 +154,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         no_reward_funcs = reward_funcs is None or reward_funcs == []
         super().__init__(
             model=model,
-            # GRPOTrainer insists on a reward source; ours is the teacher, and this one is dropped below
-            reward_funcs=_teacher_is_the_reward if no_reward_funcs else reward_funcs,
+            # GRPOTrainer requires a reward function. Without one, pass a placeholder and remove it again.
+            reward_funcs=placeholder_reward if no_reward_funcs else reward_funcs,
             args=args,
             train_dataset=number_prompts(train_dataset),
             eval_dataset=eval_dataset,
@@ -166,10 +169,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        if no_reward_funcs:  # an environment may have added rewards of its own behind it
-            for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
-                del sources[0]
-            self.reward_weights = self.reward_weights[1:]
+        if no_reward_funcs:
+            self._remove_placeholder_reward()
         keep_4bit_layout(self.model)
         keep_adapters_in_float32(self.model)
         check_model(self, has_corpus=lm_dataset is not None)
@@ -191,26 +192,26 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         completion_mask: torch.Tensor,
         behavior_logps: torch.Tensor | None = None,
     ) -> Batch:
-        r"""Make the training batch for given token ids, sampled here or elsewhere.
+        r"""Make a training batch from token ids, whether this trainer sampled them or not.
 
         Args:
             prompt_ids, prompt_mask (`torch.Tensor` of shape `(B, P)`): left-padded prompts.
             completion_ids, completion_mask (`torch.Tensor` of shape `(B, T)`): right-padded completions; the mask is
                 non-zero up to and including the end-of-sequence token.
             behavior_logps (`torch.Tensor` of shape `(B, T)`, *optional*): log-probs under the policy that sampled, at
-                the sampling temperature; those of the mixture at `teacher_mixed_alpha` if not given.
+                the sampling temperature; by default under the mixture with `teacher_mixed_alpha`.
 
         Returns:
-            `dict` of tensors for `compute_loss`, all detached: the inputs, `advantages` (return of the teacher's
-            rewards, nats, less the baseline if there is one, with the given rows as the buffer),
-            `old_per_token_logps` (the behavior policy's), `student_logps` (of the student as it is now),
-            `long_term_weights` and `single_step_weights` (see [`objectives.importance_weights`]), all of shape
-            `(B, T)`, and, unless they are to be recomputed, `teacher_hidden_states` of shape `(B, T, H)`.
+            `dict` of detached tensors for `compute_loss`: the inputs; `advantages` (returns of the teacher's rewards,
+            nats, less the baseline, if any, over these rows); `old_per_token_logps` (of the behavior policy);
+            `student_logps` (of the current student); `long_term_weights` and `single_step_weights` (see
+            [`objectives.importance_weights`]), all of shape `(B, T)`; and, unless they are recomputed,
+            `teacher_hidden_states` of shape `(B, T, H)`.
 
         Raises:
-            ValueError: if the rows are not whole groups of `num_generations`, of which the baseline is a mean.
+            ValueError: if the baseline averages over groups, and the rows are not whole groups of `num_generations`.
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN, or an
-                importance weight overflows. In training these rows are left out of the update.
+                importance weight overflows. Training leaves such rows out of the update.
         """
         rows, group = len(prompt_ids), self.num_generations
         if self.args.advantage_baseline == "group" and rows * self.accelerator.num_processes % group:
@@ -235,11 +236,11 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     # Overrides of TRL: rollouts
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
-        # TRL: repeats prompts for groups and reused rollouts, in an order that follows from the epochs run so far
+        # TRL: repeats prompts for groups and reused rollouts, in an order that depends on the epochs run so far
         return EpochRepeatSampler.of(super()._get_train_sampler(dataset))
 
     def _tokenize_prompts(self, prompts: list):
-        # TRL: applies the chat template, and encodes; text gets what the tokenizer adds to every text
+        # TRL: applies the chat template, and encodes; to texts, the tokenizer may add special tokens
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
         if isinstance(prompts[0], str):
             prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
@@ -247,18 +248,20 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        # TRL: samples from the student by `generate` or vLLM; also called for each turn after the tools have answered
+        # TRL: samples from the student with `generate` or vLLM; also called for each turn after answers of tools
         if self._decodes_with_trl:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        return self._sample_turn(prompt_ids, self._turn_budget(prompt_ids)), None
+        budget = self._turn_budget(prompt_ids)
+        assert budget is not None  # this process has prompts
+        return self._sample_turn(prompt_ids, budget), None
 
     def _tool_call_loop(self, *args: Any):
-        # TRL: calls tools and samples the next turns, on each process until its own completions call none
+        # TRL: calls tools and samples the next turns, on each process until its own completions contain no calls
         self._rollout.turn = 1  # also after a rollout function
         outputs = super()._tool_call_loop(*args)
-        # without tool calls of its own, a process takes part in the turns of the others
+        # a process without further tool calls takes part in the turns of other processes
         while self._collective_turns and (budget := self._turn_budget([])) is not None:
             self._sample_turn([], budget)
         return outputs
@@ -266,7 +269,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused_multimodal_inputs
     ):
-        # TRL: scores completions from whole logits, and left-padded GPT-2 wrongly, as it passes no position_ids
+        # TRL: scores completions from complete logits, wrongly for left-padded GPT-2, as it passes no position_ids
         mask = attention_mask[:, -logits_to_keep:].bool()
         if self._rollout.wants_old_logps:
             self._rollout.wants_old_logps = False
@@ -297,12 +300,12 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         batch["completion_mask"] = batch["completion_mask"] * counts[:, None]
         batch["completion_mask"][rollout.empty_rows] = 0
         alpha = self.args.teacher_mixed_alpha if training else 0.0
-        # an evaluation has none: its values would depend on what else is in the batch
+        # evaluation has no baseline: values would depend on the other rows of the batch
         baseline = self.args.advantage_baseline if training else "none"
         behavior_logps = None
         if self.rollout_func is not None:
             alpha = 0.0
-            if not self.use_vllm:  # with vLLM they belong to GRPO's correction of the sampling mismatch
+            if not self.use_vllm:  # with vLLM, GRPO corrects the sampling mismatch with them
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
         batch, faults = self._score_rollouts(batch, alpha, behavior_logps, baseline, rollout.scores, log=True)
@@ -311,8 +314,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
         batch["half"] = self._halves(len(batch["prompt_ids"]))
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
-        names = ("importance_sampling_ratio", "ref_per_token_logps")
-        batch |= {name: output[name] for name in names if name in output}
+        optional = ("importance_sampling_ratio", "ref_per_token_logps")
+        batch |= {name: output[name] for name in optional if name in output}
         if not training:
             batch["counts"] = counts
         faults |= explain_values(batch)
@@ -322,8 +325,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         self._rollout = RolloutInProgress(counts)  # frees the scores
         return batch
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Batch:
-        # TRL: samples once the buffer is used up, shuffles it, and returns its next micro-batch
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        # TRL: samples when the buffer is used up, shuffles it, and returns its next micro-batch
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         batch = self._next_micro_batch(generation_batch)
@@ -337,8 +340,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     # Overrides of TRL: updates
 
-    def _compute_loss(self, model, inputs: Batch) -> torch.Tensor:
-        # TRL: GRPO's loss from the logits of whole sequences, divided by its choice of tokens or rows
+    def _compute_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
+        # TRL: computes GRPO's loss from complete logits, normalised by tokens or rows
         counts = inputs.get("counts", ~inputs["faulty"])
         if self.model.training:
             self._faults += explain_empty_step(inputs)
@@ -380,18 +383,14 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     # Overrides of TRL: runs
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in [`ReliableTrainer`]; each prompt is first checked for room for its completion."""
+        """Train as [`ReliableTrainer`] does, after checking that all prompts leave room for their completions."""
         self._check_prompt_lengths()
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the completions that were left out, and in float16 the steps that overflowed."""
-        # TRL: adds the means of its metrics, and prints the completions of the last rollout
+        """Log, with the number of completions left out and, in float16, of steps that overflowed."""
+        # TRL: adds the means of its metrics, and prints completions of the last rollout
         if "loss" in logs:
             logs = {**logs, **self._counts_to_log()}
         with self._completions_shown_once(is_end="train_runtime" in logs):
             super().log(logs, start_time)
-
-
-def _teacher_is_the_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:
-    raise RuntimeError("This placeholder for GRPOTrainer's constructor is never called.")

@@ -95,9 +95,15 @@ def token_divergences(
     batch_size: int = 64,
 ) -> list[list[float]]:
     """Return the divergences of [`score_completions`], which has the same arguments and errors."""
-    options = {"vocab_size": vocab_size, "temperature": temperature, "batch_size": batch_size}
     scores = score_completions(
-        first, second, prompt_ids, completion_ids, second_temperature=second_temperature, **options
+        first,
+        second,
+        prompt_ids,
+        completion_ids,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        second_temperature=second_temperature,
+        batch_size=batch_size,
     )
     assert scores.divergence is not None  # there is a second model
     return scores.divergence

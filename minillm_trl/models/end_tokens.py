@@ -1,8 +1,8 @@
 """Find the tokens that end a completion, and store them in student and tokenizer.
 
 A model's generation config, tokenizer and chat template may each name a different token. A model that was trained on
-conversations ends with the token that the chat template writes after the assistant's turn, whatever its tokenizer's
-EOS is.
+conversations ends with the token that the chat template writes after the assistant's turn, even if the tokenizer has a
+different EOS.
 """
 
 import logging

@@ -117,7 +117,7 @@ def shrink(
 
 
 def _kept_layers(state: dict[str, torch.Tensor], prefix: str, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return the state of a model without its other layers, the kept ones numbered anew."""
+    """Return the state of a model without its other layers, with the kept layers renumbered."""
     new = {old: position for position, old in enumerate(layers)}
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
     kept = {}

@@ -27,6 +27,11 @@ from .resumable_rollouts import FILLER, PROMPT_INDEX, ResumableRollouts
 from .rollout_in_progress import RolloutInProgress
 
 
+def placeholder_reward(prompts: list, completions: list, **kwargs: Any) -> list[float]:
+    """Stand in for the reward function that GRPOTrainer's constructor requires; removed before the first rollout."""
+    raise RuntimeError("The placeholder for GRPOTrainer's constructor must never be called.")
+
+
 class MeasuredRollouts(ResumableRollouts):
     """Compute advantages, and metrics of rollouts and rewards as means over all completions since the last log.
 
@@ -48,6 +53,12 @@ class MeasuredRollouts(ResumableRollouts):
         return prompt_index, counts, [{name: row[name] for name in row if name not in added} for row in rows]
 
     # Rewards
+
+    def _remove_placeholder_reward(self) -> None:
+        """Remove [`placeholder_reward`], the first reward function; an environment may have added others after it."""
+        for sources in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+            del sources[0]
+        self.reward_weights = self.reward_weights[1:]
 
     def _note_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
         """Store and return rewards `(B_all, F)`, with infinite ones replaced, and NaN for rows that do not count."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
 from transformers import TrainerControl, TrainerState
 from transformers.utils import logging
 from trl import GRPOTrainer
@@ -192,7 +193,7 @@ class EpochRepeatSampler(RepeatSampler):
     epoch = 0
 
     @classmethod
-    def of(cls, sampler: RepeatSampler) -> "EpochRepeatSampler":
+    def of(cls, sampler: Sampler) -> "EpochRepeatSampler":
         """Return a sampler with the settings of TRL's."""
         names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
         return cls(**{name: getattr(sampler, name) for name in names})

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from minillm_trl import MiniLLMConfig
-from minillm_trl.config import _REFUSED_FIELDS, _RESHAPING_FIELDS
+from minillm_trl.training.config_checks import REFUSED_FIELDS, RESHAPING_FIELDS
 
 DOCS = Path(__file__).parents[2] / "docs/configuration.md"
 
@@ -76,7 +76,7 @@ RESHAPING = {
 
 
 def test_all_reshaping_fields_are_covered():
-    assert RESHAPING.keys() == _RESHAPING_FIELDS.keys()
+    assert RESHAPING.keys() == RESHAPING_FIELDS.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), RESHAPING.items())
@@ -173,7 +173,7 @@ WORKING = {name: value for values in RUNS.values() for name, value in values.ite
 
 
 def test_all_refused_fields_are_covered_and_exist():
-    assert REFUSED.keys() == _REFUSED_FIELDS.keys()
+    assert REFUSED.keys() == REFUSED_FIELDS.keys()
     assert REFUSED.keys() <= {field.name for field in fields(GRPOConfig)}
 
 

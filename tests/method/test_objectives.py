@@ -429,7 +429,7 @@ class TestLanguageModelingLoss:
         assert objectives.language_modeling_loss(logps).item() == 2.0
         assert objectives.language_modeling_loss(logps, kl, 0.25).item() == 1.75
 
-    @pytest.mark.parametrize(("ratio", "message"), [(1.5, "must lie in"), (0.5, "needs forward_kl")])
+    @pytest.mark.parametrize(("ratio", "message"), [(1.5, "must lie in"), (0.5, "requires forward_kl")])
     def test_ratio_without_meaning_is_refused(self, ratio: float, message: str):
         with pytest.raises(ValueError, match=message):
             objectives.language_modeling_loss(torch.zeros(1), None, ratio)
