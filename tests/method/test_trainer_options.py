@@ -238,7 +238,7 @@ class TestRolloutFunction:
     def test_token_outside_the_shared_vocabulary_is_refused(self, tmp_path):
         trainer = self.make(tmp_path, None, teacher=build_model("gpt2", 300, 1))
         trainer.vocab_size = 10
-        with pytest.raises(ValueError, match="has the token 10, but student and teacher share the rows 0 to 9"):
+        with pytest.raises(ValueError, match="has the token 10, but student and teacher share only tokens 0 to 9"):
             self.batch(trainer)
 
 

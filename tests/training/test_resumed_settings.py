@@ -267,7 +267,7 @@ class TestWhatIsSaid:
         trainer = make_trainer(tmp_path, **{**SHORT, "learning_rate": 1e-3})
         with caplog.at_level(logging.WARNING):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert "checkpoint-2 holds no optimizer (save_only_model=True)" in caplog.text
+        assert "checkpoint-2 has no optimizer state (save_only_model=True)" in caplog.text
         assert said(caplog) == ["learning_rate: 0.01 -> 0.001"]
         assert rates(trainer)[2:] == pytest.approx([1e-3, 7.5e-4])  # the schedule's beginning
 
