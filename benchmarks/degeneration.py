@@ -1,11 +1,11 @@
-"""Claim: the degeneration watch flags each kind of degeneration by its name, and no healthy run.
+"""Claim: the degeneration watch detects each kind of degeneration, and flags no healthy run.
 
     python benchmarks/degeneration.py --runs runs/degeneration
 
-makes the models of `make demo`, trains the student from them in many ways, healthy ones over several
-seeds and batch sizes and ones that spoil it, and writes to `results/degeneration.json` what was logged and what the
-rules find in it, and when. Runs that are in the folder are not trained again, so the rules can be changed and judged
-anew in a second; `tests/training/test_degeneration.py` judges the same logs.
+builds the models of `make demo` and trains the student in many runs: healthy ones with several seeds and batch sizes,
+and deliberately broken ones. Writes the logs, and the findings of the rules with their steps, to
+`results/degeneration.json`. Runs in the folder are not repeated, so changed rules are judged again in a second;
+`tests/training/test_degeneration.py` judges the same logs.
 """
 
 import argparse
@@ -26,17 +26,17 @@ from minillm_trl.monitoring.degeneration import RULES, Rollouts, diagnose
 
 
 def length(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward for length."""
+    """Reward length."""
     return [float(len(ids)) for ids in completion_ids]
 
 
 def shortness(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward for shortness."""
+    """Reward short completions."""
     return [-float(len(ids)) for ids in completion_ids]
 
 
 def repeated_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward for repetition."""
+    """Reward repetition."""
     return [20 * (1 - len(set(ids)) / len(ids)) for ids in completion_ids]
 
 
@@ -104,7 +104,7 @@ DEGENERATE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def train(demo: Path, folder: Path, reward_funcs: Any = None, **settings: Any) -> list[dict[str, float]]:
-    """What a run logs."""
+    """Train, and return the log."""
     data = load_e2e()
     trainer = MiniLLMTrainer(
         model=load_model(demo, "sft"),
@@ -121,7 +121,7 @@ def train(demo: Path, folder: Path, reward_funcs: Any = None, **settings: Any) -
 
 
 def history_of(runs: Path, name: str, settings: dict[str, Any]) -> list[dict[str, float]]:
-    """What a run logged of the metrics that have rules, to four digits; from its file if there is one."""
+    """Return the logged metrics that have rules, to four digits, from the run's file if it exists."""
     path = runs / f"{name}.json"
     if not path.is_file():
         print(name, flush=True)
@@ -135,7 +135,7 @@ def history_of(runs: Path, name: str, settings: dict[str, Any]) -> list[dict[str
 
 
 def first_found(history: list[dict[str, float]], rollouts: Rollouts) -> dict[str, int]:
-    """The step at which each kind is found first."""
+    """Return the first step at which each kind is found."""
     steps: dict[str, int] = {}
     for end, entry in zip(count(1), history, strict=False):
         for found in diagnose(history[:end], rollouts=rollouts).found:
@@ -144,7 +144,7 @@ def first_found(history: list[dict[str, float]], rollouts: Rollouts) -> dict[str
 
 
 def judged(runs: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """A run, how it samples, and what is found in it."""
+    """Return the settings of a run, and its findings."""
     history, values = history_of(runs, name, settings), SETTINGS | settings
     completions = values["per_device_train_batch_size"] * values["steps_per_generation"]
     passes = values["num_iterations"]
@@ -153,7 +153,7 @@ def judged(runs: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """What is found in each run, and at which update."""
+    """Return the findings in each run, with their updates, as a Markdown table."""
     lines = ["| run | updates | expected | found, at update |", "|---|---:|---|---|"]
     for runs in results.values():
         for name, run in runs.items():

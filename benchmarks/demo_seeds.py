@@ -1,10 +1,10 @@
-"""Claim: in the demo the MiniLLM student beats the SFT student and the control, whatever the training seed.
+"""Claim: in the demo, the MiniLLM student beats the SFT student and the control with every training seed.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 --runs runs/demo-seeds
 
-runs the demo for each seed (or takes the runs that are complete), writes `results/demo_seeds.json` (each seed's table,
-the paired differences on the test prompts, versions, machine and commit) and the curves beside it, and prints the
-table of `benchmarks/README.md`.
+runs the demo with each seed, unless its run is complete. Writes `results/demo_seeds.json` (tables by seed, paired
+differences on the test prompts, versions, machine and commit) and a plot of the curves, and prints the table for
+`benchmarks/README.md`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MODELS = ("teacher", "sft", "control", "minillm")
 
 
 def summarize(folder: Path) -> dict:
-    """The table of one run and MiniLLM's differences to its baselines, paired by prompt."""
+    """Return the table of one run, and MiniLLM's differences from its baselines, paired by prompt."""
     evaluations = {name: json.loads((folder / "evaluation" / f"{name}.json").read_text()) for name in MODELS}
     run = json.loads((folder / "run.json").read_text())
 
@@ -50,7 +50,7 @@ def summarize(folder: Path) -> dict:
 
 
 def markdown_table(result: dict) -> str:
-    """The table of `benchmarks/README.md`: mean over training seeds, in brackets the range over them."""
+    """Return the table of `benchmarks/README.md`: mean and, in brackets, range over training seeds."""
     columns = [
         ("rouge_l", "Rouge-L", 1),
         ("reverse_kl", "reverse KL (nats)", 1),
@@ -83,7 +83,7 @@ def markdown_table(result: dict) -> str:
 
 
 def plot(folders: dict[int, Path]) -> None:
-    """Validation curves of every seed, with the teacher's and the control's test values as lines."""
+    """Plot the validation curves of every seed, with the test values of teacher and control as lines."""
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     panels = [
         ("eval_objective/reverse_kl", "reverse_kl", "reverse KL (nats per completion)", ("control",)),

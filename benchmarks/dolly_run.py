@@ -4,9 +4,10 @@
 
 runs mixing, four passes, L_PT, a reference KL, a LoRA student, evaluation and checkpoints on Dolly. DIR holds
 `minillm_train.jsonl.gz` and `minillm_dev.jsonl` with `instruction`, `input` and `output` (the split in use with
-MiniLLM). GPT-2-shaped models are built from a config, fine-tuned for some minutes, and the student is distilled, all
-through the command line. It shows that the parts run and what they log, not quality: models of this size learn little
-of Dolly in this time (Rouge-L is about 2 before and after), and adapters leave the student's embeddings as they are.
+MiniLLM). GPT-2-shaped models are built from a config and fine-tuned for a few minutes, then the student is distilled,
+all through the command line. The run shows that the parts work, and their logs. It does not show quality: models of
+this size learn little of Dolly in this time (Rouge-L is about 2 before and after), and adapters do not train the
+student's embeddings.
 Writes `results/dolly_run.json`.
 """
 
@@ -74,7 +75,7 @@ MINILLM = {
 
 
 def write_data(dolly: Path, folder: Path) -> None:
-    """Prompts in the paper's wrapper, short enough for the context, and the answers as plain text for L_PT."""
+    """Write prompts in the paper's wrapper that fit into the context, and the answers as plain text for L_PT."""
     for name, file in (("train", "minillm_train.jsonl.gz"), ("dev", "minillm_dev.jsonl")):
         path = dolly / file
         text = gzip.decompress(path.read_bytes()).decode() if file.endswith(".gz") else path.read_text()
@@ -111,7 +112,7 @@ def build_models(folder: Path) -> None:
 
 
 def run(subcommand: str, folder: Path, output: str, settings: dict) -> None:
-    """One stage through the command line, unless its result is there already."""
+    """Run one stage through the command line, unless its result exists."""
     if (folder / output / "tokenizer_config.json").exists():
         return
     path = folder / f"{output}.yaml"

@@ -1,14 +1,14 @@
-"""Claim: the split of `minillm-trl prepare-data --task dolly` is nearly that of the authors' code.
+"""Claim: the split of `minillm-trl prepare-data --task dolly` nearly equals that of the authors' code.
 
     minillm-trl prepare-data --task dolly --tokenizer openai-community/gpt2 --max_prompt_length 256 \\
         --output_dir data/dolly
     python benchmarks/dolly_split.py --ours data/dolly --authors FOLDER
 
 FOLDER holds the authors' parts as `train.jsonl`, `dev.jsonl` and `valid.jsonl` (their names; the last is the test
-set), or with other names that end in `_train`, `_dev` and `_eval`, possibly packed with gzip; each row has
-`instruction` and `output`. Theirs is the text of Dolly's first release, in which citation marks like "[3]" still
-stand, so rows are matched by instruction and output without such marks and without white space. Rows whose text was
-corrected otherwise count as different. Writes `results/dolly_split.json`.
+set), or with other names that end in `_train`, `_dev` and `_eval`, optionally compressed with gzip. Rows have
+`instruction` and `output`. The authors used Dolly's first release, which has citation marks like "[3]". So rows are
+matched by instruction and output without such marks and without white space. Rows with other corrections count as
+different. Writes `results/dolly_split.json`.
 """
 
 import argparse

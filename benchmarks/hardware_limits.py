@@ -1,21 +1,21 @@
-"""What the GPU allows: decoding against the time to read the weights, updates against the rate of matrix products.
+"""Compare decoding and updates with the limits of the GPU: memory bandwidth, and the rate of matrix products.
 
     python benchmarks/hardware_limits.py [--repeats 5]
 
-measures the card's two limits first, by a copy of 4 GiB (bytes read and written) and a product of bf16 matrices.
+first measures both limits of the card, with a copy of 4 GiB (bytes read and written) and a product of bf16 matrices.
 
-Decoding: 64 tokens after 64 of prompt are sampled from a student alone, whose weights are in float32 and cast by
-autocast, or in a half-precision copy (`half_precision_rollouts`), or in the copy with its steps compiled
-(`compile_rollouts`). Time per token is that of all steps after the first, and is compared with the time to read the
-weights once in half precision. The ways take turns; speed-ups are ratios within a round.
+Decoding: samples 64 tokens after a prompt of 64 from a student alone. Its weights are in float32 under autocast, in a
+half-precision copy (`half_precision_rollouts`), or in this copy with compiled steps (`compile_rollouts`). The time per
+token covers all steps after the first, and is compared with the time to read the weights once in half precision. The
+methods alternate; speed-ups are ratios within a round.
 
-New shapes: the first rollout of a batch size, and the same again, without cuDNN's attention, which the trainers keep
-torch from choosing, and with it.
+New shapes: the first rollout of a batch size and a second one, with cuDNN's attention, and without it as in the
+trainers.
 
-Updates: loss and gradient of 16 rows of 256 tokens of prompt and as many of completion in bf16 autocast, with the
-teacher's states at hand. Its operations are counted as products of matrices and attention (those of gradient
-checkpointing too), and divided by time and rate. GPT-2 shapes with random weights. Writes
-`results/gpu/hardware_limits.json`; without a GPU `--try_out` runs tiny shapes and writes nothing.
+Updates: loss and gradient of 16 rows of 256 prompt and 256 completion tokens in bf16 autocast, with cached hidden
+states of the teacher. Operations are counted for matrix products and attention, including those repeated by gradient
+checkpointing, and divided by time and rate. GPT-2 shapes with random weights. Writes
+`results/gpu/hardware_limits.json`; without a GPU, `--try_out` runs tiny shapes and writes nothing.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TEACHER_WIDTH = 1600
 
 
 def limits(size: int) -> dict[str, float]:
-    """Bytes moved and operations done per second at best, by a copy and a product of matrices; medians of ten."""
+    """Measure the peak bytes and operations per second, with a copy and a matrix product; medians of ten."""
     source = torch.randn(size**2, device=DEVICE)
     target = torch.empty_like(source)
     moved = median(seconds(lambda: target.copy_(source)) for _ in range(11))
@@ -57,7 +57,7 @@ def limits(size: int) -> dict[str, float]:
 
 
 def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...], bandwidth: float) -> dict[str, Any]:
-    """Time per token of each way to decode."""
+    """Measure the time per token of each decoding method."""
     student = build(name, torch.float32)
     half = torch.float16 if ON_GPU else torch.bfloat16
     copied = RolloutCopy(student, half).model
@@ -81,7 +81,7 @@ def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...]
 
     ways = {"float32 weights, autocast": (student, None), "half-precision copy": (copied, None)}
     ways |= {f"half-precision copy, {backend}": (copied, CompiledDecoding(copied, backend)) for backend in backends}
-    for model, compiled in ways.values():  # what is compiled runs, is recorded, and is replayed
+    for model, compiled in ways.values():  # compiled code runs once, is recorded, and is then replayed
         for _ in range(2):
             sample(model, 4, compiled)
     rounds = alternate(
@@ -111,7 +111,7 @@ def decoding(name: str, batch_size: int, repeats: int, backends: tuple[str, ...]
 
 
 def first_rollouts(name: str, cudnn: bool, batch_size: int) -> list[float]:
-    """Seconds of the first rollout of a shape, and of the same again, with and without cuDNN's attention."""
+    """Measure the first and the second rollout of a shape, with and without cuDNN's attention, in seconds."""
     student = build(name, torch.bfloat16)
     prompts = torch.randint(VOCAB, (batch_size, PROMPT), device=DEVICE)
     mask = torch.ones_like(prompts)
@@ -126,7 +126,7 @@ def first_rollouts(name: str, cudnn: bool, batch_size: int) -> list[float]:
 
 
 def update(name: str, repeats: int, checkpointing: bool, rate: float) -> dict[str, Any]:
-    """Time of a micro-batch, and its share of the rate of matrix products."""
+    """Measure the time of a micro-batch, and its share of the rate of matrix products."""
     student = build(name, torch.float32).train()
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})

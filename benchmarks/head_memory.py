@@ -2,12 +2,11 @@
 
     python benchmarks/head_memory.py
 
-takes the loss of log-probs and full-vocabulary reverse KL, with its gradient, of 8 x 512 tokens from hidden states of
-student and teacher, with heads of 75,968 and 151,936 rows: through the chunked head, and with the full logits of both;
-in float32, and on a GPU in mixed precision too (the teacher's states and head in half precision, the student's in
-autocast). Each case reports its peak memory (allocated on a GPU; resident on a CPU, in a process of its own) beyond
-what stands before, which are the hidden states and the heads' weights, and beyond their gradients. Writes
-`results/head_memory.json`.
+computes the loss from log-probs and full-vocabulary reverse KL, with its gradient, for 8 x 512 tokens from the hidden
+states of student and teacher. The heads have 75,968 and 151,936 rows. It uses the chunked head, and full logits of
+both models; in float32, and on a GPU also in mixed precision (the teacher's states and head in half precision, the
+student's in autocast). Each case reports its peak memory (allocated on a GPU; resident on a CPU, in a separate
+process) without the hidden states, the heads' weights, and their gradients. Writes `results/head_memory.json`.
 """
 
 import argparse
@@ -69,7 +68,7 @@ def measure(precision: str, method: str, vocab: int) -> dict[str, Any]:
 
 
 def compare(precision: str) -> dict[str, Any]:
-    """All cases in one precision, and what they say of the claim."""
+    """Measure all cases in one precision, and return their verdict on the claim."""
     cases = {}
     for vocab in VOCABULARIES:
         for method in METHODS:

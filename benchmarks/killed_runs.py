@@ -1,11 +1,11 @@
-"""Claim: a training run that is killed and started again with the same command loses nothing.
+"""Claim: a training run that is killed and restarted with the same command loses nothing.
 
     python benchmarks/killed_runs.py [--kills 25] [--work FOLDER]
 
-runs `tests/tools/killing.py` for MiniLLM (the whole student, LoRA, and two processes of which one dies), SFT,
-KD and SeqKD with the teacher's generation: each is killed that many times by SIGKILL at moments drawn from a seed, and
-compared with a run that was left alone. Writes `results/killed_runs.json`: what was being done at each kill, the
-largest difference of the weights, and the logs that differ.
+runs `tests/tools/killing.py` for MiniLLM (full fine-tuning, LoRA, and two processes of which one dies), SFT, KD, and
+SeqKD with the teacher's generation. SIGKILL kills each run this many times, at moments drawn from a seed. The result
+is compared with an uninterrupted run. Writes `results/killed_runs.json`: the activity at each kill, the largest
+difference of the weights, and the logs that differ.
 """
 
 import argparse

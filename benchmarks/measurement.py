@@ -1,4 +1,4 @@
-"""What the benchmarks share: GPT-2 shapes with random weights, timing, and the record that a result is kept in."""
+"""Shared by the benchmarks: GPT-2 shapes with random weights, timing, and the record of a result."""
 
 import argparse
 import gc
@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 RESULTS = Path(__file__).with_name("results")
 PERCENTILES = (20, 50, 80)
 
-# 124M, 355M, 774M and 1.5B parameters, and one to try a benchmark out
+# 124M, 355M, 774M and 1.5B parameters, and a tiny one for trying out a benchmark
 SHAPES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -33,13 +33,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.float16 if ON_GPU else torch.float32
 
-# As the trainers do (minillm_trl is not there where TRL 1.14 runs): cuDNN's attention prepares itself again for each
-# length, so that the first rollout of a shape would take several times as long.
+# As the trainers do; minillm_trl is not installed in the environment of TRL 1.14. cuDNN's attention would prepare
+# itself again for each length, which makes the first rollout of a shape several times slower.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def build(name: str, dtype: torch.dtype = DTYPE) -> PreTrainedModel:
-    """A GPT-2 of the named shape with random weights, in eval mode."""
+    """Build a GPT-2 of the named shape with random weights, in eval mode."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         return GPT2LMHeadModel(GPT2Config(**SHAPES[name])).to(dtype).eval()
@@ -60,14 +60,14 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had: allocated on the GPU, or resident on the CPU."""
+    """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if ON_GPU:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bytes_before() -> int:
-    """What [`peak_bytes`] is to be compared with: on a GPU the peak starts anew at what is allocated now."""
+    """Return the baseline for [`peak_bytes`]; on a GPU, reset the peak to the memory allocated now."""
     gc.collect()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def bytes_before() -> int:
 
 
 def in_own_process(measure: Callable[..., Any], *words: object) -> Any:
-    """`measure(*words)`, on a CPU as the script's `--measure WORDS` in a process of its own, whose peak is its own."""
+    """Call `measure(*words)`; on a CPU in a new process (`--measure WORDS`), to get its own peak memory."""
     if ON_GPU:
         return measure(*words)
     command = [sys.executable, sys.argv[0], "--measure", *map(str, words)]
@@ -83,21 +83,21 @@ def in_own_process(measure: Callable[..., Any], *words: object) -> Any:
 
 
 def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
-    """Seconds of each function in each round, one after the other so that a noisy machine hits all alike.
+    """Return seconds of each function in each round. They alternate, so that noise affects all of them equally.
 
-    A round before the first warms up and is not returned.
+    A warm-up round comes first and is not returned.
     """
     rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(repeats + 1)]
     return rounds[1:]
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
-    """The 20th, 50th and 80th percentile."""
+    """Return the 20th, 50th and 80th percentile."""
     return np.percentile(values, PERCENTILES).tolist()
 
 
 def size_arguments(description: str) -> argparse.Namespace:
-    """The options of a benchmark that goes through sizes of teachers."""
+    """Return the options of a benchmark over several sizes of teachers."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", choices=SHAPES, default="gpt2")
     parser.add_argument("--teachers", choices=SHAPES, nargs="+", default=["gpt2-large", "gpt2-xl"])
@@ -108,14 +108,14 @@ def size_arguments(description: str) -> argparse.Namespace:
 def speedup_over(
     rounds: list[dict[str, float]], slow: str, student: str, teacher: str, ratio: float
 ) -> dict[str, Any]:
-    """The result of one size: how many times faster `"ours"` is than `slow`, printed too."""
+    """Return and print the result of one size: how many times faster `"ours"` is than `slow`."""
     speedup = percentiles([times[slow] / times["ours"] for times in rounds])
     print(f"{teacher} ({ratio:.1f}x): {speedup[1]:.2f}x [{speedup[0]:.2f}, {speedup[2]:.2f}]", flush=True)
     return {"student": student, "teacher": teacher, "parameter_ratio": ratio, "speedup": speedup}
 
 
 def commit() -> str:
-    """The revision that runs."""
+    """Return the current commit."""
     revision = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
     return subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -140,9 +140,9 @@ def write_record(
 ) -> Path:
     """Write `results/<name>.json`, on a GPU `results/gpu/<name>.json`.
 
-    It has the results with the command, commit, machine and versions that they come from.
+    The file also has the command, commit, machine and versions of the measurement.
 
-    `command` is what was typed, unless it is given: where its folders are the user's own, or several commands ran.
+    Pass `command` if the command line has private folders, or if several commands ran.
     """
     record = {
         "command": command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),

@@ -1,13 +1,12 @@
-"""Claim: the memory estimate that `minillm-trl doctor` prints is within 15 % of what training takes on a GPU.
+"""Claim: the memory estimate that `minillm-trl doctor` prints is within 15 % of the peak in training on a GPU.
 
     python benchmarks/memory_estimate.py
 
-trains on two rollout buffers, each case in a process of its own, and compares the most that is allocated in the second
-(while sampling and scoring it, and in its optimizer steps) with the estimate of
-`minillm_trl/hardware/memory_estimate.py`. Sizes are those of published models with random weights, which end no
-completion early. What the allocator reserves is noted too;
-the libraries' own memory is in neither. Writes `results/gpu/memory_estimate.json`; without a GPU `--try_out` runs a
-tiny case and writes nothing.
+trains on two rollout buffers, each case in a separate process. It compares the peak allocation in the second buffer
+(in sampling and scoring, and in the optimizer steps) with the estimate of `minillm_trl/hardware/memory_estimate.py`.
+Models have published sizes and random weights, which end no completion early. The result also has the memory reserved
+by the allocator; both numbers exclude the libraries' own memory. Writes `results/gpu/memory_estimate.json`; without a
+GPU, `--try_out` runs a tiny case and writes nothing.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SIZES = {**MODELS, "tiny": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size
 
 @dataclass(frozen=True)
 class Case:
-    """A run: models by their names in `SIZES`, mixed precision, and what the estimate is told."""
+    """A run: models by their names in `SIZES`, mixed precision, and arguments of the estimate."""
 
     student: str
     teacher: str
@@ -83,7 +82,7 @@ def make_trainer(case: Case, folder: Path) -> MiniLLMTrainer:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half)
     tokenizer = make_tokenizer(SIZES[case.student].vocab_size)
 
-    def save(name: str) -> str:  # only what is loaded is quantised
+    def save(name: str) -> str:  # only loaded models are quantised
         build(name, half).save_pretrained(folder / name)
         return str(folder / name)
 
@@ -124,7 +123,7 @@ def make_trainer(case: Case, folder: Path) -> MiniLLMTrainer:
 
 
 def train(case: Case) -> dict[str, Any]:
-    """The most bytes that were allocated in both phases of the second rollout buffer."""
+    """Train, and return the peak bytes in both phases of the second rollout buffer."""
     peaks = {}
 
     def note(phase: str) -> None:
@@ -152,7 +151,7 @@ def train(case: Case) -> dict[str, Any]:
 
 
 def compare(name: str) -> dict[str, Any]:
-    """One case, in a process of its own."""
+    """Compare one case, in a separate process."""
     case = CASES.get(name, TRIAL)
     command = [sys.executable, __file__, "--case", name]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)

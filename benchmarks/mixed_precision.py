@@ -1,13 +1,12 @@
-"""Claim: training in half precision goes through, for whole students, and for QLoRA students of an NF4 teacher.
+"""Claim: training in half precision works, for full fine-tuning and for QLoRA students of an NF4 teacher.
 
     python benchmarks/mixed_precision.py
 
 trains GPT-2 shapes with random weights for 200 updates on prompts of the E2E data, in each precision that the device
-has: fp16 and bf16 on GPUs, bf16 on CPUs, and float32 to compare with. Each case runs in a process of its own and
-reports the reverse KL at its beginning and end, the largest gradient norm, steps that overflowed, and whether every
-logged number and every trained weight is finite. The weights are random, but large enough for the distributions to be
-far from uniform: that no number is lost is measured here, not how well a student learns. Writes
-`results/mixed_precision.json`.
+supports: fp16 and bf16 on GPUs, bf16 on CPUs, and float32 for comparison. Each case runs in a separate process. It
+reports the reverse KL at start and end, the largest gradient norm, overflowed steps, and whether all logged numbers
+and trained weights are finite. The weights are random, but large enough for distributions far from uniform. This
+measures whether numbers stay finite, not how well a student learns. Writes `results/mixed_precision.json`.
 """
 
 import argparse
@@ -34,7 +33,7 @@ PACKAGES = ("minillm-trl", "torch", "trl", "transformers", "peft", "bitsandbytes
 
 
 def save_model(name: str, folder: Path, tokenizer, seed: int) -> str:
-    """A model of the named shape whose next-token distributions are far from uniform."""
+    """Save a model of the named shape whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = GPT2LMHeadModel(GPT2Config(**SHAPES[name], vocab_size=len(tokenizer), n_positions=256, **ends))

@@ -2,16 +2,16 @@
 
     python benchmarks/optimizer_step.py [--student gpt2] [--teacher gpt2-large] [--repeats 3]
 
-trains a GPT-2 shape on the completions of its own, with a larger one as teacher, both with random weights: with
-`MiniLLMTrainer` from here at 1 pass over a rollout, at 4, and at 4 with teacher mixing, and with TRL's at the only
-setting that it can run, 1 pass without mixing. Rows, lengths, precision and optimizer are the same, and no completion
-ends early, which is checked. A rollout is the rows of one optimizer step (steps_per_generation=1), also where 4 steps
-use it, so that nobody keeps more in memory. Seconds per step are the median over whole rollouts, each divided by its
-passes; the first rollout warms up. Every run is a process of its own; they take turns so that a busy machine slows all
-of them, and the figures are ratios within a turn, taken over `--repeats` turns. TRL 1.14.2 gets a virtual environment
-of its own (`--venv`), made with pip, with this environment's versions of all else; transformers 5.23.0 works with it.
-Writes `results/optimizer_step.json`. `--student tiny --teacher tiny --new_tokens 8 --steps 4 --repeats 1` tries it out
-and writes nothing.
+trains a GPT-2 shape on its own completions with a larger one as teacher, both with random weights. It compares our
+`MiniLLMTrainer` with 1 pass over a rollout, with 4 passes, and with 4 passes and teacher mixing, to TRL's trainer with
+its only working setting, 1 pass without mixing. Rows, lengths, precision and optimizer are the same, and the benchmark
+checks that no completion ends early. A rollout has the rows of one optimizer step (steps_per_generation=1), even if 4
+steps use it, so that memory is the same. Seconds per step are the median over rollouts, divided by the passes; the
+first rollout is a warm-up. Every run is a separate process. The runs alternate, so that a busy machine slows all of
+them; results are ratios within a round, over `--repeats` rounds. TRL 1.14.2 runs in its own virtual environment
+(`--venv`), which is created with pip, with this environment's versions of all other packages; it works with
+transformers 5.23.0. Writes `results/optimizer_step.json`. To try it out without writing, use
+`--student tiny --teacher tiny --new_tokens 8 --steps 4 --repeats 1`.
 """
 
 import argparse
@@ -45,11 +45,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BASELINE = "trl, 1 pass"
 
 
-# One run, in a process of its own; in TRL's environment there is no minillm_trl
+# One run in a separate process; TRL's environment has no minillm_trl
 
 
 class RolloutClock(TrainerCallback):
-    """The time at which the last optimizer step of each rollout ended."""
+    """Record the time at which the last optimizer step of each rollout ended."""
 
     def __init__(self, passes: int):
         self.passes = passes
@@ -63,7 +63,7 @@ class RolloutClock(TrainerCallback):
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words `0`, `1`, ... of which the last ends a completion."""
+    """Return a tokenizer with the words `0`, `1`, ..., of which the last is EOS."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     last = str(vocab_size - 1)
@@ -74,8 +74,8 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def never_end(model: PreTrainedModel) -> PreTrainedModel:
     """Give the last token a logit of about -n_embd, which costs no time and is never sampled.
 
-    What the final norm adds its bias to sums to zero, so that a row of -1 has the bias alone as its product. The other
-    rows are random and gain little.
+    The output of the final norm sums to zero before its bias, so its product with a row of -1 depends on the bias
+    alone. The other rows are random and change little.
     """
     model.transformer.ln_f.bias.fill_(1.0)
     model.lm_head.weight[-1] = -1.0
@@ -98,7 +98,7 @@ def trainer_and_config(side: str) -> tuple[type, type]:
 def train(
     side: str, passes: int, options: argparse.Namespace, seed: int, folder: str, **fields: Any
 ) -> dict[str, Any]:
-    """Train for a rollout of warm-up and `options.steps` steps; the time per step and what else is reported."""
+    """Train for a warm-up rollout and `options.steps` steps; return the time per step and other results."""
     trainer_class, config_class = trainer_and_config(side)
     student, teacher = (never_end(build(name, torch.float32)) for name in (options.student, options.teacher))
     ratio = parameter_ratio(teacher, student)  # before a trainer wraps them
@@ -155,7 +155,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def make_environment(folder: Path) -> str:
-    """The Python of a virtual environment with TRL 1.14.2; it is made, or completed, if need be."""
+    """Return the Python of a virtual environment with TRL 1.14.2, which is created if necessary."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -179,7 +179,7 @@ def run(python: str, setting: dict[str, Any], seed: int, options: argparse.Names
 
 
 def summarize(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
-    """Per setting: seconds per optimizer step, times as fast as the baseline, and tokens per step."""
+    """Return for each setting: seconds per optimizer step, speed-up over the baseline, and tokens per step."""
     tokens = options.batch_size * options.new_tokens
     results = {}
     for name, setting in SETTINGS.items():

@@ -1,13 +1,12 @@
-"""Claim: bf16 autocast trains as well as float32 over seeds; weights that lie in bf16 hardly train at a low rate.
+"""Claim: over several seeds, bf16 autocast trains as well as float32; bf16 weights hardly train at a low rate.
 
     python benchmarks/precision_seeds.py
 
-trains a whole student (GPT-2 shape, random weights as in `mixed_precision.py`) with float32 weights, with float32
-weights in bf16 autocast, and with bf16 weights, each with several seeds of the trainer. Student and teacher are the
-same in all runs: what differs within a way is what is sampled. There are two learning rates, that of
-`mixed_precision.py` for 40 updates and the paper's for 8. Reports the reverse KL per completion in nats at its
-beginning and end, and the share of the weights of linear layers that are bit for bit what they were. Writes
-`results/precision_seeds.json`.
+fine-tunes a student fully (GPT-2 shape, random weights as in `mixed_precision.py`) with float32 weights, with float32
+weights in bf16 autocast, and with bf16 weights, each with several trainer seeds. All runs start from the same student
+and teacher; seeds change only the samples. There are two learning rates, that of `mixed_precision.py` for 40 updates
+and the paper's for 8. Reports the reverse KL per completion in nats at start and end, and the share of weights in
+linear layers that did not change by a bit. Writes `results/precision_seeds.json`.
 """
 
 import argparse
@@ -37,7 +36,7 @@ SEEDS = (0, 1, 2)
 
 
 def save_model(name: str, folder: Path, tokenizer: Any, seed: int) -> str:
-    """A model with random weights whose logits spread as widely as those of the 124M shape in `mixed_precision.py`."""
+    """Save a model with random weights, and logits of the same spread as the 124M shape in `mixed_precision.py`."""
     torch.manual_seed(seed)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = GPT2LMHeadModel(GPT2Config(**SHAPES[name], vocab_size=len(tokenizer), n_positions=256, **ends))
@@ -49,10 +48,10 @@ def save_model(name: str, folder: Path, tokenizer: Any, seed: int) -> str:
 
 
 class FirstWeights(TrainerCallback):
-    """Keeps the weights of linear layers as they were before the first update."""
+    """Keep a copy of the initial weights of linear layers."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **unused: Any) -> None:
-        """Copy them."""
+        """Copy the weights."""
         self.weights = {name: parameter.detach().clone() for name, parameter in linear_weights(model).items()}
 
 

@@ -1,10 +1,10 @@
-"""Claim: the stages of each recipe fit the GPUs that it names, by estimate.
+"""Claim: by estimate, the stages of each recipe fit into the GPUs that it names.
 
     python benchmarks/recipe_memory.py
 
-Nothing is loaded and nothing runs: sizes come from the models' published configurations, batches and launch
-configurations from the YAMLs of the recipes, and the formulas are those of
-`minillm_trl/hardware/memory_estimate.py`, which `memory_estimate.py` compares with training on one GPU.
+loads no model: sizes come from the models' published configurations, batches and launch configurations from the YAMLs
+of the recipes. The formulas are in `minillm_trl/hardware/memory_estimate.py`; `memory_estimate.py` compares them with
+training on one GPU.
 Writes `results/recipe_memory.json` and the tables in the recipes' READMEs.
 """
 
@@ -75,14 +75,14 @@ MODELS = {
 
 
 def read_stage(folder: Path, name: str) -> tuple[dict[str, Any], str, int]:
-    """Values of a YAML, and the strategy and number of processes of the launch line in its head."""
+    """Read a YAML's values, and the strategy and number of processes from the launch line in its head."""
     text = (folder / f"{name}.yaml").read_text()
     launch = re.search(r"--accelerate_config v100_(\w+)_fp16 --num_processes (\d+)", text)
     return yaml.safe_load(text), launch.group(1), int(launch.group(2))
 
 
 def estimate(folder: Path, name: str, student: PreTrainedConfig, teacher: PreTrainedConfig) -> dict[str, float]:
-    """GiB of one stage: on a GPU, in the host's memory while models are loaded, and of a checkpoint on disk."""
+    """Estimate the GiB of one stage on a GPU, in host memory during loading, and of a checkpoint on disk."""
     values, strategy, processes = read_stage(folder, name)
     model = teacher if name == "sft_teacher" else student
     size, teacher_size = count_parameters(model), count_parameters(teacher)
@@ -109,7 +109,7 @@ def estimate(folder: Path, name: str, student: PreTrainedConfig, teacher: PreTra
     peaks = {"while sampling": parts["while sampling"], "while updating": parts["while updating"]}
     if not samples and not name.startswith("minillm"):
         del peaks["while sampling"]
-    if name == "seqkd":  # the whole teacher answers on each GPU before the student is there
+    if name == "seqkd":  # on each GPU, the complete teacher answers before the student is loaded
         answering = replace(load, sampled_rows=values["generation_batch_size"])
         caches = estimate_memory(teacher, teacher, answering)["key-value caches while sampling"] / 2
         peaks["while the teacher answers"] = 2.0 * teacher_size + caches
@@ -124,7 +124,7 @@ def estimate(folder: Path, name: str, student: PreTrainedConfig, teacher: PreTra
 
 
 def table(stages: dict[str, dict[str, float]]) -> str:
-    """The Markdown table of a recipe."""
+    """Return the Markdown table of a recipe."""
     lines = ["| stage | peak of a GPU | at its peak | host memory while loading, all processes | a checkpoint |"]
     lines.append("|---|---:|---|---:|---:|")
     for name, found in stages.items():

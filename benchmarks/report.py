@@ -1,6 +1,6 @@
-"""Writes the tables in `benchmarks/README.md` and the picture `results/speed.png` from the results.
+"""Write the tables in `benchmarks/README.md` and the picture `results/speed.png` from the results.
 
-Of each there is one for the CPU (`results/`) and one for the GPU (`results/gpu/`), where not all was measured.
+There are tables for the CPU (`results/`) and for the GPU (`results/gpu/`), where some results are missing.
 
 python benchmarks/report.py
 """
@@ -25,13 +25,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with what was aimed at.
+    """A result with its target.
 
     Attributes:
-        what, case: words for the table.
+        what, case: texts for the table.
         script: the benchmark that measured it.
-        values: 20th, 50th and 80th percentile over rounds, or the one value that there is.
-        aim: what was aimed at.
+        values: 20th, 50th and 80th percentile over rounds, or a single value.
+        aim: the target.
         at_least: whether more is better.
         unit: "x" for times, "%" for shares.
     """
@@ -198,7 +198,7 @@ def decoding_table() -> str:
 
 
 def rate_table() -> str:
-    """The share of the rate of matrix products that updates reach."""
+    """Return the share of the matrix-product rate that updates reach, as a Markdown table."""
     head = "| student | gradient checkpointing | a micro-batch | share of the rate |\n|---|---|---:|---:|\n"
     rows = [
         f"| {result['student']} | {'yes' if result['gradient_checkpointing'] else 'no'} | "
@@ -219,7 +219,7 @@ def memory_errors() -> Iterator[tuple[str, str, float, float]]:
 
 
 def memory_table() -> str:
-    """The memory estimate beside what was measured."""
+    """Return the memory estimate next to the measured peak, as a Markdown table."""
     head = "| case | phase | measured | estimate | off by |\n|---|---|---:|---:|---:|\n"
     return head + "".join(
         f"| {case} | {phase} | {value / GIB:.2f} GiB | {estimate / GIB:.2f} GiB | {estimate / value - 1:+.0%} |\n"
@@ -228,7 +228,7 @@ def memory_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every table of the page, by what stands in its marks."""
+    """Return every table of the page, by the name in its markers."""
     return {
         "table": table(measured()),
         "precisions": precision_table(RESULTS),

@@ -1,13 +1,13 @@
-"""Claim: a rollout phase is one generation and what it leaves behind, not two generations and six scoring passes.
+"""Claim: a rollout phase is one generation with its cached states, not two generations and six scoring passes.
 
     python benchmarks/rollout_phase.py [--teachers gpt2-large gpt2-xl] [--repeats 2]
 
-generates and scores 8 rollouts with alpha = 0.2 from GPT-2 shapes with random weights: ours (teacher-mixed sampling
-that keeps the hidden states of both models, and log-probs from them), and the schedule of the authors' code, rebuilt
-from its description: a generation that mixes both distributions at every step, a second one of the student alone
-(for its logs), and three passes of either model with full logits. The rebuilt schedule gets the same short padding as
-ours; the authors' code pads prompts and responses to 256 tokens each. No completion ends early. The two are timed in
-turn; the figures are ratios within a round. Writes `results/rollout_phase.json`.
+generates and scores 8 rollouts with alpha = 0.2 from GPT-2 shapes with random weights. Ours is teacher-mixed sampling,
+with log-probs from the cached hidden states of both models. It is compared with the schedule of the authors' code,
+rebuilt from its description: a generation that mixes both distributions at every step, a second one of the student
+alone (for its logs), and three passes of either model with full logits. Both have the same short padding; the authors'
+code pads prompts and responses to 256 tokens each. No completion ends early. The measurements alternate; results are
+ratios within a round. Writes `results/rollout_phase.json`.
 """
 
 import torch

@@ -2,23 +2,23 @@
 
     python benchmarks/same_kl.py [--seeds 0 1 2] [--runs runs/same_kl]
 
-On the E2E demo task, student, teacher, prompts, batch size, optimizer and schedule are the same for both. Ours has the
-geometry of `recipes/e2e_demo/minillm.yaml`: 128 rollouts, four passes over them. The rival minimises the reverse KL of
-each next-token distribution on 32 fresh samples of the student in every update, with all that would only slow it down
-here (bf16, gradient checkpointing) off. There are two architectures: `rotary`, the demo's, and `gpt2`, whose learned
-positions handicap the rival: TRL 1.16 scores left-padded prompts without `position_ids`, so student and teacher see
-shifted positions in its loss and correct ones in its sampling. Only `rotary` compares the methods as such.
+Both methods use the E2E demo task with the same student, teacher, prompts, batch size, optimizer and schedule. Ours
+has the geometry of `recipes/e2e_demo/minillm.yaml`: 128 rollouts, four passes over them. The rival minimises the
+reverse KL of each next-token distribution on 32 fresh samples of the student in every update, without settings that
+would only slow it down here (bf16, gradient checkpointing). There are two architectures: `rotary`, the demo's, and
+`gpt2`, whose learned positions handicap the rival. TRL 1.16 scores left-padded prompts without `position_ids`, so its
+loss sees shifted positions and its sampling correct ones. Only `rotary` compares the methods themselves.
 
-Teacher and student of each architecture are fine-tuned once, with the demo's settings (those of the demo itself are
-taken where its folder stands under the runs: `cp -r runs/demo runs/same_kl/rotary`). Then each method trains at each
-learning rate, in a process of its own; runs that are complete are kept, unless their settings, the number of threads
-or the code that they measure changed. The clock counts all of training but neither start-up nor evaluation: a callback
-stops it and measures the student alone on the validation prompts, with the same random numbers and the same code for
-both methods. A method's learning rate is the one with the lowest reverse KL at the end of its runs.
+Teacher and student of each architecture are fine-tuned once, with the demo's settings. To use the demo's own models,
+copy its folder into the runs: `cp -r runs/demo runs/same_kl/rotary`. Then each method trains with each learning rate,
+in a separate process. Complete runs are kept unless their settings, the number of threads or the measured code
+changed. The clock covers all of training without start-up and evaluation: a callback stops it and evaluates the
+student alone on the validation prompts, with the same random numbers and code for both methods. The learning rate of a
+method is the one with the lowest reverse KL at the end of its runs.
 
-The rival's best point is the earliest whose reverse KL is within 2 % of the lowest of its run. Ours has to be at or
-below that reverse KL and at or above that Rouge-L; the ratio is its seconds over the rival's, None if it never gets
-there. Writes `results/same_kl.json`, with all curves, and the picture beside it. The machine should be idle.
+The rival's best point is the earliest whose reverse KL is within 2 % of the lowest in its run. Ours has to reach at
+most that reverse KL and at least that Rouge-L; the ratio is its seconds over the rival's, or None if it never does.
+Writes `results/same_kl.json`, with all curves, and a plot. The machine should be idle.
 """
 
 import argparse
@@ -99,7 +99,7 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, and all that its numbers depend on."""
+    """A training run, and everything that its numbers depend on."""
 
     architecture: str
     method: str
@@ -115,7 +115,7 @@ class Run:
         return f"{self.architecture}-{self.method}-{self.learning_rate:g}-{self.seed}"
 
     def identity(self, models: dict[str, Any]) -> dict[str, Any]:
-        """What must be the same for a result to be kept."""
+        """Return everything that must be unchanged for a result to be kept."""
         measured = {"ours": package_digest(), "rival": f"trl {version('trl')}"}[self.method]
         return {
             **asdict(self),
@@ -127,7 +127,7 @@ class Run:
 
 
 def package_digest() -> str:
-    """Hash of the package's source: a change of ours makes new runs of ours, and leaves the rival's."""
+    """Return a hash of the package's source, whose changes invalidate our runs but not the rival's."""
     folder = Path(minillm_trl.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -139,7 +139,7 @@ def package_digest() -> str:
 
 
 def build_gpt2(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The GPT-2 counterpart of [`build_model`]: about as many parameters, and no dropout either."""
+    """Build the GPT-2 counterpart of [`build_model`], with about as many parameters and no dropout."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -164,7 +164,7 @@ BUILDERS: dict[str, Callable[[Shape, PreTrainedTokenizerBase, int], PreTrainedMo
 
 
 def make_tokenizer(folder: Path, train: Dataset, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The demo's, saved and loaded as it does, so that the models are the demo's too."""
+    """Make the demo's tokenizer, saved and loaded as in the demo, so that its models can be used."""
     train_tokenizer([*dict.fromkeys(train["prompt"]), *train["completion"]], vocab_size).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -174,10 +174,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def train_models(folder: Path, architecture: str, settings: DemoSettings) -> dict[str, Any]:
-    """Fine-tune teacher and student as the demo does, unless they are there; what is known of both.
+    """Fine-tune teacher and student as the demo does, unless they exist; return a description of both.
 
     Raises:
-        ValueError: if the folder holds models of another number of updates.
+        ValueError: if the folder has models trained for a different number of updates.
     """
     train = load_e2e()["train"]
     stages = {
@@ -204,7 +204,7 @@ def train_models(folder: Path, architecture: str, settings: DemoSettings) -> dic
 
 
 class Evaluations(TrainerCallback):
-    """Measures the student every few updates, outside of the trainer and with its clock stopped."""
+    """Evaluate the student every few updates, outside of the trainer and with the clock stopped."""
 
     def __init__(self, evaluate: Callable[[PreTrainedModel], Point], every: int, name: str):
         self.evaluate = evaluate
@@ -266,7 +266,7 @@ def evaluator(
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean over prompts."""
+    """Return the standard error of the mean over prompts."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
@@ -300,7 +300,7 @@ def make_trainer(
 
 
 def execute(run: Run, folder: Path, identity: dict[str, Any]) -> None:
-    """Train once and keep the points, for a process of its own."""
+    """Train once and save the points; runs in a separate process."""
     models = folder / run.architecture
     tokenizer, teacher = load_tokenizer(models), load_model(models, "teacher")
     data = unique_prompts(load_e2e()["validation"])
@@ -343,14 +343,14 @@ def load_result(folder: Path, run: Run, identity: dict[str, Any]) -> dict[str, A
 
 
 def best_point(points: list[Point]) -> Point:
-    """The earliest point after the start whose reverse KL is within the tolerance of the lowest."""
+    """Return the earliest point after the start whose reverse KL is within the tolerance of the lowest."""
     points = points[1:]
     lowest = min(point["reverse_kl"] for point in points)
     return next(point for point in points if point["reverse_kl"] <= (1 + TOLERANCE) * lowest)
 
 
 def first_as_good(points: list[Point], target: Point) -> Point | None:
-    """The earliest point that is at least as good in both measures."""
+    """Return the earliest point that is at least as good in both measures."""
     reached = (
         point
         for point in points
@@ -360,7 +360,7 @@ def first_as_good(points: list[Point], target: Point) -> Point | None:
 
 
 def compare(ours: list[Point], rival: list[Point]) -> dict[str, Any]:
-    """Seconds of ours to the rival's best point, and the reverse, with the noise of the differences."""
+    """Compare our seconds to the rival's best point, and vice versa, with the noise of the differences."""
     target, own = best_point(rival), best_point(ours)
     reached, back = first_as_good(ours, target), first_as_good(rival, own)
     compared = reached or own
@@ -386,7 +386,7 @@ def without_prompts(point: Point) -> Point:
 
 
 def choose_learning_rate(results: dict[Run, dict], architecture: str, method: str) -> float:
-    """The learning rate with the lowest reverse KL at the end, in the mean over seeds."""
+    """Return the learning rate with the lowest final reverse KL, averaged over seeds."""
     last: dict[float, list[float]] = {}
     for run, result in results.items():
         if (run.architecture, run.method) == (architecture, method):

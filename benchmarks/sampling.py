@@ -1,12 +1,12 @@
-"""Claim: teacher-mixed sampling costs the student's steps and the teacher's share of its own, not both models.
+"""Claim: each step of teacher-mixed sampling costs one model, the student or the teacher, not both.
 
     python benchmarks/sampling.py [--teachers gpt2-large gpt2-xl] [--batch_sizes 1 8] [--new_tokens 64] [--repeats 2]
 
-samples with alpha = 0.2 from GPT-2 shapes with random weights: ours (the coin decides which model runs), the sampler
-that mixes both distributions at every step, and each model alone. The coin sequence is fixed to its mean: every fifth
-token is the teacher's. No completion ends early. The four are timed in turn, so that a busy machine slows all of them;
-the figures are ratios within a round. What ours is to cost at best is the student alone, the teacher's pass over the
-prompts, and alpha of its steps. Writes `results/sampling.json`.
+samples with alpha = 0.2 from GPT-2 shapes with random weights: with our sampler (a coin decides which model runs),
+with a sampler that mixes both distributions at every step, and from each model alone. The coins are fixed to their
+mean: every fifth token is the teacher's. No completion ends early. The four measurements alternate, so that a busy
+machine slows all of them; results are ratios within a round. The lowest possible cost of our sampler is the student
+alone, the teacher's pass over the prompts, and the share alpha of its steps. Writes `results/sampling.json`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ALPHA, PROMPT = 0.2, 64
 
 
 def mean_coins(tokens: int) -> np.ndarray:
-    """Coins of a share `ALPHA`, as far apart as they are on average."""
+    """Return coins with the share `ALPHA` of teacher steps, evenly spaced."""
     every = round(1 / ALPHA)
     return np.arange(tokens)[None] % every == every - 1
 
@@ -33,7 +33,7 @@ def mean_coins(tokens: int) -> np.ndarray:
 def mix_every_step(
     student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor, uniforms: torch.Tensor
 ) -> torch.Tensor:
-    """Both models at every token, each with its cache; the draw is from the mixed probabilities."""
+    """Sample from mixed probabilities: run both models, with their caches, at every token."""
     caches = [DynamicCache(config=model.config) for model in (student, teacher)]
     fed = 0
     for step in range(uniforms.shape[1]):

@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py
 
-generates, scores and takes one gradient of rollouts with GPT-2 shapes with random weights (124M from 355M), for
-batches of 8 to 64 rows and for completions of 32 to 256 tokens. Each case reports seconds per token of the rollout
-(after one to warm up) and of the update (the median of three), and peak memory beyond the models' weights and
-gradients: allocated on a GPU, resident on a CPU, where each case runs in a process of its own. Memory is compared with
-the straight line through the smallest and the largest case. Writes `results/scaling.json`.
+generates and scores rollouts and computes one gradient, for GPT-2 shapes with random weights (124M from 355M), batches
+of 8 to 64 rows and completions of 32 to 256 tokens. Each case reports seconds per token of the rollout (after a
+warm-up) and of the update (median of three), and peak memory without the models' weights and gradients: allocated on a
+GPU, resident on a CPU, where each case runs in a separate process. Memory is compared with the straight line through
+the smallest and the largest case. Writes `results/scaling.json`.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def measure(batch_size: int, length: int) -> dict[str, Any]:
 
 
 def deviation(sizes: tuple[int, ...], found: list[float]) -> float:
-    """Largest distance from the straight line through the first and the last point, relative to the last."""
+    """Return the largest distance from the line through first and last point, relative to the last."""
     slope = (found[-1] - found[0]) / (sizes[-1] - sizes[0])
     line = [found[0] + slope * (size - sizes[0]) for size in sizes]
     return max(abs(a - b) for a, b in zip(found, line, strict=True)) / found[-1]

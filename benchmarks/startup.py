@@ -1,11 +1,11 @@
-"""Claim: what trains nothing starts in at most 4 CPU-seconds; what trains, about as fast as TRL's configurations.
+"""Claim: commands without training start in at most 4 CPU-seconds, with training about as fast as TRL's own.
 
     python benchmarks/startup.py [--repeats 3]
 
 runs `minillm-trl SUBCOMMAND --help` for every subcommand, `compare` over results of two models, and `from trl import
-GRPOConfig, ModelConfig`, which the options of a training cannot do without. Writes `results/startup.json`: the user
-CPU-seconds of each, the least of the repeats, since what else a machine does only adds to them; and the slowest
-imports (`python -X importtime`), milliseconds with what each imports in turn.
+GRPOConfig, ModelConfig`, which the options of a training command require. Writes `results/startup.json`: the user
+CPU-seconds of each command, as minimum over the repeats, since other load only adds to them; and the slowest imports
+(`python -X importtime`), in milliseconds with their own imports.
 """
 
 import argparse
@@ -29,14 +29,14 @@ _SHOWN = 8
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """User CPU-seconds of a command and what it starts."""
+    """Return the user CPU-seconds of a command and its child processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run(command, capture_output=True, check=True)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
 def slowest_imports(words: list[str]) -> dict[str, float]:
-    """The slowest imports of a command, none of them within another that is listed."""
+    """Return the slowest imports of a command, without those nested in another listed import."""
     command = [sys.executable, "-X", "importtime", *words]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
     found = [match for line in lines if (match := _IMPORT.match(line))]
@@ -46,7 +46,7 @@ def slowest_imports(words: list[str]) -> dict[str, float]:
 
 
 def write_runs(folder: Path) -> list[str]:
-    """Results of two models as `evaluate` writes them, for `compare`."""
+    """Write results of two models as `evaluate` does, for `compare`."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from evaluation_results import write_results  # of the tests
 

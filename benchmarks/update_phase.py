@@ -2,11 +2,11 @@
 
     python benchmarks/update_phase.py [--teachers gpt2-large gpt2-xl] [--repeats 2]
 
-takes the gradient of the same loss (clipped long term and single step) four times over a scored batch of 8 rollouts,
-with GPT-2 shapes with random weights: ours (the teacher's hidden states are at hand, heads in chunks, the gradient of
-the student's head formed in the forward pass), and a teacher forward in each pass with full logits of both models.
-That the two losses and gradients agree is checked first. The two are timed in turn; the figures are ratios within a
-round. Writes `results/update_phase.json`.
+computes the gradient of the same loss (clipped long term and single step) four times over a scored batch of 8
+rollouts, for GPT-2 shapes with random weights. Ours uses cached hidden states of the teacher, heads in chunks, and
+computes the gradient of the student's head in the forward pass. It is compared with a teacher forward in each pass and
+full logits of both models. The benchmark first checks that losses and gradients agree. The measurements alternate;
+results are ratios within a round. Writes `results/update_phase.json`.
 """
 
 from functools import partial
