@@ -53,7 +53,7 @@ DEFINITIONS = {
 
 
 def write_task(folder: Path, name: str, rows: list[dict], **definition) -> None:
-    """The YAML of a task, and its documents."""
+    """Write the YAML of a task, and its documents."""
     folder.mkdir(exist_ok=True)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -90,20 +90,20 @@ def write_answers(folder: Path, answers: list[str], name: str = "answers", **def
 
 
 def sum_log_probs(model, ids: list[int], start: int) -> float:
-    """Log-likelihood of the tokens from `start` on, from one forward pass without padding."""
+    """Return the log-likelihood of the tokens after `start`, from one forward pass without padding."""
     with torch.no_grad():
         log_probs = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
     return sum(log_probs[position - 1, ids[position]].item() for position in range(start, len(ids)))
 
 
 def log_likelihood(model, tokenizer, prompt: str, answer: str) -> float:
-    """Of the answer after a space."""
+    """Return the log-likelihood of the answer after a space."""
     return sum_log_probs(model, tokenizer(f"{prompt} {answer}")["input_ids"], len(tokenizer(prompt)["input_ids"]))
 
 
 @contextmanager
 def evaluated_tasks(stop_at: str | None = None):
-    """Names of the tasks that are evaluated meanwhile; at the task `stop_at` the user presses Ctrl-C."""
+    """Collect the names of evaluated tasks; at the task `stop_at`, simulate Ctrl-C."""
     names = []
 
     def evaluate(lm, task, **options):
@@ -131,7 +131,7 @@ def no_loading(*_, **__):
 class OwnTasks:
     @pytest.fixture(autouse=True)
     def only_own_tasks(self, tmp_path, monkeypatch):
-        """Leave out what takes long: reading lm-eval's 13,000 tasks, and listing the installed packages by pip."""
+        """Skip slow parts: reading lm-eval's 13,000 tasks, and listing installed packages with pip."""
         import datasets
         from lm_eval.tasks import TaskManager
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer of SmolLM2's kind: its special tokens and its ChatML template, with a vocabulary of some words."""
+"""A tiny tokenizer like SmolLM2's: its special tokens and its ChatML template, with a vocabulary of a few words."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CHATML = (
 
 
 def build_chat_tokenizer(eos: str | None = TURN_END, template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """SmolLM2-Instruct's with `TURN_END` as EOS, the base model's with `TEXT_END`."""
+    """Build a tokenizer like SmolLM2-Instruct's with `TURN_END` as EOS, or the base model's with `TEXT_END`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def build_chat_tokenizer(eos: str | None = TURN_END, template: str | None = CHAT
 def build_chat_model(
     tokenizer: PreTrainedTokenizerFast, ends: int | list[int] | None, seed: int = 0, width: int = 32
 ) -> PreTrainedModel:
-    """A Llama with random weights whose generation config ends with the ids `ends`."""
+    """Build a Llama with random weights and the EOS ids `ends` in its generation config."""
     model = build_model("llama", len(tokenizer), seed, width)
     model.config.eos_token_id = ends[0] if isinstance(ends, list) else ends
     model.config.bos_token_id = model.config.pad_token_id = 0
@@ -46,7 +46,7 @@ def build_chat_model(
 
 
 def save_chat_model(folder: Path, eos: str | None, ends: int | list[int] | None, **options: int) -> str:
-    """Save a model with its tokenizer; returns the folder."""
+    """Save a model with its tokenizer, and return the folder."""
     tokenizer = build_chat_tokenizer(eos)
     build_chat_model(tokenizer, ends, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -54,10 +54,10 @@ def save_chat_model(folder: Path, eos: str | None, ends: int | list[int] | None,
 
 
 def question(text: str) -> list[dict[str, str]]:
-    """A conversation of one message."""
+    """Return a conversation with one message."""
     return [{"role": "user", "content": text}]
 
 
 def answer(text: str) -> list[dict[str, str]]:
-    """A completion of one message."""
+    """Return a completion with one message."""
     return [{"role": "assistant", "content": text}]

@@ -1,4 +1,4 @@
-"""Reports of models whose results the tests write, and their parts."""
+"""Reports on models with results written by the tests, and parts of these reports."""
 
 import json
 from pathlib import Path

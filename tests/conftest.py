@@ -15,13 +15,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-# Of subprocesses: offline, one thread each, since tests run side by side
+# For subprocesses: offline, and one thread each, since tests run in parallel
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
-    "PYTHONPATH": os.pathsep.join(sys.path[1:]),  # scripts use helpers of tests, wherever those lie
+    "PYTHONPATH": os.pathsep.join(sys.path[1:]),  # scripts use helpers from all test folders
 }
 
 
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts Python although no mark of it says so: `make test` has to stay quick."""
+    """Fail a test that starts Python without a mark for this, to keep `make test` quick."""
     if marks(item) & {"slow", "smoke"}:
         return (yield)
     start = subprocess.Popen.__init__
@@ -64,14 +64,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def run_module(*words: object, **options: object) -> subprocess.CompletedProcess:
-    """`python -m WORDS`, once more if gloo aborted one of its processes."""
+    """Run `python -m WORDS`, and again if gloo aborted one of its processes."""
 
     def run() -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
 
     result = run()
-    # a gloo process of torch 2.13 aborts at its exit once in some dozens of runs, when all its work is done
+    # a gloo process of torch 2.13 aborts at exit in one of a few dozen runs, after all its work
     return run() if "terminate called without an active exception" in result.stderr else result
 
 
@@ -79,7 +79,7 @@ WORDS = "the punter serves italian food near the river and the mill is a cheap f
 
 
 def build_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with an end-of-sequence and a padding token."""
+    """Build a byte-level BPE tokenizer with an end-of-sequence and a padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -96,7 +96,7 @@ def build_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 
 def family_options(width: int) -> dict[str, dict]:
-    """What the config of each family holds beside the sizes that all have."""
+    """Return the config options of each family besides the sizes that all families have."""
     plain = {"intermediate_size": 2 * width}
     grouped = {"num_key_value_heads": 1, **plain}
     windows = {"head_dim": 8, "sliding_window": 3, **grouped}  # in the Gemmas in every other layer
@@ -118,7 +118,7 @@ FAMILIES = list(family_options(32))
 
 
 def other_family_options(width: int) -> dict[str, dict]:
-    """The same of families that are sampled from and scored, but not trained, in the tests."""
+    """Return the config options of families that tests sample from and score, but do not train."""
     plain = {"intermediate_size": 2 * width}
     grouped = {"num_key_value_heads": 1, **plain}
     wide_heads = {"head_dim": 16, **grouped}
@@ -167,7 +167,7 @@ OTHER_FAMILIES = list(other_family_options(32))
 def build_model(
     family: str, vocab_size: int = 300, seed: int = 0, width: int = 32, layers: int = 2, positions: int = 128
 ) -> PreTrainedModel:
-    """A model with random weights that are large enough for its distributions to be far from uniform."""
+    """Build a model with random weights, large enough for distributions far from uniform."""
     torch.manual_seed(seed)
     options = {
         "model_type": family,
@@ -196,7 +196,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
-    """Save a model of the family with the tokenizer, once for all tests; returns its folder."""
+    """Save a model of the family with the tokenizer, once for all tests, and return its folder."""
     folders = {}
 
     def save(family: str = "gpt2", seed: int = 0, width: int = 32) -> str:

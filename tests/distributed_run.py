@@ -1,4 +1,4 @@
-"""Trains on fixed rollouts and saves model and logs; started in several processes by the tests."""
+"""Train on fixed rollouts, and save model and logs; tests start this in several processes."""
 
 import json
 import sys

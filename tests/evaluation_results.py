@@ -1,4 +1,4 @@
-"""Folders as `minillm-trl evaluate` writes them, from given numbers."""
+"""Write folders as `minillm-trl evaluate` does, from given numbers."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def summarize(per_prompt: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """What stands under `summary`."""
+    """Return the entry `summary`."""
     names = per_prompt[0] if per_prompt else ()
     return {name: bootstrap_interval([row[name] for row in per_prompt], resamples=200)._asdict() for name in names}
 
@@ -50,11 +50,11 @@ def write_results(
     Args:
         folder: must not exist.
         per_prompt: values by measure.
-        prompts, outputs, reference: texts; of a prompt, the output of each seed.
-        bucket_of: number of the bucket of references that each prompt is in; none without.
+        prompts, outputs, reference: texts; each prompt has an output for each seed.
+        bucket_of: number of each prompt's bucket of references; no buckets if None.
         excess_error, calibration, corpus: as in the file.
-        counts: samples of the student at each position of `excess_error`; 10 by default.
-        settings: that differ from `SETTINGS`.
+        counts: number of student samples at each position of `excess_error`; 10 by default.
+        settings: settings that differ from `SETTINGS`.
     """
     folder.mkdir(parents=True)
     rows = [dict(zip(per_prompt, values, strict=True)) for values in zip(*per_prompt.values(), strict=True)]

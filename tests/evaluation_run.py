@@ -1,4 +1,4 @@
-"""Evaluates trainers on rows that do not fill the processes' batches; started in several processes by the tests."""
+"""Evaluate trainers on rows that do not fill the processes' batches; tests start this in several processes."""
 
 import json
 import os
@@ -18,14 +18,14 @@ COMMON = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": T
 
 
 def length(completion_ids: list[list[int]], **_: object) -> list[float | None]:
-    """A reward that does not apply to short completions."""
+    """Return rewards that do not apply to short completions."""
     return [None if len(ids) < 3 else float(len(ids) ** 2) for ids in completion_ids]
 
 
 def evaluate_minillm(
     folder: str, batch_size: int, rows: int = 5, stream: bool = False, reward: bool = False, **options
 ) -> dict:
-    """Metrics of an evaluation, and what GRPO's table of completions has of it."""
+    """Return the metrics of an evaluation, and its part of GRPO's table of completions."""
     tokenizer = build_tokenizer()
     args = MiniLLMConfig(
         folder,
@@ -56,7 +56,7 @@ def evaluate_minillm(
 
 
 def evaluate_tuning(folder: str, batch_size: int, kd: bool = False, stream: bool = False) -> dict:
-    """Metrics of an evaluation of fine-tuning or KD on completions of very different lengths."""
+    """Return the metrics of an evaluation of fine-tuning or KD on completions of very different lengths."""
     tokenizer = build_tokenizer()
     data = Dataset.from_dict({"prompt": PROMPTS[:5], "completion": [" is a cheap pub" * n for n in (1, 12, 2, 1, 5)]})
     student, teacher = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), 1, width=48)
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Callable[..., dict], int]] = {
 
 
 def evaluate(folder: str, processes: int) -> dict[str, dict]:
-    """What each case finds."""
+    """Return the results of each case."""
     return {name: run(folder, rows // processes) for name, (run, rows) in CASES.items()}
 
 

@@ -21,7 +21,7 @@ CORPUS = Dataset.from_dict(
 
 
 def fixed_completion(prompt: str) -> list[int]:
-    """Tokens that depend on the prompt alone: 1 to 24 of them, the last one the end of sequence."""
+    """Return 1 to 24 tokens, with EOS last, that depend on the prompt alone."""
     number = PROMPTS.index(prompt)
     length = (1, 24, 3, 17, 2, 9)[number % 6]
     return [2 + (7 * number + 13 * t) % 200 for t in range(length - 1)] + [0]
@@ -37,7 +37,7 @@ def rollout(prompts: list[str], trainer: MiniLLMTrainer) -> dict:
 
 
 def late(prompts: list[str], **kwargs) -> list[float]:
-    """A reward that differs much between the processes' parts of the buffer."""
+    """Return rewards that differ strongly between the processes' parts of the buffer."""
     return [float(PROMPTS.index(prompt)) for prompt in prompts]
 
 
@@ -55,10 +55,10 @@ def train(
 ) -> MiniLLMTrainer:
     """Train a few steps on a buffer of three optimizer steps, and save to `output`.
 
-    With `teacher_mixed_alpha` the rollouts are sampled and not the fixed ones. `student` and `teacher` may be folders.
+    With `teacher_mixed_alpha`, the rollouts are sampled instead of fixed. `student` and `teacher` may be folders.
     """
     tokenizer = build_tokenizer()
-    # before the configuration: transformers spreads what is built later under ZeRO-3
+    # before the configuration: under ZeRO-3, transformers shards models that are built later
     models = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), 1, width=48)
     args = MiniLLMConfig(
         output,
@@ -83,7 +83,7 @@ def train(
             **options,
         },
     )
-    if fsdp_on_cpu:  # accelerate takes FSDP for a matter of GPUs; torch has it on CPUs too
+    if fsdp_on_cpu:  # accelerate allows FSDP only on GPUs; torch supports it on CPUs too
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     reward_funcs = late if options.get("scale_rewards") else None
     trainer = MiniLLMTrainer(
@@ -105,7 +105,7 @@ def train(
 
 
 def moved(output: str, lora: bool = False) -> torch.Tensor:
-    """The change of all weights in one row: what a run has saved, loaded without what it was trained under."""
+    """Return the change of all weights as one row, from the saved model, loaded without any wrapper."""
     before = build_model("gpt2", len(build_tokenizer()))
     if lora:
         after = PeftModel.from_pretrained(copy.deepcopy(before), output).merge_and_unload()

@@ -1,4 +1,4 @@
-"""A scripted chat endpoint on this machine, which fails in every way, and what a judge is given and returns."""
+"""A scripted local chat endpoint that fails in every way, and inputs and outputs of a judge."""
 
 import json
 import re
@@ -20,7 +20,7 @@ DROP, SLOW = "drop", "slow"  # what a scripted server does in place of an answer
 
 
 class Server(ThreadingHTTPServer):
-    """An endpoint that first follows `script` (statuses, texts of replies, DROP, SLOW), then answers `reply(body)`."""
+    """Follow `script` (statuses, texts of replies, DROP, SLOW), then answer with `reply(body)`."""
 
     daemon_threads = True
 
@@ -70,15 +70,15 @@ def completion(text: str | None) -> str:
 
 
 def answers(body: dict) -> tuple[str, str]:
-    """The two answers in the order in which the judge reads them."""
+    """Return the two answers in the order in which the judge reads them."""
     text = body["messages"][-1]["content"]
     return tuple(re.search(rf"Start of Assistant {n}'s Answer\]\n(.*?)\n\n\[The End", text, re.S)[1] for n in (1, 2))
 
 
 def by_quality(body: dict) -> str:
-    """An answer's score is the number that it ends with; the one that stands first gets one more."""
+    """Score an answer by the number at its end; the first answer gets one more point."""
     first, second = (int(answer.split()[-1]) for answer in answers(body))
-    return f"{first + 1} {second}\nAssistant 1 stands first."
+    return f"{first + 1} {second}\nAssistant 1 is first."
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def server(monkeypatch) -> Iterator[Server]:
 def write_run(
     folder: Path, samples: dict[str, list[str]], reference: str | None = "gold 8", task: str = "dolly"
 ) -> Path:
-    """A run of `evaluate`: the answers to each instruction, one a sampling seed."""
+    """Write a run of `evaluate`, with one answer to each instruction for each sampling seed."""
     folder.mkdir(parents=True)
     settings = {**SETTINGS, "dataset": f"data/{task}", "prompts": len(samples)}
     results = {"settings": settings, "summary": {}, "per_prompt": [{} for _ in samples]}

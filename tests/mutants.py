@@ -78,12 +78,12 @@ class Mutant:
 
 
 def mutants(source: str, module: str) -> list[Mutant]:
-    """All mutants of `source`; `module` names it in their ids."""
+    """Return all mutants of `source`; `module` is its name in their ids."""
     return list(_Finder(source, module).find())
 
 
 def apply(source: str, mutant: Mutant) -> ast.Module:
-    """The syntax tree of `source` with the fault."""
+    """Return the syntax tree of `source` with the fault."""
     tree = ast.parse(source)
     *parents, last = mutant.path
     node = tree
@@ -169,7 +169,7 @@ def _is_docstring(node: ast.AST, name: str, index: int) -> bool:
 
 
 def _is_left_alone(node: ast.AST) -> bool:
-    """Messages, imports, and what only a type checker reads."""
+    """Return whether a node is never mutated: messages, imports, and code for type checkers."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return True
     call = node.value if isinstance(node, ast.Expr) else node
@@ -182,7 +182,7 @@ def _is_left_alone(node: ast.AST) -> bool:
 
 
 def changes(node: ast.AST) -> Iterator[Change]:
-    """Every replacement of a node, with the name of its operator."""
+    """Yield every replacement of a node, with the name of its operator."""
     kinds = {
         ast.Compare: _of_comparison,
         ast.BinOp: _of_operation,

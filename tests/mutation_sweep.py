@@ -1,4 +1,4 @@
-"""Do the tests see a fault? Makes small faults in the core one at a time, and runs the tests that execute the place.
+"""Do the tests see a fault? Put small faults into the core, one at a time, and run the tests that execute the line.
 
     python tests/mutation_sweep.py [--modules objectives loss] [--share 0.3] [--seed 0] [--results FILE]
 
@@ -57,13 +57,13 @@ TESTS = tuple(
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
 PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
-PATIENCE = 8.0  # a test may take so many times its time in the trace
+PATIENCE = 8.0  # a test may take this many times its time in the trace
 
 Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
 
 
 def source_files(modules: Iterable[str]) -> dict[str, Path]:
-    """The file of each module, wherever in the package it lies."""
+    """Return the file of each module, anywhere in the package."""
     files = {}
     for name in modules:
         (files[name],) = PACKAGE.rglob(f"{name}.py")
@@ -71,7 +71,7 @@ def source_files(modules: Iterable[str]) -> dict[str, Path]:
 
 
 class Tracer:
-    """A pytest plugin that notes which lines each test executes, those of its fixtures included."""
+    """A pytest plugin that records the lines that each test and its fixtures execute."""
 
     def __init__(self, files: dict[str, Path]):
         self.modules = {str(path): name for name, path in files.items()}
@@ -125,7 +125,7 @@ class Tracer:
 
 
 class FirstFailure:
-    """A pytest plugin that remembers what failed first, and ends the process if a test hangs."""
+    """A pytest plugin that records the first failure, and ends the process if a test hangs."""
 
     def __init__(self, trace: Trace) -> None:
         self.name: str | None = None
@@ -150,7 +150,7 @@ class FirstFailure:
 
 
 def in_fork(work: Callable[[], Any], seconds: float) -> Any:
-    """The JSON-able result of `work` in a fork; None if it takes longer or dies."""
+    """Return the JSON-able result of `work` in a fork; None if it takes too long or dies."""
     with tempfile.NamedTemporaryFile("r") as answer:
         child = os.fork()
         if child == 0:
@@ -176,7 +176,7 @@ def in_fork(work: Callable[[], Any], seconds: float) -> Any:
 
 
 def preload(tests: Sequence[str]) -> None:
-    """Import what the tests import, but the package and the tests themselves."""
+    """Import all modules that the tests import, except the package and the tests."""
 
     def names() -> list[str]:
         pytest.main([*PYTEST, "--collect-only", *tests])
@@ -197,7 +197,7 @@ def preload(tests: Sequence[str]) -> None:
 
 
 def trace_test(files: dict[str, Path], test: str) -> Trace:
-    """The trace of one file of tests."""
+    """Return the trace of one test file."""
 
     def run() -> Trace:
         tracer = Tracer(files)
@@ -212,7 +212,7 @@ def trace_test(files: dict[str, Path], test: str) -> Trace:
 
 
 def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
-    """The trace in `path`, made where there is none or the code has changed; written after each file of tests."""
+    """Return the trace in `path`, made again if the code has changed; it is written after each test file."""
     digest = hashlib.sha1()
     own = {Path(__file__), Path(__file__).with_name("mutants.py")}
     for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")} - own):
@@ -228,7 +228,7 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
 
 
 def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
-    """The tests that execute the mutant's lines in `seconds`: quick tests and those that killed many come first."""
+    """Return tests of the mutant's lines that fit into `seconds`; quick tests and frequent killers come first."""
     first, last = mutant.lines
     covering = [
         name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
@@ -243,7 +243,7 @@ def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str
 
 
 def install(path: Path, mutant: Mutant) -> None:
-    """Let imports of `path` find the mutant."""
+    """Make imports of `path` find the mutant."""
     original = importlib.machinery.SourceFileLoader.get_code
 
     def get_code(self: importlib.machinery.SourceFileLoader, fullname: str) -> Any:
@@ -255,7 +255,7 @@ def install(path: Path, mutant: Mutant) -> None:
 
 
 def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -> dict[str, Any]:
-    """Whether a test sees the fault, and which."""
+    """Return whether a test sees the fault, and which one."""
     if not tests:
         return {"outcome": "not run by any test"}
 
@@ -292,7 +292,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         for mutant in found:
             if arguments.only not in mutant.id:
                 continue
-            draw = random.Random(f"{arguments.seed} {mutant.id}").random()  # so that a larger share adds to a smaller
+            draw = random.Random(f"{arguments.seed} {mutant.id}").random()  # so that shares are nested
             stored = results.get(mutant.id, {})
             current = stored.get("function_hash") == mutant.function_hash
             if draw >= arguments.share or (current and stored["outcome"] not in arguments.again):
@@ -314,7 +314,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    """Write the results at once or not at all."""
+    """Write the results atomically."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from measurement import commit, machine, version
 
@@ -337,7 +337,7 @@ def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> 
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """A table of the modules, and a list of what survived."""
+    """Return a Markdown table of the modules, and a list of survivors."""
     lines = ["| module | mutants | killed | survived | not run by any test |", "|---|---|---|---|---|"]
     for module in sorted({name.split("::")[0] for name in results}):
         outcomes = Counter(entry["outcome"] for name, entry in results.items() if name.startswith(f"{module}::"))

@@ -1,6 +1,6 @@
-"""Trains while one process of several meets numbers that are not finite; started in several processes by the tests.
+"""Train while one of several processes gets NaN or infinite numbers; tests start this in several processes.
 
-A completion of the second step has one, and the losses of the third and the fourth.
+These are in a completion of the second step, and in the losses of the third and fourth step.
 """
 
 import json
@@ -17,7 +17,7 @@ from minillm_trl import MiniLLMTrainer
 
 
 def whole_weights(trainer: MiniLLMTrainer) -> torch.Tensor:
-    """On the first process, where the weights may be spread over all."""
+    """Return all weights on the first process, also if they are sharded."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return torch.cat([each.detach().float().flatten() for each in (state or {"": torch.zeros(0)}).values()])
 

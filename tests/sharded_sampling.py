@@ -1,6 +1,6 @@
-"""Samples with a teacher that is sharded over two processes; started by test_sharded_teacher.py.
+"""Sample with a teacher that is sharded over two processes; test_sharded_teacher.py starts this.
 
-Then trains with a tool that one process alone calls: with whole models, a sharded teacher and a sharded student.
+Then train with a tool that only one process calls: with complete models, a sharded teacher and a sharded student.
 """
 
 import datetime
@@ -57,7 +57,7 @@ CALLS = [{0: [(0, 1), (0,)]}, {0: [(1,)], 1: [(0, 1), (1,)]}]
 
 
 class ScriptedCalls(ScriptedFirstTurn):
-    """In the first step the rows of one process alone call the tool, in the second more rows of the other."""
+    """Call the tool in rows of one process alone in the first step, in more rows of the other in the second."""
 
     def __init__(self, *args, **kwargs):
         if "ACCELERATE_USE_FSDP" in os.environ:  # accelerate takes FSDP for a matter of GPUs
@@ -78,7 +78,7 @@ class ScriptedCalls(ScriptedFirstTurn):
 
 
 def train_with_tools(folder: str, **options) -> dict:
-    """Completions of the steps, the rows of the turns that they were sampled in, and the loss."""
+    """Return the completions of the steps, the rows of their turns, and the loss."""
     trainer = build_trainer(
         folder,
         ScriptedCalls,
@@ -104,7 +104,7 @@ def train_with_tools(folder: str, **options) -> dict:
 
 
 def start_fsdp() -> None:
-    """Let the trainers that are built from now on shard their student, as `accelerate launch` does."""
+    """Make trainers that are built from now on shard their student, as `accelerate launch` does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "CPU_RAM_EFFICIENT_LOADING": "false"}
     os.environ |= {f"FSDP_{name}": value for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}

@@ -1,7 +1,7 @@
-"""MiniLLM's optimizer step written out a second time: full log-softmax, loops over rows and tokens, no padding.
+"""A second, slow implementation of MiniLLM's optimizer step: full log-softmax, loops over rows and tokens, no padding.
 
-Nothing of the package is imported and nothing here is fast. It follows the paper, `docs/method.md`, and the table of
-importance weights in `docs/configuration.md`. All values are float64, in nats.
+It imports nothing from the package. It follows the paper, `docs/method.md`, and the table of importance weights in
+`docs/configuration.md`. All values are float64, in nats.
 """
 
 import math
@@ -65,7 +65,7 @@ Logits = Mapping[Row, torch.Tensor]
 
 @dataclass
 class Constants:
-    """What a rollout fixes for the steps on it, by position in the completion."""
+    """Values of a rollout that are constant in its optimizer steps, by position in the completion."""
 
     old: dict[int, float] = field(default_factory=dict)  # log q_old
     behavior: dict[int, float] = field(default_factory=dict)  # log mu
@@ -76,7 +76,7 @@ class Constants:
 
 
 def next_token_logits(model: torch.nn.Module, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
-    """One unpadded forward pass for each row."""
+    """Return the logits of one unpadded forward pass for each row."""
     logits = {}
     for row in rows:
         ids = torch.tensor([[*row.prompt, *row.completion]])
@@ -88,7 +88,7 @@ class SlowMiniLLM:
     """MiniLLM under one setting of its options.
 
     Args:
-        options: values that differ from the default; options that do not concern the loss are passed over.
+        options: values that differ from the default; options without influence on the loss are ignored.
         vocab_size: leading rows of the vocabulary that student and teacher share.
         reward_funcs: functions of a completion's tokens.
     """
@@ -172,7 +172,7 @@ class SlowMiniLLM:
         return total / length if self.options["length_normalization"] and length > 0 else total
 
     def _subtract_baseline(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
-        """The mean return of the other rows, or of those with the same prompt, that have a token at the position."""
+        """Subtract the mean return of other rows (of the same prompt, if asked) that have a token at the position."""
         returns = [dict(found[row].advantage) for row in rows]
         for i, row in enumerate(rows):
             of_prompt = self.options["advantage_baseline"] == "group"
@@ -209,7 +209,7 @@ class SlowMiniLLM:
             before = through
 
     def _reward_advantages(self, rows: Sequence[Row]) -> list[float]:
-        """GRPO's: among the completions of a prompt, or of the whole buffer where each prompt has one."""
+        """Return GRPO's advantages within a prompt, or within the whole buffer if prompts have one completion."""
         if not self.reward_funcs:
             return [0.0] * len(rows)
         weights = self.options["reward_weights"] or [1.0] * len(self.reward_funcs)
@@ -240,7 +240,7 @@ class SlowMiniLLM:
     def loss(
         self, rows: Sequence[Row], student: Logits, teacher: Logits, constants: Mapping[Row, Constants]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of an optimizer step on `rows`, without L_PT, and the metrics of docs/metrics.md."""
+        """Return the loss of an optimizer step on `rows`, without L_PT, and the metrics of docs/metrics.md."""
         by_row = [self._tokens(row, student[row], teacher[row], constants[row]) for row in rows]
         tokens = [token for row in by_row for token in row]
         kls = sorted(sum(token["objective/single_step"].item() for token in row) for row in by_row)
@@ -294,7 +294,7 @@ class SlowMiniLLM:
     def corpus_loss(
         self, rows: Sequence[Row], student: Logits, teacher: Logits
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """`lm_coef` L_PT over the sequences of an optimizer step, at temperature 1."""
+        """Return `lm_coef` * L_PT over the sequences of an optimizer step, at temperature 1."""
         cross_entropy, forward_kl = [], []
         for row in rows:
             q, p = self.log_probs(student[row], 1.0), self.log_probs(teacher[row], 1.0)
@@ -324,7 +324,7 @@ def _metrics(tokens: Sequence[Mapping], num_rows: int) -> dict[str, float]:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """The unbiased standard deviation."""
+    """Return the sample standard deviation."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 

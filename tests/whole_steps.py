@@ -29,7 +29,7 @@ def length(completion: Sequence[int]) -> float:
 
 
 def over_rows(function):
-    """A reward function of TRL from one of a single completion."""
+    """Make a reward function of TRL from a function of a single completion."""
 
     def reward(completion_ids, **unused):
         return [function(completion) for completion in completion_ids]
@@ -39,7 +39,7 @@ def over_rows(function):
 
 
 def written_completion(prompt: str) -> tuple[list[int], list[float], list[int]]:
-    """Of a rollout function: tokens, log-probs of the policy that sampled, and where the model wrote them."""
+    """Return a rollout function's tokens, log-probs of the policy that sampled, and mask of model tokens."""
     number = PROMPTS.index(prompt)
     size = 2 + number % (MAX_LENGTH - 1)
     ids = [1 + (5 * number + 7 * t) % 299 for t in range(size)]
@@ -180,7 +180,7 @@ CASES = {
 
 @dataclass
 class Recording:
-    """What one process saw: rows by optimizer step, those of the evaluation, all weights, and the logs."""
+    """A record of one process: rows by optimizer step and of the evaluation, all weights, and the logs."""
 
     steps: list[list[Row]] = field(default_factory=list)
     evaluation: list[Row] = field(default_factory=list)
@@ -215,7 +215,7 @@ def flat_weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def rows_of(inputs: dict[str, torch.Tensor]) -> list[Row]:
-    """The tokens of a batch, and nothing else of it."""
+    """Return only the tokens of a batch."""
     rows = []
     for name in ("prompt", "completion"):
         ids, mask = inputs[f"{name}_ids"], inputs[f"{name}_mask"].bool()
@@ -224,7 +224,7 @@ def rows_of(inputs: dict[str, torch.Tensor]) -> list[Row]:
 
 
 def written_rows() -> dict[tuple[int, ...], Row]:
-    """What the rollout function says of each prompt, by the prompt's tokens."""
+    """Return the rollout function's output for each prompt, by the prompt's tokens."""
     rows, tokenizer = {}, build_tokenizer()
     for prompt in PROMPTS:
         ids, logps, mask = written_completion(prompt)
@@ -244,7 +244,7 @@ def build_models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def corpus(texts: bool, num_rows: int) -> tuple[Dataset, list[Row]]:
-    """A corpus that one optimizer step reads whole, in whatever order, and its `num_rows` sequences."""
+    """Return a corpus that one optimizer step reads completely, in any order, and its `num_rows` sequences."""
     tokenizer = build_tokenizer()
     end, most = tokenizer.eos_token_id, COMMON["lm_max_length"]
     if not texts:
@@ -263,7 +263,7 @@ def corpus(texts: bool, num_rows: int) -> tuple[Dataset, list[Row]]:
 
 
 def record(case: Case, folder: Path, num_processes: int) -> Recording:
-    """Train on `num_processes` processes, of which this is one, with the student that lies in `folder`."""
+    """Train on `num_processes` processes, of which this is one, with the student in `folder`."""
     batch_size, accumulation = ROWS_OF_A_STEP // 2 // num_processes, 2
     args = MiniLLMConfig(
         str(folder / "output"),

@@ -1,4 +1,4 @@
-"""Records the runs of `whole_steps`; started in several processes by the tests."""
+"""Record the runs of `whole_steps`; tests start this in several processes."""
 
 import os
 import pickle

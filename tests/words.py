@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
-# Which files are checked: of .py their docstrings, comments and strings, of .ipynb their Markdown cells.
+# The files to check: in .py their docstrings, comments and strings, in .ipynb their Markdown cells.
 COVERED = (
     "*.md",
     "docs/**/*.md",
@@ -27,6 +27,7 @@ COVERED = (
     "notebooks/**/*.md",
     "notebooks/**/*.ipynb",
     "benchmarks/**/*.md",
+    "benchmarks/*.py",
     ".github/**/*.md",
     ".github/**/*.yml",
     "minillm_trl/**/*.py",
@@ -85,7 +86,7 @@ _NOT_PROSE = re.compile(
 
 
 class Hit(NamedTuple):
-    """A banned phrase in a file: the line that it starts on, its words there, and its entry in the list."""
+    """A banned phrase in a file: its first line, its words, and its entry in the list."""
 
     line: int
     text: str
@@ -93,7 +94,7 @@ class Hit(NamedTuple):
 
 
 def hits(text: str) -> Iterator[Hit]:
-    """Yield the banned phrases of a text that is prose but for code in backticks, in the order of the list."""
+    """Yield the banned phrases in prose, except within backticks, in the order of the list."""
     lines = text.splitlines()
     text = _NOT_PROSE.sub(_blank, _OFF.sub(_blank, text))
     for banned, pattern in _PATTERNS:
@@ -104,7 +105,7 @@ def hits(text: str) -> Iterator[Hit]:
 
 
 def prose(path: Path) -> str:
-    """Return the prose of a file, line by line where it is in the file (of a notebook: its Markdown cells)."""
+    """Return the prose of a file with its line numbers kept; for a notebook, its Markdown cells."""
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return _comments_and_strings(source)

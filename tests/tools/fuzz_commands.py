@@ -1,4 +1,4 @@
-"""YAML files, command lines and model folders for `fuzzing.py`, most of them spoilt."""
+"""YAML files, command lines and model folders for `fuzzing.py`, most of them broken."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 # without `benchmark`, which is parsed as `evaluate` is and takes seconds to find its tasks
 _COMMANDS = (*TRAINING, "prepare-data", "evaluate", "generate", "merge", "compare", "judge", "recipe")
-# of a file or folder whose name may have been spoilt
+# a file or folder whose name may be broken
 _UNKNOWN = (
     *("no tokenizer at ", "neither a local file or folder", "no such file or folder", "no results of `minillm-trl"),
     "holds no file of the split",
@@ -26,7 +26,7 @@ _UNKNOWN = (
 
 
 def recipe_files(random: Random, folder: Path) -> Input:
-    """A recipe, one of its files spoilt."""
+    """Make a recipe with one broken file."""
     recipe = small_recipe(folder)
     path = random.choice(sorted(recipe.glob("*.yaml")))
     values = yaml.safe_load(path.read_text())
@@ -104,7 +104,7 @@ def _options(name: str) -> list[argparse.Action]:
 
 
 def _likely(random: Random, action: argparse.Action) -> Any:
-    """A value that the option may take."""
+    """Return a valid value of the option."""
     if action.choices:
         return random.choice(list(action.choices))
     if action.type is int:
@@ -117,7 +117,7 @@ def _likely(random: Random, action: argparse.Action) -> Any:
 
 
 def _needed(name: str, folder: Path) -> dict[str, Any]:
-    """Options without which a subcommand ends at once. There is no model, so that nothing is trained."""
+    """Return the required options of a subcommand. There is no model, so nothing is trained."""
     data = folder / "train.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     empty, output = str(folder / "empty"), str(folder / "out")
@@ -149,7 +149,7 @@ def _needed(name: str, folder: Path) -> dict[str, Any]:
 
 
 def yaml_file(random: Random, folder: Path) -> Input:
-    """A YAML file of a subcommand, with likely and wild values of its options."""
+    """Make a YAML file for a subcommand, with valid and wild values of its options."""
     name = random.choice((*TRAINING, "prepare-data", "evaluate"))
     values = _needed(name, folder)
     options = _options(name)
@@ -164,7 +164,7 @@ def yaml_file(random: Random, folder: Path) -> Input:
 
 
 def command_line(random: Random, folder: Path) -> Input:
-    """A command line with likely and wild options, misspelt ones, and words missing, twice or out of place."""
+    """Make a command line with valid, wild and misspelt options, and with missing, repeated and moved words."""
     name = random.choice(_COMMANDS)
     needed, options = _needed(name, folder), _options(name)
     words: list[str] = []
@@ -188,7 +188,7 @@ def command_line(random: Random, folder: Path) -> Input:
 
 @cache
 def _models(place: str) -> tuple[Path, Path]:
-    """A tiny model and an adapter for it, saved once."""
+    """Save a tiny model and an adapter for it, once."""
     model, adapter = Path(place) / "model", Path(place) / "adapter"
     tokenizer = build_tokenizer()
     build_model("gpt2", len(tokenizer), width=16, layers=1).save_pretrained(model)
@@ -200,7 +200,7 @@ def _models(place: str) -> tuple[Path, Path]:
 
 
 def model_folder(random: Random, folder: Path) -> Input:
-    """A model or an adapter, one of its files spoilt, for `generate`, `evaluate` and `merge`."""
+    """Make a model or adapter with one broken file, for `generate`, `evaluate` and `merge`."""
     model, adapter = (Path(shutil.copytree(path, folder / path.name)) for path in _models(str(folder.parents[0])))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(model)}))

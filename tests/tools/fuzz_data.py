@@ -1,4 +1,4 @@
-"""Data files for `fuzzing.py`, most of them spoilt, read as the subcommands read them."""
+"""Data files for `fuzzing.py`, most of them broken, read as the subcommands read them."""
 
 import csv
 import gzip
@@ -52,7 +52,7 @@ def _rows(random: Random, task: str) -> list[Any]:
 
 
 def _write_rows(random: Random, folder: Path, rows: list[Any], stem: str = "train") -> Path:
-    """The rows in one of the formats, the bytes spoilt now and then."""
+    """Write the rows in one of the formats, sometimes with broken bytes."""
     extension = random.choice((".jsonl",) * 4 + (".json", ".csv", ".jsonl.gz", ".parquet", ".txt", ".JSON"))
     match extension:
         case ".json" | ".JSON":
@@ -138,7 +138,7 @@ def _check_prepared(folder: Path) -> Callable[[Any], None]:
 
 
 def data_file(random: Random, folder: Path) -> Input:
-    """A file of examples, read as the training subcommands read it."""
+    """Make a file of examples, read as the training subcommands do."""
     path = _write_rows(random, folder, _rows(random, random.choice(("examples",) * 9 + ("instructions",))))
     options: dict[str, Any] = {"require_completion": random.random() < 0.3}
     if random.random() < 0.1:
@@ -158,7 +158,7 @@ def data_file(random: Random, folder: Path) -> Input:
 
 
 def corpus(random: Random, folder: Path) -> Input:
-    """A corpus of plain text."""
+    """Make a corpus of plain text."""
     path = _write_rows(random, folder, _rows(random, random.choice(("text", "text", "examples"))))
 
     def check(dataset: Dataset) -> None:
@@ -169,7 +169,7 @@ def corpus(random: Random, folder: Path) -> Input:
 
 
 def prepared_data(random: Random, folder: Path) -> Input:
-    """A source for `prepare-data`, whatever its task."""
+    """Make a source for `prepare-data`, for any task."""
     task = random.choice([name for name in _ROWS if name != "vicuna"])
     source = _write_rows(random, folder, _rows(random, task))
     output = folder / "out"
@@ -184,7 +184,7 @@ def prepared_data(random: Random, folder: Path) -> Input:
 
 
 def vicuna(random: Random, folder: Path) -> Input:
-    """Questions and answers of the Vicuna benchmark."""
+    """Make questions and answers of the Vicuna benchmark."""
     answers = (
         [{"question_id": 1, "text": "He."}]
         if random.random() < 0.5
@@ -200,7 +200,7 @@ def vicuna(random: Random, folder: Path) -> Input:
 
 
 def natural_instructions(random: Random, folder: Path) -> Input:
-    """A clone of Super-NaturalInstructions."""
+    """Make a clone of Super-NaturalInstructions."""
     clone, output = folder / "sni", folder / "out"
     tasks, listed = clone / "tasks" / "task1.json", clone / "splits" / "default" / "test_tasks.txt"
     for path in (tasks, listed):
@@ -214,7 +214,7 @@ def natural_instructions(random: Random, folder: Path) -> Input:
 
 
 def saved_dataset(random: Random, folder: Path) -> Input:
-    """A folder of `save_to_disk`, one of its files spoilt."""
+    """Make a folder of `save_to_disk` with one broken file."""
     dataset = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     path = folder / "saved"
     (DatasetDict({"train": dataset}) if random.random() < 0.5 else dataset).save_to_disk(path)

@@ -1,4 +1,4 @@
-"""What an input of `fuzzing.py` is, and how a good one is spoilt."""
+"""Inputs of `fuzzing.py`, and ways to break a valid one."""
 
 import copy
 import gzip
@@ -56,7 +56,7 @@ _NUMBERS = (0, 1, -1, 2, 3.5, -0.0, 1e-5, 1e308, 2**31, 2**63, 2**64, -(2**70), 
 
 @dataclass(frozen=True)
 class Input:
-    """What is run; what a refusal must name (one of them); and a check of what it returned."""
+    """A call to run; words of which a refusal must name one; and a check of the result."""
 
     run: Callable[[], Any]
     names: tuple[object, ...]
@@ -68,7 +68,7 @@ def command(*words: object, names: tuple[object, ...], check: Callable[[Any], No
 
 
 def wild(random: Random, depth: int = 2) -> Any:
-    """Any value that JSON and YAML can hold."""
+    """Return any value that JSON and YAML can hold."""
     kind = random.randrange(10)
     if kind < 3:
         return random.choice(_TEXTS)
@@ -84,7 +84,7 @@ def wild(random: Random, depth: int = 2) -> Any:
 
 
 def spoil_tree(random: Random, tree: Any) -> Any:
-    """A copy in which one to three places hold another value, or another name, or nothing."""
+    """Return a copy in which one to three entries have a different value or name, or are missing."""
     tree = {"": copy.deepcopy(tree)}
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         node, key = random.choice(list(_places(tree)))
@@ -102,7 +102,7 @@ def spoil_tree(random: Random, tree: Any) -> Any:
 
 
 def _places(tree: Any) -> Any:
-    """Container and key of everything in it."""
+    """Yield container and key of every nested entry."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield tree, key
         if isinstance(value, dict | list):
@@ -110,7 +110,7 @@ def _places(tree: Any) -> Any:
 
 
 def spoil_bytes(random: Random, data: bytes) -> bytes:
-    """The bytes cut, damaged, recoded, or with something put in."""
+    """Return the bytes truncated, damaged, recoded, or with an insertion."""
     place, end = random.randrange(len(data) + 1), random.randrange(len(data) + 1)
     put_in = random.choice(
         (
@@ -155,14 +155,14 @@ def spoil_bytes(random: Random, data: bytes) -> bytes:
 
 
 def dump_json(random: Random, value: Any) -> bytes:
-    """JSON, in one of the ways that programs write it."""
+    """Return JSON in one of the styles that programs write."""
     if random.random() < 0.5:
         return json.dumps(value).encode()
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="surrogatepass")
 
 
 def spoil_file(random: Random, paths: list[Path]) -> Path:
-    """Spoil one of the files: its bytes, or if it is JSON its values; or remove it."""
+    """Break one of the files: its bytes or, in JSON, its values; or remove it."""
     path = random.choice(sorted(paths))
     data = path.read_bytes()
     kind = random.randrange(10)

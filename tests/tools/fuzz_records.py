@@ -1,4 +1,4 @@
-"""What subcommands left on disk, spoilt, for those that read it; for `fuzzing.py`."""
+"""Broken outputs of subcommands, for the subcommands that read them; for `fuzzing.py`."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from minillm_trl.evaluation.parts import Parts
 
 
 def small_recipe(folder: Path) -> Path:
-    """A small recipe, whose stages write into `folder`."""
+    """Return a small recipe whose stages write into `folder`."""
     recipe = folder / "recipe"
     recipe.mkdir()
     stages = {
@@ -41,7 +41,7 @@ def _evaluation(folder: Path, **options: Any) -> Path:
 
 
 def evaluation_results(random: Random, folder: Path) -> Input:
-    """Results of `evaluate` for `compare`, and a training's state, one of the files spoilt."""
+    """Make results of `evaluate` for `compare`, and the state of a training, with one broken file."""
     runs = [_evaluation(folder / name, excess_error=[1.0, None, 2.0], corpus={"distinct_4": 0.5}) for name in "ab"]
     state = folder / "train" / random.choice(("checkpoint-5", "checkpoint-5", "checkpoint-x")) / "trainer_state.json"
     state.parent.mkdir(parents=True)
@@ -56,7 +56,7 @@ def evaluation_results(random: Random, folder: Path) -> Input:
 
 
 def verdicts(random: Random, folder: Path) -> Input:
-    """Verdicts of a judge, and the results that it judges."""
+    """Make verdicts of a judge, and the results that it judges."""
     run, output = _evaluation(folder / "a"), folder / "judged"
     output.mkdir()
     verdict = {"key": "k", "scores": [8.0, 7.0], "reply": "8 7", "asked": 1, "retries": 0, "model": "m"}
@@ -68,7 +68,7 @@ def verdicts(random: Random, folder: Path) -> Input:
 
 
 def teacher_data(random: Random, folder: Path) -> Input:
-    """The folder in which `seqkd` gathers a teacher's completions."""
+    """Make the folder in which `seqkd` collects a teacher's completions."""
     path = folder / "teacher_data"
     data = TeacherData(path, {"teacher": "t", "num_generations": 1})
     data.open_share(0)([TeacherCompletion(row, 0, f"answer {row}", 3, True) for row in range(3)])
@@ -85,7 +85,7 @@ def teacher_data(random: Random, folder: Path) -> Input:
 
 
 def records(random: Random, folder: Path) -> Input:
-    """What says that something is done: of prepared data, of a recipe's stages, of an unfinished evaluation."""
+    """Make records of finished work: of prepared data, of a recipe's stages, of an unfinished evaluation."""
     kind = random.randrange(3)
     if kind == 0:
         source, output = folder / "x.jsonl", folder / "out"

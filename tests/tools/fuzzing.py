@@ -1,8 +1,8 @@
 """Bad input for the command line: `python tests/tools/fuzzing.py --number 10000 --seed 0`.
 
-Input `n` of a kind is made from the seed, the kind and `n` alone. A refusal must be one of the errors that the command
-line prints as its message, and must name the file, option or folder. What is refused leaves nothing under a final
-name, and what is accepted must be sound.
+Input `n` of a kind depends on the seed, the kind and `n` alone. A refusal must be one of the errors that the command
+line prints as its message, and must name the file, option or folder. Refused input must leave nothing under a final
+name; results of accepted input must be sound.
 """
 
 import argparse
@@ -39,8 +39,8 @@ KINDS = {
         fuzz_commands.model_folder,
     )
 }
-SECONDS = 60  # more is a hang
-MEMORY = 6 * 2**30  # bytes of address space beyond what is taken before
+SECONDS = 60  # a longer run is a hang
+MEMORY = 6 * 2**30  # bytes of additional address space
 
 
 class Hang(BaseException):
@@ -48,7 +48,7 @@ class Hang(BaseException):
 
 
 def try_input(kind: str, seed: int, number: int, place: Path) -> tuple[str, str | None]:
-    """Run one input: what became of it ("accepted", "refused"), and what is wrong with that, if anything is."""
+    """Run one input; return its outcome ("accepted" or "refused"), and the problem with it, if any."""
     folder = place / f"{kind}-{number}"
     here = folder / "here" / "here"  # for relative paths, `../..` among them
     here.mkdir(parents=True)
@@ -75,7 +75,7 @@ def try_input(kind: str, seed: int, number: int, place: Path) -> tuple[str, str 
 
 
 def _problem(error: BaseException, names: tuple[object, ...], said: str) -> str | None:
-    """What is wrong with a refusal."""
+    """Return the problem with a refusal, if any."""
     frames = traceback.extract_tb(error.__traceback__)
     where = next((frame for frame in reversed(frames) if "minillm_trl" in frame.filename), frames[-1])
     place = f"{Path(where.filename).name}:{where.name}"
@@ -95,7 +95,7 @@ def _names_any(names: tuple[object, ...], message: str) -> bool:
 
 
 def _partial(left: list[str]) -> str | None:
-    """Files that a refused input left, but for those whose names say that they are not final."""
+    """Return the files that a refused input left, except those with the name of an unfinished file."""
     final = [path for path in left if not any(part.startswith(".") for part in Path(path).parts)]
     return f"left behind: {final[:3]}" if final else None
 
@@ -128,7 +128,7 @@ def _limited() -> Iterator[None]:
 
 
 def main() -> int:
-    """Run inputs of all kinds and print how many were accepted and refused, and what is wrong."""
+    """Run inputs of all kinds, and print the numbers of accepted and refused inputs, and all problems."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=1000, help="inputs of all kinds together")
     parser.add_argument("--seed", type=int, default=0)

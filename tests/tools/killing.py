@@ -1,11 +1,11 @@
-"""Kills training runs at random moments, starts them again with the same command, compares them with one left alone.
+"""Kill training runs at random moments, restart them with the same command, compare with an uninterrupted run.
 
     python tests/tools/killing.py --work FOLDER --command minillm --kills 25 --seed 0 [--processes 2]
 
-The command line runs in forked children, so a start costs no imports. A child counts what it passes (tokens drawn,
-rollouts scored, losses, gradients, every file that is written, renamed or removed, with the middle of a file as a
-moment of its own), and kills itself by SIGKILL at a number drawn from the seed. Prints a JSON: what was being done at
-each kill, and the largest difference of weights and logged values.
+The command line runs in forked children, so a start costs no imports. A child counts moments (tokens drawn, rollouts
+scored, losses, gradients, every file that is written, renamed or removed, and the middle of every file), and kills
+itself with SIGKILL at a number drawn from the seed. Prints a JSON: the activity at each kill, and the largest
+difference of weights and logged values.
 """
 
 import argparse
@@ -60,11 +60,11 @@ MOMENTS = (
     "evaluation",
 )
 STEPS, SAVE_EVERY = 44, 4
-TIMES = ("runtime", "per_second", "step_time")  # what the clock decides
+TIMES = ("runtime", "per_second", "step_time")  # times
 
 
 class Counts:
-    """Moments that a child has passed, in memory that outlives it: their number, and the last one's kind."""
+    """Moments that a child has passed, in memory that outlives it: their number, and the kind of the last."""
 
     def __init__(self):
         self.memory = mmap.mmap(-1, 16)
@@ -80,7 +80,7 @@ class Counts:
 
 
 def count_moments(counts: Counts, kill_at: int | None) -> None:
-    """Let this process count its moments, and die at one of them."""
+    """Make this process count its moments, and die at one of them."""
 
     def passes(kind: str) -> None:
         kind = "evaluation" if kind == "token" and counts.read()[1] == "evaluation" else kind
@@ -97,7 +97,7 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
         setattr(owner, name, wrapper)
 
     def torn(owner: Any, name: str, argument: int) -> None:
-        """A writer of files: killed before, in the middle, or after."""
+        """Wrap a function that writes a file, to kill before, in the middle, or after."""
         function = getattr(owner, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
 def child(
     argv: list[str], counts: Counts, kill_at: int | None, rank: int, processes: int, port: int, log: Path
 ) -> None:
-    """Run the command line in this process, which was forked, to its end."""
+    """Run the command line to its end in this forked process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -156,7 +156,7 @@ def child(
 def run(
     argv: list[str], log: Path, kill_at: int | None = None, processes: int = 1, victim: int = 0
 ) -> tuple[str, int]:
-    """Run the command until its end or a kill. The other processes of a killed one are killed as a launcher would.
+    """Run the command to its end or a kill. The other processes are then killed, as a launcher does.
 
     Returns:
         the kind of the last moment (`"end"` if it came to its end), and the victim's number of moments.
@@ -195,7 +195,7 @@ def run(
 
 
 def make_inputs(work: Path) -> Path:
-    """Tiny models and data, and the YAMLs of the commands."""
+    """Write tiny models and data, and the YAMLs of the commands."""
     if (work / "minillm.yaml").exists():
         return work
     work.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def make_inputs(work: Path) -> Path:
 
 
 def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Weights of the chosen model and of the last step, and what was logged but for what the clock decides."""
+    """Return the weights of the final model and of the last step, and the logs without times."""
     last = Path(newest_whole_checkpoint(folder, checksums=True))
     name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
     weights = {
@@ -261,9 +261,9 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 
 
 def differences(one: Path, other: Path) -> dict[str, Any]:
-    """The largest difference of two runs' weights, and the number of logs that differ.
+    """Return the largest difference of two runs' weights, and the number of logs that differ.
 
-    Of a run that let the teacher answer and trained nothing, the lines of the data that differ.
+    For a run that only generated teacher data, return the number of lines that differ.
     """
     if not list(one.glob("*.safetensors")):
         answers, others = ((folder / "data" / "train.jsonl").read_text().splitlines() for folder in (one, other))
@@ -302,7 +302,7 @@ def main() -> None:
     shutil.rmtree(alone, ignore_errors=True)
     _, moments = run(command(alone), work / "alone.log", processes=arguments.processes)
     draw, killed_at, found = random.Random(arguments.seed), [], []
-    reach = max(2, moments // 3)  # so that some starts come nowhere, and a run dies some six times over all its length
+    reach = max(2, moments // 3)  # some starts make no progress; a run dies about six times
     while len(killed_at) < arguments.kills:
         killed = work / f"{name}-killed-{arguments.seed}-{len(found)}"
         shutil.rmtree(killed, ignore_errors=True)

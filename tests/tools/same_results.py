@@ -1,4 +1,4 @@
-"""Compares what two commits compute: four short runs with fixed seeds, bit for bit.
+"""Compare the results of two commits bit for bit: four short runs with fixed seeds.
 
     python tests/tools/same_results.py COMMIT_A COMMIT_B
 
@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-TIMES = ("runtime", "per_second", "step_time", "seconds", "memory")  # what the clock and the machine decide
+TIMES = ("runtime", "per_second", "step_time", "seconds", "memory")  # values that depend on clock and machine
 RESUMED = "checkpoint-3"  # in the middle of a rollout buffer
 
 COMMON = {
@@ -37,7 +37,7 @@ MINILLM = {
     **{"log_completions": True, "num_completions_to_print": 0, "sampling_batch_size": 4},
 }
 
-# Sampling keeps other scores here: rewards of both distributions, a coin for each row, no states of the teacher
+# These settings use other scores: rewards of both distributions, a coin for each row, no states of the teacher
 EXPECTED = {
     **{"reward_estimator": "expected", "importance_weighting": "prefix", "shared_coins": False, "beta": 0.1},
     **{"teacher_hidden_states": "recompute"},
@@ -69,7 +69,7 @@ def command(subcommand: str, **options: object) -> list[str]:
 
 
 def run_chain(inputs: Path, output: Path) -> None:
-    """Run the four commands of the package that is on the path, in this process."""
+    """Run the four commands in this process, with the package on the path."""
     import torch
 
     from minillm_trl.cli import main
@@ -103,7 +103,7 @@ def _hash(commit: str) -> str:
 
 
 def check_out(commit: str, folder: Path) -> Path:
-    """Write the files of a commit to `folder`; `.` is the checkout as it is."""
+    """Write the files of a commit to `folder`; `.` is the working tree."""
     if commit == ".":
         return ROOT
     archive = subprocess.run(["git", "archive", commit, "minillm_trl"], cwd=ROOT, capture_output=True, check=True)
@@ -113,7 +113,7 @@ def check_out(commit: str, folder: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what a file holds that is a result, by name: tensors as bytes, and values without times and paths."""
+    """Return the results in a file by name: tensors as bytes, and values without times and paths."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values within nested dicts and lists that the clock and the machine do not decide, by path."""
+    """Yield the values in nested dicts and lists by path, without times and properties of the machine."""
     if isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             if not str(key).endswith(TIMES):
@@ -135,14 +135,14 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the results of a chain of runs by file."""
+    """Return the results of a chain of runs, by file."""
     patterns = ("*.safetensors", "trainer_state.json", "results.json", "samples.jsonl")
     paths = sorted(path for pattern in patterns for path in folder.rglob(pattern))
     return {str(path.relative_to(folder)): read(path) for path in paths}
 
 
 def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the names of the values that only one of two chains has, or that differ, by file."""
+    """Return the names of values that differ between two chains, or are missing in one, by file."""
     missing = object()
     different = {}
     for file in sorted(one.keys() | other.keys()):
@@ -154,8 +154,8 @@ def differences(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]
 
 
 def compare(commits: list[str]) -> int:
-    """Run the chain under each of two commits, and print what differs."""
-    hashes = [commit if commit == "." else _hash(commit) for commit in commits]  # a branch may move meanwhile
+    """Run the chain under each of two commits, and print the differences."""
+    hashes = [commit if commit == "." else _hash(commit) for commit in commits]  # a branch may move in the meantime
     with tempfile.TemporaryDirectory() as work:
         inputs, found = Path(work) / "inputs", []
         inputs.mkdir()
@@ -183,7 +183,7 @@ def compare(commits: list[str]) -> int:
 
 
 def main() -> int:
-    """Compare two commits, or run the chain of one, which the comparison starts in processes of their own."""
+    """Compare two commits; with `--chain`, run the chain of one, as the comparison does in subprocesses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs=2, metavar="COMMIT")
     parser.add_argument("--chain", action="store_true", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
-"""Runs the tests that depend on TRL against several of its versions: `python tests/tools/trl_matrix.py 1.16.0 1.16.1`.
+"""Run the tests that depend on TRL against several of its versions: `python tests/tools/trl_matrix.py 1.16.0 1.16.1`.
 
-Each version is installed, without its dependencies, into a folder of its own in front of the environment's.
+Each version is installed, without dependencies, into a separate folder that precedes the environment.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TESTS = [
 
 
 def available_versions(line: str) -> list[str]:
-    """Releases of a minor version such as `1.16` on the package index."""
+    """Return the releases of a minor version such as `1.16` on the package index."""
     command = [sys.executable, "-m", "pip", "index", "versions", "trl"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"Available versions: (.*)", listing)
