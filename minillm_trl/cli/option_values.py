@@ -141,7 +141,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
     if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
         raise UserError(f"{place}: expected one value, got a list.")
     kind = getattr(action.type, "__name__", "")
-    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float"):
+    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float", "temperature_or_greedy"):
         for item in node.value:
             _check_yaml_value(action, item, annotation, place)
     if node.tag.endswith(":null") and "None" not in annotation:
@@ -175,6 +175,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
             "mapping": "a mapping",
             "json_object": "a mapping",
             "mapping_or_file": "a mapping or file",
+            "temperature_or_greedy": "a temperature above 0 or greedy",
         }
         expected = names.get(kind, kind)
         raise UserError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error

@@ -7,12 +7,30 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .answers import side_by_side
+from .comparable import check_models
 from .comparison_tables import Differences, columns_of, common_position, measured, overview, task_tables
 from .figures import task_figures, task_overview, training_curves
-from .report import Record, Report, Section, Table, best_students
-from .results import EvaluatedModel, TaskResult, check_comparable, results_of, task_names, teacher_names
+from .frontier_results import equal_entropy_differences
+from .frontier_tables import (
+    CHOSEN_ROUGE_L,
+    MEASURES,
+    USE,
+    EqualEntropy,
+    decoding_figures,
+    decoding_records,
+    decoding_tables,
+)
+from .report import Record, Report, Section, Table, best_students, make_record
+from .results import (
+    DecodingResults,
+    EvaluatedModel,
+    TaskResult,
+    decodings_of,
+    results_of,
+    task_names,
+    teacher_names,
+)
 from .significance import paired_differences
-from .statistics import MeanInterval
 
 _SAMPLES, _SAMPLES_OF_SEVERAL_TASKS = 5, 3
 
@@ -44,29 +62,30 @@ def compare_models(
             raise UserError(f"--{option} {name}: no such model. Choose one of {', '.join(names)}.")
     tasks = task_names(models)
     for task in tasks:
-        check_comparable(task, results_of(models, task))
+        check_models(models, task)
     differences = _differences(models, tasks, baseline)
     teachers = teacher_names(models) | (set() if teacher is None else {teacher})
+    at_equal_entropy = _at_equal_entropy(models, tasks, baseline)
     table = overview(models, tasks, teachers, differences, baseline)
-    sections = [
-        Section(
-            task,
-            task_tables(results_of(models, task), teachers, differences[task], baseline),
-            task_figures(task, results_of(models, task), names),
-        )
-        for task in tasks
-    ]
+    sections = []
+    for task in tasks:
+        results, decodings = results_of(models, task), decodings_of(models, task)
+        tables = task_tables(results, teachers, differences[task], baseline)
+        tables |= decoding_tables(results, decodings, teachers, at_equal_entropy[task], baseline)
+        figures = task_figures(task, results, names) + decoding_figures(task, decodings, names)
+        sections.append(Section(task, tables, figures))
     if len(tasks) > 1 and table.columns:
         sections.insert(0, Section("All tasks", {"": table}, task_overview(models, tasks)))
-    sections.insert(1, Section("How to read the numbers", notes=_notes(baseline)))
+    has_decodings = any(model.decodings for model in models)
+    sections.insert(1, Section("How to read the numbers", notes=_notes(baseline, has_decodings)))
     if curves := training_curves(histories or {}, names):
         sections.append(Section("Training", figures=curves))
     return Report(
         title="Comparison of models",
-        summary=_summary(table, differences, models, baseline),
+        summary=_summary(table, differences, models, baseline) + _chosen_summary(sections),
         facts=_facts(models, tasks),
         sections=sections + _answers(models, tasks, teachers),
-        records=_records(models, tasks, differences),
+        records=_records(models, tasks, differences, at_equal_entropy),
     )
 
 
@@ -81,10 +100,21 @@ def _differences(
     return differences
 
 
+def _at_equal_entropy(
+    models: Sequence[EvaluatedModel], tasks: Sequence[str], baseline: str | None
+) -> dict[str, EqualEntropy]:
+    """Return differences at equal entropy by task; empty for tasks that the baseline has no decodings of."""
+    bar = tqdm(tasks, desc="Comparing at equal entropy", unit=" tasks", delay=5, leave=False)
+    return {task: equal_entropy_differences(decodings_of(models, task), baseline, MEASURES) for task in bar}
+
+
 def _facts(models: Sequence[EvaluatedModel], tasks: Sequence[str]) -> list[tuple[str, str]]:
     settings = {task: next(iter(results_of(models, task).values())).settings for task in tasks}
     facts = [(task, f"{settings[task]['prompts']} prompts") for task in tasks]
-    described = {task: _described(task_settings) for task, task_settings in settings.items()}
+    described = {
+        task: _described(task_settings) | _temperatures(decodings_of(models, task))
+        for task, task_settings in settings.items()
+    }
     for name in dict.fromkeys(name for task_facts in described.values() for name in task_facts):
         by_task = {task: task_facts[name] for task, task_facts in described.items() if name in task_facts}
         if len(set(by_task.values())) == 1:
@@ -111,6 +141,13 @@ def _described(settings: Mapping[str, Any]) -> dict[str, str]:
     return {**described, "Length limit": f"{settings['max_new_tokens']} tokens"}
 
 
+def _temperatures(decodings: Mapping[str, DecodingResults]) -> dict[str, str]:
+    """Return the decodings of a task that was evaluated at several temperatures."""
+    found = {decoding for results in decodings.values() for decoding in results.test}
+    ordered = sorted(found, key=lambda decoding: -(decoding.temperature or 0))
+    return {"Also decoded with": ", ".join(map(str, ordered))} if ordered else {}
+
+
 def _summary(
     table: Table, differences: Mapping[str, Differences], models: Sequence[EvaluatedModel], baseline: str | None
 ) -> str:
@@ -128,6 +165,16 @@ def _summary(
         above = {name: [task for task in tasks if name in better[task]] for name in students}
         sentences.append(f"Significantly better than {baseline}: {_listed(above)}.")
     return " ".join(sentences)
+
+
+def _chosen_summary(sections: Sequence[Section]) -> str:
+    """Return which students lead at the temperatures chosen on validation; empty without any."""
+    tables = {section.heading: section.tables[USE] for section in sections if USE in section.tables}
+    leads: dict[str, list[str]] = {}
+    for task, table in tables.items():
+        for name in (row.name for row in table.rows if (row.name, CHOSEN_ROUGE_L) in best_students(table)):
+            leads.setdefault(name, []).append(task)
+    return f" Highest Rouge-L at temperatures chosen on validation: {_listed(leads)}." if leads else ""
 
 
 def _listed(tasks: Mapping[str, Sequence[str]]) -> str:
@@ -148,7 +195,7 @@ def _significantly_better(results: Mapping[str, TaskResult], differences: Differ
     return names
 
 
-def _notes(baseline: str | None) -> list[str]:
+def _notes(baseline: str | None, has_decodings: bool) -> list[str]:
     notes = [
         "Means over prompts with 95 % bootstrap intervals over prompts; a prompt's value is its mean over the "
         "sampling seeds. ↑ higher is better, ↓ lower is better, ≈ closer to the teacher is better. The best student "
@@ -165,6 +212,13 @@ def _notes(baseline: str | None) -> list[str]:
             f"Differences from {baseline} are paired by prompt, with 95 % bootstrap intervals. p comes from a "
             "two-sided sign-flip test, corrected (Holm) for the number of models compared on a task."
         )
+    if has_decodings:
+        notes.append(
+            "A lower temperature makes any model sharper and usually raises its Rouge-L, so Rouge-L at T = 1 compares "
+            "sharpness as much as quality. Entropy (nats per token) measures sharpness; greedy decoding has 0. Curves "
+            "over entropy compare models that are equally sharp. Intervals of differences at equal entropy resample "
+            "prompts, with the entropies and values of both models."
+        )
     return notes
 
 
@@ -176,19 +230,19 @@ def _answers(models: Sequence[EvaluatedModel], tasks: Sequence[str], teachers: s
 
 
 def _records(
-    models: Sequence[EvaluatedModel], tasks: Sequence[str], differences: Mapping[str, Differences]
+    models: Sequence[EvaluatedModel],
+    tasks: Sequence[str],
+    differences: Mapping[str, Differences],
+    at_equal_entropy: Mapping[str, EqualEntropy],
 ) -> list[Record]:
-    records = []
+    records: list[Record] = []
     for task in tasks:
         results = results_of(models, task)
         position = common_position(results)
         for name, result in results.items():
+            decoding = None if result.decoding is None else result.decoding.folder
             for measure, cell in measured(result, position).items():
-                if not isinstance(cell, MeanInterval):
-                    records.append(Record(name, task, measure, cell))
-                    continue
-                mean, low, high, n, error = cell
-                record = Record(name, task, measure, mean, low, high, error, n)
+                record = make_record(name, task, measure, cell, decoding)
                 if (difference := differences[task].get(measure, {}).get(name)) is not None:
                     record = record._replace(
                         difference=difference.interval.mean,
@@ -198,4 +252,5 @@ def _records(
                         p_holm=difference.p_holm,
                     )
                 records.append(record)
+        records += decoding_records(task, decodings_of(models, task), at_equal_entropy[task])
     return records

@@ -14,6 +14,7 @@ COLUMNS = {
     for column in (
         Column("rouge_l", "Rouge-L", "higher"),
         Column("rouge_l_by_seed", "Rouge-L of the seeds", None),
+        Column("best_rouge_l", "Rouge-L, best of the seeds", "higher"),
         Column("exact_match", "Exact match (%)", "higher"),
         Column("accuracy", "Accuracy (%)", "higher"),
         Column("confidence", "Confidence", None, 3),
@@ -24,6 +25,7 @@ COLUMNS = {
         Column("forward_kl", "Forward KL (nats)", "lower"),
         Column("forward_kl_per_token", "Forward KL (nats/token)", "lower", 3),
         Column("excess_error", "ExAccErr at token {position} (%)", "lower"),
+        Column("entropy_per_token", "Entropy (nats/token)", "teacher", 2),
         Column("length", "Length (tokens)", "teacher"),
         Column("eos_rate", "Ends by itself", "teacher", 2),
         Column("repeated_4grams", "Repeated 4-grams", "teacher", 3),
@@ -34,7 +36,7 @@ COLUMNS = {
     )
 }
 GROUPS = {
-    "Quality": ("rouge_l", "rouge_l_by_seed", "exact_match", "accuracy", "confidence", "ece", "loss"),
+    "Quality": ("rouge_l", "rouge_l_by_seed", "best_rouge_l", "exact_match", "accuracy", "confidence", "ece", "loss"),
     "Closeness to the teacher": (
         "reverse_kl",
         "reverse_kl_per_token",
@@ -43,6 +45,7 @@ GROUPS = {
         "excess_error",
     ),
     "Length, repetition and diversity": (
+        "entropy_per_token",
         "length",
         "eos_rate",
         "repeated_4grams",

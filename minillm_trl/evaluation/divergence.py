@@ -115,16 +115,21 @@ def completion_losses(
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    r"""Return the language-modelling loss of each token of completions: $-\log q(y_t|y_{<t}, x)$, at temperature 1.
+    r"""Return the language-modelling loss of each token of completions: $-\log q(y_t|y_{<t}, x)$.
 
-    The softmax is over the model's whole vocabulary, including padding rows, as in the loss of `transformers`.
+    It is also the divergence from q of a decoder that always writes this token, $\mathrm{KL}(\delta_{y_t} \,\|\, q)$.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model in eval mode.
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
         completion_ids (`Sequence[Sequence[int]]`): completions, with or without end-of-sequence token.
+        vocab_size (`int`, *optional*): number of leading vocabulary rows of the softmax. None means the whole
+            vocabulary, including padding rows, as in the loss of `transformers`.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of q.
         batch_size (`int`, *optional*, defaults to `64`): rows of one forward pass; the result does not depend on it.
 
     Returns:
@@ -136,9 +141,11 @@ def completion_losses(
     """
     check_embedded(model, (*prompt_ids, *completion_ids))
     head = LMHead.of(model)
+    rows = head.weight.shape[0] if vocab_size is None else vocab_size
 
     def losses(request: ScoreRequest) -> list[torch.Tensor]:
-        return [-score_hidden_states(_states(model, request), head, request, head.weight.shape[0]).logps]
+        request = request._replace(temperature=temperature)
+        return [-score_hidden_states(_states(model, request), head, request, rows).logps]
 
     return _token_values(("loss",), losses, prompt_ids, completion_ids, batch_size, head.weight.device)["loss"]
 

@@ -74,7 +74,8 @@ def evaluate_model(
     Processes share the prompts; the result does not depend on their number. `docs/evaluation_measures.md` explains the
     measures: `length`, `eos_rate`, `repeated_4grams` and, for samples, `entropy_per_token`; with references `rouge_l`,
     `exact_match` and `loss`; with several seeds `best_rouge_l`, `distinct_outputs`, `distinct_4grams` and `self_bleu`;
-    with a teacher `reverse_kl` and, with `forward_kl=True`, `forward_kl`, both also `_per_token`.
+    with a teacher `reverse_kl` and, with `forward_kl=True`, `forward_kl`, both also `_per_token`. Greedy decoding is a
+    distribution on one completion y: with a teacher its `entropy_per_token` is 0 and its `reverse_kl` is -log p(y).
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to evaluate; put in eval mode.
@@ -104,8 +105,8 @@ def evaluate_model(
         [`Evaluation`].
 
     Raises:
-        ValueError: if the dataset or the seeds are empty, a teacher is given without seeds, a measure lacks its
-            teacher, or teacher and tokenizer do not match.
+        ValueError: if the dataset or the seeds are empty, `forward_kl` or exposure bias lacks a teacher or seeds, or
+            teacher and tokenizer do not match.
     """
     _check_request(len(dataset), seeds, teacher, forward_kl, exposure_bias_samples)
     decoding = {
@@ -147,10 +148,13 @@ def _check_request(
 ) -> None:
     if prompts == 0 or (seeds is not None and len(seeds) == 0):
         raise UserError(f"Nothing to evaluate: {prompts} prompts and {len(seeds or ())} seeds.")
-    if seeds is None and teacher is not None:
-        raise UserError("Divergences are measured on samples, not greedy decoding: give seeds, or no teacher.")
     if teacher is None and (forward_kl or exposure_bias_samples):
         raise UserError("forward_kl and exposure_bias_samples need a teacher.")
+    if seeds is None and (forward_kl or exposure_bias_samples):
+        raise UserError(
+            "forward_kl and exposure_bias_samples compare distributions, and seeds=None decodes greedily. Give seeds, "
+            "or leave them out."
+        )
 
 
 def _measure_runs(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .statistics import MeanInterval, bootstrap_means
+from .statistics import MeanInterval, bootstrap_column_means
 
 _GRID = 101  # entropies of the mean over the shared range
 _ROUNDING = 1e-9  # nats per token; an end of a range may have been averaged in another order
@@ -181,11 +181,9 @@ def _difference(
         raise ValueError(
             f"Differences need the same prompts: the curves have {prompts} and {baseline.values.shape[1]}."
         )
-    parts = [curve.entropies, curve.values, baseline.entropies, baseline.values]
-    ends = np.cumsum([len(part) for part in parts])[:-1]
-    means = bootstrap_means(np.concatenate(parts).T, resamples, seed)
-    entropies, values, baseline_entropies, baseline_values = np.split(means, ends, axis=1)
-    differences = _integrate(entropies, values, grid) - _integrate(baseline_entropies, baseline_values, grid)
+    # One seed draws the same prompts for both models
+    resampled = [_integrate(*_resampled_means(one, resamples, seed), grid) for one in (curve, baseline)]
+    differences = resampled[0] - resampled[1]
     mean = float((_integrate(*_means(curve), grid) - _integrate(*_means(baseline), grid))[0])
     tail = (1 - confidence) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
@@ -196,6 +194,13 @@ def _difference(
 def _means(curve: FrontierCurve) -> tuple[np.ndarray, np.ndarray]:
     """Return mean entropies and values over prompts, `(1, D)` each."""
     return curve.entropies.mean(axis=1)[None], curve.values.mean(axis=1)[None]
+
+
+def _resampled_means(curve: FrontierCurve, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean entropies and values of resampled prompts, `(resamples, D)` each."""
+    columns = np.concatenate([curve.entropies, curve.values]).T
+    means = bootstrap_column_means(columns, resamples, seed)
+    return means[:, : len(curve.entropies)], means[:, len(curve.entropies) :]
 
 
 def _integrate(entropies: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:

@@ -38,9 +38,12 @@ class Curve:
             that noise of a single completion does not look like a change.
         order (`Sequence[str]`): all names of the report, which give a name the same colour in all plots; by default
             the names of the series.
+        intervals (`dict[str, tuple[list[float], list[float]]]`): lower and upper ends of the y values' intervals by
+            name, for series with error bars.
 
     Raises:
-        ValueError: if a series has different numbers of x and y values, or there are more names than distinct styles.
+        ValueError: if a series has different numbers of x and y values or ends of intervals, intervals have no series,
+            or there are more names than distinct styles.
     """
 
     title: str
@@ -50,12 +53,20 @@ class Curve:
     reference_lines: dict[str, float] = field(default_factory=dict)
     y_min: float | None = None
     order: Sequence[str] = ()
+    intervals: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names(self.title, self.order or self.series)
         for name, (x, y) in self.series.items():
             if len(x) != len(y):
                 raise ValueError(f"Series {name!r} of curve {self.title!r} has {len(x)} x and {len(y)} y values.")
+        for name, ends in self.intervals.items():
+            values = len(self.series[name][1]) if name in self.series else 0
+            if {len(end) for end in ends} != {values}:
+                raise ValueError(
+                    f"Intervals of {name!r} in curve {self.title!r} have {len(ends[0])} lower and {len(ends[1])} "
+                    f"upper ends for {values} values."
+                )
 
     def draw(self, ink: str) -> "Figure":
         """Draw the plot, with axes and texts in the colour `ink`."""
@@ -65,7 +76,7 @@ class Curve:
             style = _line_style(self.order or list(self.series), name)
             if len(x) >= 25:
                 style["marker"] = None
-            axes.plot(x, y, linewidth=1.8, label=_short(name), **style)
+            axes.errorbar(x, y, self._errors(name), linewidth=1.8, elinewidth=1.1, label=_short(name), **style)
         for number, (name, value) in enumerate(self.reference_lines.items()):
             style = {"linestyle": ("--", ":", "-.")[number % 3], "linewidth": 1.1, "alpha": 0.75}
             axes.axhline(value, color=ink, label=_short(name), **style)
@@ -74,6 +85,15 @@ class Curve:
         axes.set_ylabel(self.y_label)
         _finish(figure, ink, height=2.6)
         return figure
+
+    def _errors(self, name: str) -> list[list[float]] | None:
+        """Return the lengths of the error bars below and above the values; None for a series without."""
+        if name not in self.intervals:
+            return None
+        values, (low, high) = self.series[name][1], self.intervals[name]
+        below = [value - end for value, end in zip(values, low, strict=True)]
+        above = [end - value for value, end in zip(values, high, strict=True)]
+        return [[max(0.0, length) for length in lengths] for lengths in (below, above)]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,11 @@ class Section:
 
 
 class Record(NamedTuple):
-    """One measure of one model on one task: a row of `comparison.csv`. None for values that do not exist."""
+    """One measure of one model on one task: a row of `comparison.csv`. None for values that do not exist.
+
+    `decoding` says how completions were decoded: `temperature_0.7`, `greedy`, the same after `validation/`, or for a
+    value of an interpolated curve `entropy_0.29` and `shared_entropies`.
+    """
 
     model: str
     task: str
@@ -106,6 +110,15 @@ class Record(NamedTuple):
     difference_high: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    decoding: str | None = None
+
+
+def make_record(model: str, task: str, measure: str, cell: MeanInterval | float, decoding: str | None) -> Record:
+    """Return the record of a mean with its interval, or of a number without one."""
+    if not isinstance(cell, MeanInterval):
+        return Record(model, task, measure, cell, decoding=decoding)
+    mean, low, high, n, error = cell
+    return Record(model, task, measure, mean, low, high, error, n, decoding=decoding)
 
 
 @dataclass(frozen=True)

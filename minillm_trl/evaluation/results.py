@@ -1,29 +1,15 @@
-"""Read the results of `minillm-trl evaluate`, and check that they can be compared."""
+"""Read the results of `minillm-trl evaluate`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from ..errors import UserError
 from ..files.json_files import check, parse_json
 from .calibration import CalibrationBin
+from .decodings import PAPER, VALIDATION, Decoding, is_reserved
 from .statistics import MeanInterval
-
-# Settings that must be equal for two models on a task. Prompts and references are compared row by row
-_SAME = (
-    "seeds",
-    "greedy",
-    "temperature",
-    "no_repeat_ngram_size",
-    "max_new_tokens",
-    "split",
-    "prompts",
-    "label_words",
-)
-_SAME_BENCHMARK = ("definition_sha256", "num_fewshot", "limit")
-_SAME_WAY = "Evaluate both in the same way."
 
 
 class _Settings(TypedDict):
@@ -43,6 +29,8 @@ class _Settings(TypedDict):
     max_new_tokens: Any
     label_words: list[str] | None
     exposure_bias_samples: int
+    decoding: NotRequired[str | None]
+    teacher_temperature: NotRequired[float | None]
 
 
 class _BenchmarkSettings(_Settings):
@@ -162,13 +150,40 @@ class TaskResult:
             return self.settings["main_measure"]
         return next((key for key in ("accuracy", "rouge_l") if key in self.summary), None)
 
+    @property
+    def decoding(self) -> Decoding | None:
+        """How completions were decoded; None for classification and benchmarks."""
+        if self.is_benchmark or self.settings["label_words"] is not None:
+            return None
+        return Decoding(None if self.settings["greedy"] else self.settings["temperature"])
+
+
+@dataclass(frozen=True)
+class DecodingResults:
+    """Results of a model on one task at several `--temperatures`, on the test split and the validation split."""
+
+    test: dict[Decoding, TaskResult]
+    validation: dict[Decoding, TaskResult]
+
+    @property
+    def table_result(self) -> TaskResult:
+        """Result that tables of one decoding show: temperature 1, as in the paper, else the highest temperature."""
+        return self.test[max(self.test, key=lambda decoding: (decoding == PAPER, decoding.temperature or 0))]
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model's name in tables, and its results by task."""
+    """A model's name in tables, and its results by task.
+
+    Attributes:
+        name (`str`): the name.
+        tasks (`dict[str, TaskResult]`): result that tables show, by task.
+        decodings (`dict[str, DecodingResults]`): results at all temperatures, for tasks evaluated at several.
+    """
 
     name: str
     tasks: dict[str, TaskResult]
+    decodings: dict[str, DecodingResults] = field(default_factory=dict)
 
 
 def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
@@ -176,23 +191,67 @@ def read_evaluation(name: str, folder: Path) -> EvaluatedModel:
 
     Args:
         name (`str`): the model's name in tables.
-        folder (`Path`): folder with `results.json` and `samples.jsonl`, or with one such folder per task.
+        folder (`Path`): folder with `results.json` and `samples.jsonl`, or with one such folder per task. Results of
+            `--temperatures` have a folder per decoding there.
 
     Raises:
         ValueError: if there are no results, or they are invalid.
     """
-    paths = [folder / "results.json"] if (folder / "results.json").is_file() else sorted(folder.glob("*/results.json"))
-    if not paths:
-        raise UserError(f"{folder}: no results.json or TASK/results.json. Create them with `minillm-trl evaluate`.")
-    tasks = {}
-    for path in paths:
-        try:
-            result = _read_task(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: invalid results of `minillm-trl evaluate` ({error}). Evaluate again.") from error
-        task = Path(result.settings["dataset"]).name if path.parent == folder else path.parent.name
+    found = {folder: _read_folder(folder)}
+    if found[folder] is None:
+        found = {path: _read_folder(path) for path in sorted(folder.glob("*")) if _is_task(path)}
+    tasks, decodings = {}, {}
+    for path, contents in found.items():
+        if contents is None:
+            continue
+        result, by_decoding = contents
+        task = Path(result.settings["dataset"]).name if path == folder else path.name
         tasks[task] = result
-    return EvaluatedModel(name, tasks)
+        if by_decoding is not None:
+            decodings[task] = by_decoding
+    if not tasks:
+        raise UserError(f"{folder}: no results.json or TASK/results.json. Create them with `minillm-trl evaluate`.")
+    return EvaluatedModel(name, tasks, decodings)
+
+
+def _is_task(path: Path) -> bool:
+    """Return whether a folder may hold a task, and not only the validation results of one whose test is not done."""
+    return path.is_dir() and (path.name != VALIDATION or (path / "results.json").is_file())
+
+
+def _read_folder(folder: Path) -> tuple[TaskResult, DecodingResults | None] | None:
+    """Return the results of one task: those for tables, and those of all decodings; None if there are no results."""
+    by_decoding = _read_decodings(folder)
+    path = folder / "results.json"
+    if not path.is_file():
+        if not by_decoding:
+            return None
+        decodings = DecodingResults(by_decoding, _read_decodings(folder / VALIDATION))
+        return decodings.table_result, decodings
+    if by_decoding:
+        raise UserError(
+            f"{folder} has results of --temperatures and {path} without them. Delete one of them, or evaluate again."
+        )
+    return _read_results(path), None
+
+
+def _read_decodings(folder: Path) -> dict[Decoding, TaskResult]:
+    """Return the results of `--temperatures` in the folders of a task, from the highest temperature to greedy.
+
+    A task may have the name of a decoding, such as `greedy`, so the settings decide.
+    """
+    paths = [path for path in folder.glob("*/results.json") if is_reserved(path.parent.name)]
+    results = {path.parent.name: _read_results(path) for path in paths}
+    found = [result for name, result in results.items() if result.settings.get("decoding") == name]
+    by_decoding = {result.decoding: result for result in found if result.decoding is not None}
+    return dict(sorted(by_decoding.items(), key=lambda item: -(item[0].temperature or 0)))
+
+
+def _read_results(path: Path) -> TaskResult:
+    try:
+        return _read_task(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: invalid results of `minillm-trl evaluate` ({error}). Evaluate again.") from error
 
 
 def _read_task(path: Path) -> TaskResult:
@@ -263,60 +322,13 @@ def results_of(models: Iterable[EvaluatedModel], task: str) -> dict[str, TaskRes
     return {model.name: model.tasks[task] for model in models if task in model.tasks}
 
 
+def decodings_of(models: Iterable[EvaluatedModel], task: str) -> dict[str, DecodingResults]:
+    """Return the results at all temperatures on a task by model, for models evaluated at several."""
+    return {model.name: model.decodings[task] for model in models if task in model.decodings}
+
+
 def teacher_names(models: Sequence[EvaluatedModel]) -> set[str]:
     """Return the names of models that were the teacher in another model's evaluation."""
     results = [(model.name, result.settings) for model in models for result in model.tasks.values()]
     teachers = {settings["teacher"] for _, settings in results if settings["teacher"] is not None}
     return {name for name, settings in results if settings["model"] in teachers and settings["adapter"] is None}
-
-
-def check_comparable(task: str, results: Mapping[str, TaskResult]) -> None:
-    """Check that models were evaluated in the same way on a task.
-
-    Args:
-        task (`str`): name of the task.
-        results (`Mapping[str, TaskResult]`): results by model.
-
-    Raises:
-        ValueError: if two models were evaluated with different settings, prompts or references, or their divergences
-            are from different teachers.
-    """
-    (first, one), *others = results.items()
-    for other, two in others:
-        for key in (*_SAME, *_SAME_BENCHMARK) if one.is_benchmark and two.is_benchmark else _SAME:
-            _check_same(task, {first: one, other: two}, key)
-        # A benchmark's prompts contain the tokenizer's chat template, so only digests of its documents are compared
-        texts = (("prompt", "on different prompts"), ("references", "with different references"))
-        for key, difference in texts if not one.is_benchmark else ():
-            if [sample[key] for sample in one.samples] != [sample[key] for sample in two.samples]:
-                raise UserError(f"{first} and {other} were evaluated {difference} of {task}. {_SAME_WAY}")
-        if one.settings["data_sha256"] != two.settings["data_sha256"]:
-            raise UserError(f"{first} and {other} were evaluated on different data of {task}. {_SAME_WAY}")
-    for (name, result), (other, other_result) in pairwise(_with_divergence(results).items()):
-        teachers = [result.settings["teacher"], other_result.settings["teacher"]]
-        if teachers[0] != teachers[1]:
-            raise UserError(
-                f"{name} and {other}: the divergences on {task} are from different teachers, {teachers[0]!r} and "
-                f"{teachers[1]!r}. Evaluate both with the same teacher."
-            )
-    exposed = {name: result for name, result in results.items() if result.excess_error is not None}
-    for pair in pairwise(exposed.items()):
-        _check_same(task, dict(pair), "exposure_bias_samples")
-
-
-def _check_same(task: str, pair: Mapping[str, TaskResult], key: str) -> None:
-    (first, one), (other, two) = pair.items()
-    if one.settings[key] != two.settings[key]:
-        raise UserError(
-            f"{first} and {other} were evaluated differently on {task}: {key} is {one.settings[key]!r} and "
-            f"{two.settings[key]!r}. {_SAME_WAY}"
-        )
-
-
-def _with_divergence(results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
-    """Return the results that have a divergence from a teacher."""
-    return {
-        name: result
-        for name, result in results.items()
-        if result.excess_error is not None or {"reverse_kl", "forward_kl"} & result.summary.keys()
-    }

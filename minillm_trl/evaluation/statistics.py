@@ -53,6 +53,21 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
     )
 
 
+def bootstrap_column_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the means of bootstrap resamples of many columns, `(N, K) -> (resamples, K)`, in less time.
+
+    A seed draws the same rows as in [`bootstrap_means`], so calls with one seed are paired. Each column is multiplied
+    by how often a resample draws each row.
+    """
+    generator, rows = np.random.default_rng(seed), len(values)
+    means = []
+    for block in _blocks(resamples, max(1, 2**20 // rows)):
+        drawn = generator.integers(rows, size=(block, rows)) + rows * np.arange(block)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=block * rows).reshape(block, rows)
+        means.append(counts.astype(np.float64) @ values / rows)
+    return np.concatenate(means)
+
+
 def paired_bootstrap(
     values: Sequence[float],
     baseline: Sequence[float],

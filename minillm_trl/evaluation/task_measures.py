@@ -71,9 +71,9 @@ class TaskMeasures:
             {"output": completion.text, "scores": self._text_scores(row, completion)}
             for row, completion in zip(self.rows, completions, strict=True)
         ]
-        if seed is not None:  # greedy decoding samples from no distribution
-            for record, scores in zip(records, self._distribution_scores(completions), strict=True):
-                record["scores"] |= scores
+        distribution_scores = self._distribution_scores if seed is not None else self._point_scores
+        for record, scores in zip(records, distribution_scores(completions), strict=True):
+            record["scores"] |= scores
         return gather_rows(records, len(self.prompts))
 
     def _distribution_scores(self, completions: list[Completion]) -> list[dict[str, float]]:
@@ -96,6 +96,23 @@ class TaskMeasures:
         for found, values in zip(by_completion, scores.divergence or (), strict=scores.divergence is not None):
             found |= _sum_and_mean("reverse_kl", values)
         return by_completion
+
+    def _point_scores(self, completions: list[Completion]) -> list[dict[str, float]]:
+        """Return entropy and reverse KL of greedy decoding, which puts all probability on one completion.
+
+        The divergence of a point mass is -log p(y) of its completion. Nothing without a teacher.
+        """
+        if self.teacher is None:
+            return [{} for _ in completions]
+        losses = completion_losses(
+            self.teacher.eval(),
+            [self.prompt_ids[row] for row in self.rows],
+            [completion.token_ids for completion in completions],
+            vocab_size=shared_vocab_size(self.model, self.teacher, self.tokenizer),
+            temperature=self.teacher_temperature,
+            batch_size=self.decoding["batch_size"],
+        )
+        return [{"entropy_per_token": 0.0, **_sum_and_mean("reverse_kl", values)} for values in losses]
 
     def measure_forward_kl(self, teacher: PreTrainedModel, seed: int | None, bar: tqdm) -> list[dict[str, float]]:
         """Return KL(p || q) for each prompt, on a completion sampled from the teacher."""

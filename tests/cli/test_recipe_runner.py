@@ -330,6 +330,23 @@ class TestStates:
             assert main(["recipe", "toy", "--accept", "sft", option, "sft"]) == 2
             assert "--accept runs nothing. Leave --rerun and --stages out" in capsys.readouterr().err
 
+    def test_evaluations_at_the_temperatures_of_the_yaml_end_in_one_report(self, recipe, model_dir, capsys):
+        rows = [{"prompt": f"the pub {i}", "completion": " is a mill"} for i in range(3)]
+        Path("data/validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        change(recipe / "eval.yaml", temperatures=[1.0, 0.5, "greedy"], validation_split="validation")
+        for name, seed in (("sft", 0), ("minillm", 1)):
+            shutil.copytree(model_dir("llama", seed), Path("runs", name))
+        assert main(["recipe", "toy", "--accept", "sft", "minillm"]) == 0
+        assert main(["recipe", "toy"]) == 0
+        for name in ("sft", "minillm"):
+            folder = Path("runs/evaluation", name, "mill")
+            found = {str(path.parent.relative_to(folder)) for path in folder.glob("**/results.json")}
+            decodings = {"temperature_1.0", "temperature_0.5", "greedy"}
+            assert found == decodings | {f"validation/{decoding}" for decoding in decodings}
+        report = Path("runs/evaluation/report.md").read_text()
+        for heading in ("Where people decode", "Difference from sft at equal entropy"):
+            assert f"### {heading}\n" in report
+
     def test_data_stage_is_asked_whether_its_source_has_changed(self, recipe, capsys):
         raw = Path("raw.jsonl")
         raw.write_text(Path("data/train.jsonl").read_text())

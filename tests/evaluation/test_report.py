@@ -355,7 +355,7 @@ def test_format_sections_puts_each_table_below_its_heading(table):
 
 def test_records_are_written_as_they_are(report, tmp_path):
     records = [
-        Record("a, b", "dolly", "rouge_l", 0.1 + 0.2, 0.0, 1.0, 0.25, 3, -1.0, -2.0, 0.5, 0.03, 0.06),
+        Record("a, b", "dolly", "rouge_l", 0.1 + 0.2, 0.0, 1.0, 0.25, 3, -1.0, -2.0, 0.5, 0.03, 0.06, "greedy"),
         Record("c", "dolly", "ece", 0.5),
     ]
     write_report(tmp_path, replace(report, records=records))
@@ -364,8 +364,9 @@ def test_records_are_written_as_they_are(report, tmp_path):
     assert header == list(Record._fields)
     assert header[:9] == ["model", "task", "measure", "mean", "low", "high", "standard_error", "n", "difference"]
     assert first[:3] == ["a, b", "dolly", "rouge_l"]
-    assert [float(value) for value in first[3:]] == list(records[0][3:])  # to the last digit
-    assert second == ["c", "dolly", "ece", "0.5", *[""] * 9]
+    assert [float(value) for value in first[3:-1]] == list(records[0][3:-1])  # to the last digit
+    assert first[-1] == "greedy"
+    assert second == ["c", "dolly", "ece", "0.5", *[""] * 10]
 
 
 @pytest.mark.cli

@@ -8,6 +8,7 @@ import pytest
 
 from minillm_trl.evaluation.statistics import (
     MeanInterval,
+    bootstrap_column_means,
     bootstrap_interval,
     holm_correction,
     paired_bootstrap,
@@ -46,6 +47,16 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
     values = np.random.default_rng(1).normal(size=50)
     assert bootstrap_interval(values, seed=4) == bootstrap_interval(values.tolist(), seed=4)
     assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+
+
+def test_column_means_are_those_of_the_rows_that_the_seed_draws():
+    values = np.random.default_rng(6).normal(size=(30, 5))
+    expected = np.random.default_rng(7).integers(30, size=(200, 30))
+    assert bootstrap_column_means(values, 200, 7) == pytest.approx(values[expected].mean(axis=1))
+    many = bootstrap_column_means(values, 40_000, 7)  # in several blocks
+    assert many.shape == (40_000, 5)
+    assert many[:200] == pytest.approx(values[expected].mean(axis=1))
+    assert many.std(axis=0) == pytest.approx(values.std(axis=0) / 30**0.5, rel=0.03)
 
 
 def test_standard_error_is_that_of_the_mean():
