@@ -77,7 +77,7 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[_Job]:
         _check_folder(folder, arguments)
         digests: list[str] = []
         for split_folder, split_arguments in _splits(folder, arguments):
-            prompts = _load(split_arguments, source)
+            prompts = _load_split(split_arguments, source, is_validation=split_folder != folder)
             digests.append(_digest(prompts))
             if len(digests) == 2:
                 _check_validation(arguments, source, prompts, digests)
@@ -224,6 +224,18 @@ def _print(folder: Path, evaluation: "Evaluation") -> None:
     decoding = "greedy" if settings["greedy"] else f"temperature {settings['temperature']:g}; seeds {seeds}"
     block = f"no repeated {size}-grams" if (size := settings["no_repeat_ngram_size"]) else "n-grams may repeat"
     print(f"{settings['prompts']} prompts; {decoding}; {block}; written to {folder}")
+
+
+def _load_split(arguments: argparse.Namespace, source: str, is_validation: bool) -> "Dataset":
+    try:
+        return _load(arguments, source)
+    except DataError as error:
+        if not is_validation:
+            raise
+        raise DataError(
+            f"--validation_split {arguments.split}: {error} Evaluate tasks without this split in a command of their own, "
+            "without --validation_split; --output_dir may be the same."
+        ) from error
 
 
 def _load(arguments: argparse.Namespace, dataset: str) -> "Dataset":

@@ -200,6 +200,13 @@ class TestValidation:
         assert main(run) == 2
         assert "--validation_split validation: " in capsys.readouterr().err
 
+    def test_missing_split_is_named_with_what_to_do(self, tmp_path, data, capsys):
+        run = words(data, "none", tmp_path / "out", *TEMPERATURES, "--validation_split", "dev")
+        assert main(run) == 2
+        message = capsys.readouterr().err
+        assert f"--validation_split dev: {data}: holds no file of the split 'dev'" in message
+        assert "without --validation_split" in message
+
     def test_data_without_references_are_refused(self, tmp_path, data, capsys):
         for split in ("test", "validation"):
             rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]

@@ -55,6 +55,19 @@ class TestCurve:
         with pytest.raises(ValueError, match=r"'a' of curve 'T' has 2 x and 1 y"):
             Curve("T", "x", "y", {"a": ([0.0, 1.0], [0.0])})
 
+    def test_error_bars_span_the_intervals(self):
+        series = {"a": ([0.0, 1.0], [5.0, 7.0]), "b": ([0.0], [1.0])}
+        # the second interval does not contain its mean, which a skewed bootstrap distribution allows
+        curve = Curve("T", "x", "y", series, intervals={"a": ([4.0, 7.5], [5.5, 9.0])})
+        (bars,) = curve.draw("#000000").axes[0].collections
+        ends = [[tuple(point) for point in segment] for segment in bars.get_segments()]
+        assert ends == [[(0.0, 4.0), (0.0, 5.5)], [(1.0, 7.0), (1.0, 9.0)]]
+
+    @pytest.mark.parametrize("intervals", [{"a": ([0.0], [1.0, 2.0])}, {"a": ([], [])}, {"b": ([0.0], [1.0])}])
+    def test_intervals_that_do_not_fit_the_series_are_refused(self, intervals: dict):
+        with pytest.raises(ValueError, match=r"Intervals of '[ab]' in curve 'T'"):
+            Curve("T", "x", "y", {"a": ([0.0], [0.5])}, intervals=intervals)
+
     def test_long_name_keeps_both_ends(self):
         name = "qwen2.5-0.5b-from-7b-minillm-with-anchors-seed-2"
         figure = Curve("T", "x", "y", {name: ([0.0], [0.0])}).draw("#000000")
