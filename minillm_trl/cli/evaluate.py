@@ -233,8 +233,8 @@ def _load_split(arguments: argparse.Namespace, source: str, is_validation: bool)
         if not is_validation:
             raise
         raise DataError(
-            f"--validation_split {arguments.split}: {error} Evaluate tasks without this split in a command of their own, "
-            "without --validation_split; --output_dir may be the same."
+            f"--validation_split {arguments.split}: {error} Evaluate tasks without this split in a command of their "
+            "own, without --validation_split; --output_dir may be the same."
         ) from error
 
 

@@ -145,7 +145,7 @@ def check_options(arguments: argparse.Namespace) -> None:
                 "--teacher measures divergences on samples. Drop it, or use `--temperatures greedy` instead of "
                 "--greedy, for the divergence of the greedy completion."
             )
-        if arguments.seeds is not None or arguments.temperature is not None:
+        if arguments.seeds is not None or arguments.temperature not in (None, 1):
             raise UserError("--greedy takes the most likely tokens: --seeds and --temperature have no effect with it.")
         arguments.seeds = []
     if arguments.seeds is None:
@@ -206,6 +206,7 @@ def _check_classification(arguments: argparse.Namespace) -> None:
         raise UserError(f"--label_words needs at least two different words, got {arguments.label_words}.")
     parser = build_parser()
     for name in (*SAMPLING, "temperatures", "validation_split", "teacher_temperature", "teacher", "eos_tokens"):
-        if getattr(arguments, name) != parser.get_default(name):
+        defaults = (parser.get_default(name), 1.0) if name == "temperature" else (parser.get_default(name),)
+        if getattr(arguments, name) not in defaults:
             raise UserError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")
     arguments.seeds = []

@@ -119,6 +119,7 @@ def with_first_names(parser: argparse.ArgumentParser, values: Mapping[str, Any])
     return {first_names.get(name, name): value for name, value in values.items()}
 
 
+_NUMBERS = ("int", "float", "temperature_or_greedy")  # types of options
 _TEXT = (str(str), str(str | None))
 
 
@@ -141,7 +142,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
     if isinstance(node, yaml.SequenceNode) and "list" not in annotation:
         raise UserError(f"{place}: expected one value, got a list.")
     kind = getattr(action.type, "__name__", "")
-    if isinstance(node, yaml.SequenceNode) and kind in ("int", "float", "temperature_or_greedy"):
+    if isinstance(node, yaml.SequenceNode) and kind in _NUMBERS:
         for item in node.value:
             _check_yaml_value(action, item, annotation, place)
     if node.tag.endswith(":null") and "None" not in annotation:
@@ -158,7 +159,7 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
         raise UserError(
             f"{place}: expected one of {', '.join(map(str, action.choices))}, got {shortened(node.value)}."
         )
-    is_number = kind in ("int", "float")
+    is_number = kind in _NUMBERS
     is_yaml_bool = node.tag.endswith(":bool")  # also `on` and `off`, which the command line does not accept
     if (
         not callable(action.type)

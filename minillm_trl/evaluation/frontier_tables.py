@@ -107,7 +107,7 @@ def _with_chosen_temperature(table: Table, chosen: Mapping[str, Decoding | None]
         for row in table.rows
     ]
     keys = [column.key.partition(":")[0] for column in table.columns]
-    place = keys.index("chosen")
+    place = keys.index("chosen") if "chosen" in keys else len(keys)
     return Table([*table.columns[:place], _CHOSEN_TEMPERATURE, *table.columns[place:]], rows)
 
 

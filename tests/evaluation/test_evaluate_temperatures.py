@@ -275,6 +275,16 @@ def test_yaml_and_tasks(tmp_path, data, model_dir):
     assert found == folders
 
 
+@pytest.mark.parametrize("options", [["--greedy", "--max_new_tokens", "4"], ["--label_words", " river", " mill"]])
+def test_temperature_1_of_a_yaml_is_no_obstacle_where_temperatures_have_no_effect(tmp_path, data, model_dir, options):
+    rows = [{"prompt": "the", "completion": "river"}, {"prompt": "a", "completion": "mill"}]
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "eval.yaml"
+    config.write_text(f"dataset: {data}\ntemperature: 1.0\n")
+    run = ["evaluate", "--config", str(config), "--model", model_dir("llama"), "--output_dir", str(tmp_path / "out")]
+    assert main([*run, *options]) == 0
+
+
 def test_wrong_values_in_a_yaml_are_named_with_their_line(tmp_path, capsys):
     path = tmp_path / "eval.yaml"
     for value in ("[1.0, warm]", "[0]", "true"):
