@@ -81,7 +81,7 @@ def load_teacher(
     return without_wrapper(teacher_model).eval().requires_grad_(False)
 
 
-def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
+def adapter_on_base(student: "PeftModel", adapter: str | PreTrainedModel) -> PreTrainedModel:
     """Build a teacher from the adapter `adapter` on the base of `student`, whose weights are in memory only once.
 
     Student and teacher have separate modules around the same tensors, each with its own adapter. So no adapters are
@@ -89,7 +89,7 @@ def adapter_on_base(student: "PeftModel", adapter: str) -> PreTrainedModel:
 
     Args:
         student ([`~peft.PeftModel`]): the student with its adapter, not wrapped.
-        adapter (`str`): name on the hub or folder of the teacher's adapter.
+        adapter (`str`): name on the hub or folder of the teacher's adapter; a loaded model is rejected.
 
     Raises:
         ValueError: if the student is not a PEFT model or trains weights of its base, or if the adapter was made for

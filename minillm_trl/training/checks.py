@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -24,6 +24,9 @@ from ..models.reference import check_adapters, check_reference
 from ..models.teacher import check_same_tokenizer, tokenizer_source
 from ..models.weight_formats import quantization_settings
 from .trained_weights import check_trained_weights
+
+if TYPE_CHECKING:
+    from .resumable_rollouts import ResumableRollouts
 
 logger = logging.getLogger(__name__)
 
@@ -183,15 +186,13 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
     _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
 
 
-def check_model(trainer: GRPOTrainer, has_corpus: bool = False) -> None:
+def check_model(trainer: "ResumableRollouts", has_corpus: bool = False) -> None:
     """Check the student of [`MiniLLMTrainer`] after GRPOTrainer has loaded and placed it.
 
     Raises:
         ValueError: with the unsupported feature, and an alternative.
     """
     args = trainer.args
-    assert isinstance(args, MiniLLMConfig)  # see `check_arguments`
-    assert trainer.model is not None  # set by GRPOTrainer
     check_student(trainer)
     check_trained_weights(trainer)
     if trainer.beta > 0:

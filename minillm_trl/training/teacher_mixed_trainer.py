@@ -128,7 +128,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
-            assert isinstance(teacher_model, str), "`adapter_on_base` loads an adapter from a folder"
             return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
         return place_new_teacher(
             teacher_model,

@@ -53,7 +53,7 @@ def test_defaults_are_the_paper_s(tmp_path):
         ({"reward_clip": -1.0}, "reward_clip must be positive"),
         ({"whiten_advantages": "rows"}, "whiten_advantages must be one of"),
         ({"importance_weighting": "exact"}, "importance_weighting must be one of"),
-        ({"importance_weight_cap": 2.0}, "importance_weight_cap=2.0 has no effect on importance_weighting='token'"),
+        ({"importance_weight_cap": 2.0}, "importance_weight_cap=2.0 has no effect with importance_weighting='token'"),
         ({"lm_coef": 0.0}, "lm_coef must be positive, got 0.0"),
         ({"lm_kd_ratio": 1.5}, r"lm_kd_ratio must lie in \[0, 1\], got 1.5"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True would split a rollout's prompts"),

@@ -4,11 +4,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import build_model, build_tokenizer
+from datasets import Dataset
 from test_adapters import train
 from tokenizers import normalizers
 from transformers import BitsAndBytesConfig
 
 from minillm_trl import MiniLLMConfig
+from minillm_trl.errors import UserError
 from minillm_trl.models.context import max_context
 from minillm_trl.models.teacher import (
     check_same_tokenizer,
@@ -17,6 +19,7 @@ from minillm_trl.models.teacher import (
     shard_blocks,
     shared_vocab_size,
 )
+from minillm_trl.training.checks import check_arguments
 
 
 class TestCheckSameTokenizer:
@@ -42,6 +45,12 @@ class TestCheckSameTokenizer:
         check_same_tokenizer(student, teacher)
         with pytest.raises(ValueError, match="different chat templates"):
             check_same_tokenizer(student, teacher, conversational=True)
+
+    def test_student_in_process_without_a_tokenizer_is_refused(self, model_dir, tmp_path):
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=1)
+        prompts = Dataset.from_dict({"prompt": ["the mill"] * args.generation_batch_size})
+        with pytest.raises(UserError, match="processing_class"):
+            check_arguments(build_model("gpt2"), model_dir(), None, args, prompts, None, None, None)
 
 
 class TestLoadTeacher:
