@@ -23,7 +23,10 @@ PURE = ("objectives", "masking", "rollouts/sampling", "rollouts/keyed_random", "
 PURE += ("models/token_scores", "files/json_files")
 PURE += tuple(
     f"evaluation/{name}"
-    for name in (*("metrics", "statistics", "calibration"), *("report", "exposure_bias", "divergence", "plots"))
+    for name in (
+        *("metrics", "statistics", "calibration"),
+        *("report", "exposure_bias", "divergence", "frontier", "plots"),
+    )
 )
 
 
