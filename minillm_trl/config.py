@@ -111,7 +111,8 @@ class MiniLLMConfig(GRPOConfig):
         compile_rollouts (`str`, *optional*):
             Backend of `torch.compile` for the student's decoding steps, with a static KV cache: `"inductor"`, or
             `"cudagraphs"` on devices without Triton (V100). Each shape (rows, length rounded up to a power of two, one
-            to four tokens) is compiled once; sliding windows mostly run uncompiled. Not compiled by default.
+            to four tokens) is compiled once. Layers with a sliding window cache all positions. By default, nothing is
+            compiled.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where to keep the teacher's hidden states of a rollout for the inner passes. `"device"`: on the device.
             `"cpu"`: in main memory, from which each batch is copied. `"recompute"`: not at all; every inner pass runs

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 from transformers.utils import logging
 
 from ..errors import UserError
@@ -74,7 +74,7 @@ class CompiledDecoding:
             for kept in (self._caches, self._functions, self._used):
                 del kept[idle]
         if self._shape not in self._caches:
-            self._caches[self._shape] = StaticCache(config=self.model.config, max_cache_len=length)
+            self._caches[self._shape] = static_cache(self.model.config, length)
             self._functions[self._shape] = self._compile()
         self._caches[self._shape].reset()
         return self._caches[self._shape]
@@ -123,6 +123,20 @@ class CompiledDecoding:
         """Return the decoding steps since the last call: how many ran compiled, and how many should have."""
         (compiled, total), self._counts = self._counts, [0, 0]
         return compiled, total
+
+
+def static_cache(config: PreTrainedConfig, length: int) -> StaticCache:
+    """Return an empty static cache of `length` positions in every layer, those with a sliding window included.
+
+    transformers' own layer for a window counts tokens in a Python int, for each value of which dynamo recompiles. A
+    layer that keeps all positions counts them in a tensor; the attention mask leaves out those before the window.
+    """
+    cache = StaticCache(config=config, max_cache_len=length)
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
 
 
 class LazyDecoder:
