@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation.metrics import rouge_l
-from ..files.json_files import check, check_unchanged, parse_json, read_json
-from ..files.whole_files import make_folder, write_whole, writing
+from ..files.json_files import check, parse_json
+from ..files.result_folder import ResultFolder
+from ..files.whole_files import write_whole, writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,17 +58,13 @@ class TeacherData:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
-        self.settings = json.loads(json.dumps(settings))
-        path = folder / "settings.json"
-        if path.is_file():
-            found = read_json(path, dict[str, Any], _REMEDY)
-            check_unchanged(found, self.settings, f"{folder} holds completions that were made", _REMEDY)
+        self.results = ResultFolder(folder, settings, "completions that were made", _REMEDY)
 
     @property
     def finished_with(self) -> bool | None:
         """Return the `keep_unfinished` with which `train.jsonl` was written; None if it was not written yet."""
-        path = self.folder / "statistics.json"
-        return read_json(path, _Statistics, _REMEDY)["keep_unfinished"] if path.is_file() else None
+        statistics = self.results.get("statistics", _Statistics)
+        return None if statistics is None else statistics["keep_unfinished"]
 
     def read(self) -> dict[Job, TeacherCompletion]:
         """Return all completions so far, by the numbers of prompt and sample.
@@ -92,8 +89,7 @@ class TeacherData:
 
     def open_share(self, process: int) -> Callable[[Sequence[TeacherCompletion]], None]:
         """Open or continue a process's file and return a function that appends to it and syncs to disk."""
-        make_folder(self.folder)
-        write_whole(self.folder / "settings.json", json.dumps(self.settings, indent=1))
+        self.results.put("settings", self.results.settings)
         path = self.folder / f"completions-{process}.jsonl"
         if path.is_file():
             data = path.read_bytes()
@@ -132,7 +128,7 @@ class TeacherData:
         # statistics.json marks train.jsonl as complete, so remove it first and write it last
         (self.folder / "statistics.json").unlink(missing_ok=True)
         write_whole(self.folder / "train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write_whole(self.folder / "statistics.json", json.dumps(statistics, indent=1))
+        self.results.put("statistics", statistics)
         return statistics
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..files.messages import DataError, shortened
-from ..files.whole_files import writing
+from ..files.whole_files import whole_folder, writing
 from ..models.encoding import encode_prompts
 from .templates import is_empty, message_text
 
@@ -221,19 +219,12 @@ def write_prepared(folder: Path, prepared: Prepared, record: dict[str, Any]) -> 
     Raises:
         FileError: if the folder cannot be written.
     """
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-        partial.mkdir()
+    with writing(folder), whole_folder(folder) as partial:
         for split, rows in prepared.splits.items():
             if rows:
                 with open(partial / f"{split}.jsonl", "w", encoding="utf-8") as file:
                     file.writelines(_json_line(row) for row in rows)
         (partial / "statistics.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
 
 
 def _json_line(row: Row) -> str:

@@ -1,11 +1,11 @@
 """Run the demo's stages in order. Every stage saves its result, so that an interrupted run resumes."""
 
-import json
 import platform
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from ..data import load_e2e, unique_prompts
-from ..errors import UserError
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
-from ..files.whole_files import make_folder, write_whole
+from ..files.result_folder import ResultFolder
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings, Shape
@@ -43,14 +42,15 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    _prepare(folder, settings)
+    results = _prepare(folder, settings)
     data = load_e2e()
     print(f"Run folder: {folder}")
-    records = _train_pair(folder, data["train"], settings, stages=6)
+    records = _train_pair(results, data["train"], settings, stages=6)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     print("3/6  MiniLLM: the student learns from the teacher on its own samples")
     records["minillm"] = _stage(
-        folder / "minillm",
+        results,
+        "minillm",
         lambda: train_minillm(
             folder / "minillm",
             load_model(folder, "sft"),
@@ -65,7 +65,8 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     seconds_per_update = records["sft"]["seconds"] / records["sft"]["updates"]
     control_steps = max(1, round(records["minillm"]["seconds"] / seconds_per_update))
     records["control"] = _stage(
-        folder / "control",
+        results,
+        "control",
         lambda: train_sft(
             "control",
             folder / "control",
@@ -78,10 +79,10 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
         ),
     )
     print("5/6  Evaluation on the test prompts")
-    evaluations = _evaluate(folder, tokenizer, unique_prompts(data["test"]), settings)
+    evaluations = _evaluate(results, tokenizer, unique_prompts(data["test"]), settings)
     print("6/6  Report")
     report = build_report(records, evaluations, settings, load_sizes(folder))
-    _write_json(folder / "run.json", {"environment": _environment(), "stages": records})
+    results.put("run", {"environment": _environment(), "stages": records})
     write_report(folder, report)
     print(f"\n{format_sections(report.sections)}\n\n{report.summary}\n\nReport: {folder / 'report.html'}")
     return folder / "report.html"
@@ -100,8 +101,7 @@ def train_pair(folder: Path, settings: DemoSettings) -> tuple[Path, Path]:
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    _prepare(folder, settings)
-    _train_pair(folder, load_e2e()["train"], settings, stages=2)
+    _train_pair(_prepare(folder, settings), load_e2e()["train"], settings, stages=2)
     return folder / "sft" / "model", folder / "teacher" / "model"
 
 
@@ -115,26 +115,28 @@ def load_sizes(folder: Path) -> dict[str, int]:
     return {name: load_model(folder, name).num_parameters() for name in ("teacher", "sft")}
 
 
-def _prepare(folder: Path, settings: DemoSettings) -> None:
+def _prepare(folder: Path, settings: DemoSettings) -> ResultFolder:
     # the libraries' progress bars and notices would bury the messages of the stages
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    make_folder(folder)
-    _check_settings(folder, settings)
+    return ResultFolder(folder, asdict(settings), "a run", "Choose another --output_dir, or delete the folder.")
 
 
-def _train_pair(folder: Path, train: Dataset, settings: DemoSettings, stages: int) -> dict[str, dict[str, Any]]:
+def _train_pair(
+    results: ResultFolder, train: Dataset, settings: DemoSettings, stages: int
+) -> dict[str, dict[str, Any]]:
     """Run the first two of `stages` stages and return their records."""
-    tokenizer = _tokenizer(folder, train, settings)
+    tokenizer = _tokenizer(results, train, settings)
 
     def sft(name: str, title: str, shape: Shape, seed: int, steps: int, learning_rate: float) -> dict[str, Any]:
         return _stage(
-            folder / name,
+            results,
+            name,
             lambda: train_sft(
                 title,
-                folder / name,
+                results.folder / name,
                 build_model(shape, tokenizer, seed),
                 tokenizer,
                 train,
@@ -155,68 +157,46 @@ def _train_pair(folder: Path, train: Dataset, settings: DemoSettings, stages: in
     return {"teacher": teacher, "sft": student}
 
 
-def _check_settings(folder: Path, settings: DemoSettings) -> None:
-    path = folder / "settings.json"
-    wanted = json.loads(json.dumps(asdict(settings)))
-    if not path.is_file():
-        _write_json(path, wanted)
-        return
-    found = json.loads(path.read_text())
-    different = [name for name in wanted if found.get(name) != wanted[name]]
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{folder} holds a run with other settings ({name} is {found.get(name)!r} there and {wanted[name]!r} "
-            "now). Choose another --output_dir, or delete the folder."
-        )
-
-
-def _tokenizer(folder: Path, train, settings: DemoSettings) -> PreTrainedTokenizerBase:
-    path = folder / "tokenizer"
+def _tokenizer(results: ResultFolder, train, settings: DemoSettings) -> PreTrainedTokenizerBase:
+    path = results.folder / "tokenizer"
 
     def make() -> dict:
         texts = [*dict.fromkeys(train["prompt"]), *train["completion"]]
         train_tokenizer(texts, settings.vocab_size).save_pretrained(path)
         return {}
 
-    _stage(path, make)
+    _stage(results, "tokenizer", make)
     return AutoTokenizer.from_pretrained(path)
 
 
-def _stage(folder: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _stage(results: ResultFolder, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the saved result of a stage, or run it. `stage.json` marks the stage as complete."""
-    path = folder / "stage.json"
-    if path.is_file():
+    if results.get(f"{name}/stage") is not None:
         print("     done before")
-        return json.loads(path.read_text())
-    make_folder(folder)
-    result = compute()
-    _write_json(path, result)
-    if (folder / "checkpoints").is_dir():
-        shutil.rmtree(folder / "checkpoints")
+    result = results.once(f"{name}/stage", compute)
+    if (checkpoints := results.folder / name / "checkpoints").is_dir():
+        shutil.rmtree(checkpoints)
     return result
 
 
-def _evaluate(folder: Path, tokenizer, prompts, settings: DemoSettings) -> dict[str, dict]:
-    teacher = load_model(folder, "teacher")
-    evaluations = {}
-    for name in tqdm(MODELS, desc="  evaluation", unit=" models"):
-        path = folder / "evaluation" / f"{name}.json"
-        if not path.is_file():
-            evaluation = evaluate_model(
-                load_model(folder, name),
-                tokenizer,
-                prompts,
-                seeds=settings.sampling_seeds,
-                max_new_tokens=settings.max_completion_length,
-                batch_size=128,
-                teacher=None if name == "teacher" else teacher,
-                progress=False,
-            )
-            path.parent.mkdir(exist_ok=True)
-            _write_json(path, asdict(evaluation))
-        evaluations[name] = json.loads(path.read_text())
-    return evaluations
+def _evaluate(results: ResultFolder, tokenizer, prompts, settings: DemoSettings) -> dict[str, dict]:
+    teacher = load_model(results.folder, "teacher")
+
+    def evaluate(name: str) -> dict[str, Any]:
+        evaluation = evaluate_model(
+            load_model(results.folder, name),
+            tokenizer,
+            prompts,
+            seeds=settings.sampling_seeds,
+            max_new_tokens=settings.max_completion_length,
+            batch_size=128,
+            teacher=None if name == "teacher" else teacher,
+            progress=False,
+        )
+        return asdict(evaluation)
+
+    names = tqdm(MODELS, desc="  evaluation", unit=" models")
+    return {name: results.once(f"evaluation/{name}", partial(evaluate, name)) for name in names}
 
 
 def _environment() -> dict[str, Any]:
@@ -227,7 +207,3 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in packages},
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1))

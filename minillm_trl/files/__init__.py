@@ -1,1 +1,1 @@
-"""Read and write files: JSON and YAML with line numbers, atomic writes, redaction, the words of error messages."""
+"""Read and write files: JSON and YAML with line numbers, atomic writes, results that resume, redaction, messages."""

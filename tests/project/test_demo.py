@@ -85,7 +85,7 @@ def test_interrupted_run_continues_from_its_checkpoint_and_ends_with_a_report(
     run_until(tmp_path, "student", 7, monkeypatch)
     assert (tmp_path / "teacher" / "stage.json").is_file()
     assert not (tmp_path / "sft" / "stage.json").exists()
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed is 0 there and 1 now\)"):
+    with pytest.raises(ValueError, match=r"holds a run with seed=0; now it is 1\."):
         run_demo(tmp_path, replace(TINY, seed=1))
     run_until(tmp_path, "MiniLLM", 6, monkeypatch)
     (tmp_path / "minillm" / "checkpoints" / "checkpoint-6").mkdir()  # as a kill in the middle of saving leaves it
