@@ -327,7 +327,7 @@ class TestRefusals:
             ({"lm_kd_ratio": 0.5}, "lm_kd_ratio=0.5 has no effect without lm_dataset"),
             ({"lm_dataset": DATASET.select([])}, "lm_dataset is empty"),
             ({"lm_dataset": Dataset.from_dict({"texts": ["a"]})}, r"lm_dataset has the columns \['texts'\]"),
-            ({"beta": 0.1}, "beta=0.1 needs the student as it was"),
+            ({"beta": 0.1}, "beta=0.1 needs the initial student"),
             ({"rkl_advantage": False, "single_step_decomposition": False}, "leave nothing to train on"),
         ],
     )

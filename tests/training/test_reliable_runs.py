@@ -613,12 +613,12 @@ class TestNotFinite:
         assert trainer._faults == []
         batch["old_per_token_logps"][1, 2] = -torch.inf
         assert trainer.compute_loss(trainer.model, batch).isnan()
-        assert trainer._faults == ["what is scored is not finite with the rows [1] of the batch"]
+        assert trainer._faults == ["the loss is not finite for the rows [1] of the batch"]
         trainer._faults.clear()
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(torch.nan)
         trainer.compute_loss(trainer.model, batch)
-        assert trainer._faults == ["what is scored is not finite with the rows [0, 1] of the batch"]
+        assert trainer._faults == ["the loss is not finite for the rows [0, 1] of the batch"]
 
     def test_step_that_has_lost_all_its_rows_is_skipped_as_if_the_optimizer_had_not_been_called(self, tmp_path):
         trainer, seen = self.watched(tmp_path, steps_per_generation=1, weight_decay=0.1)
