@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from ..errors import UserError
+
 GREEDY = "greedy"
 VALIDATION = "validation"  # folder with the results on the validation split
 _PREFIX = "temperature_"
@@ -23,7 +25,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"A temperature must be a positive number, got {self.temperature}.")
+            raise UserError(f"A temperature must be a positive number, got {self.temperature}.")
 
     @property
     def folder(self) -> str:
