@@ -48,8 +48,16 @@ MODULES = (
 TESTS = tuple(
     str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
     for name in (
-        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "teacher"),
-        *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
+        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "sampler"),
+        *(
+            "teacher",
+            "language_modeling",
+            "degeneration",
+            "metrics",
+            "trainer_gradient",
+            "whole_steps",
+            "rollout_scores",
+        ),
         *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
         *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
         *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
@@ -220,6 +228,7 @@ def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trac
     stored = json.loads(path.read_text()) if path.is_file() else {}
     if stored.get("code") != digest.hexdigest():
         stored = {"code": digest.hexdigest(), "traces": {}}
+    path.parent.mkdir(exist_ok=True)  # __pycache__ does not exist under PYTHONDONTWRITEBYTECODE
     for test in tests:
         if test not in stored["traces"]:
             stored["traces"][test] = trace_test(files, test)

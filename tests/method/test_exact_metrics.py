@@ -21,6 +21,7 @@ from minillm_trl.training.logged_metrics import (
     median_and_max,
     metric_means,
     reward_metrics,
+    rouge_l_to_references,
 )
 
 
@@ -158,6 +159,21 @@ class TestTotals:
         _, ended = self.of([6, 4], [True, False], [True, True], rouge_l=[math.nan, math.nan])
         metrics = metric_means(names, torch.stack([cut, ended]))
         assert metrics["completions/mean_terminated_length"] == metrics["completions/min_terminated_length"] == 6.0
+
+
+def test_rouge_l_of_a_conversation_is_that_to_its_last_message():
+    called = {"role": "assistant", "content": "call the tool"}
+    answer = {"role": "assistant", "content": "the pub is cheap"}
+    rows = [
+        {"completion": [answer]},
+        {"completion": [called, {"role": "tool", "content": "pub"}, answer]},
+        {"completion": "the pub is cheap"},
+        {"completion": [called], "references": ["a mill", "the pub is cheap"]},
+        {"completion": None},
+    ]
+    scores = rouge_l_to_references(["the pub is cheap"] * 5, rows)
+    assert scores[:4] == [100.0] * 4
+    assert math.isnan(scores[4])
 
 
 def test_metrics_of_rewards_leave_out_what_does_not_apply():

@@ -97,9 +97,11 @@ def test_checkpointing_s_old_names_in_trl_cause_no_warnings(tmp_path):
 
 
 class TestReferenceModel:
-    @pytest.mark.parametrize("corrected", [True, False])
-    def test_loss_gains_beta_times_the_kl(self, tmp_path, model_dir, corrected: bool):
+    # with one step of a rollout GRPO requests no log-probs of the policy that sampled, and the reference's come first
+    @pytest.mark.parametrize(("corrected", "steps"), [(True, 2), (False, 2), (True, 1)])
+    def test_loss_gains_beta_times_the_kl(self, tmp_path, model_dir, corrected: bool, steps: int):
         options = {"beta": 0.3, "teacher_mixed_alpha": 0.8, "use_bias_correction_kl": corrected}
+        options |= {"steps_per_generation": steps, "num_iterations": 1}
         trainer = make_trainer(tmp_path, student=model_dir("gpt2", 0), **options)
         with torch.no_grad():
             for parameter in trainer.model.parameters():

@@ -478,6 +478,16 @@ class TestKeyedUniforms:
         assert all(toss_coins(50, 1.0, 1))
 
 
+def test_own_coins_of_a_coin_key_follow_the_row_and_not_its_place_in_the_batch():
+    student, teacher = (build_model("gpt2", 20, seed, width=8, layers=1) for seed in (0, 1))
+    options = {"max_new_tokens": 12, "eos_token_ids": [], "pad_token_id": 1, "teacher": teacher, "alpha": 0.5}
+    options |= {"coin_key": (9,), "shared_coins": False}
+    prompts, keys = [[5], [6], [7, 8]], [(2, row) for row in range(3)]
+    expected = sample_prompts(student, prompts, keys=keys, batch_size=3, **options)
+    alone = [sample_prompts(student, [prompts[row]], keys=[keys[row]], **options)[0] for row in (2, 1, 0)]
+    assert alone[::-1] == expected
+
+
 class TestDefaultCoins:
     """Of `sample_prompts` that is not told a `coin_key`."""
 

@@ -28,6 +28,7 @@ from minillm_trl.cli.launch import accelerate_config_path
 from minillm_trl.cli.training import checkpoint_to_resume
 from minillm_trl.training.checkpoints import CheckpointError, find_damage, finish_replacements, newest_whole_checkpoint
 from minillm_trl.training.interruption import Terminated
+from minillm_trl.training.nonfinite_rows import explain_empty_step
 
 needs_float16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_fp16_supported(),
@@ -619,6 +620,11 @@ class TestNotFinite:
             next(trainer.model.parameters()).fill_(torch.nan)
         trainer.compute_loss(trainer.model, batch)
         assert trainer._faults == ["the loss is not finite for the rows [0, 1] of the batch"]
+
+    @pytest.mark.parametrize(("tokens", "number"), [(0, 1), (1, 0)])
+    def test_step_with_a_single_token_left_is_not_empty(self, tokens: int, number: int):
+        batch = {"faulty": torch.tensor([True, False]), "window_tokens": torch.tensor(tokens)}
+        assert len(explain_empty_step(batch)) == number
 
     def test_step_that_has_lost_all_its_rows_is_skipped_as_if_the_optimizer_had_not_been_called(self, tmp_path):
         trainer, seen = self.watched(tmp_path, steps_per_generation=1, weight_decay=0.1)
