@@ -48,16 +48,8 @@ MODULES = (
 TESTS = tuple(
     str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
     for name in (
-        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "sampler"),
-        *(
-            "teacher",
-            "language_modeling",
-            "degeneration",
-            "metrics",
-            "trainer_gradient",
-            "whole_steps",
-            "rollout_scores",
-        ),
+        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "sampler", "teacher"),
+        *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
         *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
         *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
         *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),

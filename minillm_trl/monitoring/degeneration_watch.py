@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _EOS_RATE, _MIN_EOS_RATE = "rollout/eos_rate", 0.1
 _ENTROPY, _KL = "entropy", "objective/reverse_kl_per_token"
-_MAX_ENTROPY = 0.4  # share of ln(vocabulary); language models that know a task are below 0.3
+_MAX_NOISE = 0.4  # share of ln(vocabulary); entropies of language models that know a task are below 0.3
 _MAX_KL = 0.25  # share of the entropy; the KL is smaller if the teacher is as unsure as the student
 HEALTHY = "healthy"  # folder in output_dir; `save_total_limit` deletes only `checkpoint-*` directly in output_dir
 
@@ -176,15 +176,16 @@ def _warn_of_unending_text(args: TrainingArguments, first: Mapping[str, Any]) ->
 
 
 def _warn_of_random_text(first: Mapping[str, Any], model: PreTrainedModel | None) -> None:
-    """Warn if the student's first completions are close to noise.
+    """Warn if the student's first completions are close to noise, by themselves or to the teacher.
 
-    A student that was cut out of a larger model and hardly trained since is an example.
+    A student that was cut out of a larger model and hardly trained since is an example. Without any training it may
+    be surer of its nonsense than noise is, but then the teacher is all the more surprised.
     """
     if model is None or _ENTROPY not in first:
         return
     entropy, kl = first[_ENTROPY], first.get(_KL, math.inf)
     vocabulary = model.config.get_text_config().vocab_size
-    if entropy > _MAX_ENTROPY * math.log(vocabulary) and kl > _MAX_KL * entropy:
+    if max(entropy, kl) > _MAX_NOISE * math.log(vocabulary) and kl > _MAX_KL * entropy:
         logger.warning(
             f"The student's first completions are close to noise: the entropy is {entropy:.2f} nats per token, "
             f"{entropy / math.log(vocabulary):.0%} of the entropy of uniform noise over its {vocabulary} tokens, and "
