@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from trl import TrlParser
 
 from ..errors import UserError
-from ..files.yaml_files import read_yaml
 from ..hardware.optional_packages import check_packages
 from .launch import is_launch_option, is_launched, read_flags
 from .option_names import aliases, check_given_once, check_stray_words, given_options, right_name
-from .option_values import check_config, check_plain_yaml, json_object, mapping, mapping_or_file, with_first_names
+from .option_values import json_object, mapping, mapping_or_file, read_config, with_first_names
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -192,7 +191,7 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     ]
     _check_words(parser, argv, is_launchable=True)
     if "--config" in argv:
-        check_config(parser, _config_path(argv))
+        read_config(parser, _config_path(argv))  # checks it, with lines; `TrlParser` reads it again
     try:
         *values, from_yaml, from_cli = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -264,8 +263,7 @@ def parse_with_config(
     config.add_argument("--config", type=Path)
     path, rest = config.parse_known_args(argv)[0].config, argv
     if path is not None:
-        check_plain_yaml(parser, path)
-        rest = [*_words(parser, with_first_names(parser, read_yaml(path)[0])), *argv]
+        rest = [*_words(parser, read_config(parser, path)), *argv]
     values, unknown = parser.parse_known_args(rest)
     words = [part for word in unknown for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flags = read_flags([], words)

@@ -1,7 +1,7 @@
 """Values of options: JSON on the command line, and YAML values, checked line by line."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,50 +41,22 @@ def mapping_or_file(text: str) -> str:
     return text
 
 
-def check_config(parser: TrlParser, path: Path) -> None:
-    """Check the names and values of a YAML file for [`parse`].
-
-    Raises:
-        ValueError: with file and line.
-    """
-    # TrlParser reads `env`: environment variables
-    _check_yaml(
-        parser, path, lambda name: name == "env" or is_launch_option(name), _annotations(parser.dataclass_types)
-    )
-
-
-def check_plain_yaml(parser: argparse.ArgumentParser, path: Path) -> None:
-    """Check the names and values of a YAML file for [`parse_with_config`].
-
-    Raises:
-        ValueError: with file and line.
-    """
-    # the values become words of a command line
-    annotations = {
-        action.dest: "list | dict | None"
-        if action.nargs == "+"
-        else "dict | None"
-        if action.type is json_object
-        else "None"
-        for action in parser._actions
-    }
-    _check_yaml(parser, path, lambda name: False, annotations)
-
-
-def _check_yaml(
-    parser: argparse.ArgumentParser, path: Path, is_other: Callable[[str], bool], annotations: dict[str, str]
-) -> None:
-    """Check a YAML file against the options.
+def read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """Read a YAML file of options, and check its names and values.
 
     Args:
-        parser (`argparse.ArgumentParser`): the parser with the options.
+        parser (`argparse.ArgumentParser`): parser of a subcommand. For a parser with dataclasses, the file may also
+            have options of the launcher, and `env` with environment variables, which `TrlParser` sets.
         path (`Path`): the YAML file.
-        is_other (`Callable`): whether the file may have this name although it is no option; its value is not checked.
-        annotations (`dict[str, str]`): types of the options, as a dataclass annotates them.
+
+    Returns:
+        The values by the first names of the options.
 
     Raises:
         ValueError: with file and line.
     """
+    has_dataclasses = isinstance(parser, TrlParser)
+    annotations = _annotations(parser)
     if not path.is_file():
         raise UserError(f"--config {path}: no such file.")
     content, node = read_yaml(path)
@@ -97,7 +69,7 @@ def _check_yaml(
     for key_node, value_node in node.value:
         name, line = key_node.value, key_node.start_mark.line + 1
         option = first_names.get(name, name)
-        if option not in known and not is_other(name):
+        if option not in known and not (has_dataclasses and (name == "env" or is_launch_option(name))):
             raise UserError(
                 f"{path}:{line}: unknown option {shortened(name)}.{right_name(name, {*known, *first_names})}"
             )
@@ -111,6 +83,7 @@ def _check_yaml(
                 )
         elif name == "env":
             _check_environment(value_node, f"{path}:{line}: env")
+    return with_first_names(parser, content)
 
 
 def with_first_names(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,8 +155,18 @@ def _check_yaml_value(action: argparse.Action, node: yaml.Node, annotation: str,
         raise UserError(f"{place}: expected {expected}, got {shortened(node.value)}.") from error
 
 
-def _annotations(dataclass_types: Iterable[type]) -> dict[str, str]:
-    """Return the annotations of the fields as text, since HfArgumentParser simplifies the types of its options."""
-    classes = [base for dataclass_type in dataclass_types for base in reversed(dataclass_type.__mro__)]
-    annotations = [pair for base in classes for pair in vars(base).get("__annotations__", {}).items()]
-    return {name: str(annotation) for name, annotation in annotations}
+def _annotations(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the types of the options as text, as a dataclass annotates them."""
+    if isinstance(parser, TrlParser):  # from the dataclasses: HfArgumentParser simplifies the types of its options
+        classes = [base for dataclass_type in parser.dataclass_types for base in reversed(dataclass_type.__mro__)]
+        fields = [pair for base in classes for pair in vars(base).get("__annotations__", {}).items()]
+        return {name: str(annotation) for name, annotation in fields}
+    # from the options, whose YAML values become words of a command line
+    return {
+        action.dest: "list | dict | None"
+        if action.nargs == "+"
+        else "dict | None"
+        if action.type is json_object
+        else "None"
+        for action in parser._actions
+    }

@@ -19,8 +19,7 @@ from ..errors import UserError
 from ..files.json_files import read_json
 from ..files.whole_files import make_folder, write_whole
 from ..files.yaml_files import line_of, read_yaml
-from .arguments import Parser
-from .option_values import check_config, check_plain_yaml, with_first_names
+from .option_values import read_config, with_first_names
 
 TRAINING = ("sft", "kd", "seqkd", "minillm")
 _SUBCOMMANDS = ("prepare-data", "shrink", *TRAINING)
@@ -246,7 +245,7 @@ def read_recipe(folder: Path) -> Recipe:
     evaluation = content["evaluate"]
     _check_evaluation(evaluation, stages, path, node)
     config, report = folder / evaluation["config"], Path(os.path.normpath(evaluation["output_dir"]))
-    values = _read(config, "evaluate")
+    values = read_config(_parser("evaluate"), config)
     by_name = {stage.name: stage for stage in stages}
     for name in evaluation["models"]:
         more = {"model": str(by_name[name].output)}
@@ -263,7 +262,7 @@ def _stage(folder: Path, name: Any, command: Any, place: str) -> Stage:
     if subcommand not in _SUBCOMMANDS:
         raise UserError(f"{place}: {subcommand!r} is not one of {', '.join(_SUBCOMMANDS)}.")
     config = Path(os.path.normpath(folder / (file or f"{name}.yaml")))
-    values = _read(config, subcommand)
+    values = read_config(_parser(subcommand), config)
     if not values.get("output_dir"):
         raise UserError(f"{config}: output_dir is missing; a recipe needs it.")
     return Stage(name, subcommand, config, values, Path(os.path.normpath(str(values["output_dir"]))))
@@ -319,15 +318,6 @@ def _check_folders(path: Path, recipe: Recipe) -> None:
 
 def _contains(folder: Path, other: Path) -> bool:
     return other.resolve().is_relative_to(folder.resolve())
-
-
-def _read(config: Path, subcommand: str) -> dict[str, Any]:
-    parser = _parser(subcommand)
-    if isinstance(parser, Parser):
-        check_config(parser, config)
-    else:
-        check_plain_yaml(parser, config)
-    return with_first_names(parser, read_yaml(config)[0])
 
 
 def _parser(subcommand: str) -> argparse.ArgumentParser:
