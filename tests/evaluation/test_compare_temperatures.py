@@ -218,7 +218,7 @@ class TestEqualEntropy:
         assert records["calm"].difference_high > 5
 
     def test_without_a_choice_it_is_at_temperature_1_and_only_where_both_curves_are(self, tmp_path):
-        write_decodings(tmp_path / "sft", line(-10, 70, {1.0: 1.6, 0.7: 0.8}))
+        write_decodings(tmp_path / "sft", line(-10, 70, {1.2: 2.0, 1.0: 1.6, 0.7: 0.8}))
         write_decodings(tmp_path / "minillm", line(-10, 72, {1.0: 1.2, 0.5: 0.4}))
         write_decodings(tmp_path / "sharp", line(-10, 72, {1.0: 0.6, 0.5: 0.4}))
         write_decodings(tmp_path / "flat", line(-10, 73, {1.0: 1.6, 0.5: 0.4}))
