@@ -1,6 +1,7 @@
-r"""Advantages: baselines, whitening and normalisation of returns and of the rewards of functions.
+r"""What turns returns into advantages: baselines, whitening, and the rewards of functions.
 
-Pure functions of tensors, public in `minillm_trl.objectives`. Shapes: B sequences, T positions, N completions of all
+The returns and their length normalisation are in `objectives.reward_to_go`. Pure functions of tensors, public in
+`minillm_trl.objectives`. Shapes: B sequences, T positions, N completions of all
 processes, F reward functions.
 """
 

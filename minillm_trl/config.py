@@ -1,4 +1,7 @@
-"""Define the configuration of [`MiniLLMTrainer`]: the method's own fields, and which of GRPO's are refused."""
+"""Define the configuration of [`MiniLLMTrainer`]: the method's own fields.
+
+`training/config_checks.py` has the checks, and the fields of GRPO that are refused.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

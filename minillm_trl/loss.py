@@ -1,4 +1,7 @@
-"""The loss of each token, combined from the terms in `objectives`."""
+"""The loss of each token, combined from the terms in `objectives`.
+
+The clip itself is in `objectives.clipped_policy_gradient_loss`; `clipped_tokens` repeats its rule for the metrics.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -223,9 +223,9 @@ def importance_weights(
     | `"prefix"` | $\prod_{i \le t} w_i$ | $\prod_{i < t} w_i$ |
     | `"sequence"` | $\prod_{i \le T} w_i$ | $\prod_{i \le T} w_i$ |
 
-    With `"token"`, the paper's, the ratio to the behavior policy in [`clipped_policy_gradient_loss`] already is the
-    weight, and is clipped. The other levels are factors of a loss with the ratio to the student that sampled, so only
-    the drift of the student is clipped. Only `"sequence"` makes the expected gradient exact. The variance grows from
+    `"token"` (the paper's) needs no extra weight: [`clipped_policy_gradient_loss`] takes the clipped ratio to the
+    behavior policy. With the other levels, the clipped ratio is to the student that sampled and covers only its drift;
+    the weight above multiplies the loss. Only `"sequence"` makes the expected gradient exact. The variance grows from
     the first row to the last. The single-step term at t depends only on the tokens before t.
 
     Args:

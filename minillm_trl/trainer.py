@@ -9,11 +9,12 @@ under the student. This minimises the reverse KL of student to teacher, whose gr
 
 The steps, and their modules:
 
-    1. sample      a coin decides for each token whether student or teacher draws it (Eq. 4): `rollouts/sampler.py`
+    1. sample      a coin decides for each token whether student or teacher draws it (Eq. 4): `rollouts/sampling.py`
     2. score       log-probs under both models, from the hidden states of sampling: `rollouts/scores.py`
     3. weigh       rewards, returns (Eq. 6) and importance weights (Eq. 5), all without gradient: `objectives.py`
     4. shuffle     rows into optimizer steps and micro-batches, for every pass: `rollouts/buffer.py`
-    5. update      both terms at each token, and L_PT on a corpus: `loss.py`, `training/language_modeling.py`
+    5. update      both terms at each token, clipped, and L_PT: `loss.py`, `objectives.py`,
+                   `training/language_modeling.py`
 
 Differences from GRPO:
 
@@ -51,10 +52,10 @@ from .errors import UserError
 from .hardware.precision import keep_adapters_in_float32
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
 from .masking import normalize_loss
+from .models.bitsandbytes_layout import keep_4bit_layout
 from .models.dropout import disable_dropout
 from .models.encoding import added_tokens, without_extra_tokens
 from .models.fused_head import ScoreRequest, TokenScores
-from .models.quantization import keep_4bit_layout
 from .rollouts.buffer import Batch, sequences
 from .training.checks import check_arguments, check_machine, check_model, check_prompt_ids, check_rollout_logps
 from .training.ends_of_run import settle_ends
@@ -384,6 +385,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as [`ReliableTrainer`] does, after checking that all prompts leave room for their completions."""
+        # TRL: inherits the loop of transformers' Trainer
         self._check_prompt_lengths()
         return super().train(*args, **kwargs)
 

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 RECIPES = Path(__file__).parent
+_NOTE = "# Generated from templates/{stage} and pairs.yaml by recipes/generate.py: edit those\n"
 
 
 def make_files() -> dict[Path, str]:
@@ -40,7 +41,8 @@ def make_files() -> dict[Path, str]:
             "accumulation_steps": partial(_accumulation_steps, folder, pair["gpus"]),
         }
         for stage in stages:
-            files[Path(folder, stage.removesuffix(".jinja"))] = templates.get_template(stage).render(values)
+            text = templates.get_template(stage).render(values)
+            files[Path(folder, stage.removesuffix(".jinja"))] = f"{_NOTE.format(stage=stage)}{text}"
     return files
 
 

@@ -14,6 +14,7 @@ from ..data import unique_prompts
 from ..errors import UserError
 from ..hardware.precision import configure_wrappers, half_precision, keep_adapters_in_float32
 from ..models.attention import avoid_cudnn_attention
+from ..models.bitsandbytes_layout import keep_4bit_layout
 from ..models.context import max_context, name_context
 from ..models.encoding import encode_prompts, holds_conversations
 from ..models.end_tokens import EndTokens, carry, read_generation_config
@@ -21,13 +22,12 @@ from ..models.forward_methods import rebind_fused_head
 from ..models.init_kwargs import parsed_kwargs
 from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
-from ..models.quantization import keep_4bit_layout
 from ..models.student_copy import RolloutCopy, shards_student, student_of
 from ..rollouts.keyed_random import evaluation_key
 from ..rollouts.sampling import sample_prompts
 from ..training.ends_of_run import settle_tokenizer
 from ..training.evaluation_rows import Row
-from ..training.logged_metrics import degeneration, rouge_l_to_references, token_totals
+from ..training.logged_metrics import degeneration_indicators, rouge_l_to_references, token_totals
 from ..training.measured_trainer import MeasuredTrainer
 from ..training.trained_weights import check_trained_weights
 from .configs import FineTuningConfig
@@ -239,7 +239,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         values: dict[str, list[float]] = {
             "rouge_l": rouge_l_to_references(texts, rows),
             "completions/mean_length": list(map(len, completions)),
-            **degeneration(completions, ends),
+            **degeneration_indicators(completions, ends),
         }
         # processes may have different numbers of prompts, so reduce sums and counts rather than means
         totals = torch.tensor([*(sum(per_row) for per_row in values.values()), len(completions)])

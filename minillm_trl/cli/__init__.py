@@ -4,12 +4,13 @@ A subcommand is a module of its name with `build_parser()` and `run(argv) -> int
 
 - `sft`, `kd`, `seqkd`, `minillm`: training. `training` has their shared checks, saving and resuming, `examples` loads
   their data, `recording` writes the run's record.
-- `evaluate`, `benchmark`, `compare`, `judge`: measuring. `task_results` decides which tasks are done.
+- `evaluate`, `benchmark`, `compare`, `judge`: measuring. `evaluate_options` has the parser and the checks of
+  `evaluate`, `task_results` decides which tasks are done.
 - `recipe` runs `stages`; `prepare_data`, `shrink`, `merge`, `generate`, `doctor` and `demo` are a command each.
 
-Options: `arguments` parses the command line and YAML, `option_values` checks values by YAML line, `option_names` maps
-aliases and offers the right name for a wrong one, `chat` adds the options for chat models, and `launch` hands a
-subcommand over to `accelerate launch`.
+Options: `arguments` parses the command line and YAML, `option_values` checks values and reports the YAML line of a bad
+one, `option_names` maps aliases and offers the right name for a wrong one, `chat` adds the options for chat models,
+and `launch` hands a subcommand over to `accelerate launch`.
 """
 
 import difflib

@@ -117,7 +117,7 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
 
 
 def temperature_or_greedy(text: str) -> Decoding:
-    """Parse a value of `--temperatures`."""
+    """Parse a value of `--temperatures`; [`Decoding`] has the allowed range."""
     if text == GREEDY:
         return Decoding(None)
     try:

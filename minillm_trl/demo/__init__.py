@@ -1,4 +1,8 @@
-"""The demo: a teacher from scratch, a much smaller student, MiniLLM, a control, a report; real data, in minutes."""
+"""The demo: a teacher from scratch, a much smaller student, MiniLLM, a control, a report; real data, in minutes.
+
+`pipeline` runs the stages in order, `models` and `training` make the two models, `report` writes the page, and
+`settings` has sizes and rates.
+"""
 
 from .models import build_model, train_tokenizer
 from .pipeline import run_demo, train_pair

@@ -72,6 +72,15 @@ class ScoreRequest(NamedTuple):
         return score_hidden_states(hidden_states, head, self, vocab_size, teacher_head)
 
 
+def token_chunks(num_tokens: int, vocab_size: int) -> list[slice]:
+    """Return the parts of `num_tokens` tokens that are projected together, of at most `CHUNK_ELEMENTS` logits each.
+
+    No tokens make one empty chunk, whose scores are empty but have a graph.
+    """
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, start + size) for start in range(0, max(num_tokens, 1), size)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _MaskedTokens:
     """The N tokens inside a request's mask, out of B * T, with what predicts them.
@@ -104,10 +113,9 @@ class _MaskedTokens:
         teacher_hidden = request.teacher_hidden_states
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
-        size = max(1, CHUNK_ELEMENTS // vocab_size)
-        # An empty batch gets one empty chunk, whose scores are zeros with a graph
-        chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
-        return cls(rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, chunks)
+        return cls(
+            rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, token_chunks(len(rows), vocab_size)
+        )
 
     def teacher_logits(self, part: slice) -> torch.Tensor | None:
         """Return the teacher's logits `(n, V)` of a chunk; None without the teacher's hidden states."""

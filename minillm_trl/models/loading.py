@@ -11,9 +11,9 @@ from ..errors import UserError
 from ..files.messages import nearest
 from ..hardware.processes import launched_on_cpu
 from .adapters import Adapter, find_adapter, is_adapter
+from .bitsandbytes_layout import keep_4bit_layout
 from .end_tokens import find_turn_end, has_generation_config
 from .files import explained, is_lost_folder, load_causal_lm
-from .quantization import keep_4bit_layout
 from .weight_formats import check_name
 
 if TYPE_CHECKING:  # importing these takes seconds, and reading a tokenizer does not need them

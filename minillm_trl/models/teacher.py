@@ -17,12 +17,12 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from ..errors import UserError
 from ..rollouts.buffer import parts_by_length
+from .bitsandbytes_layout import keep_4bit_layout
 from .encoding import encode_texts
 from .end_tokens import adopt_generation_config
 from .init_kwargs import with_dtype
 from .lm_head import completion_hidden_states, without_wrapper
 from .pickled_weights import refuse_pickled_weights
-from .quantization import keep_4bit_layout
 from .reference import check_teacher_adapter
 from .student_copy import copy_modules
 

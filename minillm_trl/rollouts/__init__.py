@@ -1,9 +1,13 @@
 """Sampling completions, and the buffer that holds them.
 
+A coin is tossed before each token, so that only the model that draws it runs. Sampling computes the hidden states that
+predict each token, and the scores come from these states without another forward pass.
+
 - `sampling`: from the student or the teacher-student mixture, in batches by length
 - `keyed_random`: random numbers as functions of seed, step and row
 - `decoding`: KV caches, several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
-- `sampler`: prompts and keys in, completions with their scores out; `rollout_teacher`: the teacher's hidden states
+- `rollout_sampler`: prompts and keys in, completions with their scores out
+- `rollout_teacher`: the teacher's hidden states
 - `scores`: log-probs and expected rewards of a rollout under both models
 - `buffer`: the rows of a rollout, and how they are dealt to optimizer steps
 - `prompts`: completions of one model for a list of prompts, as evaluation and SeqKD need them

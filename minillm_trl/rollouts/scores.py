@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..models.fused_head import CHUNK_ELEMENTS
+from ..models.fused_head import token_chunks
 from ..models.lm_head import LMHead
 
 
@@ -84,8 +84,7 @@ class RolloutScorer:
             None if model is None else HeadStates(model.hidden_states.flatten(0, 1)[rows], model.head)
             for model in (student, teacher)
         ]
-        size = max(1, CHUNK_ELEMENTS // self.vocab_size)
-        chunks = [slice(start, start + size) for start in range(0, max(len(rows), 1), size)]
+        chunks = token_chunks(len(rows), self.vocab_size)
         pieces = [self._score_chunk(targets[part], part, *models) for part in chunks]
 
         def scatter(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:

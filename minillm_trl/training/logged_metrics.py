@@ -19,7 +19,9 @@ _LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
 _SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
 
-def degeneration(completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> dict[str, list[float]]:
+def degeneration_indicators(
+    completion_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]
+) -> dict[str, list[float]]:
     """Return per-completion indicators of degenerating text, which the reverse KL does not show."""
     return {
         "rollout/eos_rate": [float(bool(ids) and ids[-1] in eos_token_ids) for ids in completion_ids],

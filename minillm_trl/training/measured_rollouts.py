@@ -16,7 +16,7 @@ from .logged_metrics import (
     baseline_totals,
     completion_sums,
     completion_totals,
-    degeneration,
+    degeneration_indicators,
     gradient_totals,
     loss_totals,
     reward_metrics,
@@ -149,7 +149,7 @@ class MeasuredRollouts(ResumableRollouts):
         mask = sequences(batch)[2]
         completions = zip(batch["completion_ids"].cpu(), mask.cpu(), strict=True)
         ids = [row[real].tolist() for row, real in completions]
-        values = degeneration(ids, self.eos_token_ids)
+        values = degeneration_indicators(ids, self.eos_token_ids)
         if mode == "eval":
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
             values["rouge_l"] = rouge_l_to_references(texts, inputs)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..rollouts.sampler import ScoredRows
+from ..rollouts.rollout_sampler import ScoredRows
 
 
 @dataclass

@@ -32,8 +32,8 @@ from ..objectives import expected_rewards, importance_weights, mixture_logps, to
 from ..rollouts.buffer import Batch, assemble_fields, fill_empty_completions, parts_by_length, sequences
 from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
+from ..rollouts.rollout_sampler import RolloutSampler, ScoredRows
 from ..rollouts.rollout_teacher import RolloutTeacher
-from ..rollouts.sampler import RolloutSampler, ScoredRows
 from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
 from .checks import check_completion_ids
 from .language_modeling import LanguageModelingBatches

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from minillm_trl.cli import main
 from minillm_trl.cli.merge import run
-from minillm_trl.models.quantization import keep_4bit_layout
+from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 
 INPUTS = torch.arange(2, 14).view(2, 6)
 ATTENTION = ["q_proj", "v_proj"]

@@ -15,7 +15,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTun
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin, TrainerCallback
 from trl.kernels import chunked_divergence, chunked_logprob
 
-import minillm_trl.rollouts.sampler
+import minillm_trl.rollouts.rollout_sampler
 import minillm_trl.training.checks
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.hardware.machine import GPU, Machine
@@ -152,7 +152,7 @@ class TestTraining:
             calls.append((kwargs["keys"][0][1], kwargs["alpha"]))
             return sample_prompts(*args, **kwargs)
 
-        monkeypatch.setattr(minillm_trl.rollouts.sampler, "sample_prompts", recorded)
+        monkeypatch.setattr(minillm_trl.rollouts.rollout_sampler, "sample_prompts", recorded)
         trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(8)), eval_strategy="steps", eval_steps=2)
         trainer.train()
         assert set(calls) == {(TRAIN_TOKENS, 0.2), (EVAL_TOKENS, 0.0)}

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import minillm_trl.trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.cli import main
+from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
 from minillm_trl.models.lm_head import LMHead, check_head
-from minillm_trl.models.quantization import keep_4bit_layout
 from minillm_trl.models.teacher import adapter_on_base
 
 PROMPTS = [f"the punter {i}\n" for i in range(16)]

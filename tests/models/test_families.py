@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.errors import UserError
+from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 from minillm_trl.models.context import max_context
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
 from minillm_trl.models.lm_head import LMHead, check_head, completion_hidden_states
-from minillm_trl.models.quantization import keep_4bit_layout
 from minillm_trl.rollouts.buffer import sequences
 from minillm_trl.rollouts.decoding import check_decoding
 from minillm_trl.rollouts.sampling import Completions, sample_prompts

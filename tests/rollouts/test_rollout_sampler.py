@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from conftest import build_model
 
 from minillm_trl.models.lm_head import LMHead
+from minillm_trl.rollouts.rollout_sampler import RolloutSampler
 from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
-from minillm_trl.rollouts.sampler import RolloutSampler
 from minillm_trl.rollouts.scores import RolloutScorer
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]

@@ -5,7 +5,7 @@ import torch
 from conftest import build_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minillm_trl.models.quantization import keep_4bit_layout
+from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 
 
 def test_weights_are_not_repacked_in_eval_mode(tmp_path, monkeypatch):
