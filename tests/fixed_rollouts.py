@@ -51,6 +51,7 @@ def train(
     teacher: str = "",
     corpus: bool = True,
     fsdp_on_cpu: bool = False,
+    resume_from_checkpoint: str | None = None,
     **options,
 ) -> MiniLLMTrainer:
     """Train a few steps on a buffer of three optimizer steps, and save to `output`.
@@ -69,13 +70,13 @@ def train(
         gradient_accumulation_steps=accumulation,
         steps_per_generation=3 * accumulation,
         max_completion_length=24,
-        optim="sgd",  # Adam would hide a wrong scale
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
         max_grad_norm=0.0,  # clipping would hide it too
         logging_steps=1,
         lm_batch_size=batch_size if corpus else None,
         **{
+            "optim": "sgd",  # Adam would hide a wrong scale
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
             "max_steps": 5,
             "teacher_mixed_alpha": 0.0,
             "gradient_checkpointing": False,
@@ -99,7 +100,7 @@ def train(
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None,
         peft_config=LoraConfig(r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False) if lora else None,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model(output)
     return trainer
 

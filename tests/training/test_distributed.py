@@ -153,6 +153,41 @@ def test_strategies_reach_the_weights_of_one_process(tmp_path: Path, model_dir, 
     assert torch.equal(moved(str(folder / "checkpoint-4"), options.get("lora", False)), result["moved"])
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("cpu", id="DDP"),
+        pytest.param("v100_zero2_fp16", id="ZeRO-2", marks=needs_deepspeed),
+        pytest.param("v100_fsdp_fp16", id="FSDP"),
+    ],
+)
+def test_settings_of_now_are_in_force_after_a_resume(tmp_path: Path, config: str):
+    """The moments are the checkpoint's, rate and weight decay are new: as on one process, and said."""
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "linear"}
+    # a large epsilon, so that Adam does not enlarge the differences of rounding
+    saved |= {"optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 0.05, "weight_decay": 0.1}
+    changed = {**saved, "save_strategy": "no", "learning_rate": 0.005, "weight_decay": 0.5}
+    single, distributed = tmp_path / "single", tmp_path / "distributed"
+    for folder in (single, distributed):
+        folder.joinpath("again").mkdir(parents=True)
+    run(single, 8, 1, **saved)
+    again = {**changed, "resume_from_checkpoint": str(single / "checkpoint-2")}
+    reference = run(single / "again", 8, 1, **again)
+    command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes=2"]
+    command += ["--mixed_precision=no"]
+    extra = {"fsdp_on_cpu": True} if "fsdp" in config else {}
+    launch(command, distributed, 2, 2, {**saved, **extra})
+    again = {**changed, **extra, "resume_from_checkpoint": str(distributed / "checkpoint-2")}
+    result = launch(command, distributed / "again", 2, 2, again)
+    assert_same(result, reference)
+    rates = [log["learning_rate"] for log in result["history"] if "learning_rate" in log]
+    # linear from 1 to 0 in 4 steps; two of the checkpoint, two of now
+    assert rates == pytest.approx([0.05, 0.0375, 0.0025, 0.00125])
+    for change in ("learning_rate: 0.05 -> 0.005", "weight_decay: 0.1 -> 0.5"):
+        assert result["stderr"].count(change) == 1
+
+
 def test_another_order_of_rows_is_told_apart(tmp_path: Path):
     options = CASES[0].values[0]
     first, second = (run(tmp_path, 8, 1, **options, seed=seed) for seed in (0, 1))
@@ -170,4 +205,8 @@ def launch(command: list[str], folder: Path, batch_size: int, accumulation: int,
     result = run_module(*command, *arguments)
     assert result.returncode == 0, result.stderr[-5000:]
     facts = json.loads((folder / "facts.json").read_text())
-    return {**outcome(folder, facts["history"], options.get("lora", False)), "strategy": facts["strategy"]}
+    return {
+        **outcome(folder, facts["history"], options.get("lora", False)),
+        "strategy": facts["strategy"],
+        "stderr": result.stderr,
+    }
