@@ -1,7 +1,7 @@
 """Text measures of completions: overlap with references, repetition and diversity, as pure functions."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported in the functions: rouge_score and BLEU load all of nltk, which is slow
@@ -11,8 +11,12 @@ if TYPE_CHECKING:  # imported in the functions: rouge_score and BLEU load all of
 @cache
 def _scorer() -> "RougeScorer":
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    # Stemming takes longer than the comparison, and a reference is compared with every sample of its prompt
+    tokenizer = DefaultTokenizer(use_stemmer=True)
+    tokenizer.tokenize = lru_cache(maxsize=2**15)(tokenizer.tokenize)
+    return RougeScorer(["rougeL"], tokenizer=tokenizer)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:

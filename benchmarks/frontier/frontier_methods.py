@@ -1,0 +1,78 @@
+"""The methods on the frontier: training runs of the same student on the same prompts, in about the same time."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+
+from methods import MINILLM, SAMPLED, SUPERVISED, Method
+
+UPDATES = 320  # of MiniLLM; the others get about its CPU time
+COOL = 0.55  # the temperature of rollouts, rewards and single step where it is not 1
+
+
+def _minillm(label: str, **options: Any) -> Method:
+    return Method(label, "minillm", UPDATES, {**MINILLM, **options})
+
+
+def _distillation(label: str, temperature: float) -> Method:
+    options = {**SAMPLED, "beta": 1.0, "top_k": 0, "temperature": temperature}
+    return Method(label, "distillation", 92, options)
+
+
+_NO_MIXING: dict[str, Any] = {"teacher_mixed_alpha": 0.0}
+_NO_LONG_TERM: dict[str, Any] = {"rkl_advantage": False}
+_LOW_VARIANCE: dict[str, Any] = {"reward_estimator": "expected", "advantage_baseline": "position"}
+_PLAIN: dict[str, Any] = {"length_normalization": False}
+
+MAIN = {
+    "sft": Method("SFT continued", "sft", 330, SUPERVISED),
+    "kd": Method("KD", "kd", 320, SUPERVISED),
+    "seqkd": Method("SeqKD", "seqkd", 380, SUPERVISED),
+    "gkd": Method("TRL GKD", "gkd", 77, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
+    "distillation": _distillation("TRL DistillationTrainer", 1.0),
+    "distillation_cool": _distillation(f"TRL DistillationTrainer, trained at {COOL}", COOL),
+    "minillm": _minillm("MiniLLM (the paper's)"),
+    "single_step": _minillm("single step alone, no mixing", **_NO_LONG_TERM, **_NO_MIXING),
+    "single_step_cool": _minillm(
+        f"single step alone, no mixing, trained at {COOL}", **_NO_LONG_TERM, **_NO_MIXING, temperature=COOL
+    ),
+    "low_variance_normalised": _minillm(
+        "MiniLLM, expected rewards, baseline, no mixing", **_LOW_VARIANCE, **_NO_MIXING
+    ),
+    "low_variance": _minillm("… and no length normalisation", **_LOW_VARIANCE, **_NO_MIXING, **_PLAIN),
+    "low_variance_cool": _minillm(
+        f"… and trained at {COOL}", **_LOW_VARIANCE, **_NO_MIXING, **_PLAIN, temperature=COOL
+    ),
+}
+
+# Every kind of long term, with and without length normalisation and mixing; without a long term nothing is normalised
+_LONG_TERMS: dict[str, dict[str, Any]] = {
+    "none": _NO_LONG_TERM,
+    "sampled": {},
+    "expected": {"reward_estimator": "expected"},
+    "baseline": {"advantage_baseline": "position"},
+    "both": _LOW_VARIANCE,
+}
+ABLATIONS = {
+    f"{name}{'-plain' if plain else ''}-{alpha:g}": _minillm(
+        name, **options, **(_PLAIN if plain else {}), teacher_mixed_alpha=alpha
+    )
+    for name, options in _LONG_TERMS.items()
+    for plain in ((False,) if name == "none" else (False, True))
+    for alpha in (0.2, 0.0)
+}
+# Returns that fade with the distance: between the whole future (gamma 1) and the single step alone (gamma 0)
+ABLATIONS |= {
+    f"both-plain-0-gamma{gamma:g}": _minillm("both", **_LOW_VARIANCE, **_PLAIN, **_NO_MIXING, gamma=gamma)
+    for gamma in (0.95, 0.8)
+}
+# The rows that the main table has too
+SAME_AS = {
+    "none-0": "single_step",
+    "sampled-0.2": "minillm",
+    "both-0": "low_variance_normalised",
+    "both-plain-0": "low_variance",
+}
+METHODS = MAIN | {name: method for name, method in ABLATIONS.items() if name not in SAME_AS}

@@ -1,0 +1,329 @@
+"""Makes `results/frontier_e2e.json`, its figure and the tables of this folder's README from `frontier_run.py`'s runs.
+
+    python benchmarks/frontier/frontier_summary.py
+
+Means are over test prompts, sampling seeds and training seeds. Intervals are 95 % percentiles of a bootstrap that
+draws training seeds and prompts, both with replacement. At equal entropy, Rouge-L and reverse KL are interpolated
+between temperatures, for each replicate and training seed separately, so that the entropies vary along with the
+values. The differences of two methods are paired by training seed and prompt.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from frontier_methods import ABLATIONS, MAIN, METHODS, SAME_AS  # puts the folders it needs on the path
+from frontier_run import (
+    ENTROPIES,
+    GREEDY,
+    LEARNING_RATES,
+    TASK,
+    TEMPERATURES,
+    TEST_SEEDS,
+    VALIDATION_SEEDS,
+    Run,
+    best_rate,
+    finished,
+    scores_by_rate,
+)
+from matplotlib.figure import Figure
+from run import SEEDS
+from summarize import format_interval, insert_table
+
+README = Path(__file__).with_name("README.md")
+PACKAGES = ("torch", "transformers", "trl", "accelerate")
+REPLICATES = 2000
+COMPARED = ("sft", "distillation", "distillation_cool", "minillm")
+SHOWN = {  # in the figure
+    "teacher": "#444444",
+    "sft_student": "#999999",
+    "sft": "#b85c00",
+    "distillation": "#b0478a",
+    "distillation_cool": "#7a6500",
+    "minillm": "#0072b2",
+    "low_variance": "#007a5a",
+    "low_variance_cool": "#5b4fc4",
+}
+LABELS = {"teacher": "teacher", "sft_student": "SFT student (the start)"}
+
+
+class Frontier:
+    """Test results of one method: `values[decoding][measure]` of shape `(seeds, prompts)`."""
+
+    def __init__(self, records: list[dict[str, Any]]):
+        tests = [record["test"] for record in records]
+        self.values = {
+            decoding: {name: np.array([test[decoding][name] for test in tests]) for name in tests[0][decoding]}
+            for decoding in tests[0]
+        }
+        self.seeds, self.prompts = self.values["1.0"]["rouge_l"].shape
+
+    def replicates(self, decoding: str, measure: str) -> np.ndarray:
+        """Return the mean of every training seed, `(replicates + 1, seeds)`; the first row is the sample itself."""
+        return prompt_weights(self.prompts) @ self.values[decoding][measure].T
+
+    def at_entropies(self, measure: str) -> np.ndarray:
+        """Return the mean over [`ENTROPIES`] of the interpolated measure, `(replicates + 1, seeds)`.
+
+        Beyond the temperatures tried, the value of the nearest one counts.
+        """
+        decodings = [str(temperature) for temperature in TEMPERATURES]
+        entropies = np.stack([self.replicates(decoding, "entropy_per_token") for decoding in decodings], axis=-1)
+        values = np.stack([self.replicates(decoding, measure) for decoding in decodings], axis=-1)
+        found = np.empty(entropies.shape[:2])
+        for index in np.ndindex(found.shape):
+            order = np.argsort(entropies[index])
+            found[index] = np.interp(ENTROPIES, entropies[index][order], values[index][order]).mean()
+        return found
+
+
+def prompt_weights(prompts: int) -> np.ndarray:
+    """Return weights of the prompts, `(replicates + 1, prompts)`: equal in the first row, else drawn."""
+    draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES)
+    return np.concatenate([np.full((1, prompts), 1 / prompts), draws / prompts])
+
+
+def interval(by_seed: np.ndarray) -> list[float]:
+    """Return mean and 95 % interval over prompts and training seeds of `(replicates + 1, seeds)`."""
+    replicates, seeds = by_seed.shape
+    drawn = np.random.default_rng(1).integers(seeds, size=(replicates, seeds))
+    means = np.take_along_axis(by_seed, drawn, axis=1).mean(axis=1)[1:]
+    return [float(by_seed[0].mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """Return the interval of a difference paired by training seed; one training seed goes with each of several."""
+    return interval(first - second)
+
+
+def tuned(records: list[dict[str, Any]]) -> str:
+    """Return the decoding with the highest Rouge-L on the validation prompts, mean over the training seeds."""
+    means = {
+        decoding: np.mean([record["validation"][decoding]["rouge_l"] for record in records])
+        for decoding in records[0]["validation"]
+    }
+    return max(means, key=means.__getitem__)
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """Return all numbers of the main table whose runs are finished."""
+    frontiers, records, rates = {}, {}, {}
+    names = {"teacher": ["teacher"], "sft_student": [f"sft-{seed}" for seed in SEEDS]}
+    for name, runs in names.items():
+        records[name] = [_test(folder, run) for run in runs]
+    for method in MAIN:
+        rate = best_rate(folder, method)
+        runs = [] if rate is None else [Run(method, rate, seed) for seed in SEEDS]
+        if runs and all(_test(folder, run.name) and finished(folder, run) for run in runs):
+            rates[method] = rate
+            records[method] = [_test(folder, run.name) | finished(folder, run) for run in runs]
+    frontiers = {name: Frontier(found) for name, found in records.items()}
+    reference = np.mean([record["cpu_seconds"] for record in records["minillm"]])
+    rows = {}
+    for name, frontier in frontiers.items():
+        rows[name] = row = _measures(frontier, tuned(records[name]))
+        if name in rates:
+            row |= {
+                "label": MAIN[name].label,
+                "updates": MAIN[name].updates,
+                "learning_rate": rates[name],
+                "cpu_time_over_minillm": float(
+                    np.mean([record["cpu_seconds"] for record in records[name]]) / reference
+                ),
+                "validation_at_equal_entropy": {
+                    f"{rate:g}": score for rate, score in scores_by_rate(folder, name).items()
+                },
+                "commits": sorted({record["commit"] for record in records[name]}),
+            }
+    for name, row in rows.items():
+        row["minus"] = {
+            rival: _differences(frontiers[name], frontiers[rival], row, rows[rival])
+            for rival in COMPARED
+            if rival in frontiers and rival != name and name in MAIN
+        }
+    return {"prompts": frontiers["teacher"].prompts, "rows": rows, "ablations": _ablations(folder)}
+
+
+def _test(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "frontier" / name / "test.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _measures(frontier: Frontier, decoding: str) -> dict[str, Any]:
+    measures = {
+        point: {name: interval(frontier.replicates(point, name)) for name in values}
+        for point, values in frontier.values.items()
+    }
+    largest = frontier.values["1.0"]["largest_kl"].max(axis=1) / np.median(
+        frontier.values["1.0"]["reverse_kl"], axis=1
+    )
+    return {
+        "decodings": measures,
+        "tuned": decoding,
+        "at_equal_entropy": {name: interval(frontier.at_entropies(name)) for name in ("rouge_l", "reverse_kl")},
+        "by_seed": {
+            point: {name: values[name].mean(axis=1).tolist() for name in ("rouge_l", "entropy_per_token")}
+            for point, values in frontier.values.items()
+            if point != GREEDY
+        },
+        "largest_kl_over_median": largest.tolist(),
+    }
+
+
+def _differences(first: Frontier, second: Frontier, row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rouge_l": difference(first.replicates("1.0", "rouge_l"), second.replicates("1.0", "rouge_l")),
+        "reverse_kl": difference(first.replicates("1.0", "reverse_kl"), second.replicates("1.0", "reverse_kl")),
+        "tuned_rouge_l": difference(
+            first.replicates(row["tuned"], "rouge_l"), second.replicates(other["tuned"], "rouge_l")
+        ),
+        "greedy_rouge_l": difference(first.replicates(GREEDY, "rouge_l"), second.replicates(GREEDY, "rouge_l")),
+        "equal_entropy_rouge_l": difference(first.at_entropies("rouge_l"), second.at_entropies("rouge_l")),
+        "equal_entropy_reverse_kl": difference(first.at_entropies("reverse_kl"), second.at_entropies("reverse_kl")),
+    }
+
+
+def _ablations(folder: Path) -> dict[str, Any]:
+    """Return the validation results of every kind of long term at its best rate, at the first training seed."""
+    rows = {}
+    for name in ABLATIONS:
+        method = SAME_AS.get(name, name)
+        rate = best_rate(folder, method)
+        if rate is not None:
+            record = finished(folder, Run(method, rate, SEEDS[0]))
+            assert record is not None  # the best rate is one that was tried
+            rows[name] = {
+                "learning_rate": rate,
+                "at_equal_entropy": record["at_equal_entropy"],
+                "validation": record["validation"],
+            }
+    return rows
+
+
+def main_table(summary: dict[str, Any]) -> str:
+    """Return the Markdown table of the methods."""
+    head = [
+        *("", "rate", "CPU time", "Rouge-L at 1", "reverse KL at 1", "entropy at 1"),
+        *("best decoding", "Rouge-L there", "greedy", "Rouge-L at equal entropy", "reverse KL at equal entropy"),
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name, row in summary["rows"].items():
+        at_one, best, equal = row["decodings"]["1.0"], row["decodings"][row["tuned"]], row["at_equal_entropy"]
+        trained = "label" in row
+        cells = [
+            row.get("label", LABELS.get(name, name)),
+            f"{row['learning_rate']:g}" if trained else "–",
+            f"{row['cpu_time_over_minillm']:.2f}" if trained else "–",
+            format_interval(at_one["rouge_l"], 1),
+            format_interval(at_one["reverse_kl"], 1) if name != "teacher" else "–",
+            format_interval(at_one["entropy_per_token"], 2),
+            row["tuned"],
+            format_interval(best["rouge_l"], 1),
+            format_interval(row["decodings"][GREEDY]["rouge_l"], 1),
+            format_interval(equal["rouge_l"], 1),
+            format_interval(equal["reverse_kl"], 1),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences_table(summary: dict[str, Any]) -> str:
+    """Return the Markdown table of the differences from the rivals."""
+    columns = {
+        "rouge_l": "Rouge-L at 1",
+        "reverse_kl": "reverse KL at 1",
+        "tuned_rouge_l": "Rouge-L, best decoding of each",
+        "greedy_rouge_l": "greedy",
+        "equal_entropy_rouge_l": "Rouge-L at equal entropy",
+        "equal_entropy_reverse_kl": "reverse KL at equal entropy",
+    }
+    lines = ["| | minus | " + " | ".join(columns.values()) + " |", "|---|---|" + "---:|" * len(columns)]
+    rows = summary["rows"]
+    for name in ("minillm", "low_variance_normalised", "low_variance", "low_variance_cool", "single_step_cool"):
+        for rival, found in rows.get(name, {}).get("minus", {}).items():
+            cells = [rows[name]["label"].removeprefix("… and "), rows[rival]["label"]]
+            cells += [format_interval(found[key], 1, sign=True) for key in columns]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations_table(summary: dict[str, Any]) -> str:
+    """Return the Markdown table of the kinds of long term."""
+    points = ("1.0", "0.7", "0.55", GREEDY)
+    head = ["long term", "length normalisation", "mixing", "rate", *(f"Rouge-L at {point}" for point in points)]
+    head += ["Rouge-L at equal entropy", "length at 1"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for name, row in summary["ablations"].items():
+        options, validation = METHODS[SAME_AS.get(name, name)].options, row["validation"]
+        long_term = name.split("-")[0]
+        normalised = "–" if long_term == "none" else "yes" if options["length_normalization"] else "no"
+        long_term += f", gamma {options['gamma']:g}" if options["gamma"] != 1 else ""
+        cells = [long_term, normalised, f"{options['teacher_mixed_alpha']:g}"]
+        cells += [f"{row['learning_rate']:g}", *(f"{validation[point]['rouge_l']:.1f}" for point in points)]
+        cells += [f"{row['at_equal_entropy']:.1f}", f"{validation['1.0']['length']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw Rouge-L and reverse KL over entropy, with intervals."""
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(panels, ("rouge_l", "reverse_kl"), ("Rouge-L →", "← reverse KL (nats)"), strict=True):
+        for name, color in SHOWN.items():
+            row = summary["rows"].get(name)
+            if row is None:
+                continue
+            points = [row["decodings"][str(temperature)] for temperature in TEMPERATURES]
+            values = np.array([point[key] for point in points])
+            axes.errorbar(
+                [point["entropy_per_token"][0] for point in points],
+                values[:, 0],
+                yerr=[values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
+                color=color,
+                linestyle="--" if name == "teacher" else "-",
+                marker="o",
+                markersize=4,
+                capsize=2,
+                linewidth=1.6,
+                label=LABELS.get(name) or row["label"].replace("…", "MiniLLM, expected rewards, baseline"),
+            )
+        axes.set_xlabel("entropy (nats a token); one point a temperature: " + ", ".join(map(str, TEMPERATURES)))
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[1].set_ylim(0, 16)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    folder = parser.parse_args().runs / TASK
+    summary = summarize(folder)
+    settings = {
+        "training_seeds": SEEDS,
+        "validation_seeds": VALIDATION_SEEDS,
+        "test_seeds": TEST_SEEDS,
+        "temperatures": TEMPERATURES,
+        "learning_rates": LEARNING_RATES,
+        "entropies": ENTROPIES.tolist(),
+    }
+    from measurement import write_record  # in the folder above, which `run` puts on the path
+
+    command = " && ".join(f"python benchmarks/frontier/frontier_{script}.py" for script in ("run", "summary"))
+    path = write_record("frontier_e2e", PACKAGES, settings, summary, command)
+    plot(summary, path.with_suffix(".png"))
+    tables = {"main": main_table, "differences": differences_table, "ablations": ablations_table}
+    for name, table in tables.items():
+        insert_table(README, name, table(summary))
+        print(table(summary), "\n")
+    print(f"{len(summary['rows']) - 2} of {len(MAIN)} methods, {len(METHODS)} with the ablations")
+
+
+if __name__ == "__main__":
+    main()
