@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from methods import MINILLM, SAMPLED, SUPERVISED, Method
 
 UPDATES = 320  # of MiniLLM; the others get about its CPU time
-COOL = 0.55  # the temperature of rollouts, rewards and single step where it is not 1
+# Temperatures of rollouts, rewards and single step where it is not 1
+COOL = 0.55
+COLD = 0.4
 
 
 def _minillm(label: str, **options: Any) -> Method:
@@ -33,17 +35,43 @@ MAIN = {
     "gkd": Method("TRL GKD", "gkd", 77, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
     "distillation": _distillation("TRL DistillationTrainer", 1.0),
     "distillation_cool": _distillation(f"TRL DistillationTrainer, trained at {COOL}", COOL),
+    "distillation_cold": _distillation(f"TRL DistillationTrainer, trained at {COLD}", COLD),
     "minillm": _minillm("MiniLLM (the paper's)"),
     "single_step": _minillm("single step alone, no mixing", **_NO_LONG_TERM, **_NO_MIXING),
     "single_step_cool": _minillm(
         f"single step alone, no mixing, trained at {COOL}", **_NO_LONG_TERM, **_NO_MIXING, temperature=COOL
     ),
+    "single_step_cold": _minillm(
+        f"single step alone, no mixing, trained at {COLD}", **_NO_LONG_TERM, **_NO_MIXING, temperature=COLD
+    ),
     "low_variance_normalised": _minillm(
         "MiniLLM, expected rewards, baseline, no mixing", **_LOW_VARIANCE, **_NO_MIXING
     ),
-    "low_variance": _minillm("… and no length normalisation", **_LOW_VARIANCE, **_NO_MIXING, **_PLAIN),
+    "low_variance_normalised_cool": _minillm(
+        f"MiniLLM, expected rewards, baseline, no mixing, trained at {COOL}",
+        **_LOW_VARIANCE,
+        **_NO_MIXING,
+        temperature=COOL,
+    ),
+    "low_variance": _minillm(
+        "MiniLLM, expected rewards, baseline, no mixing, no length normalisation",
+        **_LOW_VARIANCE,
+        **_NO_MIXING,
+        **_PLAIN,
+    ),
     "low_variance_cool": _minillm(
-        f"… and trained at {COOL}", **_LOW_VARIANCE, **_NO_MIXING, **_PLAIN, temperature=COOL
+        f"MiniLLM, expected rewards, baseline, no mixing, no length normalisation, trained at {COOL}",
+        **_LOW_VARIANCE,
+        **_NO_MIXING,
+        **_PLAIN,
+        temperature=COOL,
+    ),
+    "low_variance_cold": _minillm(
+        f"MiniLLM, expected rewards, baseline, no mixing, no length normalisation, trained at {COLD}",
+        **_LOW_VARIANCE,
+        **_NO_MIXING,
+        **_PLAIN,
+        temperature=COLD,
     ),
 }
 
