@@ -68,7 +68,7 @@ def run_module(*words: object, **options: object) -> subprocess.CompletedProcess
 
     def run() -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT, **options)
 
     result = run()
     # a gloo process of torch 2.13 aborts at exit in one of a few dozen runs, after all its work
