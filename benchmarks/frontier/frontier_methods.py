@@ -34,6 +34,7 @@ MAIN = {
     "seqkd": Method("SeqKD", "seqkd", 380, SUPERVISED),
     "gkd": Method("TRL GKD", "gkd", 77, {**SAMPLED, "lmbda": 0.5, "beta": 0.5}),
     "distillation": _distillation("TRL DistillationTrainer", 1.0),
+    "distillation_at_one": _distillation("TRL DistillationTrainer, rate for temperature 1", 1.0),
     "distillation_cool": _distillation(f"TRL DistillationTrainer, trained at {COOL}", COOL),
     "distillation_cold": _distillation(f"TRL DistillationTrainer, trained at {COLD}", COLD),
     "minillm": _minillm("MiniLLM (the paper's)"),
@@ -74,6 +75,9 @@ MAIN = {
         temperature=COLD,
     ),
 }
+
+# The rate with the highest Rouge-L at temperature 1 on the validation prompts, where the search chooses a lower one
+FIXED_RATES = {"distillation_at_one": 3e-3}
 
 # Every kind of long term, with and without length normalisation and mixing; without a long term nothing is normalised
 _LONG_TERMS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ process takes the first run that is neither finished nor held by another process
 started at any time. In order:
 
 1. Each method at the first training seed: three learning rates, then the neighbours of the best while it is the lowest
-   or the highest tried. The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
+   or the highest tried (`FIXED_RATES` has the exception). The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
    nats a token, so that it favours no temperature. A method with `temperature` below 1 is measured like the others.
 2. The methods of the main table at their best rate for the other training seeds.
 3. Teacher, students and these runs on the test prompts, at every temperature.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from frontier_methods import MAIN, METHODS  # which puts the quality benchmark's folder on the path
+from frontier_methods import FIXED_RATES, MAIN, METHODS  # which puts the quality benchmark's folder on the path
 from run import SEEDS, start_worker
 
 TASK = "e2e"
@@ -175,8 +175,10 @@ def scores_by_rate(folder: Path, method: str) -> dict[float, float]:
     return {rate: record["at_equal_entropy"] for rate, record in records.items() if record is not None}
 
 
-def rates_to_try(scores: dict[float, float]) -> list[float]:
+def rates_to_try(method: str, scores: dict[float, float]) -> list[float]:
     """Return the first rates that are missing, then the neighbours of the best one that were not tried."""
+    if method in FIXED_RATES:
+        return [rate for rate in [FIXED_RATES[method]] if rate not in scores]
     if missing := [rate for rate in LEARNING_RATES[FIRST_RATES] if rate not in scores]:
         return missing
     best = LEARNING_RATES.index(max(scores, key=scores.__getitem__))
@@ -186,7 +188,7 @@ def rates_to_try(scores: dict[float, float]) -> list[float]:
 def best_rate(folder: Path, method: str) -> float | None:
     """Return the best learning rate, or None while the search goes on."""
     scores = scores_by_rate(folder, method)
-    return None if rates_to_try(scores) else max(scores, key=scores.__getitem__)
+    return None if rates_to_try(method, scores) else max(scores, key=scores.__getitem__)
 
 
 def jobs(folder: Path, methods: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -194,7 +196,7 @@ def jobs(folder: Path, methods: list[str]) -> Iterator[tuple[str, Callable[[], N
     main = [name for name in methods if name in MAIN]
     for group in (main, [name for name in methods if name not in MAIN]):
         for method in group:
-            for rate in rates_to_try(scores_by_rate(folder, method)):
+            for rate in rates_to_try(method, scores_by_rate(folder, method)):
                 run = Run(method, rate, SEEDS[0])
                 yield run.name, partial(train_run, folder, run)
         if group is main:
