@@ -1,4 +1,4 @@
-"""Claim: a completion with a very large reverse KL has left the text that the student knows, after one unlikely token.
+"""Question: why do a few completions have a very large reverse KL, and which methods make them rarer?
 
     python benchmarks/frontier/frontier_tail.py   # needs the runs of frontier_run.py
 
