@@ -7,8 +7,8 @@ process takes the first run that is neither finished nor held by another process
 started at any time. In order:
 
 1. Each method at the first training seed: three learning rates, then the neighbours of the best while it is the lowest
-   or the highest tried (`FIXED_RATES` has the exception). The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
-   nats a token, so that it favours no temperature. A method with `temperature` below 1 is measured like the others.
+   or the highest tried. The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
+   nats a token, so that it favours no temperature. `FIXED_RATES` has the exception.
 2. The methods of the main table at their best rate for the other training seeds.
 3. Teacher, students and these runs on the test prompts, at every temperature.
 
