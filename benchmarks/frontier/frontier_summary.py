@@ -35,7 +35,7 @@ from summarize import format_interval, insert_table
 README = Path(__file__).with_name("README.md")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 REPLICATES = 2000
-COMPARED = ("sft", "distillation", "distillation_cool", "minillm")
+COMPARED = ("sft", "distillation_at_one", "distillation_cool", "minillm")
 SHOWN = {  # in the figure
     "teacher": "#444444",
     "sft_student": "#999999",
@@ -43,7 +43,7 @@ SHOWN = {  # in the figure
     "distillation": "#b0478a",
     "distillation_cool": "#7a6500",
     "minillm": "#0072b2",
-    "low_variance": "#007a5a",
+    "low_variance_normalised": "#007a5a",
     "low_variance_cool": "#5b4fc4",
 }
 LABELS = {"teacher": "teacher", "sft_student": "SFT student (the start)"}
@@ -156,9 +156,9 @@ def _measures(frontier: Frontier, decoding: str) -> dict[str, Any]:
         point: {name: interval(frontier.replicates(point, name)) for name in values}
         for point, values in frontier.values.items()
     }
-    largest = frontier.values["1.0"]["largest_kl"].max(axis=1) / np.median(
-        frontier.values["1.0"]["reverse_kl"], axis=1
-    )
+    # The teacher's own reverse KL is 0
+    median = np.median(frontier.values["1.0"]["reverse_kl"], axis=1)
+    largest = frontier.values["1.0"]["largest_kl"].max(axis=1)[median > 0] / median[median > 0]
     return {
         "decodings": measures,
         "tuned": decoding,
@@ -241,9 +241,9 @@ def differences_table(summary: dict[str, Any]) -> str:
     }
     lines = ["| | minus | " + " | ".join(columns.values()) + " |", "|---|---|" + "---:|" * len(columns)]
     rows = summary["rows"]
-    for name in ("minillm", "low_variance_normalised", "low_variance", "low_variance_cool", "single_step_cool"):
+    for name in ("minillm", "low_variance_normalised", "low_variance_normalised_cool", "low_variance_cool"):
         for rival, found in rows.get(name, {}).get("minus", {}).items():
-            cells = [rows[name]["label"].removeprefix("… and "), rows[rival]["label"]]
+            cells = [rows[name]["label"], rows[rival]["label"]]
             cells += [format_interval(found[key], 1, sign=True) for key in columns]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -288,7 +288,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 markersize=4,
                 capsize=2,
                 linewidth=1.6,
-                label=LABELS.get(name) or row["label"].replace("…", "MiniLLM, expected rewards, baseline"),
+                label=LABELS.get(name) or row["label"],
             )
         axes.set_xlabel("entropy (nats a token); one point a temperature: " + ", ".join(map(str, TEMPERATURES)))
         axes.set_title(title, fontsize=10)
