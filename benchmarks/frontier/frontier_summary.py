@@ -40,7 +40,7 @@ SHOWN = {  # in the figure
     "teacher": "#444444",
     "sft_student": "#999999",
     "sft": "#b85c00",
-    "distillation": "#b0478a",
+    "distillation_at_one": "#b0478a",
     "distillation_cool": "#7a6500",
     "minillm": "#0072b2",
     "low_variance_normalised": "#007a5a",
@@ -290,7 +290,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 linewidth=1.6,
                 label=LABELS.get(name) or row["label"],
             )
-        axes.set_xlabel("entropy (nats a token); one point a temperature: " + ", ".join(map(str, TEMPERATURES)))
+        axes.set_xlabel("entropy (nats a token), at temperatures " + ", ".join(map(str, TEMPERATURES)), fontsize=9)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
