@@ -1,4 +1,4 @@
-"""Claim: expected rewards and a baseline lower the variance of the long term to a third, and leave its signal.
+"""Claim: expected rewards and a baseline lower the variance of the long term to a third.
 
     python benchmarks/term_variance.py [--steps 48]
 

@@ -296,7 +296,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[1].set_ylim(0, 16)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5
+    )
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
 
 
