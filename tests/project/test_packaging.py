@@ -79,6 +79,18 @@ class TestReadme:
         gaps = [-rows[name]["minillm_minus"]["reverse_kl"][0] for name in ("sft", "kd", "seqkd")]
         assert f"Reverse KL is {min(gaps):.1f} to {max(gaps):.1f} nats lower" in line
 
+    def test_leads_where_people_decode_are_those_of_the_results(self):
+        rows = json.loads((ROOT / "benchmarks/results/frontier_e2e.json").read_text())["results"]["rows"]
+        (line,) = re.findall(r"^\| \*\*wins\*\* where people decode \|.*", self.TEXT, flags=re.MULTILINE)
+        written = re.findall(r"(\d\.\d)(?: Rouge-L)? (\[-?\d\.\d, -?\d\.\d\])", line)
+        pairs = [
+            ("low_variance_cool", "sft"),
+            ("low_variance_cool", "distillation_at_one"),
+            ("single_step_cool", "sft"),
+        ]
+        leads = [rows[name]["minus"][rival]["tuned_rouge_l"] for name, rival in pairs]
+        assert written == [(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]") for mean, low, high in leads]
+
     def test_links_lead_to_files(self):
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", self.TEXT) if not link.startswith("http")]
         assert len(links) > 8
