@@ -28,13 +28,13 @@ from frontier_run import (
     finished,
     scores_by_rate,
 )
+from frontier_statistics import Frontier, difference, interval
 from matplotlib.figure import Figure
 from run import SEEDS
 from summarize import format_interval, insert_table
 
 README = Path(__file__).with_name("README.md")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
-REPLICATES = 2000
 COMPARED = ("sft", "distillation_at_one", "distillation_cool", "minillm")
 SHOWN = {  # in the figure
     "teacher": "#444444",
@@ -47,55 +47,6 @@ SHOWN = {  # in the figure
     "low_variance_cool": "#5b4fc4",
 }
 LABELS = {"teacher": "teacher", "sft_student": "SFT student (the start)"}
-
-
-class Frontier:
-    """Test results of one method: `values[decoding][measure]` of shape `(seeds, prompts)`."""
-
-    def __init__(self, records: list[dict[str, Any]]):
-        tests = [record["test"] for record in records]
-        self.values = {
-            decoding: {name: np.array([test[decoding][name] for test in tests]) for name in tests[0][decoding]}
-            for decoding in tests[0]
-        }
-        self.seeds, self.prompts = self.values["1.0"]["rouge_l"].shape
-
-    def replicates(self, decoding: str, measure: str) -> np.ndarray:
-        """Return the mean of every training seed, `(replicates + 1, seeds)`; the first row is the sample itself."""
-        return prompt_weights(self.prompts) @ self.values[decoding][measure].T
-
-    def at_entropies(self, measure: str) -> np.ndarray:
-        """Return the mean over [`ENTROPIES`] of the interpolated measure, `(replicates + 1, seeds)`.
-
-        Beyond the temperatures tried, the value of the nearest one counts.
-        """
-        decodings = [str(temperature) for temperature in TEMPERATURES]
-        entropies = np.stack([self.replicates(decoding, "entropy_per_token") for decoding in decodings], axis=-1)
-        values = np.stack([self.replicates(decoding, measure) for decoding in decodings], axis=-1)
-        found = np.empty(entropies.shape[:2])
-        for index in np.ndindex(found.shape):
-            order = np.argsort(entropies[index])
-            found[index] = np.interp(ENTROPIES, entropies[index][order], values[index][order]).mean()
-        return found
-
-
-def prompt_weights(prompts: int) -> np.ndarray:
-    """Return weights of the prompts, `(replicates + 1, prompts)`: equal in the first row, else drawn."""
-    draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES)
-    return np.concatenate([np.full((1, prompts), 1 / prompts), draws / prompts])
-
-
-def interval(by_seed: np.ndarray) -> list[float]:
-    """Return mean and 95 % interval over prompts and training seeds of `(replicates + 1, seeds)`."""
-    replicates, seeds = by_seed.shape
-    drawn = np.random.default_rng(1).integers(seeds, size=(replicates, seeds))
-    means = np.take_along_axis(by_seed, drawn, axis=1).mean(axis=1)[1:]
-    return [float(by_seed[0].mean()), *np.percentile(means, (2.5, 97.5)).tolist()]
-
-
-def difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    """Return the interval of a difference paired by training seed; one training seed goes with each of several."""
-    return interval(first - second)
 
 
 def tuned(records: list[dict[str, Any]]) -> str:
@@ -119,7 +70,10 @@ def summarize(folder: Path) -> dict[str, Any]:
         if runs and all(_test(folder, run.name) and finished(folder, run) for run in runs):
             rates[method] = rate
             records[method] = [_test(folder, run.name) | finished(folder, run) for run in runs]
-    frontiers = {name: Frontier(found) for name, found in records.items()}
+    frontiers = {
+        name: Frontier([record["test"] for record in found], [str(value) for value in TEMPERATURES], ENTROPIES)
+        for name, found in records.items()
+    }
     reference = np.mean([record["cpu_seconds"] for record in records["minillm"]])
     rows = {}
     for name, frontier in frontiers.items():

@@ -1,0 +1,346 @@
+"""Claim: with a real language model as teacher and a cut and healed one as student, which method helps where?
+
+    python benchmarks/real/real_run.py [--scale cpu|gpu] [--teacher FOLDER] [--dolly FILE]  # one process per free core
+
+The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
+
+1. The first stages of `recipes/smollm2-64m-from-135m`: data, a student of 64M parameters by `shrink`, the teacher's
+   answers, healing. Every method starts from the healed student.
+2. For each method a few updates to measure the seconds of one, so that all methods train for as long as `Scale` says.
+3. Each method at the first training seed and at `LEARNING_RATES`, measured on the validation prompts.
+4. Each method at its best rate on the test prompts; then the other training seeds.
+
+Models and data are kept in `--runs`, and `results/real/NAME.json` has the numbers of a run as soon as it is finished.
+Finished runs are not repeated, also in another checkout. A process takes the first job that is neither finished nor
+held by another process. `real_summary.py` makes the table.
+"""
+
+import argparse
+import fcntl
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "smollm2-64m-from-135m"
+RESULTS = Path(__file__).parents[1] / "results" / "real"
+STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
+SEEDS = (3, 4)
+LEARNING_RATES = (1e-4, 3e-4)
+TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
+PROBE_UPDATES = 4
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "minillm-trl")
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.learning_rate:g}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where everything lies, and how much is computed.
+
+    Attributes:
+        folder: the working directory of the recipe's stages and of the runs.
+        scale_name: a key of `SCALES`.
+        teacher: name or folder of the teacher.
+        dolly: a local copy of Dolly; None for the hub.
+    """
+
+    folder: Path
+    scale_name: str
+    teacher: str
+    dolly: Path | None
+
+    @cached_property
+    def scale(self) -> Any:
+        from real_methods import SCALES
+
+        return SCALES[self.scale_name]
+
+    def model(self, name: str) -> Path:
+        """Return the folder of a stage's model or of a run's."""
+        if name in STAGES:
+            return self.folder / "runs" / "smollm2" / name
+        return self.folder / "models" / name
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return the finished parts of a run, if its settings are still the same; an empty one otherwise."""
+        path = RESULTS / self.scale_name / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Write the record of a run with the facts that every record has."""
+        from measurement import commit, machine
+
+        facts = {"commit": commit(), "machine": machine(), "versions": {name: version(name) for name in PACKAGES}}
+        path = RESULTS / self.scale_name / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(".partial")
+        partial_path.write_text(json.dumps(facts | record, indent=1) + "\n")
+        partial_path.rename(path)
+
+
+def identity(benchmark: Benchmark, run: Run) -> dict[str, Any]:
+    """Return all that the numbers of a run depend on, except for code, healed student and machine."""
+    from real_methods import METHODS
+
+    method = asdict(METHODS[run.method])
+    del method["label"]
+    scale = asdict(benchmark.scale)
+    return json.loads(json.dumps({"run": run._asdict(), "method": method, "scale": scale}))
+
+
+def trained(benchmark: Benchmark, run: Run) -> dict[str, Any]:
+    """Return the record of the run if it was trained and validated with these settings, else an empty one."""
+    record = benchmark.record(run.name)
+    return record if record.get("identity") == identity(benchmark, run) else {}
+
+
+def run_stages(benchmark: Benchmark) -> None:
+    """Run the stages of the recipe that are not finished, in the benchmark's folder."""
+    from minillm_trl.cli import main as cli
+
+    os.chdir(benchmark.folder)
+    for stage, subcommand in STAGES.items():
+        done = benchmark.folder / "stages" / f"{stage}.json"
+        values = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text()) | benchmark.scale.recipe.get(stage, {})
+        if stage == "teacher":
+            values["model"] = benchmark.teacher
+        if stage == "dolly" and benchmark.dolly is not None:
+            values["source"] = str(benchmark.dolly)
+        if done.is_file() and json.loads(done.read_text()) == values:
+            continue
+        config = benchmark.folder / "stages" / f"{stage}.yaml"
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+        words = ["--resume_from_checkpoint", "true"] if subcommand in ("seqkd", "kd") else []
+        if cli([subcommand, "--config", str(config), *words]) != 0:
+            raise SystemExit(f"stage {stage} failed")
+        done.write_text(json.dumps(values))
+
+
+def train(benchmark: Benchmark, run: Run, updates: int) -> tuple[Any, float]:
+    """Train the healed student.
+
+    Returns:
+        `tuple[PreTrainedModel, float]`: the student, and the seconds of the updates.
+    """
+    import random
+
+    import torch
+    from real_methods import METHODS, Data, make_trainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from minillm_trl.data import load_examples
+
+    torch.manual_seed(run.seed)
+    random.seed(run.seed)  # GKD tosses its coins with it
+    human = load_examples(benchmark.folder / "data" / "smollm2_dolly", split="train")
+    answers = load_examples(benchmark.folder / "runs" / "smollm2" / "answers_teacher_data", split="train")
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(benchmark.model(name), dtype=torch.float32)
+        for name in ("heal", "teacher")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(benchmark.model("heal"))
+    columns = ["prompt", "completion"]
+    data = Data(human.select_columns(columns), answers.select_columns(columns))
+    arguments = {
+        "output_dir": str(benchmark.folder / "trainer" / run.name),
+        "max_steps": updates,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+    }
+    timer = _timer()
+    make = make_trainer(METHODS[run.method], benchmark.scale, data, arguments)
+    trainer = make(model=student, teacher_model=teacher, processing_class=tokenizer, callbacks=[timer])
+    trainer.train()
+    shutil.rmtree(arguments["output_dir"], ignore_errors=True)
+    return student, timer.seconds
+
+
+def _timer() -> Any:
+    """Return a callback with the seconds of the updates: CPU time without a GPU, since other work hardly counts."""
+    import torch
+    from transformers import TrainerCallback
+
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+    class Timer(TrainerCallback):
+        seconds = 0.0
+
+        def on_train_begin(self, *unused: Any, **unused_too: Any) -> None:
+            self.seconds = -clock()
+
+        def on_train_end(self, *unused: Any, **unused_too: Any) -> None:
+            self.seconds += clock()
+
+    return Timer()
+
+
+def probe(benchmark: Benchmark, method: str) -> None:
+    """Measure the seconds of an update of the method."""
+    from real_methods import METHODS
+
+    updates = max(PROBE_UPDATES, METHODS[method].multiple)
+    _, seconds = train(benchmark, Run(method, LEARNING_RATES[0], SEEDS[0]), updates)
+    benchmark.write(f"probe-{method}", {"updates": updates, "seconds_per_update": seconds / updates})
+
+
+def train_run(benchmark: Benchmark, run: Run) -> None:
+    """Train, keep the model, and measure it on the validation prompts."""
+    from real_methods import METHODS
+
+    multiple = METHODS[run.method].multiple
+    seconds_per_update = benchmark.record(f"probe-{run.method}")["seconds_per_update"]
+    updates = max(1, round(benchmark.scale.seconds / seconds_per_update / multiple)) * multiple
+    student, seconds = train(benchmark, run, updates)
+    from transformers import AutoTokenizer
+
+    student.save_pretrained(benchmark.model(run.name))
+    AutoTokenizer.from_pretrained(benchmark.model("heal")).save_pretrained(benchmark.model(run.name))
+    del student
+    gc.collect()
+    record = {"identity": identity(benchmark, run), "updates": updates, "seconds": seconds}
+    record["validation"] = evaluate(benchmark, run.name, "validation")
+    benchmark.write(run.name, record)
+
+
+def evaluate(benchmark: Benchmark, name: str, split: str) -> dict[str, Any]:
+    """Evaluate a model at every temperature with `minillm-trl evaluate`; on the test prompts also against the teacher.
+
+    Returns:
+        `dict`: for each decoding the measures of each prompt, by measure.
+    """
+    from minillm_trl.cli import main as cli
+
+    output = benchmark.folder / "evaluation" / split / name
+    rows = benchmark.scale.test_rows if split == "test" else benchmark.scale.validation_rows
+    words = ["evaluate", "--model", str(benchmark.model(name)), "--output_dir", str(output), "--split", split]
+    words += ["--dataset", str(benchmark.folder / "data" / "smollm2_dolly"), "--max_rows", str(rows)]
+    words += ["--seeds", "10", "--temperatures", *TEMPERATURES, "--no_repeat_ngram_size", "0"]
+    words += ["--max_new_tokens", str(benchmark.scale.answer_tokens), "--batch_size", "50"]
+    if split == "test" and name != "teacher":
+        words += ["--teacher", str(benchmark.model("teacher"))]
+    if cli(words) != 0:
+        raise SystemExit(f"evaluation of {name} failed")
+    found = {}
+    for decoding in TEMPERATURES:
+        folder = "greedy" if decoding == "greedy" else f"temperature_{float(decoding):g}"
+        (path,) = output.glob(f"**/{folder}/results.json")
+        rows_found = json.loads(path.read_text())["per_prompt"]
+        found[decoding] = {name: [round(row[name], 5) for row in rows_found] for name in rows_found[0]}
+    return found
+
+
+def test_model(benchmark: Benchmark, name: str) -> None:
+    """Measure a model on the test prompts."""
+    record = benchmark.record(name)
+    if name in STAGES:  # the runs were validated after training
+        record["validation"] = evaluate(benchmark, name, "validation")
+    benchmark.write(name, record | {"test": evaluate(benchmark, name, "test")})
+
+
+def best_rate(benchmark: Benchmark, method: str) -> float | None:
+    """Return the rate with the highest mean validation Rouge-L over the decodings; None while the search lasts."""
+    scores = {}
+    for rate in LEARNING_RATES:
+        if not (record := trained(benchmark, Run(method, rate, SEEDS[0]))):
+            return None
+        values = [sum(found["rouge_l"]) / len(found["rouge_l"]) for found in record["validation"].values()]
+        scores[rate] = sum(values) / len(values)
+    return max(scores, key=scores.__getitem__)
+
+
+def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield name and function of every job that can start and is not finished, the most urgent first."""
+    for name in ("heal", "teacher"):
+        if "test" not in benchmark.record(name):
+            yield name, partial(test_model, benchmark, name)
+    for method in methods:
+        if not benchmark.record(f"probe-{method}"):
+            yield f"probe-{method}", partial(probe, benchmark, method)
+    probed = [method for method in methods if benchmark.record(f"probe-{method}")]
+    for rate in LEARNING_RATES:
+        yield from _runs(benchmark, [Run(method, rate, SEEDS[0]) for method in probed], test=rate == LEARNING_RATES[0])
+    best = {method: rate for method in probed if (rate := best_rate(benchmark, method)) is not None}
+    for seed in SEEDS:
+        yield from _runs(benchmark, [Run(method, rate, seed) for method, rate in best.items()], test=True)
+
+
+def _runs(benchmark: Benchmark, runs: list[Run], test: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    for run in runs:
+        record = trained(benchmark, run)
+        if not record or (test and "test" not in record and not benchmark.model(run.name).is_dir()):
+            yield run.name, partial(train_run, benchmark, run)
+        elif test and "test" not in record:
+            yield run.name, partial(test_model, benchmark, run.name)
+
+
+def work(benchmark: Benchmark, methods: list[str]) -> None:
+    """Take jobs until none is left; wait while other processes hold all that can start."""
+    (benchmark.folder / "locks").mkdir(parents=True, exist_ok=True)
+    while todo := list(jobs(benchmark, methods)):
+        if not any(_take(benchmark, name, function) for name, function in todo):
+            time.sleep(5)
+
+
+def _take(benchmark: Benchmark, name: str, function: Callable[[], None]) -> bool:
+    """Run a job unless another process holds it; return whether it ran."""
+    with (benchmark.folder / "locks" / name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        start = time.process_time()
+        function()
+        seconds = time.process_time() - start
+        print(f"{time.strftime('%H:%M')} {name} {function.func.__name__} {seconds:.0f} CPU-s", flush=True)
+        return True
+
+
+def main() -> None:
+    from real_methods import METHODS, SCALES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--runs", type=Path, default=Path("runs/real"))
+    parser.add_argument("--teacher", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
+    parser.add_argument("--dolly", type=Path, help="local copy of databricks-dolly-15k.jsonl (default: from the hub)")
+    arguments = parser.parse_args()
+    folder = arguments.runs.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    dolly = arguments.dolly and arguments.dolly.resolve()
+    benchmark = Benchmark(folder, arguments.scale, arguments.teacher, dolly)
+    with (folder / "stages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run_stages(benchmark)
+    work(benchmark, arguments.methods)
+
+
+if __name__ == "__main__":
+    main()
