@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-sys.path.insert(0, str(FOLDER.parent / "frontier"))
-sys.path.insert(0, str(FOLDER.parent / "quality"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "frontier"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 
 from frontier_statistics import Frontier, difference, interval
 from matplotlib.figure import Figure
@@ -28,7 +27,7 @@ from real_methods import METHODS, SCALES
 from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, TEMPERATURES, Run
 from summarize import format_interval, insert_table
 
-README = FOLDER / "README.md"
+README = Path(__file__).with_name("README.md")
 SAMPLED = [decoding for decoding in TEMPERATURES if decoding != "greedy"]
 LABELS = {"teacher": "teacher", "heal": "healed student (the start)"}
 MEASURES = ("rouge_l", "reverse_kl_per_token", "length", "eos_rate", "repeated_4grams", "entropy_per_token")
