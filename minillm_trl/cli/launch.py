@@ -102,14 +102,18 @@ def accelerate_config_path(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    package = Path(__file__).resolve().parents[1]
-    # a wheel has the recipes inside the package, a source tree next to it
-    folders = [package / "recipes" / "accelerate_configs", package.parent / "recipes" / "accelerate_configs"]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    configs = recipes_folder("accelerate_configs")
+    if (configs / f"{name}.yaml").is_file():
+        return configs / f"{name}.yaml"
+    names = sorted(path.stem for path in configs.glob("*.yaml"))
     raise UserError(f"--accelerate_config {name!r} is neither a file nor one of {', '.join(names)}.")
+
+
+def recipes_folder(name: str) -> Path:
+    """Return a folder of `recipes`, which a wheel has inside the package, and a source tree next to it."""
+    package = Path(__file__).resolve().parents[1]
+    inside, beside = package / "recipes" / name, package.parent / "recipes" / name
+    return inside if inside.is_dir() else beside
 
 
 def hand_over(subcommand: str, argv: list[str], flags: dict[str, str | None]) -> int:
