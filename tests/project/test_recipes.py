@@ -37,6 +37,10 @@ def in_root(monkeypatch):
 
 
 def subcommand_of(path: Path) -> str:
+    recipe = path.with_name("recipe.yaml")
+    stages = yaml.safe_load(recipe.read_text())["stages"] if recipe.is_file() else {}
+    if path.stem in stages:
+        return stages[path.stem].partition(" ")[0]
     if path.parent.name == "data" or path.stem == "dolly":
         return "prepare-data"
     name = path.stem.split("_")[0]
