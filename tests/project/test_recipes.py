@@ -54,7 +54,7 @@ def parse_line(name: str, words: list[str]):
         return parse(parser, words)
     if name == "benchmark" and "--config" in words:  # of a YAML on its page, which test_benchmark_command.py writes
         return None
-    return parse_with_config(parser, words)[0] if name == "evaluate" else parse_plain(parser, words)
+    return parse_with_config(parser, words)[0] if name in ("evaluate", "shrink") else parse_plain(parser, words)
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
