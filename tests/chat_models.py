@@ -1,10 +1,11 @@
 """A tiny tokenizer like SmolLM2's: its special tokens and its ChatML template, with a vocabulary of a few words."""
 
+import json
 from pathlib import Path
 
 from conftest import WORDS, build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1 and 2
 
@@ -51,6 +52,36 @@ def save_chat_model(folder: Path, eos: str | None, ends: int | list[int] | None,
     build_chat_model(tokenizer, ends, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_small_smollm2(folder: Path) -> Path:
+    """Save a model with SmolLM2-135M's number of layers, whose tokenizer pads with its end token as SmolLM2's does."""
+    tokenizer = build_chat_tokenizer(TURN_END)
+    tokenizer.pad_token = TURN_END
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_small_dolly(folder: Path, rows: int) -> Path:
+    """Write rows in the form of Dolly, and return the file."""
+    path = folder / "databricks-dolly-15k.jsonl"
+    values = [
+        {"instruction": f"say {row}", "context": "", "response": f"{row} it is", "category": "open_qa"}
+        for row in range(rows)
+    ]
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
 
 
 def question(text: str) -> list[dict[str, str]]:

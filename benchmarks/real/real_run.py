@@ -94,7 +94,12 @@ class Benchmark:
         """Write the record of a run with the facts that every record has."""
         from measurement import commit, machine
 
-        facts = {"commit": commit(), "machine": machine(), "versions": {name: version(name) for name in PACKAGES}}
+        facts = {
+            "command": f"python benchmarks/real/real_run.py --scale {self.scale_name}",
+            "commit": commit(),
+            "machine": machine(),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
         path = RESULTS / self.scale_name / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_suffix(".partial")
@@ -249,7 +254,7 @@ def evaluate(benchmark: Benchmark, name: str, split: str) -> dict[str, Any]:
         raise SystemExit(f"evaluation of {name} failed")
     found = {}
     for decoding in TEMPERATURES:
-        folder = "greedy" if decoding == "greedy" else f"temperature_{float(decoding):g}"
+        folder = "greedy" if decoding == "greedy" else f"temperature_{decoding}"
         (path,) = output.glob(f"**/{folder}/results.json")
         rows_found = json.loads(path.read_text())["per_prompt"]
         found[decoding] = {name: [round(row[name], 5) for row in rows_found] for name in rows_found[0]}

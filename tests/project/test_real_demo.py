@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chat_models import TURN_END, build_chat_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from chat_models import save_small_smollm2, write_small_dolly
 
 from minillm_trl.cli import main
 from minillm_trl.cli.launch import recipes_folder
@@ -20,36 +19,12 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A chat model of SmolLM2's 30 layers, each tiny, whose tokenizer pads with its end token as SmolLM2's does."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = build_chat_tokenizer(TURN_END)
-    tokenizer.pad_token = TURN_END
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=30,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-            max_position_embeddings=512,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_small_smollm2(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
 def dolly(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("dolly") / "databricks-dolly-15k.jsonl"
-    rows = [
-        {"instruction": f"say {row}", "context": "", "response": f"{row} it is", "category": "open_qa"}
-        for row in range(460)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_small_dolly(tmp_path_factory.mktemp("dolly"), 460)
 
 
 @pytest.fixture
