@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from trl import GRPOConfig
 
+from .family_config import FamilyConfig
 from .hardware.precision import choose_precision
 from .hardware.processes import choose_device
 from .models.activation_checkpointing import use_new_names
@@ -30,10 +31,11 @@ class _OneGeneration(int):
 
 
 @dataclass
-class MiniLLMConfig(GRPOConfig):
+class MiniLLMConfig(FamilyConfig):
     r"""Configure [`MiniLLMTrainer`].
 
-    Lists only the fields that MiniLLM adds or changes; the others are as in [`~trl.GRPOConfig`]. Settings of GRPO that
+    Lists only the fields that MiniLLM adds or changes. [`~minillm_trl.family_config.FamilyConfig`] has the fields of
+    related methods, and the others are as in [`~trl.GRPOConfig`]. Settings of GRPO that
     have no effect here are refused with a reason.
 
     Args:
@@ -60,7 +62,8 @@ class MiniLLMConfig(GRPOConfig):
         rkl_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss includes the long term: the return of teacher rewards as advantage.
         single_step_decomposition (`bool`, *optional*, defaults to `True`):
-            Whether the loss includes the exact reverse KL of each next-token distribution (Eq. 3).
+            Whether the loss includes the exact reverse KL of each next-token distribution (Eq. 3), or another
+            `single_step_divergence`.
         include_current_reward (`bool`, *optional*):
             Whether a return includes the current token's reward. By default only without
             `single_step_decomposition`, which accounts for it exactly. The authors' code: `True`, so it counts twice.

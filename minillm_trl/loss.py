@@ -77,6 +77,7 @@ class LossTerms(NamedTuple):
         loss (`torch.Tensor`): weighted sum of the terms. It and the terms have a gradient.
         long_term (`torch.Tensor`): clipped policy-gradient term.
         single_step (`torch.Tensor`): divergence from the teacher.
+        reverse_kl (`torch.Tensor`): reverse KL to the teacher, for metrics.
         reference_kl (`torch.Tensor`, *optional*): KL to the reference model; None without one.
         weights (`torch.Tensor`): factor of the advantage of each token, before clipping.
         clipped ([`ClippedTokens`]): tokens without a long-term gradient.
@@ -85,6 +86,7 @@ class LossTerms(NamedTuple):
     loss: torch.Tensor
     long_term: torch.Tensor
     single_step: torch.Tensor
+    reverse_kl: torch.Tensor
     reference_kl: torch.Tensor | None
     weights: torch.Tensor
     clipped: ClippedTokens
@@ -105,12 +107,13 @@ def loss_terms(
 ) -> LossTerms:
     r"""Compute the loss of each token from the scores and the rollout's values of that token alone.
 
-    $$ \ell_t = W_t\, \ell^{\mathrm{long}}_t + W'_t\, \mathrm{KL}(q_\theta \| p)_t + \beta\, \rho_t\, k_t $$
+    $$ \ell_t = W_t\, \ell^{\mathrm{long}}_t + W'_t\, D(q_\theta, p)_t + \beta\, \rho_t\, k_t $$
 
     Args:
         rollout (`Mapping[str, torch.Tensor]`): the entries `LOSS_INPUTS` of [`MiniLLMTrainer.score_rollouts`], of
             which the last two are optional; in the shape of the scores.
-        scores ([`TokenScores`]): scores of the student being trained, with its divergence from the teacher.
+        scores ([`TokenScores`]): scores of the student being trained, with its divergence D from the teacher, by
+            default the reverse KL.
         mask (`torch.Tensor`): True on the completion's tokens.
         importance_weighting (`str`): see [`~minillm_trl.objectives.importance_weights`]. With `"token"`, the clipped
             ratio is to the behavior policy; otherwise to the student that sampled, so that only the drift is clipped.
@@ -141,4 +144,5 @@ def loss_terms(
     clipped = clipped_tokens(
         scores.logps, rollout["student_logps"], old_logps, rollout["advantages"], mask, epsilon, epsilon_high, delta
     )
-    return LossTerms(loss, long_term, scores.divergence, kl, weights, clipped)
+    reverse_kl = scores.divergence if scores.reverse_kl is None else scores.reverse_kl
+    return LossTerms(loss, long_term, scores.divergence, reverse_kl, kl, weights, clipped)

@@ -11,7 +11,7 @@ gradient at alpha = 0, gamma = 1, without normalisation and clipping, is the gra
 
 Equation numbers refer to arXiv 2306.08543 (v6). Shapes: B sequences, T positions, V vocabulary. Log-probabilities are
 in nats. Functions return per-token values; `masking` has the reductions. Baselines and whitening of returns are in
-`advantages`, and also public here.
+`advantages`, and also public here. `divergences` has the choices of the single step.
 """
 
 import math
@@ -19,6 +19,7 @@ import math
 import torch
 
 from .advantages import batch_advantages, leave_one_out_baseline, replace_by_group_mean, whiten
+from .divergences import forward_kl, reverse_kl
 
 __all__ = [
     "REWARD_ESTIMATORS",
@@ -310,45 +311,6 @@ def clipped_policy_gradient_loss(
     if delta is not None:
         ratio = ratio.clamp(max=delta)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
-
-
-def reverse_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
-    r"""Return the reverse KL of next-token distributions, exact over the vocabulary (single-step term of Eq. 3).
-
-    $$ \mathrm{KL}(q_\theta \| p) = \sum_{v \in V} q_\theta(v)\, \big(\log q_\theta(v) - \log p(v)\big) $$
-
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the student; carries the
-            gradient.
-        teacher_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher; detached here.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, nats, >= 0. Tokens with probability zero under the student add nothing;
-        infinite if a token has probability zero only under the teacher.
-    """
-    impossible = student_log_probs == -math.inf  # 0 log 0 = 0, without a gradient
-    log_ratio = (student_log_probs - teacher_log_probs.detach()).masked_fill(impossible, 0.0)
-    return (student_log_probs.exp() * log_ratio).sum(dim=-1)
-
-
-def forward_kl(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
-    r"""Return the forward KL of next-token distributions, exact over the vocabulary (L_PT in the authors' code).
-
-    $$ \mathrm{KL}(p \| q_\theta) = \sum_{v \in V} p(v)\, \big(\log p(v) - \log q_\theta(v)\big) $$
-
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the student; carries the
-            gradient.
-        teacher_log_probs (`torch.Tensor` of shape `(..., V)`): normalised log-probs of the teacher; detached here.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, nats, >= 0. It differs from the cross-entropy to the teacher by the teacher's
-        entropy, so its gradient is the same. Tokens with probability zero under the teacher add nothing.
-    """
-    teacher_log_probs = teacher_log_probs.detach()
-    impossible = teacher_log_probs == -math.inf
-    log_ratio = (teacher_log_probs - student_log_probs).masked_fill(impossible, 0.0)
-    return (teacher_log_probs.exp() * log_ratio).sum(dim=-1)
 
 
 def reference_kl(logps: torch.Tensor, reference_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -358,15 +358,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 {name: values[rows] for name, values in flat.items()}, scores, everywhere, **options
             ).loss
 
-        request = ScoreRequest(
-            input_ids,
-            attention_mask,
-            mask,
-            self.temperature,
-            self._teacher.hidden_states_of(inputs),
-            self.args.kd_temperature,
+        states = self._teacher.hidden_states_of(inputs)
+        request = ScoreRequest(input_ids, attention_mask, mask, self.temperature, states, self.args.kd_temperature)
+        request = request._replace(
+            divergence=self.args.divergence(),
             loss=loss_of_tokens,
-            half=inputs["half"] if self.model.training and "half" in inputs else None,
+            half=inputs.get("half") if self.model.training else None,
+            measure_reverse_kl=True,
         )
         requests = [request]
         if "lm" in inputs:

@@ -26,6 +26,11 @@ DEFAULTS = {
     "whiten_advantages": "none",
     "rkl_advantage": True,
     "single_step_decomposition": True,
+    "single_step_divergence": "reverse_kl",
+    "forward_kl_share": 0.5,
+    "jsd_beta": 0.5,
+    "skew_alpha": 0.1,
+    "teacher_entropy_threshold": 0.8,
     "importance_weighting": "token",
     "importance_weight_cap": None,
     "epsilon": 0.2,
@@ -243,7 +248,7 @@ class SlowMiniLLM:
         """Return the loss of an optimizer step on `rows`, without L_PT, and the metrics of docs/metrics.md."""
         by_row = [self._tokens(row, student[row], teacher[row], constants[row]) for row in rows]
         tokens = [token for row in by_row for token in row]
-        kls = sorted(sum(token["objective/single_step"].item() for token in row) for row in by_row)
+        kls = sorted(sum(token["objective/reverse_kl_per_token"].item() for token in row) for row in by_row)
         metrics = _metrics(tokens, len(rows))
         metrics |= {"objective/reverse_kl_median": kls[(len(kls) - 1) // 2], "objective/reverse_kl_max": kls[-1]}
         count = len(tokens) if self.options["loss_reduction"] == "token_mean" else len(rows)
@@ -257,12 +262,13 @@ class SlowMiniLLM:
         for t in row.positions:
             logp, advantage, weight = q[t, row.completion[t]], constants.advantage[t], constants.long_weight[t]
             ratio = (logp - base[t]).exp()
-            single_step = (q_kd[t].exp() * (q_kd[t] - p_kd[t])).sum()
+            single_step = self._divergence(q_kd[t].exp(), p_kd[t].exp(), row.completion[t])
             long_term = weight * self._clipped(ratio, advantage)
             by_mixing = self._is_clipped(math.exp(constants.old[t] - base[t]), advantage)
             token = {
                 "objective/long_term": long_term,
                 "objective/single_step": single_step,
+                "objective/reverse_kl_per_token": _kl(q_kd[t].exp(), p_kd[t].exp()),
                 "objective/advantage": advantage,
                 "entropy": -(q[t].exp() * q[t]).sum(),
                 "clip_ratio/mixing": by_mixing,
@@ -279,6 +285,23 @@ class SlowMiniLLM:
                 token["loss"] = token["loss"] + self.options["beta"] * corrected
             tokens.append(token)
         return tokens
+
+    def _divergence(self, q: torch.Tensor, p: torch.Tensor, token: int) -> torch.Tensor:
+        """Return the single step at a token, from the probabilities of the next one."""
+        o = self.options
+        beta, share, alpha = o["jsd_beta"], o["forward_kl_share"], o["skew_alpha"]
+        trust = min(1.0, (p[token] / q[token]).item())
+        unsure = -(p * p.log()).sum() > o["teacher_entropy_threshold"]
+        return {
+            "reverse_kl": lambda: _kl(q, p),
+            "mixed_kl": lambda: share * _kl(p, q) + (1 - share) * _kl(q, p),
+            "generalized_jsd": lambda: (
+                beta * _kl(p, beta * p + (1 - beta) * q) + (1 - beta) * _kl(q, beta * p + (1 - beta) * q)
+            ),
+            "skewed_forward_kl": lambda: _kl(p, alpha * p + (1 - alpha) * q),
+            "entropy_aware_kl": lambda: _kl(q, p) + unsure * _kl(p, q),
+            "trust_region_kl": lambda: trust * _kl(q, p) + (1 - trust) * _kl(p, q),
+        }[o["single_step_divergence"]]()
 
     def _clipped(self, ratio: torch.Tensor, advantage: float) -> torch.Tensor:
         low, high = self.range
@@ -310,12 +333,15 @@ class SlowMiniLLM:
         return self.options["lm_coef"] * ((1 - share) * entropy + share * kl), metrics
 
 
+def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * (a / b).log()).sum()
+
+
 def _metrics(tokens: Sequence[Mapping], num_rows: int) -> dict[str, float]:
     names = tokens[0].keys() - {"loss"}
     tokens = [{name: float(torch.as_tensor(token[name]).detach()) for name in names} for token in tokens]
     metrics = {name: sum(token[name] for token in tokens) / len(tokens) for name in names}
-    metrics["objective/reverse_kl_per_token"] = metrics["objective/single_step"]
-    metrics["objective/reverse_kl"] = metrics["objective/single_step"] * len(tokens) / num_rows
+    metrics["objective/reverse_kl"] = metrics["objective/reverse_kl_per_token"] * len(tokens) / num_rows
     weights = [token["importance_weight/mean"] for token in tokens]
     metrics["importance_weight/max"] = max(weights)
     squares = sum(weight**2 for weight in weights)

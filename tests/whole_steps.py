@@ -117,6 +117,7 @@ CASES = {
         {
             "importance_weighting": "decoupled",
             "importance_weight_cap": 1.2,
+            "single_step_divergence": "trust_region_kl",
             "length_normalization": False,
             "whiten_advantages": "padding",
             "use_bias_correction_kl": False,
@@ -134,6 +135,8 @@ CASES = {
         {
             "importance_weighting": "prefix",
             "importance_weight_cap": 1.4,
+            "single_step_divergence": "skewed_forward_kl",
+            "skew_alpha": 0.3,
             "loss_reduction": "sequence_sum",
             "advantage_baseline": "group",
             "num_generations": 2,
@@ -151,8 +154,15 @@ CASES = {
         },
         idle=("max_completion_length", "scale_rewards"),
     ),
+    "generalized JSD": Case(
+        {"single_step_divergence": "generalized_jsd", "jsd_beta": 0.2, "loss_reduction": "sequence_sum"},
+        idle=("max_completion_length", "scale_rewards"),
+    ),
     "rewards without the long term": Case(
-        {"rkl_advantage": False, "num_generations": 2},
+        {
+            **{"rkl_advantage": False, "num_generations": 2},
+            **{"single_step_divergence": "entropy_aware_kl", "teacher_entropy_threshold": 4.0},
+        },
         (length,),
         texts=True,
         idle=(
@@ -168,6 +178,8 @@ CASES = {
         {
             "importance_weighting": "prefix",
             "importance_weight_cap": 1.5,
+            "single_step_divergence": "mixed_kl",
+            "forward_kl_share": 0.3,
             "teacher_mixed_alpha": 0.2,
             "whiten_advantages": "padding",
             "max_completion_length": MAX_LENGTH + 4,  # longer than the longest of the buffer

@@ -15,10 +15,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..objectives import reverse_kl
+from ..divergences import reverse_kl
+from .divergence_gradients import Divergence
 from .forward_methods import override_forward
 from .lm_head import LMHead, completion_hidden_states
-from .token_scores import Divergence, TokenLoss, TokenScores, score_logits, score_logits_in_place
+from .token_scores import TokenLoss, TokenScores, score_logits, score_logits_in_place
 
 # Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 a chunk
 # exceeds the 32 MiB above which glibc maps each block separately; smaller blocks would come from the heap, which
@@ -39,12 +40,13 @@ class ScoreRequest(NamedTuple):
         teacher_hidden_states (`torch.Tensor` of shape `(B, T, H_teacher)`, *optional*): the teacher's last hidden
             states at the positions that predict the completion's tokens.
         kd_temperature (`float`, *optional*): temperature of `divergence`; None means `temperature`.
-        divergence (`Callable`): [`~minillm_trl.objectives.reverse_kl`] or
-            [`~minillm_trl.objectives.forward_kl`] of student and teacher.
+        divergence (`Callable`): divergence of student and teacher: a function of `divergences`, or a
+            `functools.partial` of one that fixes its parameter.
         loss (`Callable`, *optional*): maps the [`TokenScores`] `(n,)` of some tokens and their flat indices `(n,)` in
             `(B, T)` to their losses `(n,)`. The loss of a token may depend only on the scores of this token.
         half (`torch.Tensor` of shape `(B,)`, *optional*): 0 or 1, the half that each completion belongs to in
             `term_gradients`.
+        measure_reverse_kl (`bool`): whether to score the reverse KL besides the divergence.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +58,7 @@ class ScoreRequest(NamedTuple):
     divergence: Divergence = reverse_kl
     loss: TokenLoss | None = None
     half: torch.Tensor | None = None
+    measure_reverse_kl: bool = False
 
     @property
     def divergence_temperature(self) -> float:
@@ -164,8 +167,10 @@ def score_hidden_states(
         full = flat.new_zeros(request.completion_mask.numel()).index_put((tokens.rows,), flat)
         return full.view_as(request.completion_mask)
 
-    divergence = None if scores.divergence is None else scatter(scores.divergence)
-    return TokenScores(scatter(scores.logps), scatter(scores.entropy), divergence, loss, term_gradients)
+    divergence, measured = (
+        None if values is None else scatter(values) for values in (scores.divergence, scores.reverse_kl)
+    )
+    return TokenScores(scatter(scores.logps), scatter(scores.entropy), divergence, measured, loss, term_gradients)
 
 
 def _score_without_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest) -> TokenScores:
@@ -182,6 +187,7 @@ def _score_without_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreReque
             request.temperature,
             request.divergence_temperature,
             request.divergence,
+            request.measure_reverse_kl,
         )
 
     if torch.is_grad_enabled():
@@ -202,7 +208,13 @@ def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest,
     def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
         targets, teacher_logits = tokens.targets[part], tokens.teacher_logits(part)
         scores, gradient = score_logits_in_place(
-            logits, targets, teacher_logits, request.temperature, request.divergence_temperature, request.divergence
+            logits,
+            targets,
+            teacher_logits,
+            request.temperature,
+            request.divergence_temperature,
+            request.divergence,
+            request.measure_reverse_kl,
         )
         # The loss is elementwise in the scores, so a graph of these few numbers is enough: the chain rule to the
         # logits is in closed form.
@@ -215,19 +227,24 @@ def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest,
             halves = membership[:, part], term_gradients
         return loss, scores, gradient(*found, halves=halves)
 
-    loss, logps, entropy, divergence = _LossThroughHead.apply(
+    loss, *scores = _LossThroughHead.apply(
         tokens.hidden, head.weight, head.bias, head, tokens.vocab_size, tokens.chunks, loss_of_chunk
     )
-    return TokenScores(logps, entropy, divergence, loss, term_gradients)
+    return TokenScores(*scores, loss, term_gradients)
 
 
 def _concatenate(chunks: Sequence[TokenScores]) -> TokenScores:
     """Join the scores of chunks; their losses are dropped."""
-    divergences = [chunk.divergence for chunk in chunks if chunk.divergence is not None]
+
+    def join(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [part for part in parts if part is not None]  # all of them, or none
+        return torch.cat(known) if known else None
+
     return TokenScores(
         torch.cat([chunk.logps for chunk in chunks]),
         torch.cat([chunk.entropy for chunk in chunks]),
-        torch.cat(divergences) if divergences else None,
+        join([chunk.divergence for chunk in chunks]),
+        join([chunk.reverse_kl for chunk in chunks]),
     )
 
 
@@ -265,12 +282,11 @@ class _LossThroughHead(torch.autograd.Function):
                 of_logits, scale = _cast_gradient(head.transform_gradient(gradient, capped), dtype)
                 _add_gradients(gradients, of_logits, states, head, part, scale)
                 losses.append(loss.detach())
-                divergence = None if scores.divergence is None else scores.divergence.detach()
-                scored.append(TokenScores(scores.logps.detach(), scores.entropy.detach(), divergence))
+                scored.append(TokenScores(*(None if value is None else value.detach() for value in scores)))
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
         # Not `save_for_backward`: `backward` scales the gradients in place, which saves a copy of (V, H)
         ctx.gradients = gradients
-        values = _concatenate(scored)[:3]
+        values = _concatenate(scored)[:4]
         ctx.mark_non_differentiable(*(value for value in values if value is not None))
         return torch.stack(losses).sum(), *values
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..objectives import forward_kl, reverse_kl
+from ..divergences import reverse_kl
+from .divergence_gradients import Divergence, divergence_in_place, divergence_of
 
 
 class TokenScores(NamedTuple):
@@ -19,6 +20,8 @@ class TokenScores(NamedTuple):
         logps (`torch.Tensor`): log-probs of the tokens.
         entropy (`torch.Tensor`): entropy of the next-token distribution; detached.
         divergence (`torch.Tensor`, *optional*): divergence from the teacher; None without its hidden states.
+        reverse_kl (`torch.Tensor`, *optional*): reverse KL to the teacher, detached, for any divergence; None
+            unless the request measures it.
         loss (`torch.Tensor`, *optional*): scalar, the sum of the request's loss over the scored tokens; None without a
             loss. With a loss, only this value carries the gradient.
         term_gradients (`torch.Tensor` of shape `(2, 2, V)`, *optional*): gradient of `loss` with respect to a bias on
@@ -29,11 +32,11 @@ class TokenScores(NamedTuple):
     logps: torch.Tensor
     entropy: torch.Tensor
     divergence: torch.Tensor | None
+    reverse_kl: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     term_gradients: torch.Tensor | None = None
 
 
-Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TokenLoss = Callable[[TokenScores, torch.Tensor], torch.Tensor]
 
 
@@ -43,7 +46,8 @@ def score_logits(
     teacher_logits: torch.Tensor | None,
     temperature: float,
     kd_temperature: float,
-    divergence_of: Divergence,
+    divergence: Divergence,
+    measure_reverse_kl: bool = False,
 ) -> TokenScores:
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
@@ -54,7 +58,12 @@ def score_logits(
     if kd_temperature != temperature:
         log_probs = torch.log_softmax(logits / kd_temperature, dim=-1)
     teacher_log_probs = torch.log_softmax(teacher_logits / kd_temperature, dim=-1)
-    return TokenScores(logps, entropy, divergence_of(log_probs, teacher_log_probs))
+    value = divergence_of(divergence, log_probs, teacher_log_probs, targets)
+    measured = None
+    if measure_reverse_kl:
+        with torch.no_grad():
+            measured = value.detach() if divergence is reverse_kl else reverse_kl(log_probs, teacher_log_probs)
+    return TokenScores(logps, entropy, value, measured)
 
 
 def score_logits_in_place(
@@ -63,20 +72,23 @@ def score_logits_in_place(
     teacher_logits: torch.Tensor | None,
     temperature: float,
     kd_temperature: float,
-    divergence_of: Divergence,
+    divergence: Divergence,
+    measure_reverse_kl: bool = False,
 ) -> tuple[TokenScores, Callable[..., torch.Tensor]]:
     r"""Score like [`score_logits`] without a graph, and return a function for the gradient of the logits.
 
     The function maps gradients of `logps` and `divergence`, `(n,)`, to the gradient of the logits `(n, V)`:
 
     $$ \partial \log q(y) / \partial z_v = 1_{v=y} - q_v, \qquad
-       \partial \mathrm{KL}(q \| p) / \partial z_v = q_v (\log q_v - \log p_v - \mathrm{KL}), \qquad
-       \partial \mathrm{KL}(p \| q) / \partial z_v = q_v - p_v $$
+       \partial \mathrm{KL}(q \| p) / \partial z_v = q_v (\log q_v - \log p_v - \mathrm{KL}) $$
+
+    [`divergence_in_place`] has the gradients of the other divergences.
 
     With `halves`, the membership `(2, n)` of each token and the total `term_gradients`, it also adds to the latter.
 
-    The logits of both models are overwritten, and only one more tensor of their size is allocated (more with two
-    temperatures): the system clears fresh memory, which takes longer than the computation.
+    The logits of both models are overwritten, and for the reverse KL only one more tensor of their size is allocated
+    (more with two temperatures, and for other divergences): the system clears fresh memory, which takes longer than
+    the computation.
     """
     kd_log_probs = None
     if teacher_logits is not None and kd_temperature != temperature:
@@ -84,14 +96,18 @@ def score_logits_in_place(
     log_probs = _log_softmax_(logits, temperature)
     logps = log_probs.gather(1, targets[:, None]).squeeze(1)
     probs = log_probs.exp()
-    divergence = divergence_gradient = None
+    value = measured = divergence_gradient = None
     if teacher_logits is not None:
         kd_log_probs = log_probs if kd_log_probs is None else kd_log_probs
         kd_probs = probs if kd_log_probs is log_probs else kd_log_probs.exp()
         teacher_log_probs = _log_softmax_(teacher_logits, kd_temperature)
-        divergence, divergence_gradient = _divergence_in_place(
-            kd_log_probs, kd_probs, teacher_log_probs, divergence_of
+        if measure_reverse_kl and divergence is not reverse_kl:
+            measured = torch.linalg.vecdot(kd_probs, kd_log_probs - teacher_log_probs)
+        value, divergence_gradient = divergence_in_place(
+            divergence, kd_log_probs, kd_probs, teacher_log_probs, targets
         )
+        if measure_reverse_kl and divergence is reverse_kl:
+            measured = value
     entropy = -log_probs.mul_(probs).sum(dim=-1)  # after the divergence, since this overwrites `log_probs`
 
     def gradient(
@@ -111,28 +127,7 @@ def score_logits_in_place(
             total.addcmul_(divergence_gradient, of_divergence[:, None])
         return total
 
-    return TokenScores(logps, entropy, divergence), gradient
-
-
-def _divergence_in_place(
-    log_probs: torch.Tensor, probs: torch.Tensor, teacher_log_probs: torch.Tensor, divergence_of: Divergence
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the divergence `(n,)` and its gradient with respect to the student's logits over temperature, `(n, V)`.
-
-    `teacher_log_probs` are overwritten.
-
-    Raises:
-        ValueError: for a divergence other than the reverse and the forward KL.
-    """
-    if divergence_of is reverse_kl:
-        gradient = teacher_log_probs.neg_().add_(log_probs).mul_(probs)
-        divergence = gradient.sum(dim=-1)
-        return divergence, gradient.addcmul_(probs, divergence[:, None], value=-1.0)
-    if divergence_of is forward_kl:
-        teacher_probs = teacher_log_probs.exp()
-        divergence = teacher_log_probs.sub_(log_probs).mul_(teacher_probs).sum(dim=-1)
-        return divergence, teacher_probs.neg_().add_(probs)
-    raise ValueError(f"divergence must be reverse_kl or forward_kl with a loss, got {divergence_of!r}.")
+    return TokenScores(logps, entropy, value, measured), gradient
 
 
 def _log_softmax_(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from ..objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
+from .family_checks import check_family
 
 if TYPE_CHECKING:
     from ..config import MiniLLMConfig
@@ -98,6 +99,7 @@ def check_config(args: "MiniLLMConfig") -> None:
     """
     _check_values(args)
     _check_long_term(args)
+    check_family(args)
     _check_weights(args)
     _check_memory(args)
     _check_sampling(args)

@@ -86,7 +86,7 @@ def loss_totals(
     per_token = {
         "objective/long_term": terms.long_term,
         "objective/single_step": terms.single_step,
-        "objective/reverse_kl_per_token": terms.single_step,
+        "objective/reverse_kl_per_token": terms.reverse_kl,
         "objective/advantage": advantages,
         "entropy": entropy,
     }
@@ -95,7 +95,7 @@ def loss_totals(
     sums: dict[str, Fraction] = {
         name: (masked_sum(values.double(), mask), tokens) for name, values in per_token.items()
     }
-    sums["objective/reverse_kl"] = (sums["objective/single_step"][0], rows)
+    sums["objective/reverse_kl"] = (sums["objective/reverse_kl_per_token"][0], rows)
     sums["clip_ratio/mixing"] = (terms.clipped.by_mixing.sum(), tokens)
     sums["clip_ratio/drift"] = (terms.clipped.by_drift.sum(), tokens)
     weights = terms.weights.double().masked_fill(~mask, 0.0)

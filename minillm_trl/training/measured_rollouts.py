@@ -196,7 +196,7 @@ class MeasuredRollouts(ResumableRollouts):
         if scores.term_gradients is not None:
             self._log_gradients(scores.term_gradients, inputs["half"], mask)
         if "prompt_index" in inputs:  # not in batches of `score_rollouts`, which may differ in size between processes
-            self._log_values("objective/reverse_kl", completion_sums(terms.single_step, mask, counts))
+            self._log_values("objective/reverse_kl", completion_sums(terms.reverse_kl, mask, counts))
         if not self.model.training:
             assert scores.loss is not None  # the request had a loss
             self._add_eval_loss(scores.loss, rows if self.args.loss_reduction == "sequence_sum" else mask.sum())

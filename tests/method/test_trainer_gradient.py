@@ -1,7 +1,6 @@
 """The trainer's own loss on every completion of a tiny model: its expected gradient, and what leaves it unchanged."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import minillm_trl.models.fused_head
 import minillm_trl.trainer
 import minillm_trl.training.measured_rollouts
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
-from minillm_trl.objectives import forward_kl, mixture_logps, reward_to_go
+from minillm_trl.objectives import mixture_logps, reward_to_go
 
 PROBLEM = Tabular.build(vocab=3, horizon=3)
 PROMPT = [1, 2, 2]
@@ -125,11 +124,18 @@ def test_sequence_weights_make_the_gradient_under_mixing_exact(tmp_path):
     assert relative_error(expected_gradient(trainer, 0.2), exact_gradient(trainer)) < 1e-9
 
 
-def test_forward_kl_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    trainer = build_trainer(tmp_path, epsilon=100.0)
-    request = functools.partial(minillm_trl.models.fused_head.ScoreRequest, divergence=forward_kl)
-    monkeypatch.setattr(minillm_trl.trainer, "ScoreRequest", request)
-    assert relative_error(expected_gradient(trainer), exact_gradient(trainer)) > 1e-3
+# Error of the expected gradient with the long term and another single step, as it is of no single objective
+DIVERGENCES = {
+    **{"forward_kl": 9.681, "mixed_kl": 4.840, "generalized_jsd": 0.556, "skewed_forward_kl": 0.455},
+    **{"skewed_reverse_kl": 0.081, "entropy_aware_kl": 10.501, "trust_region_kl": 5.069},
+}
+
+
+@pytest.mark.parametrize(("name", "error"), DIVERGENCES.items())
+def test_another_divergence_has_its_known_error(tmp_path, name: str, error: float):
+    trainer = build_trainer(tmp_path, epsilon=100.0, single_step_divergence=name)
+    found = relative_error(expected_gradient(trainer), exact_gradient(trainer))
+    assert found == pytest.approx(error, abs=0.001)
 
 
 def test_current_reward_in_the_return_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):

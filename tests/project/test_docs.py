@@ -160,10 +160,10 @@ class TestSite:
     @pytest.mark.cli
     def test_links_to_code_lead_to_the_reference_and_others_to_copies(self, site: Path):
         method = (site / "method/index.html").read_text()
-        assert 'href="../api/objectives/#minillm_trl.objectives.reverse_kl"' in method
+        assert 'href="../api/objectives/#minillm_trl.divergences.reverse_kl"' in method
         assert 'href="../tests/method/test_exact_gradient.py"' in method
         assert (site / "tests/method/test_exact_gradient.py").is_file()
-        assert 'id="minillm_trl.objectives.reverse_kl"' in (site / "api/objectives/index.html").read_text()
+        assert 'id="minillm_trl.divergences.reverse_kl"' in (site / "api/objectives/index.html").read_text()
         # from a page outside docs/ into it, and to the README, whose place on the site is another
         assert 'href="../launching/"' in (site / "recipes/index.html").read_text()
         assert 'href="../front_page/#what-works-where"' in (site / "faq/index.html").read_text()

@@ -1,0 +1,55 @@
+"""Define `FamilyConfig`: the fields of methods that change one line of MiniLLM, see docs/family.md."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from .divergences import DIVERGENCES, choose_divergence
+
+
+@dataclass
+class FamilyConfig(GRPOConfig):
+    r"""Fields of MiniLLM's relatives: GKD, DistiLLM and later methods of on-policy distillation.
+
+    Args:
+        single_step_divergence (`str`, *optional*, defaults to `"reverse_kl"`):
+            The divergence of each next-token distribution in the single step, a function of `divergences`:
+            `"reverse_kl"` (MiniLLM's), `"forward_kl"`, `"mixed_kl"`, `"generalized_jsd"` (GKD), `"skewed_forward_kl"`,
+            `"skewed_reverse_kl"` (DistiLLM), `"entropy_aware_kl"` (EOPD), `"trust_region_kl"` (TrOPD). Only the
+            reverse KL and the long term are terms of one gradient (Eq. 3). With another divergence, set
+            `rkl_advantage=False` for the published method.
+        forward_kl_share (`float`, *optional*, defaults to `0.5`):
+            Weight of the forward KL in `"mixed_kl"`, in [0, 1]; the rest is reverse KL.
+        jsd_beta (`float`, *optional*, defaults to `0.5`):
+            GKD's beta in `"generalized_jsd"`, in [0, 1]: the teacher's share in the mixture. As in TRL, 0 is the
+            forward KL and 1 the reverse KL.
+        skew_alpha (`float`, *optional*, defaults to `0.1`):
+            DistiLLM's alpha in `"skewed_forward_kl"` and `"skewed_reverse_kl"`, in [0, 1): how much of the first
+            distribution is mixed into the second.
+        teacher_entropy_threshold (`float`, *optional*, defaults to `0.8`):
+            Entropy of the teacher, in nats, above which `"entropy_aware_kl"` adds the forward KL.
+    """
+
+    single_step_divergence: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "Divergence of every next-token distribution in the single step (docs/family.md).",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    forward_kl_share: float = field(
+        default=0.5, metadata={"help": "Weight of the forward KL in `mixed_kl`, in [0, 1]; the rest is reverse KL."}
+    )
+    jsd_beta: float = field(default=0.5, metadata={"help": "GKD's beta in `generalized_jsd`, in [0, 1]."})
+    skew_alpha: float = field(default=0.1, metadata={"help": "DistiLLM's alpha in the skewed divergences, in [0, 1)."})
+    teacher_entropy_threshold: float = field(
+        default=0.8,
+        metadata={"help": "Teacher's entropy in nats above which `entropy_aware_kl` adds the forward KL."},
+    )
+
+    def divergence(self) -> Callable[..., torch.Tensor]:
+        """Return the divergence of the single step, with its parameter."""
+        parameters = {name: getattr(self, name) for name in filter(None, DIVERGENCES.values())}
+        return choose_divergence(self.single_step_divergence, **parameters)

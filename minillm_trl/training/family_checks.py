@@ -1,0 +1,50 @@
+"""Checks of the fields of `FamilyConfig`: values, and combinations that have no effect."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ..divergences import DIVERGENCES
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config import MiniLLMConfig
+
+
+def check_family(args: "MiniLLMConfig") -> None:
+    """Check the fields of [`FamilyConfig`] of a configuration.
+
+    Raises:
+        ValueError: with the field, its value and the fix.
+    """
+    _check_divergence(args)
+
+
+def default_of(args: "MiniLLMConfig", name: str) -> Any:
+    """Return the default of a field."""
+    return next(field.default for field in fields(args) if field.name == name)
+
+
+def _check_divergence(args: "MiniLLMConfig") -> None:
+    chosen = args.single_step_divergence
+    if chosen not in DIVERGENCES:
+        raise UserError(f"single_step_divergence must be one of {tuple(DIVERGENCES)}, got {chosen!r}.")
+    for name in ("forward_kl_share", "jsd_beta"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            raise UserError(f"{name} must lie in [0, 1], got {getattr(args, name)}.")
+    if not 0.0 <= args.skew_alpha < 1.0:
+        raise UserError(f"skew_alpha must lie in [0, 1), got {args.skew_alpha}.")
+    if not args.teacher_entropy_threshold >= 0.0:
+        raise UserError(f"teacher_entropy_threshold must not be negative, got {args.teacher_entropy_threshold}.")
+    if chosen != "reverse_kl" and not args.single_step_decomposition:
+        raise UserError(
+            f"single_step_divergence={chosen!r} has no effect with single_step_decomposition=False, which leaves out "
+            "the single step. Drop one of them."
+        )
+    for parameter in filter(None, dict.fromkeys(DIVERGENCES.values())):
+        value = getattr(args, parameter)
+        takers = [name for name, taken in DIVERGENCES.items() if taken == parameter]
+        if value != default_of(args, parameter) and chosen not in takers:
+            raise UserError(
+                f"{parameter}={value} has no effect with single_step_divergence={chosen!r}: it is the parameter of "
+                f"{' and '.join(takers)}. Drop it, or choose one of these."
+            )
