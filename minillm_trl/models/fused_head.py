@@ -227,10 +227,10 @@ def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest,
             halves = membership[:, part], term_gradients
         return loss, scores, gradient(*found, halves=halves)
 
-    loss, *scores = _LossThroughHead.apply(
+    loss, logps, entropy, divergence, measured = _LossThroughHead.apply(
         tokens.hidden, head.weight, head.bias, head, tokens.vocab_size, tokens.chunks, loss_of_chunk
     )
-    return TokenScores(*scores, loss, term_gradients)
+    return TokenScores(logps, entropy, divergence, measured, loss, term_gradients)
 
 
 def _concatenate(chunks: Sequence[TokenScores]) -> TokenScores:
@@ -282,7 +282,7 @@ class _LossThroughHead(torch.autograd.Function):
                 of_logits, scale = _cast_gradient(head.transform_gradient(gradient, capped), dtype)
                 _add_gradients(gradients, of_logits, states, head, part, scale)
                 losses.append(loss.detach())
-                scored.append(TokenScores(*(None if value is None else value.detach() for value in scores)))
+                scored.append(TokenScores._make(None if value is None else value.detach() for value in scores))
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
         # Not `save_for_backward`: `backward` scales the gradients in place, which saves a copy of (V, H)
         ctx.gradients = gradients
