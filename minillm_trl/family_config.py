@@ -30,6 +30,18 @@ class FamilyConfig(GRPOConfig):
             distribution is mixed into the second.
         teacher_entropy_threshold (`float`, *optional*, defaults to `0.8`):
             Entropy of the teacher, in nats, above which `"entropy_aware_kl"` adds the forward KL.
+        top_entropy_quantile (`float`, *optional*, defaults to `1.0`):
+            Share of the tokens of a rollout buffer to train, those of the student's highest entropy, in (0, 1], see
+            [`positions.top_entropy_weights`]. Unlike in GRPO, the loss is the mean over these tokens, as in TIP.
+        iw_opd_gamma (`float`, *optional*, defaults to `0.0`):
+            IW-OPD's amplification of early tokens, see [`positions.prefix_discrepancy_weights`]. 0 weighs all tokens
+            equally; the paper and TRL's trainer use 0.5.
+        horizon_start (`int`, *optional*):
+            Token limit of training rollouts at the start, see [`positions.rollout_horizon`]. By default always
+            `max_completion_length`, which is also the limit in evaluation.
+        horizon_steps (`int`, *optional*):
+            Optimizer steps in which the limit grows to `max_completion_length`. By default it stays at
+            `horizon_start`.
     """
 
     single_step_divergence: str = field(
@@ -47,6 +59,18 @@ class FamilyConfig(GRPOConfig):
     teacher_entropy_threshold: float = field(
         default=0.8,
         metadata={"help": "Teacher's entropy in nats above which `entropy_aware_kl` adds the forward KL."},
+    )
+    top_entropy_quantile: float = field(
+        default=1.0, metadata={"help": "Train this share of a buffer's tokens, those of highest entropy, in (0, 1]."}
+    )
+    iw_opd_gamma: float = field(
+        default=0.0, metadata={"help": "Amplify the loss of early tokens by up to this share (IW-OPD); 0: not at all."}
+    )
+    horizon_start: int | None = field(
+        default=None, metadata={"help": "Token limit of training rollouts at the start; default: the whole limit."}
+    )
+    horizon_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps in which it grows to max_completion_length; default: never."}
     )
 
     def divergence(self) -> Callable[..., torch.Tensor]:

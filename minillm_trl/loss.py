@@ -14,7 +14,7 @@ from .objectives import clipped_policy_gradient_loss, reference_kl
 # Entries of a rollout that the loss needs besides the scores
 LOSS_INPUTS = (
     *("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights"),
-    *("importance_sampling_ratio", "ref_per_token_logps"),
+    *("importance_sampling_ratio", "ref_per_token_logps", "token_weights"),
 )
 # Fields of MiniLLMConfig that are arguments of `loss_terms`
 LOSS_OPTIONS = (
@@ -107,7 +107,7 @@ def loss_terms(
 ) -> LossTerms:
     r"""Compute the loss of each token from the scores and the rollout's values of that token alone.
 
-    $$ \ell_t = W_t\, \ell^{\mathrm{long}}_t + W'_t\, D(q_\theta, p)_t + \beta\, \rho_t\, k_t $$
+    $$ \ell_t = w_t \big( W_t\, \ell^{\mathrm{long}}_t + W'_t\, D(q_\theta, p)_t \big) + \beta\, \rho_t\, k_t $$
 
     Args:
         rollout (`Mapping[str, torch.Tensor]`): the entries `LOSS_INPUTS` of [`MiniLLMTrainer.score_rollouts`], of
@@ -137,6 +137,8 @@ def loss_terms(
     loss = long_term
     if single_step_decomposition:
         loss = loss + rollout["single_step_weights"] * scores.divergence
+    if "token_weights" in rollout:
+        loss = rollout["token_weights"] * loss
     kl = None
     if "ref_per_token_logps" in rollout:
         kl = reference_kl(scores.logps, rollout["ref_per_token_logps"], mask)

@@ -319,6 +319,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         batch |= {name: output[name] for name in optional if name in output}
         if not training:
             batch["counts"] = counts
+            batch.pop("token_weights", None)
         faults |= explain_values(batch)
         batch["faulty"][list(faults)] = True
         warn_of_faults(faults, [row["prompt"] for row in inputs], prompt_index)

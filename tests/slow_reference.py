@@ -38,6 +38,8 @@ DEFAULTS = {
     "delta": None,
     "beta": 0.0,
     "use_bias_correction_kl": True,
+    "iw_opd_gamma": 0.0,
+    "top_entropy_quantile": 1.0,
     "loss_reduction": "token_mean",
     "lm_coef": 1.0,
     "lm_kd_ratio": 0.0,
@@ -78,6 +80,8 @@ class Constants:
     advantage: dict[int, float] = field(default_factory=dict)
     long_weight: dict[int, float] = field(default_factory=dict)
     single_weight: dict[int, float] = field(default_factory=dict)
+    token_weight: dict[int, float] = field(default_factory=dict)
+    entropy: dict[int, float] = field(default_factory=dict)
 
 
 def next_token_logits(model: torch.nn.Module, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
@@ -135,6 +139,7 @@ class SlowMiniLLM:
             for t in row.positions:
                 token = row.completion[t]
                 constants.old[t] = q[t, token].item()
+                constants.entropy[t] = -(q[t].exp() * q[t]).sum().item()
                 constants.behavior[t] = self._behavior(row, t, p[t, token].item(), q[t, token].item())
                 if reference is not None:
                     constants.reference[t] = self.log_probs(reference[row])[t, token].item()
@@ -144,6 +149,8 @@ class SlowMiniLLM:
             future = expected if self.options["reward_estimator"] == "expected" else rewards
             constants.advantage = {t: self._return({**future, t: rewards[t]}, t) for t in row.positions}
             self._weigh(row, constants)
+            constants.token_weight = self._discrepancy_weights(rewards)
+        self._select_tokens(rows, found)
         if self.options["rkl_advantage"] and self.options["advantage_baseline"] != "none":
             self._subtract_baseline(rows, found)
         if self.options["rkl_advantage"] and self.options["whiten_advantages"] != "none":
@@ -175,6 +182,22 @@ class SlowMiniLLM:
                 total += weight * reward
                 length += weight if self.options["discounted_length"] else 1.0
         return total / length if self.options["length_normalization"] and length > 0 else total
+
+    def _discrepancy_weights(self, rewards: Mapping[int, float]) -> dict[int, float]:
+        """Return 1 + gamma (1 - share of the discrepancy that lies before the token)."""
+        total, before, weights = sum(map(abs, rewards.values())), 0.0, {}
+        for t, reward in rewards.items():
+            weights[t] = 1 + self.options["iw_opd_gamma"] * (1 - before / total)
+            before += abs(reward)
+        return weights
+
+    def _select_tokens(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
+        """Weigh the tokens of highest entropy in the buffer by N / k, and the others by 0."""
+        entropies = sorted((value for row in rows for value in found[row].entropy.values()), reverse=True)
+        kept = math.ceil(self.options["top_entropy_quantile"] * len(entropies))
+        for constants in found.values():
+            for t, value in constants.entropy.items():
+                constants.token_weight[t] *= len(entropies) / kept if value >= entropies[kept - 1] else 0.0
 
     def _subtract_baseline(self, rows: Sequence[Row], found: Mapping[Row, Constants]) -> None:
         """Subtract the mean return of other rows (of the same prompt, if asked) that have a token at the position."""
@@ -278,6 +301,7 @@ class SlowMiniLLM:
             }
             if self.options["single_step_decomposition"]:
                 token["loss"] = token["loss"] + constants.single_weight[t] * single_step
+            token["loss"] = constants.token_weight[t] * token["loss"]
             if self.options["beta"] > 0:
                 difference = constants.reference[t] - logp
                 token["kl"] = difference.exp() - difference - 1

@@ -155,8 +155,11 @@ CASES = {
         idle=("max_completion_length", "scale_rewards"),
     ),
     "generalized JSD": Case(
-        {"single_step_divergence": "generalized_jsd", "jsd_beta": 0.2, "loss_reduction": "sequence_sum"},
-        idle=("max_completion_length", "scale_rewards"),
+        {
+            **{"single_step_divergence": "generalized_jsd", "jsd_beta": 0.2, "loss_reduction": "sequence_sum"},
+            **{"iw_opd_gamma": 0.5, "top_entropy_quantile": 0.6},
+        },
+        idle=("epsilon", "max_completion_length", "scale_rewards"),
     ),
     "rewards without the long term": Case(
         {

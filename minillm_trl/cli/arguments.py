@@ -4,6 +4,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..hardware.optional_packages import check_packages
 from .launch import is_launch_option, is_launched, read_flags
 from .option_names import aliases, check_given_once, check_stray_words, given_options, right_name
 from .option_values import json_object, mapping, mapping_or_file, read_config, with_first_names
+from .presets import apply_preset
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -190,8 +193,9 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
         part for word in argv for part in (word.split("=", 1) if word.startswith("--") and "=" in word else [word])
     ]
     _check_words(parser, argv, is_launchable=True)
-    if "--config" in argv:
-        read_config(parser, _config_path(argv))  # checks it, with lines; `TrlParser` reads it again
+    # `read_config` checks the file, with lines; `TrlParser` reads it again
+    from_file = read_config(parser, _config_path(argv)) if "--config" in argv else {}
+    preset_fields = apply_preset(parser, from_file, argv)
     try:
         *values, from_yaml, from_cli = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -215,6 +219,8 @@ def parse(parser: Parser, argv: list[str]) -> tuple[tuple[Any, ...], dict[str, s
     flags = read_flags(from_yaml, from_cli)
     if flags and not is_launched():
         return instances, flags
+    if preset_fields and os.environ.get("RANK", "0") == "0":
+        print(preset_fields, file=sys.stderr)
     if any(hasattr(instance, "distributed_state") for instance in instances):  # training arguments
         from ..hardware.processes import check_processes
 

@@ -259,5 +259,5 @@ def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
     from . import minillm
 
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
-        (_, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
+        (_, _, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
     return model, teacher, args

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..training.metric_names import MINILLM, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
 from .launch import hand_over
+from .presets import PresetArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -73,8 +74,9 @@ class DegenerationArguments:
 
 def build_parser() -> Parser:
     """Return the parser of the subcommand."""
-    types = [DataArguments, TeacherArguments, CorpusArguments, EarlyStoppingArguments, DegenerationArguments]
-    return make_parser("minillm", [*types, MiniLLMConfig, ModelConfig], __doc__)
+    types = [PresetArguments, DataArguments, TeacherArguments, CorpusArguments]
+    types += [EarlyStoppingArguments, DegenerationArguments, MiniLLMConfig, ModelConfig]
+    return make_parser("minillm", types, __doc__)
 
 
 def run(argv: list[str]) -> int:
@@ -96,7 +98,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from . import recording, training
     from .examples import describe_repeats, distinct_prompts, load_splits
 
-    data, teacher, corpus, stopping, degeneration, args, model = parsed
+    _, data, teacher, corpus, stopping, degeneration, args, model = parsed
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
     source, eval_source = data.dataset_name, data.eval_dataset or data.dataset_name

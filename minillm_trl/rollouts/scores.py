@@ -21,6 +21,8 @@ class RolloutScores(NamedTuple):
         student_kd_logps, teacher_kd_logps (`torch.Tensor` of shape `(B, T)`): log-probs at the KD temperature.
         expected_rewards (`torch.Tensor` of shape `(B, T)`): see [`~minillm_trl.objectives.expected_rewards`]; None
             if rewards are sampled.
+        entropy (`torch.Tensor` of shape `(B, T)`): the student's entropy at the sampling temperature; None unless the
+            scorer measures it.
         teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`): the teacher's last hidden states, from which every
             inner pass computes the single-step term without running the teacher; None if it recomputes them.
 
@@ -32,6 +34,7 @@ class RolloutScores(NamedTuple):
     teacher_logps: torch.Tensor | None = None
     teacher_kd_logps: torch.Tensor | None = None
     expected_rewards: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     teacher_hidden_states: torch.Tensor | None = None
 
 
@@ -58,12 +61,14 @@ class RolloutScorer:
         expected_reward (`Callable`, *optional*): maps the log-probs `(n, V)` of the teacher and of the student at the
             KD temperature, and of the student at the sampling temperature, to expected rewards `(n,)`, see
             [`~minillm_trl.objectives.expected_rewards`]. None if rewards are sampled.
+        measure_entropy (`bool`, *optional*, defaults to `False`): whether to score the student's entropy.
     """
 
     temperature: float
     kd_temperature: float
     vocab_size: int
     expected_reward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    measure_entropy: bool = False
 
     @torch.no_grad()
     def score(
@@ -99,7 +104,7 @@ class RolloutScorer:
     def _score_chunk(
         self, targets: torch.Tensor, part: slice, student: HeadStates | None, teacher: HeadStates | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return the first five fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
+        """Return the first six fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
         found: list[torch.Tensor | None] = []
         log_probs: list[torch.Tensor] = []
         for model in (student, teacher):
@@ -109,10 +114,13 @@ class RolloutScorer:
             sampling, kd = self._log_probs(model.head.logits(model.hidden_states[part], self.vocab_size))
             found += [logps.gather(1, targets[:, None]).squeeze(1) for logps in (sampling, kd)]
             log_probs += [sampling, kd]
-        if self.expected_reward is None or len(log_probs) < 4:
-            return *found, None
-        student_sampling, student_kd, _, teacher_kd = log_probs
-        return *found, self.expected_reward(teacher_kd, student_kd, student_sampling)
+        expected = entropy = None
+        if self.expected_reward is not None and len(log_probs) == 4:
+            student_sampling, student_kd, _, teacher_kd = log_probs
+            expected = self.expected_reward(teacher_kd, student_kd, student_sampling)
+        if self.measure_entropy and student is not None:
+            entropy = -torch.linalg.vecdot(log_probs[0].exp(), log_probs[0])
+        return *found, expected, entropy
 
     def _log_probs(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sampling = torch.log_softmax(logits / self.temperature, dim=-1)

@@ -36,7 +36,6 @@ REFUSED_FIELDS: dict[str, str] = {
     "importance_sampling_level": (
         "GRPO's sequence level is a geometric mean, not an importance weight; set `importance_weighting`"
     ),
-    "top_entropy_quantile": "selecting tokens by entropy would bias the reverse KL",
     "entropy_coef": "reverse KL contains the student's entropy with weight 1 already",
     "use_adaptive_entropy": "reverse KL contains the student's entropy with weight 1 already",
     "entropy_coef_min": "there is no entropy bonus",

@@ -17,6 +17,7 @@ def check_family(args: "MiniLLMConfig") -> None:
         ValueError: with the field, its value and the fix.
     """
     _check_divergence(args)
+    _check_positions(args)
 
 
 def default_of(args: "MiniLLMConfig", name: str) -> Any:
@@ -48,3 +49,27 @@ def _check_divergence(args: "MiniLLMConfig") -> None:
                 f"{parameter}={value} has no effect with single_step_divergence={chosen!r}: it is the parameter of "
                 f"{' and '.join(takers)}. Drop it, or choose one of these."
             )
+
+
+def _check_positions(args: "MiniLLMConfig") -> None:
+    if not 0.0 < args.top_entropy_quantile <= 1.0:
+        raise UserError(f"top_entropy_quantile must lie in (0, 1], got {args.top_entropy_quantile}.")
+    if not args.iw_opd_gamma >= 0.0:
+        raise UserError(f"iw_opd_gamma must not be negative, got {args.iw_opd_gamma}.")
+    start, steps, limit = args.horizon_start, args.horizon_steps, args.max_completion_length
+    if start is None:
+        if steps is not None:
+            raise UserError(
+                f"horizon_steps={steps} has no effect without horizon_start. Set it, or drop horizon_steps."
+            )
+        return
+    if not 1 <= start <= limit:
+        raise UserError(f"horizon_start must lie in [1, max_completion_length={limit}], got {start}.")
+    if steps is not None and steps < 1:
+        raise UserError(f"horizon_steps must be at least 1, got {steps}.")
+    if args.use_vllm or args.reshaping_fields():
+        name = "use_vllm" if args.use_vllm else args.reshaping_fields()[0]
+        raise UserError(
+            f"horizon_start={start} limits rollouts of our own decoding, but {name}={getattr(args, name)!r} samples "
+            "with TRL's. Drop one of them, or lower max_completion_length."
+        )

@@ -1,8 +1,9 @@
 """`MeasuredRollouts`: rewards and advantages of rollouts, and their metrics over all completions that count."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..loss import LossTerms
 from ..masking import masked_mean, masked_moments
 from ..models.fused_head import TokenScores
 from ..objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
+from ..positions import prefix_discrepancy_weights, rollout_horizon, top_entropy_weights
 from ..rollouts.buffer import Batch, sequences
 from .logged_metrics import (
     baseline_totals,
@@ -131,15 +133,50 @@ class MeasuredRollouts(ResumableRollouts):
 
     def _baseline(self, returns: torch.Tensor, mask: torch.Tensor, kind: str) -> torch.Tensor:
         """Return the baseline of each token `(B, T)`, from the masked tokens of all processes."""
-        values, alive = (  # as integers, which padding would make of a bool tensor anyway
+
+        def of_all(values: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+            rows = torch.arange(len(values), device=values.device)
+            groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
+            return leave_one_out_baseline(values, alive, groups)
+
+        return self._over_processes(of_all, returns, mask)
+
+    def _over_processes(
+        self,
+        function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        values: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Apply a function of values and mask `(B_all, T_all)` of all processes; return this process's `(B, T)`."""
+        gathered, alive = (  # as integers, which padding would make of a bool tensor anyway
             self.accelerator.gather(self.accelerator.pad_across_processes(tensor, dim=1))
-            for tensor in (returns, mask.int())
+            for tensor in (values, mask.int())
         )
-        rows = torch.arange(len(values), device=values.device)
-        groups = rows // self.num_generations if kind == "group" else torch.zeros_like(rows)
-        baseline = leave_one_out_baseline(values, alive.bool(), groups)
-        first = self.accelerator.process_index * len(returns)
-        return baseline[first : first + len(returns), : returns.shape[1]]
+        first = self.accelerator.process_index * len(values)
+        return function(gathered, alive.bool())[first : first + len(values), : values.shape[1]]
+
+    @property
+    def _horizon(self) -> int:
+        """Return the token limit of a turn; evaluation has the whole one."""
+        if not self.model.training:
+            return self.max_completion_length
+        args = self.args
+        return rollout_horizon(
+            self.state.global_step, self.max_completion_length, args.horizon_start, args.horizon_steps
+        )
+
+    def _token_weights(
+        self, rewards: torch.Tensor, entropy: torch.Tensor | None, mask: torch.Tensor, faulty: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return `token_weights` `(B, T)`, the factors of the loss of each token, or nothing if all are 1."""
+        weights, mask = [], mask & ~faulty[:, None]
+        if self.args.iw_opd_gamma > 0.0:
+            weights.append(prefix_discrepancy_weights(rewards, mask, self.args.iw_opd_gamma))
+        if self.args.top_entropy_quantile < 1.0:
+            assert entropy is not None  # the scorer measures it
+            select = partial(top_entropy_weights, quantile=self.args.top_entropy_quantile)
+            weights.append(self._over_processes(select, entropy, mask))
+        return {"token_weights": math.prod(weights[1:], start=weights[0])} if weights else {}
 
     # Metrics
 

@@ -124,7 +124,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if self.args.reward_estimator == "expected":
             expected_reward = partial(expected_rewards, scale=self.args.reward_scale, clip=self.args.reward_clip)
         kd_temperature = self.args.kd_temperature or self.temperature
-        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward)
+        measure_entropy = self.args.top_entropy_quantile < 1.0
+        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward, measure_entropy)
 
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
@@ -165,9 +166,10 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
         """Return the token limit of a turn, the same on all processes; None if no process has prompts."""
+        horizon = self._horizon
         if self._rollout.turn == 0:  # all processes have prompts, which were checked before
-            return self.max_completion_length
-        budget, longest = self.max_completion_length, max(map(len, prompt_ids), default=0)
+            return horizon
+        budget, longest = horizon, max(map(len, prompt_ids), default=0)
         if self.max_context is not None:
             budget = max(min(budget, self.max_context - longest), 0)
         if not self._collective_turns:
@@ -297,6 +299,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             "student_logps": scores.student_logps,
             "long_term_weights": long_term_weights,
             "single_step_weights": single_step_weights,
+            **self._token_weights(rewards, scores.entropy, mask, faulty),
         }
         if scores.teacher_hidden_states is not None:
             batch["teacher_hidden_states"] = scores.teacher_hidden_states

@@ -130,8 +130,10 @@ class Replay:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def evaluate(self) -> dict[str, float]:
-        """Samples of the student alone, which therefore are weighted by 1, and without a baseline."""
-        method = slow(self.case, teacher_mixed_alpha=0.0, advantage_baseline="none")
+        """Samples of the student alone, which therefore are weighted by 1, without baseline and token weights."""
+        method = slow(
+            self.case, teacher_mixed_alpha=0.0, advantage_baseline="none", iw_opd_gamma=0.0, top_entropy_quantile=1.0
+        )
         with torch.no_grad():
             logits = next_token_logits(self.student, self.evaluation)
             constants = method.constants(self.evaluation, logits, self.teacher, self.reference)
