@@ -63,6 +63,7 @@ def _check_positions(args: "MiniLLMConfig") -> None:
                 f"horizon_steps={steps} has no effect without horizon_start. Set it, or drop horizon_steps."
             )
         return
+    assert limit is not None  # checked before
     if not 1 <= start <= limit:
         raise UserError(f"horizon_start must lie in [1, max_completion_length={limit}], got {start}.")
     if steps is not None and steps < 1:
