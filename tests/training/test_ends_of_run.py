@@ -263,6 +263,51 @@ class TestKD:
         assert all("'<|endoftext|>'" in line and "'<|im_end|>'" in line for line in warnings())
 
 
+class TestTokenizerLikeSmolLM2s:
+    """Its pad token is its end token, and its template adds a system message where the conversation has none."""
+
+    SYSTEM = "<|im_start|>system\nabout the river<|im_end|>\n"
+
+    def tokenizer(self):
+        tokenizer = build_chat_tokenizer(TURN_END)
+        tokenizer.pad_token = TURN_END
+        tokenizer.chat_template = (
+            "{% if messages[0]['role'] != 'system' %}{{ '" + self.SYSTEM + "' }}{% endif %}" + tokenizer.chat_template
+        )
+        return tokenizer
+
+    @pytest.mark.parametrize("trainer", [FineTuningTrainer, KDTrainer])
+    def test_end_is_learnt_and_padding_is_not(self, tmp_path, trainer):
+        tokenizer = self.tokenizer()
+        rows = [
+            {"prompt": question("the mill"), "completion": answer(text)} for text in ("a pub", "a pub near a mill")
+        ]
+        options = {"teacher_model": build_chat_model(tokenizer, 2)} if trainer is KDTrainer else {}
+        data, model = Dataset.from_list(rows), build_chat_model(tokenizer, 2)
+        tuner = fine_tuner(tmp_path, data, tokenizer, model, trainer, **options)
+        batch = tuner.data_collator([dict(row) for row in tuner.train_dataset])
+        taught = [tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+        assert [text.strip() for text in taught] == ["a pub<|im_end|>", "a pub near a mill<|im_end|>"]
+        padding = batch["attention_mask"] == 0
+        assert padding.any()
+        assert (batch["labels"][padding] == -100).all()
+        assert (batch["input_ids"][padding] == tokenizer.eos_token_id).all()
+
+    @pytest.mark.parametrize(
+        ("conversation", "system"),
+        [
+            (question("the mill"), SYSTEM),
+            ([{"role": "system", "content": "cheap"}, *question("the mill")], "<|im_start|>system\ncheap<|im_end|>\n"),
+        ],
+    )
+    def test_rollouts_have_one_system_message(self, tmp_path, conversation, system):
+        tokenizer = self.tokenizer()
+        trainer = minillm(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 2), build_chat_model(tokenizer, 2))
+        (ids,), _, _ = trainer._tokenize_prompts([conversation])
+        turns = "<|im_start|>user\nthe mill<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(ids) == system + turns
+
+
 class TestTokenizerThatAppendsItsEos:
     def tokenizer(self):
         tokenizer = build_chat_tokenizer(TURN_END)
