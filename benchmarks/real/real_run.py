@@ -39,9 +39,10 @@ RECIPE = ROOT / "recipes" / "smollm2-64m"
 RESULTS = Path(__file__).parents[1] / "results" / "real"
 STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 SEEDS = (3, 4)
-LEARNING_RATES = (1e-4, 3e-4)
+LEARNING_RATES = (3e-4, 1e-3, 1e-4)
 TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
 PROBE_UPDATES = 4
+ANSWERS = 10
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "minillm-trl")
 
 
@@ -261,12 +262,20 @@ def evaluate(benchmark: Benchmark, name: str, split: str) -> dict[str, Any]:
     return found
 
 
+def first_answers(benchmark: Benchmark, name: str) -> list[dict[str, str]]:
+    """Return the first test prompts with the model's greedy answers."""
+    (path,) = (benchmark.folder / "evaluation" / "test" / name).glob("**/greedy/samples.jsonl")
+    samples = map(json.loads, path.read_text(encoding="utf-8").splitlines()[:ANSWERS])
+    return [{"prompt": sample["prompt"][-1]["content"], "answer": sample["outputs"][0]} for sample in samples]
+
+
 def test_model(benchmark: Benchmark, name: str) -> None:
     """Measure a model on the test prompts."""
     record = benchmark.record(name)
     if name in STAGES:  # the runs were validated after training
         record["validation"] = evaluate(benchmark, name, "validation")
-    benchmark.write(name, record | {"test": evaluate(benchmark, name, "test")})
+    record["test"] = evaluate(benchmark, name, "test")
+    benchmark.write(name, record | {"answers": first_answers(benchmark, name)})
 
 
 def best_rate(benchmark: Benchmark, method: str) -> float | None:

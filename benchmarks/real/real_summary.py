@@ -9,7 +9,6 @@ whose sum is the cross-entropy of the student's distribution from the teacher's.
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ README = Path(__file__).with_name("README.md")
 SAMPLED = [decoding for decoding in TEMPERATURES if decoding != "greedy"]
 LABELS = {"teacher": "teacher", "heal": "healed student (the start)"}
 MEASURES = ("rouge_l", "reverse_kl_per_token", "length", "eos_rate", "repeated_4grams", "entropy_per_token")
+SHOWN = "low_variance_cool"  # whose answers are shown
 RIVALS = ("heal", "sft", "healing", "distillation", "distillation_cool")
 
 
@@ -183,6 +183,16 @@ def differences_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def answers_table(records: dict[str, dict[str, Any]], student: dict[str, Any]) -> str:
+    """Return the Markdown table of the first answers of teacher, start and the student of a run."""
+    columns = {"teacher": records["teacher"], "healed student": records["heal"], "MiniLLM student": student}
+    lines = ["| prompt | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, first in enumerate(records["teacher"]["answers"]):
+        cells = [first["prompt"], *(record["answers"][row]["answer"] for record in columns.values())]
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Draw Rouge-L and reverse KL over entropy."""
     figure = Figure(figsize=(10.5, 4.8), layout="constrained")
@@ -223,10 +233,13 @@ def main() -> None:
     command = " && ".join(f"python benchmarks/real/real_{script}.py --scale {scale}" for script in ("run", "summary"))
     path = write_record(f"real_{scale}", PACKAGES, settings, summary, command)
     plot(summary, path.with_suffix(".png"))
-    for name, table in {"main": main_table, "differences": differences_table}.items():
-        if re.search(f"<!-- {name}: made by a script -->", README.read_text()):
-            insert_table(README, name, table(summary))
-        print(table(summary), "\n")
+    tables = {"main": main_table(summary), "differences": differences_table(summary)}
+    if students := chosen_runs(records := read_records(scale), SHOWN):
+        tables["answers"] = answers_table(records, next(iter(students.values())))
+    for name, table in tables.items():
+        if scale == "cpu":
+            insert_table(README, name, table)
+        print(table, "\n")
 
 
 if __name__ == "__main__":

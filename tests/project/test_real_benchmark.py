@@ -21,7 +21,7 @@ SMALL = replace(
     answer_tokens=4,
     seconds=0,
     validation_rows=3,
-    test_rows=4,
+    test_rows=10,
     recipe={
         "dolly": {"validation_rows": 10, "test_rows": 10},
         "answers": {"max_completion_length": 4},
@@ -62,6 +62,9 @@ def test_whole_benchmark(benchmark, capsys):
     assert greedy["teacher_logp"][0] == pytest.approx(-greedy["reverse_kl_per_token"][0])
     for table in (real_summary.main_table(summary), real_summary.differences_table(summary)):
         assert "MiniLLM (the paper's)" in table
+    records = real_summary.read_records("small")
+    answers = real_summary.answers_table(records, next(iter(real_summary.chosen_runs(records, "minillm").values())))
+    assert answers.count("\n") == 1 + real_run.ANSWERS
     real_summary.plot(summary, benchmark.folder / "figure.png")
 
 
