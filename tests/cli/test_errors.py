@@ -20,7 +20,7 @@ from minillm_trl.training.checkpoints import CheckpointError
 PACKAGE = Path(minillm_trl.__file__).parent
 # Functions of tensors and numbers, whose callers are at fault; `json_files` rejects what its callers name
 PURE = ("objectives", "masking", "rollouts/sampling", "rollouts/keyed_random", "models/fused_head")
-PURE += ("models/token_scores", "files/json_files")
+PURE += ("models/token_scores", "models/divergence_gradients", "divergences", "positions", "files/json_files")
 PURE += tuple(
     f"evaluation/{name}"
     for name in (
