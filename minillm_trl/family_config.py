@@ -42,6 +42,12 @@ class FamilyConfig(GRPOConfig):
         horizon_steps (`int`, *optional*):
             Optimizer steps in which the limit grows to `max_completion_length`. By default it stays at
             `horizon_start`.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of the rows of a rollout whose completion is sampled, in [0, 1] (GKD's lambda, by TRL's name). The
+            others train on the `completion` of their row of the dataset. These texts are not the student's, so no
+            importance weight and no return applies to them: a value below 1 requires `rkl_advantage=False` and
+            `teacher_mixed_alpha=0.0`. Metrics of completions then include these texts, and each model runs once more
+            per rollout, to score them.
     """
 
     single_step_divergence: str = field(
@@ -71,6 +77,10 @@ class FamilyConfig(GRPOConfig):
     )
     horizon_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps in which it grows to max_completion_length; default: never."}
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={"help": "Share of rows whose completion is sampled; the others train on the dataset's (GKD)."},
     )
 
     def divergence(self) -> Callable[..., torch.Tensor]:

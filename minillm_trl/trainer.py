@@ -295,6 +295,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         training = self.model.training
         prompt_index, counts, inputs = self._take_rows(inputs)
         self._rollout = rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
+        rollout.given = self._given_completions(inputs)
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}

@@ -55,14 +55,16 @@ def load_splits(
     return train, load(data.eval_dataset or data.dataset_name, split, data.max_eval_rows)
 
 
-def distinct_prompts(examples: Dataset, source: str) -> Dataset:
+def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = False) -> Dataset:
     """Keep each prompt once, see [`unique_prompts`], and print how many rows became how many prompts.
 
     Args:
         examples ([`~datasets.Dataset`]): the result of [`load_examples`].
         source (`str`): name of the data, as the user gave it.
+        keep_completion (`bool`, *optional*, defaults to `False`): whether to keep the completion of the prompt's first
+            row.
     """
-    prompts = unique_prompts(examples)
+    prompts = unique_prompts(examples, keep_completion)
     if (counts := describe_repeats(examples, prompts)) and PartialState().is_main_process:
         print(f"{source}: {counts}. Each prompt is used once.", file=sys.stderr)
     return prompts

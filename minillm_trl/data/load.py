@@ -108,15 +108,17 @@ def make_examples(table: Table, found: dict[str, str], require_completion: bool)
     return dataset.select_columns(first + [name for name in dataset.column_names if name not in first])
 
 
-def unique_prompts(dataset: Dataset) -> Dataset:
+def unique_prompts(dataset: Dataset, keep_completion: bool = False) -> Dataset:
     """Keep each prompt once, for training on the student's own samples and for evaluation.
 
     Args:
         dataset ([`~datasets.Dataset`]): the result of [`load_examples`].
+        keep_completion (`bool`, *optional*, defaults to `False`): whether to keep the first row's `completion`.
 
     Returns:
         [`~datasets.Dataset`] with one row per distinct prompt, in order of first appearance: the prompt's first row
-        without `completion`. `references`, if present, holds all distinct references of the prompt, in order.
+        without `completion`, unless it is kept. `references`, if present, holds all distinct references of the prompt,
+        in order.
     """
     keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
     first_rows: dict[str, int] = {}
@@ -129,7 +131,8 @@ def unique_prompts(dataset: Dataset) -> Dataset:
         # add the column before selecting rows: adding to selected rows would copy the whole dataset
         column = [list(pooled[key]) if first_rows[key] == row else [] for row, key in enumerate(keys)]
         dataset = dataset.remove_columns("references").add_column("references", column, feature=_REFERENCES)
-    dataset = dataset.remove_columns([name for name in dataset.column_names if name == "completion"])
+    if not keep_completion:
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name == "completion"])
     return dataset.select(list(first_rows.values()))
 
 

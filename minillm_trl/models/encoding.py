@@ -128,6 +128,41 @@ def encode_pair(
     return ids[:start], ids[start:]
 
 
+def encode_after_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    completion: Prompt,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    source: str = "dataset",
+) -> tuple[int, list[int]]:
+    """Encode a completion after the tokens of its prompt as sampling sees them, with an end.
+
+    Args:
+        tokenizer, prompt, completion, chat_template_kwargs: as in [`encode_pair`].
+        source (`str`, *optional*): name of the dataset, for the message.
+
+    Returns:
+        `tuple[int, list[int]]`: the number of prompt tokens, and the tokens of prompt and completion.
+
+    Raises:
+        ValueError: if the chat template renders a prompt differently when its completion follows.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
+        # a token spans the border, but sampling starts from the prompt's tokens
+        if ids[: len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return len(prompt_ids), ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
+    context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
+    if context != prompt_ids:
+        raise UserError(
+            f"{source}: the chat template renders a prompt differently when its completion follows, so the end of "
+            f"the prompt cannot be found. Pass prompt and completion as texts. The prompt is {str(prompt)[:80]}."
+        )
+    return len(prompt_ids), context + learnt
+
+
 def holds_conversations(dataset: "Dataset | IterableDataset") -> bool:
     """Return whether the rows of a dataset are conversations, judged by the first row."""
     first: dict[str, Any] = next(iter(dataset), {})

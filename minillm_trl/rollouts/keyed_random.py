@@ -46,7 +46,7 @@ def draw_seed() -> int:
 
 
 # Second element of a key, after the seed: the use of its random numbers
-TRAIN_TOKENS, EVAL_TOKENS, COINS, ROLLOUT_ORDER = range(4)
+TRAIN_TOKENS, EVAL_TOKENS, COINS, ROLLOUT_ORDER, GIVEN = range(5)
 
 
 def evaluation_key(seed: int, prompt_ids: Sequence[int], sample: int = 0, turn: int = 0) -> tuple[int, ...]:

@@ -87,8 +87,9 @@ class RolloutSampler:
         coin_key: tuple[int, ...],
         max_new_tokens: int,
         with_scores: bool = True,
+        given: Sequence[list[int] | None] = (),
     ) -> SampledTurn:
-        """Sample one completion for each prompt.
+        """Sample one completion for each prompt without a given one.
 
         Args:
             student ([`~transformers.PreTrainedModel`]): the student with its current weights, unwrapped, in eval mode.
@@ -99,8 +100,14 @@ class RolloutSampler:
             max_new_tokens (`int`): length limit.
             with_scores (`bool`, *optional*, defaults to `True`): whether to score the completions. The turns of a
                 conversation are scored together after the last one.
+            given (`Sequence[list[int] | None]`, *optional*): the completion of each prompt, cut at `max_new_tokens`;
+                None for prompts to sample for. With a given completion, the turn is not scored.
         """
         scores = ScoredRows()
+        if any(completion is not None for completion in given):
+            with_scores = False
+            rows = [row for row, completion in enumerate(given) if completion is None]
+            prompt_ids, keys = [prompt_ids[row] for row in rows], [keys[row] for row in rows]
 
         def score(rows: list[int], sampled: Completions) -> None:
             scores.parts.append((rows, self._score(student, [prompt_ids[row] for row in rows], sampled)))
@@ -124,6 +131,9 @@ class RolloutSampler:
             on_every_process=self.on_every_process,
             on_batch=score if with_scores else None,
         )
+        if len(completions) < len(given):
+            sampled = iter(completions)
+            completions = [next(sampled) if ids is None else ids[:max_new_tokens] for ids in given]
         return SampledTurn(completions, scores)
 
     def _score(

@@ -75,6 +75,8 @@ def check_arguments(
             f"rollout_func samples by itself, so teacher_mixed_alpha={args.teacher_mixed_alpha} is not used; the "
             "importance weights follow from the logprobs that it returns. Set teacher_mixed_alpha=0.0."
         )
+    own_rollouts = {"rollout_func": rollout_func, "reward_funcs": reward_funcs, "an environment": has_environment}
+    _check_own_rollouts(args, [name for name, given in own_rollouts.items() if given])
     _check_lm_dataset(lm_dataset, args)
     if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
         raise UserError(
@@ -100,6 +102,19 @@ def _check_weight_files(
     for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
         if isinstance(name, str):
             refuse_pickled_weights(name, parsed_kwargs(init_kwargs))
+
+
+def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
+    """Check that nothing that is given needs or makes other completions than the settings ask for."""
+    for name in given:
+        if args.lmbda < 1.0:
+            raise UserError(
+                f"lmbda={args.lmbda} takes completions from the dataset, which excludes {name}. Set lmbda=1.0."
+            )
+        if args.horizon_start is not None and name == "rollout_func":
+            raise UserError(
+                f"horizon_start={args.horizon_start} has no effect with rollout_func, which samples itself. Drop it."
+            )
 
 
 def _check_lm_dataset(lm_dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
@@ -335,6 +350,13 @@ def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLL
     if dataset is None or next(iter(dataset), None) is None:
         raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions.")
     _check_columns(dataset, "train_dataset")
+    if args.lmbda < 1.0:
+        rows = dataset["completion"] if isinstance(dataset, Dataset) and "completion" in dataset.column_names else []
+        if "completion" not in next(iter(dataset)) or not all(rows):
+            raise UserError(
+                f"lmbda={args.lmbda} trains on the dataset's completions, but train_dataset has rows without one. Add "
+                "a column `completion`, drop these rows, or set lmbda=1.0."
+            )
     if isinstance(dataset, Dataset):
         check_fills_rollout(dataset, args, "train_dataset")
 

@@ -18,6 +18,7 @@ def check_family(args: "MiniLLMConfig") -> None:
     """
     _check_divergence(args)
     _check_positions(args)
+    _check_given(args)
 
 
 def default_of(args: "MiniLLMConfig", name: str) -> Any:
@@ -68,9 +69,28 @@ def _check_positions(args: "MiniLLMConfig") -> None:
         raise UserError(f"horizon_start must lie in [1, max_completion_length={limit}], got {start}.")
     if steps is not None and steps < 1:
         raise UserError(f"horizon_steps must be at least 1, got {steps}.")
-    if args.use_vllm or args.reshaping_fields():
-        name = "use_vllm" if args.use_vllm else args.reshaping_fields()[0]
+    _refuse_trl_decoding(args, f"horizon_start={start}", "or lower max_completion_length")
+
+
+def _check_given(args: "MiniLLMConfig") -> None:
+    if not 0.0 <= args.lmbda <= 1.0:
+        raise UserError(f"lmbda must lie in [0, 1], got {args.lmbda}.")
+    if args.lmbda == 1.0:
+        return
+    for name, needed in (("rkl_advantage", False), ("teacher_mixed_alpha", 0.0), ("importance_weighting", "token")):
+        value = getattr(args, name)
+        if value != needed:
+            raise UserError(
+                f"lmbda={args.lmbda} trains on texts of the dataset, which no policy of this run has sampled, but "
+                f"{name}={value!r} needs its probabilities. Set {name}={needed!r}, or lmbda=1.0."
+            )
+    _refuse_trl_decoding(args, f"lmbda={args.lmbda}", "or set lmbda=1.0")
+
+
+def _refuse_trl_decoding(args: "MiniLLMConfig", setting: str, way_out: str) -> None:
+    names = [name for name in ("use_vllm",) if getattr(args, name)] + args.reshaping_fields()
+    for name in names:
         raise UserError(
-            f"horizon_start={start} limits rollouts of our own decoding, but {name}={getattr(args, name)!r} samples "
-            "with TRL's. Drop one of them, or lower max_completion_length."
+            f"{setting} changes rollouts of our own decoding, but {name}={getattr(args, name)!r} samples with TRL's. "
+            f"Drop one of them, {way_out}."
         )

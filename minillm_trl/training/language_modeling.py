@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..models.encoding import Prompt, encode_pair, encode_prompts, encode_texts
+from ..models.encoding import encode_after_prompt, encode_texts
 from ..models.fused_head import ScoreRequest, TokenScores
 from ..models.lm_head import completion_hidden_states
 from ..objectives import forward_kl, language_modeling_loss
@@ -174,7 +174,8 @@ def encode_corpus(
         if is_text:
             ids = [*encode_texts(tokenizer, [row["text"]])[0], tokenizer.eos_token_id]
             return {"input_ids": ids, "counts": [1] * len(ids)}
-        prompt, ids = _encode_pair(row["prompt"], row["completion"], tokenizer, chat_template_kwargs)
+        pair = row["prompt"], row["completion"]
+        prompt, ids = encode_after_prompt(tokenizer, *pair, chat_template_kwargs, source="lm_dataset")
         counts = [0] * prompt + [1] * (len(ids) - prompt)
         return {"input_ids": ids[:max_length], "counts": counts[:max_length]}
 
@@ -216,27 +217,6 @@ def _pack(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[
     joined = {name: [value for row in rows for value in row] for name, rows in batch.items()}
     starts = range(0, len(joined["input_ids"]), max_length)
     return {name: [values[start : start + max_length] for start in starts] for name, values in joined.items()}
-
-
-def _encode_pair(
-    prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
-) -> tuple[int, list[int]]:
-    """Return the number of prompt tokens, and the tokens of prompt and completion."""
-    if isinstance(prompt, str) and isinstance(completion, str):  # `_check_row` has checked that both are of one kind
-        prompt_ids, ids = encode_texts(tokenizer, [prompt, prompt + completion])
-        if (
-            ids[: len(prompt_ids)] != prompt_ids
-        ):  # a token spans the border, but sampling starts from the prompt's tokens
-            ids = prompt_ids + tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return len(prompt_ids), ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-    (prompt_ids,) = encode_prompts(tokenizer, [prompt], chat_template_kwargs)
-    context, learnt = encode_pair(tokenizer, prompt, completion, chat_template_kwargs)
-    if context != prompt_ids:
-        raise UserError(
-            "lm_dataset: the chat template renders a prompt differently when its completion follows, so the end of "
-            f"the prompt cannot be found. Pass prompt and completion as texts. The prompt is {str(prompt)[:80]}."
-        )
-    return len(prompt_ids), context + learnt
 
 
 def _repeat_forever(rows: IterableDataset) -> Iterator[dict[str, list[int]]]:

@@ -11,9 +11,12 @@ import torch
 from ..loss import LossTerms
 from ..masking import masked_mean, masked_moments
 from ..models.fused_head import TokenScores
+from ..models.init_kwargs import parsed_kwargs
 from ..objectives import batch_advantages, leave_one_out_baseline, replace_by_group_mean, reward_to_go, whiten
 from ..positions import prefix_discrepancy_weights, rollout_horizon, top_entropy_weights
 from ..rollouts.buffer import Batch, sequences
+from ..rollouts.keyed_random import GIVEN
+from .given_completions import choose_given
 from .logged_metrics import (
     baseline_totals,
     completion_sums,
@@ -53,6 +56,15 @@ class MeasuredRollouts(ResumableRollouts):
         prompt_index = [row.get(PROMPT_INDEX, -1) for row in rows]
         added = (PROMPT_INDEX, FILLER)
         return prompt_index, counts, [{name: row[name] for name in row if name not in added} for row in rows]
+
+    def _given_completions(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
+        """Return the dataset's completion of each row that trains on it; nothing if all rows are sampled."""
+        if not self.model.training or self.args.lmbda == 1.0:
+            return []
+        step, first = self.state.global_step, self.accelerator.process_index * len(rows)
+        keys = [(self.args.seed, GIVEN, step, first + row) for row in range(len(rows))]
+        kwargs = parsed_kwargs(self.chat_template_kwargs)
+        return choose_given(rows, self.args.lmbda, keys, self._tokenizer, kwargs)
 
     # Rewards
 

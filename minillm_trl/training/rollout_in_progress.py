@@ -19,6 +19,7 @@ class RolloutInProgress:
             the last batch of an evaluation.
         wants_old_logps (`bool`): whether GRPO's next request for log-probs is for the policy that sampled the rollout.
         turn (`int`): calls of the sampler so far, several with tools.
+        given (`list[list[int] | None]`): completions from the dataset, None for rows to sample; empty without any.
         scores ([`ScoredRows`]): scores of completions computed so far.
         empty_rows (`list[int]`): rows that the rollout function left empty.
         rewards (`torch.Tensor` of shape `(B_all, F)`): rewards of each function for the rows of all processes, with
@@ -29,6 +30,7 @@ class RolloutInProgress:
     counts: torch.Tensor
     wants_old_logps: bool = False
     turn: int = 0
+    given: list[list[int] | None] = field(default_factory=list)
     scores: ScoredRows = field(default_factory=ScoredRows)
     empty_rows: list[int] = field(default_factory=list)
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))

@@ -124,8 +124,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if self.args.reward_estimator == "expected":
             expected_reward = partial(expected_rewards, scale=self.args.reward_scale, clip=self.args.reward_clip)
         kd_temperature = self.args.kd_temperature or self.temperature
-        measure_entropy = self.args.top_entropy_quantile < 1.0
-        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward, measure_entropy)
+        entropy = self.args.top_entropy_quantile < 1.0
+        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward, entropy)
 
     def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if self.args.teacher_shares_base:
@@ -193,7 +193,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ),
             self._sampling_model() as student,
         ):
-            sampled = sampler.sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn)
+            sampled = sampler.sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn, rollout.given)
         rollout.scores = sampled.scores
         return sampled.completions
 

@@ -76,7 +76,14 @@ def test_defaults_are_the_paper_s(tmp_path):
         ({"horizon_start": 10, "horizon_steps": 0}, "horizon_steps must be at least 1, got 0"),
         (
             {"horizon_start": 10, "top_p": 0.9, "teacher_mixed_alpha": 0.0},
-            "horizon_start=10 limits rollouts of our own decoding, but top_p=0.9",
+            "horizon_start=10 changes rollouts of our own decoding, but top_p=0.9",
+        ),
+        ({"lmbda": 1.5}, r"lmbda must lie in \[0, 1\], got 1.5"),
+        ({"lmbda": 0.5}, "lmbda=0.5 trains on texts of the dataset, .* rkl_advantage=True needs"),
+        ({"lmbda": 0.5, "rkl_advantage": False}, "teacher_mixed_alpha=0.2 needs its probabilities"),
+        (
+            {"lmbda": 0.5, "rkl_advantage": False, "teacher_mixed_alpha": 0.0, "top_k": 5},
+            "lmbda=0.5 changes rollouts of our own decoding, but top_k=5",
         ),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True would split a rollout's prompts"),
         ({"use_vllm": True}, "use_vllm=True cannot sample from the teacher-student mixture"),
