@@ -50,15 +50,15 @@ class TestEach:
 
 class TestOwnFields:
     def test_command_line_wins_over_the_preset_and_is_named(self, capsys: pytest.CaptureFixture):
-        config = config_of("--preset", "gkd", "--jsd_beta", "0.1", "--rkl_advantage", "true")
-        assert (config.jsd_beta, config.rkl_advantage) == (0.1, True)
-        assert config.single_step_divergence == "generalized_jsd"
+        config = config_of("--preset", "mixed_kl", "--forward_kl_share", "0.1", "--rkl_advantage", "true")
+        assert (config.forward_kl_share, config.rkl_advantage) == (0.1, True)
+        assert config.single_step_divergence == "mixed_kl"
         said = capsys.readouterr().err
-        assert "jsd_beta=" not in said
-        assert "Your own rkl_advantage, jsd_beta instead of the preset's." in said
+        assert "forward_kl_share=" not in said
+        assert "Your own rkl_advantage, forward_kl_share instead of the preset's." in said
 
     def test_yaml_wins_over_the_preset_even_with_the_default(self, tmp_path: Path):
-        path = written(tmp_path, preset="gkd", teacher_mixed_alpha=0.2)
+        path = written(tmp_path, preset="opd", teacher_mixed_alpha=0.2)
         assert config_of("--config", path).teacher_mixed_alpha == 0.2
 
     def test_preset_of_the_command_line_replaces_the_file_s(self, tmp_path: Path):

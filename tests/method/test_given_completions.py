@@ -97,7 +97,7 @@ class TestRollouts:
 
 class TestRefused:
     def test_dataset_without_completions(self, tmp_path: Path):
-        with pytest.raises(UserError, match="trains on the dataset.s completions"):
+        with pytest.raises(UserError, match=r"trains on the dataset.s completions"):
             make_trainer(tmp_path, **preset("gkd"))
 
     def test_reward_functions(self, tmp_path: Path):
