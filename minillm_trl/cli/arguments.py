@@ -28,12 +28,23 @@ if TYPE_CHECKING:
 class DataArguments:
     """Source of the examples."""
 
-    dataset_name: str = field(
+    dataset_name: str | None = field(
+        default=None,
         metadata={
             "help": "`e2e` (ships with the package), a .jsonl, .json, .csv or .parquet file, a folder, or a dataset "
-            "on the hub.",
+            "on the hub. Required unless `datasets` is given.",
             "aliases": ["--dataset"],
-        }
+        },
+    )
+    datasets: list[Any] | None = field(
+        default=None,
+        metadata={
+            "help": "In YAML, as in TRL: a mixture of datasets, each with `path` and optionally `name`, `split`, "
+            "`columns` and `fraction`."
+        },
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of `datasets` that is kept for evaluation, drawn with seed 0."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -52,6 +63,29 @@ class DataArguments:
     references_column: str = field(default="references", metadata={"help": "Column with reference texts."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.datasets is None):
+            problem = "is missing" if self.datasets is None else "and datasets are both given"
+            raise UserError(f"dataset_name {problem}. Give dataset_name, or in YAML a list `datasets`.")
+        if self.datasets is None and self.test_split_size is not None:
+            raise UserError("test_split_size belongs to `datasets`. For dataset_name, set dataset_test_split.")
+        if self.test_split_size is not None and not 0.0 < self.test_split_size < 1.0:
+            raise UserError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}.")
+
+    @property
+    def source(self) -> str:
+        """What the examples are called in messages and records."""
+        if self.dataset_name is not None:
+            return self.dataset_name
+        from ..data.mixtures import parse_parts  # imports datasets, which `--help` does not need
+
+        return " + ".join(part.source for part in parse_parts(self.datasets))
+
+    @property
+    def eval_source(self) -> str:
+        """What the evaluation examples are called."""
+        return self.eval_dataset or self.source
 
 
 @dataclass

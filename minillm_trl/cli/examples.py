@@ -1,11 +1,14 @@
 """Training and evaluation examples for the training subcommands."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from accelerate import PartialState
 from datasets import Dataset
 
 from ..data.load import has_splits, load_examples, unique_prompts
+from ..data.mixtures import load_mixture, parse_parts
 from ..errors import UserError
 from .arguments import DataArguments
 
@@ -25,34 +28,64 @@ def load_splits(
         ValueError: if evaluation is configured without data, or on a split of data that has no splits: a single
             file, or the folder of a single saved `Dataset`.
     """
-    wants_evaluation = data.dataset_test_split is not None or data.eval_dataset is not None
+    wants_evaluation = any(
+        value is not None for value in (data.dataset_test_split, data.eval_dataset, data.test_split_size)
+    )
     if eval_strategy != "no" and not wants_evaluation:
         raise UserError(f"eval_strategy={eval_strategy!r} needs dataset_test_split or eval_dataset.")
+    load = partial(
+        load_examples,
+        prompt_column=data.prompt_column,
+        completion_column=data.completion_column,
+        references_column=data.references_column,
+        require_completion=require_completion,
+        text_column=text_column,
+    )
+    if data.dataset_name is None:
+        return _load_mixture(data, load)
     if data.eval_dataset is None and data.dataset_test_split is not None and not has_splits(data.dataset_name):
         raise UserError(
             f"dataset_test_split={data.dataset_test_split!r}: {data.dataset_name} has no splits, so this would "
             "evaluate on the training data. Name other data with eval_dataset."
         )
+    train = load(
+        data.dataset_name,
+        split=data.dataset_train_split,
+        max_rows=data.max_train_rows,
+        dataset_config=data.dataset_config,
+    )
+    return train, _load_evaluation(data, load) if wants_evaluation else None
 
-    def load(source: str, split: str, max_rows: int | None) -> Dataset:
-        return load_examples(
-            source,
-            split=split,
-            prompt_column=data.prompt_column,
-            completion_column=data.completion_column,
-            references_column=data.references_column,
-            require_completion=require_completion,
-            text_column=text_column,
-            max_rows=max_rows,
-            # belongs to `dataset_name`; evaluation data from elsewhere may be a file
-            dataset_config=data.dataset_config if source == data.dataset_name else None,
+
+def _load_evaluation(data: DataArguments, load: Callable[..., Dataset]) -> Dataset:
+    return load(
+        data.eval_source,
+        split=data.dataset_test_split or data.dataset_train_split,
+        max_rows=data.max_eval_rows,
+        # belongs to `dataset_name`; evaluation data from elsewhere may be a file
+        dataset_config=data.dataset_config if data.eval_source == data.dataset_name else None,
+    )
+
+
+def _load_mixture(data: DataArguments, load: Callable[..., Dataset]) -> tuple[Dataset, Dataset | None]:
+    """Load `datasets`, and the evaluation data from `eval_dataset` or split off by `test_split_size`."""
+    if data.dataset_test_split is not None and data.eval_dataset is None:
+        raise UserError(
+            "dataset_test_split belongs to dataset_name or eval_dataset. For datasets, set test_split_size."
         )
+    if data.eval_dataset is not None and data.test_split_size is not None:
+        raise UserError("eval_dataset and test_split_size are both given. Drop one of them.")
+    train, evaluation = load_mixture(parse_parts(data.datasets), load), None
+    if data.test_split_size is not None:
+        parts = train.train_test_split(data.test_split_size, seed=0)
+        train, evaluation = parts["train"], _first(parts["test"], data.max_eval_rows)
+    elif data.eval_dataset is not None:
+        evaluation = _load_evaluation(data, load)
+    return _first(train, data.max_train_rows), evaluation
 
-    train = load(data.dataset_name, data.dataset_train_split, data.max_train_rows)
-    if not wants_evaluation:
-        return train, None
-    split = data.dataset_test_split or data.dataset_train_split
-    return train, load(data.eval_dataset or data.dataset_name, split, data.max_eval_rows)
+
+def _first(examples: Dataset, max_rows: int | None) -> Dataset:
+    return examples if max_rows is None else examples.select(range(min(max_rows, len(examples))))
 
 
 def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = False) -> Dataset:

@@ -43,8 +43,8 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     training.check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
     training.set_model_init_kwargs(args, model)
     with recording.record_run("kd", argv, parser, parsed, checkpoint) as record:
-        record.add_data("train", data.dataset_name, train)
-        record.add_data("evaluation", data.eval_dataset or data.dataset_name, evaluation)
+        record.add_data("train", data.source, train)
+        record.add_data("evaluation", data.eval_source, evaluation)
         recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         trainer = KDTrainer(
             teacher_model=teacher.teacher_model_name_or_path,

@@ -102,7 +102,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     learns_given = args.lmbda < 1.0
     rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
-    source, eval_source = data.dataset_name, data.eval_dataset or data.dataset_name
+    source, eval_source = data.source, data.eval_source
     train = distinct_prompts(rows, source, keep_completion=learns_given)
     train = train.select_columns([name for name in ("prompt", "completion") if name in train.column_names])
     evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source)

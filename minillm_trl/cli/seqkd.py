@@ -52,18 +52,18 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:
-        _check_completions(evaluation, data.eval_dataset or data.dataset_name)
+        _check_completions(evaluation, data.eval_source)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_models([model.model_name_or_path, teacher.teacher_model_name_or_path], args)
     training.set_model_init_kwargs(args, model)
-    prompts = distinct_prompts(train, data.dataset_name)
+    prompts = distinct_prompts(train, data.source)
     with recording.record_run("seqkd", argv, parser, parsed, checkpoint) as record:
-        record.add_data("prompts", data.dataset_name, prompts)
-        record.add_data("evaluation", data.eval_dataset or data.dataset_name, evaluation)
+        record.add_data("prompts", data.source, prompts)
+        record.add_data("evaluation", data.eval_source, evaluation)
         recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
         with record.timing("teacher_answers"):
-            folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.dataset_name)
+            folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.source)
         if args.generate_only:
             return 0
         answers = load_examples(folder / "train.jsonl")

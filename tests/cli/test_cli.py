@@ -145,7 +145,9 @@ class TestMistakes:
         assert "--config nowhere.yaml: no such file" in refused(capsys, "sft", "--config", "nowhere.yaml")
 
     def test_missing_required_option_is_named(self, capsys):
-        assert "--dataset" in refused(capsys, "sft", "--output_dir", "x")
+        assert "--model_name_or_path" in refused(capsys, "sft", "--output_dir", "x")
+        message = refused(capsys, "sft", "--output_dir", "x", "--model_name_or_path", "x")
+        assert "dataset_name is missing" in message
 
     def test_broken_data_line_is_named_before_any_model_loads(self, tmp_path, capsys, data_file):
         with data_file.open("a") as file:

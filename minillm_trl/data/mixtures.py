@@ -1,0 +1,141 @@
+"""Mixtures of datasets, as TRL's `datasets:` in a YAML describes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from ..files.messages import DataError, listing, nearest, shortened
+
+_ROLES = ("prompt", "completion", "references")
+_BUILDERS = ("json", "csv", "parquet")  # of `load_dataset`, with the file in `data_files`
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture.
+
+    Attributes:
+        source (`str`): file, folder or name on the hub.
+        split (`str`): its split.
+        dataset_config (`str`, *optional*): its configuration on the hub.
+        columns (`dict[str, str]`): names in the source, as arguments of [`~load.load_examples`]: `prompt_column`, ...
+        fraction (`float`, *optional*): relative share of the rows of the mixture.
+    """
+
+    source: str
+    split: str
+    dataset_config: str | None
+    columns: dict[str, str]
+    fraction: float | None
+
+
+def parse_parts(entries: Any) -> list[Part]:
+    """Read the entries of `datasets`: `path`, and optionally `name`, `split`, `data_files`, `columns` and `fraction`.
+
+    As in TRL, `path: json` (`csv`, `parquet`) takes the file from `data_files`, and `columns` may list the columns to
+    keep. It may also map roles (`prompt`, `completion`, `references`) to the names in the source.
+
+    Raises:
+        DataError: naming the entry, the key and the fix.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"datasets: expected a list of entries with `path`, got {shortened(entries)}.")
+    parts = [_parse_part(entry, f"datasets[{number}]") for number, entry in enumerate(entries)]
+    fractions = [part.fraction for part in parts if part.fraction is not None]
+    if 0 < len(fractions) < len(parts):
+        raise DataError("datasets: fraction is set for some entries only. Set it for all of them, or for none.")
+    return parts
+
+
+def _parse_part(entry: Any, place: str) -> Part:
+    if not isinstance(entry, Mapping):
+        raise DataError(f"{place}: expected `path` and other keys, got {shortened(entry)}.")
+    known = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+    for key in entry:
+        if key not in known:
+            raise DataError(f"{place}: unknown key {key!r}.{nearest(str(key), known)} There are {listing(known)}.")
+    path, files = entry.get("path"), entry.get("data_files")
+    if not isinstance(path, str) or not path:
+        raise DataError(f"{place}: path is missing. Name a file, a folder or a dataset on the hub.")
+    if entry.get("data_dir") is not None:
+        raise DataError(f"{place}: data_dir is not supported. Name the folder or the files with `path`.")
+    if path in _BUILDERS:
+        if not isinstance(files, str):
+            raise DataError(f"{place}: path {path} needs one file in data_files, got {shortened(files)}.")
+        path = files
+    elif files is not None:
+        raise DataError(
+            f"{place}: data_files is supported with path {listing(_BUILDERS)} only. Name the file as path."
+        )
+    fraction = entry.get("fraction")
+    if fraction is not None and (not isinstance(fraction, int | float) or not fraction > 0):
+        raise DataError(f"{place}: fraction must be a positive number, got {shortened(fraction)}.")
+    return Part(
+        path,
+        str(entry.get("split", "train")),
+        entry.get("name"),
+        _parse_columns(entry.get("columns"), place),
+        fraction,
+    )
+
+
+def _parse_columns(columns: Any, place: str) -> dict[str, str]:
+    if columns is None or isinstance(columns, list):
+        return {}  # a list keeps columns; the roles are found by their names, and other columns are dropped anyway
+    if not isinstance(columns, Mapping):
+        raise DataError(f"{place}: columns must be a list or a mapping, got {shortened(columns)}.")
+    for role in columns:
+        if role not in _ROLES:
+            raise DataError(
+                f"{place}: columns: {role!r} is no role.{nearest(str(role), _ROLES)} Roles are {listing(_ROLES)}."
+            )
+    return {f"{role}_column": str(name) for role, name in columns.items()}
+
+
+def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset]) -> Dataset:
+    """Load the parts and concatenate them.
+
+    With fractions, each part gives its first rows, so many that the shares hold and no row repeats.
+
+    Args:
+        parts (`Sequence[Part]`): from [`parse_parts`].
+        load (`Callable`): [`~load.load_examples`], with the arguments that all parts share.
+
+    Raises:
+        DataError: if the parts differ in the kind of a column, or have no column in common.
+    """
+    datasets = [
+        load(part.source, split=part.split, dataset_config=part.dataset_config, **part.columns) for part in parts
+    ]
+    shared = [name for name in (*_ROLES, "text") if all(name in dataset.column_names for dataset in datasets)]
+    if not shared:
+        raise DataError(f"datasets: {' and '.join(part.source for part in parts)} have no column in common.")
+    datasets = [dataset.select_columns(shared) for dataset in datasets]
+    for part, dataset in zip(parts, datasets, strict=True):
+        for name in shared:
+            if type(dataset[0][name]) is not type(datasets[0][0][name]):
+                raise DataError(
+                    f"datasets: {name} is a conversation in one of {parts[0].source} and {part.source}, and text in "
+                    "the other. Convert one of them (prepare-data --template chat makes conversations)."
+                )
+    if parts[0].fraction is not None:
+        fractions = [part.fraction or 0.0 for part in parts]
+        counts = rows_of_parts([len(dataset) for dataset in datasets], fractions)
+        datasets = [dataset.select(range(count)) for dataset, count in zip(datasets, counts, strict=True)]
+    return concatenate_datasets(datasets)
+
+
+def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    r"""Return how many rows each part gives: $\mathrm{round}(w_i N)$ with the largest N that repeats no row.
+
+    $$ w_i = f_i \Big/ \sum_j f_j, \qquad N = \min_i n_i / w_i $$
+
+    Args:
+        lengths (`Sequence[int]`): rows of each part (n).
+        fractions (`Sequence[float]`): positive shares (f).
+    """
+    total = sum(fractions)
+    size = min(length * total / fraction for length, fraction in zip(lengths, fractions, strict=True))
+    return [round(size * fraction / total) for fraction in fractions]
