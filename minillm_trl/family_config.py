@@ -48,6 +48,10 @@ class FamilyConfig(GRPOConfig):
             importance weight and no return applies to them: a value below 1 requires `rkl_advantage=False` and
             `teacher_mixed_alpha=0.0`. Metrics of completions then include these texts, and each model runs once more
             per rollout, to score them.
+        skd_top_k (`int`, *optional*):
+            SKD's K (arXiv 2410.11325): a token that the student samples outside the teacher's K likeliest tokens is
+            replaced by a sample of the teacher, see `rollouts/teacher_replacement.py`. Importance weights and returns
+            of such samples are not defined here, so it requires what `lmbda` below 1 requires. The authors use 25.
     """
 
     single_step_divergence: str = field(
@@ -81,6 +85,10 @@ class FamilyConfig(GRPOConfig):
     lmbda: float = field(
         default=1.0,
         metadata={"help": "Share of rows whose completion is sampled; the others train on the dataset's (GKD)."},
+    )
+    skd_top_k: int | None = field(
+        default=None,
+        metadata={"help": "Replace sampled tokens outside the teacher's K likeliest by the teacher's samples (SKD)."},
     )
 
     def divergence(self) -> Callable[..., torch.Tensor]:

@@ -39,6 +39,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 2402.03898
     "distillm": {**_SINGLE_STEP, "single_step_divergence": "skewed_reverse_kl", "skew_alpha": 0.1},
     "distillm_forward": {**_SINGLE_STEP, "single_step_divergence": "skewed_forward_kl", "skew_alpha": 0.1},
+    # 2410.11325
+    "skd": {**_SINGLE_STEP, "single_step_divergence": "forward_kl", "skd_top_k": 25},
     # 2603.07079
     "entropy_aware": {
         **_SINGLE_STEP,

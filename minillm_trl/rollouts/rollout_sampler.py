@@ -1,7 +1,7 @@
 """`RolloutSampler`: takes prompts and keys of random numbers, returns completions with their scores."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from .decoding import CompiledDecoding
 from .rollout_teacher import RolloutTeacher
 from .sampling import Completions, left_pad, sample_prompts
 from .scores import RolloutScorer, RolloutScores, with_head
+from .teacher_replacement import sample_with_replacement
 
 
 @dataclass
@@ -67,6 +68,8 @@ class RolloutSampler:
         compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
         on_every_process (`Callable[[bool], bool]`, *optional*): for a teacher that is sharded over processes, see
             [`~minillm_trl.rollouts.sampling.sample_completions`].
+        skd_top_k (`int`, *optional*): replaces the student's tokens outside the teacher's top K by the teacher's, see
+            `teacher_replacement`. Such completions are not scored.
     """
 
     teacher: RolloutTeacher
@@ -78,6 +81,7 @@ class RolloutSampler:
     shared_coins: bool = True
     compiled: CompiledDecoding | None = None
     on_every_process: Callable[[bool], bool] | None = None
+    skd_top_k: int | None = None
 
     def sample(
         self,
@@ -108,6 +112,9 @@ class RolloutSampler:
             with_scores = False
             rows = [row for row, completion in enumerate(given) if completion is None]
             prompt_ids, keys = [prompt_ids[row] for row in rows], [keys[row] for row in rows]
+        if self.skd_top_k is not None:
+            corrected = self._correct(student, prompt_ids, keys, coin_key, max_new_tokens)
+            return SampledTurn(_fill(given, corrected, max_new_tokens), scores)
 
         def score(rows: list[int], sampled: Completions) -> None:
             scores.parts.append((rows, self._score(student, [prompt_ids[row] for row in rows], sampled)))
@@ -131,10 +138,34 @@ class RolloutSampler:
             on_every_process=self.on_every_process,
             on_batch=score if with_scores else None,
         )
-        if len(completions) < len(given):
-            sampled = iter(completions)
-            completions = [next(sampled) if ids is None else ids[:max_new_tokens] for ids in given]
-        return SampledTurn(completions, scores)
+        return SampledTurn(_fill(given, completions, max_new_tokens), scores)
+
+    def _correct(
+        self,
+        student: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Sequence[tuple[int, ...]],
+        coin_key: tuple[int, ...],
+        max_new_tokens: int,
+    ) -> list[list[int]]:
+        """Sample completions whose improbable tokens are the teacher's."""
+        assert self.skd_top_k is not None
+        drafter = replace(self, alpha=0.0, skd_top_k=None)
+
+        def draft(texts: Sequence[Sequence[int]], places: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:
+            return drafter.sample(student, texts, places, coin_key, limit, with_scores=False).completions
+
+        return sample_with_replacement(
+            draft,
+            self.teacher,
+            self.scorer,
+            prompt_ids,
+            keys,
+            top_k=self.skd_top_k,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
 
     def _score(
         self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
@@ -152,3 +183,11 @@ class RolloutSampler:
             with_head(states, LMHead.of(self.teacher.model)),
         )
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))
+
+
+def _fill(given: Sequence[list[int] | None], sampled: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Return the given completions, cut at the limit, with the sampled ones in the places of None."""
+    if len(sampled) >= len(given):
+        return sampled
+    rest = iter(sampled)
+    return [next(rest) if ids is None else ids[:max_new_tokens] for ids in given]

@@ -107,10 +107,10 @@ def _check_weight_files(
 def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
     """Check that nothing that is given needs or makes other completions than the settings ask for."""
     for name in given:
-        if args.lmbda < 1.0:
-            raise UserError(
-                f"lmbda={args.lmbda} takes completions from the dataset, which excludes {name}. Set lmbda=1.0."
-            )
+        for setting, is_set in (("lmbda", args.lmbda < 1.0), ("skd_top_k", args.skd_top_k is not None)):
+            if is_set:
+                value, off = getattr(args, setting), 1.0 if setting == "lmbda" else None
+                raise UserError(f"{setting}={value} makes texts of its own, which excludes {name}. Set it to {off}.")
         if args.horizon_start is not None and name == "rollout_func":
             raise UserError(
                 f"horizon_start={args.horizon_start} has no effect with rollout_func, which samples itself. Drop it."

@@ -18,7 +18,7 @@ def check_family(args: "MiniLLMConfig") -> None:
     """
     _check_divergence(args)
     _check_positions(args)
-    _check_given(args)
+    _check_text(args)
 
 
 def default_of(args: "MiniLLMConfig", name: str) -> Any:
@@ -72,19 +72,34 @@ def _check_positions(args: "MiniLLMConfig") -> None:
     _refuse_trl_decoding(args, f"horizon_start={start}", "or lower max_completion_length")
 
 
-def _check_given(args: "MiniLLMConfig") -> None:
+def _check_text(args: "MiniLLMConfig") -> None:
     if not 0.0 <= args.lmbda <= 1.0:
         raise UserError(f"lmbda must lie in [0, 1], got {args.lmbda}.")
-    if args.lmbda == 1.0:
-        return
+    if args.skd_top_k is not None and args.skd_top_k < 1:
+        raise UserError(f"skd_top_k must be at least 1, got {args.skd_top_k}.")
+    settings = {}
+    if args.lmbda < 1.0:
+        settings[f"lmbda={args.lmbda}"] = "lmbda=1.0"
+    if args.skd_top_k is not None:
+        settings[f"skd_top_k={args.skd_top_k}"] = "skd_top_k=None"
+    for setting, off in settings.items():
+        _check_single_step_alone(args, setting, off)
+        _refuse_trl_decoding(args, setting, f"or set {off}")
+    if args.skd_top_k is not None and args.shard_teacher:
+        raise UserError(
+            f"skd_top_k={args.skd_top_k} calls the teacher by the drafts of each process, but with shard_teacher=True "
+            "all processes have to call it together. Drop one of them."
+        )
+
+
+def _check_single_step_alone(args: "MiniLLMConfig", setting: str, off: str) -> None:
     for name, needed in (("rkl_advantage", False), ("teacher_mixed_alpha", 0.0), ("importance_weighting", "token")):
         value = getattr(args, name)
         if value != needed:
             raise UserError(
-                f"lmbda={args.lmbda} trains on texts of the dataset, which no policy of this run has sampled, but "
-                f"{name}={value!r} needs its probabilities. Set {name}={needed!r}, or lmbda=1.0."
+                f"{setting} trains on texts that neither student nor mixture has sampled, but {name}={value!r} needs "
+                f"their probabilities. Set {name}={needed!r}, or {off}."
             )
-    _refuse_trl_decoding(args, f"lmbda={args.lmbda}", "or set lmbda=1.0")
 
 
 def _refuse_trl_decoding(args: "MiniLLMConfig", setting: str, way_out: str) -> None:

@@ -33,7 +33,7 @@ _MADE_BY = (
     *("max_completion_length", "eos_tokens", "importance_weighting", "importance_weight_cap"),
     *("gamma", "length_normalization", "discounted_length", "include_current_reward", "rkl_advantage"),
     *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
-    *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda"),
+    *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
 )
 
 

@@ -210,6 +210,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             shared_coins=self.args.shared_coins,
             compiled=self._compiled_decoding,
             on_every_process=self._on_every_process if is_sharded(self.teacher_model) else None,
+            skd_top_k=self.args.skd_top_k if mixes else None,
         )
 
     def _turn_keys(self, prompt_ids: list[list[int]], turn: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
@@ -235,9 +236,8 @@ class TeacherMixedTrainer(MeasuredRollouts):
     def _grpo_scores_rollouts(self) -> bool:
         """Return whether GRPO requests the log-probs of a rollout's tokens under the student that sampled them."""
         generate_every = self._steps_per_generation * self.num_iterations
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            return True
-        return self.args.gradient_accumulation_steps % generate_every != 0
+        corrects_vllm = self.use_vllm and self.vllm_importance_sampling_correction
+        return corrects_vllm or self.args.gradient_accumulation_steps % generate_every != 0
 
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:

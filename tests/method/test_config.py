@@ -78,9 +78,15 @@ def test_defaults_are_the_paper_s(tmp_path):
             {"horizon_start": 10, "top_p": 0.9, "teacher_mixed_alpha": 0.0},
             "horizon_start=10 changes rollouts of our own decoding, but top_p=0.9",
         ),
+        ({"skd_top_k": 0}, "skd_top_k must be at least 1, got 0"),
+        ({"skd_top_k": 5}, "skd_top_k=5 trains on texts that .* rkl_advantage=True needs"),
+        (
+            {"skd_top_k": 5, "rkl_advantage": False, "teacher_mixed_alpha": 0.0, "shard_teacher": True},
+            "skd_top_k=5 calls the teacher by the drafts of each process",
+        ),
         ({"lmbda": 1.5}, r"lmbda must lie in \[0, 1\], got 1.5"),
-        ({"lmbda": 0.5}, "lmbda=0.5 trains on texts of the dataset, .* rkl_advantage=True needs"),
-        ({"lmbda": 0.5, "rkl_advantage": False}, "teacher_mixed_alpha=0.2 needs its probabilities"),
+        ({"lmbda": 0.5}, "lmbda=0.5 trains on texts that .* rkl_advantage=True needs"),
+        ({"lmbda": 0.5, "rkl_advantage": False}, "teacher_mixed_alpha=0.2 needs their probabilities"),
         (
             {"lmbda": 0.5, "rkl_advantage": False, "teacher_mixed_alpha": 0.0, "top_k": 5},
             "lmbda=0.5 changes rollouts of our own decoding, but top_k=5",

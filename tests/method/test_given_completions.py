@@ -101,7 +101,7 @@ class TestRefused:
             make_trainer(tmp_path, **preset("gkd"))
 
     def test_reward_functions(self, tmp_path: Path):
-        with pytest.raises(UserError, match="takes completions from the dataset, which excludes reward"):
+        with pytest.raises(UserError, match="makes texts of its own, which excludes reward"):
             given_trainer(tmp_path, 0.5, reward_funcs=lambda completions, **unused: [0.0] * len(completions))
 
     def test_horizon_with_a_rollout_function(self, tmp_path: Path):
