@@ -50,6 +50,7 @@ class TaskMeasures:
         self.model, self.teacher, self.tokenizer = model, teacher, tokenizer
         self.decoding, self.no_repeat_ngram_size = decoding, no_repeat_ngram_size
         self.teacher_temperature = teacher_temperature
+        self.teacher_samples: dict[int | None, list[Completion]] = {}  # by seed
         self.prompts = dataset["prompt"][:]
         self.references: list[list[str]] | None = (
             dataset["references"][:] if "references" in dataset.column_names else None
@@ -116,7 +117,9 @@ class TaskMeasures:
 
     def measure_forward_kl(self, teacher: PreTrainedModel, seed: int | None, bar: tqdm) -> list[dict[str, float]]:
         """Return KL(p || q) for each prompt, on a completion sampled from the teacher."""
-        completions = self._sample(teacher, self.teacher_temperature, seed, bar)
+        if seed not in self.teacher_samples:
+            self.teacher_samples[seed] = self._sample(teacher, self.teacher_temperature, seed, bar)
+        completions = self.teacher_samples[seed]
         divergences = token_divergences(
             teacher.eval(),
             self.model.eval(),

@@ -17,6 +17,7 @@ from minillm_trl.evaluation.decodings import Decoding, is_reserved
 from minillm_trl.evaluation.divergence import completion_losses
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.evaluation.parts import Parts
+from minillm_trl.evaluation.task_measures import TaskMeasures
 
 DECODINGS = ("temperature_1.0", "temperature_0.5", "greedy")
 TEMPERATURES = ["--temperatures", "1.0", "0.5", "greedy"]
@@ -112,6 +113,25 @@ class TestDecodings:
             assert found[1]["mean"] > 0.01
             assert (found[2] is None) == (name == "forward_kl")
         assert all(read(tmp_path / "out" / decoding)["exposure_bias"] is None for decoding in DECODINGS)
+
+    def test_teacher_samples_once_for_all_temperatures(self, tmp_path, data, model_dir, monkeypatch):
+        more = ["--teacher", model_dir("llama", 1, 48), "--forward_kl"]
+        found = {}
+        for temperatures in (["1.0"], ["0.5"], ["1.0", "0.5"]):
+            sampled = []
+
+            def sample(self, model, temperature, seed, bar, sampled=sampled, original=TaskMeasures._sample):
+                sampled.append((model is self.teacher, seed))
+                return original(self, model, temperature, seed, bar)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(TaskMeasures, "_sample", sample)
+                folder = tmp_path / "-".join(temperatures)
+                assert main(words(data, model_dir("llama"), folder, *more, "--temperatures", *temperatures)) == 0
+            assert [seed for is_teacher, seed in sampled if is_teacher] == [1, 2]
+            for temperature in temperatures:
+                summary = read(folder / f"temperature_{temperature}")["summary"]
+                assert found.setdefault(temperature, summary) == summary
 
     def test_adapter_on_the_teacher_is_not_the_teacher(self, tmp_path, data, model_dir):
         model = model_dir("llama")
