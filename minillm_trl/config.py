@@ -41,6 +41,21 @@ class MiniLLMConfig(FamilyConfig):
     Args:
         teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` for a teacher given as a name or folder.
+        teacher_server_url (`str` or `list[str]`, *optional*):
+            Address of a server with the teacher, or of several with the same teacher, in place of `teacher_model`:
+            `minillm-trl serve-teacher`, or vLLM's OpenAI-compatible server. Needs `teacher_mixed_alpha=0.0`. Rewards
+            are exact. The single step and expected rewards treat all tokens but the sampled one and the teacher's
+            `teacher_server_top_k` most likely ones as a single token, so the reverse KL is a lower bound.
+        teacher_server_top_k (`int`, *optional*, defaults to `64`):
+            The teacher's most likely tokens that a server returns for each token. The size of the vocabulary makes
+            everything exact. vLLM returns at most `--max-logprobs` (20 by default).
+        teacher_server_batch_size (`int`, *optional*, defaults to `16`):
+            Completions of one request.
+        teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds to wait for an answer.
+        teacher_server_retries (`int`, *optional*, defaults to `10`):
+            Failures in a row after which a server is given up, with pauses of 1, 2, 4, ... up to 60 seconds: by
+            default about five minutes. If no server is left, the run saves a checkpoint and stops.
         teacher_mixed_alpha (`float`, *optional*, defaults to `0.2`):
             Share of the teacher in the behavior policy (the paper's alpha, section 2.2). `0.0` samples from the
             student alone. With a positive value, settings that reshape the sampling distribution are refused.
@@ -161,6 +176,20 @@ class MiniLLMConfig(FamilyConfig):
 
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher, as JSON."}
+    )
+    teacher_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Addresses of servers with the teacher (serve-teacher or vLLM), instead of a local teacher."
+        },
+    )
+    teacher_server_top_k: int = field(
+        default=64, metadata={"help": "The teacher's most likely tokens that a server returns for each token."}
+    )
+    teacher_server_batch_size: int = field(default=16, metadata={"help": "Completions of one request to a server."})
+    teacher_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server's answer."})
+    teacher_server_retries: int = field(
+        default=10, metadata={"help": "Failures in a row after which a server is given up."}
     )
     teacher_mixed_alpha: float = field(
         default=0.2, metadata={"help": "Share of the teacher in the policy that samples rollouts, in [0, 1]."}

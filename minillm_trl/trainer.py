@@ -57,6 +57,7 @@ from .models.dropout import disable_dropout
 from .models.encoding import added_tokens, without_extra_tokens
 from .models.fused_head import ScoreRequest, TokenScores
 from .rollouts.buffer import Batch, sequences
+from .teacher_server.remote_teacher import choose_teacher
 from .training.checks import check_arguments, check_machine, check_model, check_prompt_ids, check_rollout_logps
 from .training.ends_of_run import settle_ends
 from .training.language_modeling import language_modeling_request
@@ -81,9 +82,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher, with the student's tokenizer. It is frozen and put in eval mode. Settings that quantise or
-            wrap the student do not apply to it.
+            wrap the student do not apply to it. None with `teacher_server_url`.
         reward_funcs (*optional*):
             Reward functions as in [`~trl.GRPOTrainer`], with relative weights `reward_weights`. Their advantage is
             added to the teacher's at every token, with weight 1. It is relative to the other completions of the
@@ -119,7 +120,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel",
-        teacher_model: "str | PreTrainedModel",
+        teacher_model: "str | PreTrainedModel | None" = None,
         reward_funcs: Any = None,
         args: MiniLLMConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -138,9 +139,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MiniLLMConfig(f"{name.rstrip('/').split('/')[-1]}-MiniLLM")
+        teacher = choose_teacher(teacher_model, args)
         teacher_tokenizer = check_arguments(
             model,
-            teacher_model,
+            teacher,
             reward_funcs,
             args,
             train_dataset,
@@ -177,9 +179,9 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         check_model(self, has_corpus=lm_dataset is not None)
         if args.disable_dropout:
             disable_dropout(self.model)
-        self._given = {"teacher_model": describe_model(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
-        self._add_teacher(teacher_model)
-        settle_ends(self, teacher_tokenizer)
+        self._given = {"teacher_model": describe_model(teacher), "lm_dataset": describe_dataset(lm_dataset)}
+        self._add_teacher(teacher)
+        settle_ends(self, getattr(self.teacher_model or teacher, "generation_config", None), teacher_tokenizer)
         self._lm_window: list[Batch] = []
         self._lm_batches = None if lm_dataset is None else self._make_lm_batches(lm_dataset)
 

@@ -260,4 +260,9 @@ def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
 
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
         (_, _, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
-    return model, teacher, args
+    if teacher.teacher_model_name_or_path is None:
+        raise UserError(
+            f"{path}: doctor checks a teacher that runs in the training processes. For one on a server "
+            "(teacher_server_url), the checks are those at the start of training."
+        )
+    return model, TeacherArguments(teacher.teacher_model_name_or_path), args

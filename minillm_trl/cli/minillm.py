@@ -8,13 +8,36 @@ from trl import ModelConfig
 from ..config import MiniLLMConfig
 from ..errors import UserError
 from ..training.metric_names import MINILLM, check_metric_name
-from .arguments import DataArguments, EarlyStoppingArguments, Parser, TeacherArguments, make_parser, parse
+from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .launch import hand_over
 from .presets import PresetArguments
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import TrainerCallback
+
+
+@dataclass
+class ServableTeacherArguments:
+    """The teacher; `teacher_server_url` instead if it runs on servers."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Name or folder of the teacher model.", "aliases": ["--teacher"]}
+    )
+
+    def check(self, args: MiniLLMConfig) -> None:
+        """Check that there is one teacher.
+
+        Raises:
+            UserError: if there is none, or two.
+        """
+        name = self.teacher_model_name_or_path
+        if name is None and args.teacher_server_url is None:
+            raise UserError("--teacher_model_name_or_path is missing: name a teacher, or set --teacher_server_url.")
+        if name is not None and args.teacher_server_url is not None:
+            raise UserError(
+                f"--teacher_model_name_or_path {name} and --teacher_server_url are both given. Drop one of them."
+            )
 
 
 @dataclass
@@ -74,7 +97,7 @@ class DegenerationArguments:
 
 def build_parser() -> Parser:
     """Return the parser of the subcommand."""
-    types = [PresetArguments, DataArguments, TeacherArguments, CorpusArguments]
+    types = [PresetArguments, DataArguments, ServableTeacherArguments, CorpusArguments]
     types += [EarlyStoppingArguments, DegenerationArguments, MiniLLMConfig, ModelConfig]
     return make_parser("minillm", types, __doc__)
 
@@ -99,6 +122,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from .examples import describe_repeats, distinct_prompts, load_splits
 
     _, data, teacher, corpus, stopping, degeneration, args, model = parsed
+    teacher.check(args)
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     learns_given = args.lmbda < 1.0
     rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
@@ -112,9 +136,10 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
     tokenizer = models.load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
-    training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
+    if teacher_name is not None:  # the trainer compares the tokenizer of a server
+        training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
     tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
-    length, names = args.max_completion_length, [student_name, teacher_name]
+    length, names = args.max_completion_length, [name for name in (student_name, teacher_name) if name is not None]
     models.check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
     training.check_models(names, args)
     training.set_model_init_kwargs(args, model)

@@ -85,6 +85,8 @@ def _needs(settings: Mapping[str, Any]) -> Iterator[_Need]:
     yield from _optimizer(settings.get("optim"))
     if settings.get("use_vllm"):
         yield _Need("use_vllm=True", ("vllm",), "'minillm-trl[vllm]'", "use_vllm=False")
+    if settings.get("teacher_server_url"):
+        yield _Need("teacher_server_url", ("aiohttp",), "'minillm-trl[server]'", "teacher_model_name_or_path")
     if settings.get("use_liger_kernel"):
         yield _Need("use_liger_kernel=True", ("liger_kernel",), "liger-kernel", "use_liger_kernel=False")
     yield from _model("", settings)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..divergences import reverse_kl
 from .divergence_gradients import Divergence
 from .forward_methods import override_forward
-from .lm_head import LMHead, completion_hidden_states
+from .lm_head import LMHead, TeacherHead, completion_hidden_states
 from .token_scores import TokenLoss, TokenScores, score_logits, score_logits_in_place
 
 # Elements of one chunk's logits. Peak memory is a small multiple of this, whatever B, T and V are. In float32 a chunk
@@ -69,7 +69,7 @@ class ScoreRequest(NamedTuple):
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
     def score(
-        self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: LMHead | None
+        self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: TeacherHead | None
     ) -> TokenScores:
         """Score the request from the model's hidden states `(B, T, H)`, see [`score_hidden_states`]."""
         return score_hidden_states(hidden_states, head, self, vocab_size, teacher_head)
@@ -93,7 +93,7 @@ class _MaskedTokens:
         hidden (`torch.Tensor` of shape `(N, H)`): the student's hidden states.
         targets (`torch.Tensor` of shape `(N,)`): token ids.
         teacher_hidden (`torch.Tensor` of shape `(N, H_teacher)`, *optional*): the teacher's hidden states.
-        teacher_head ([`LMHead`], *optional*): the teacher's head.
+        teacher_head ([`TeacherHead`], *optional*): the teacher's head.
         vocab_size (`int`): vocabulary rows in use.
         chunks (`list[slice]`): parts of the N tokens that are projected together.
     """
@@ -102,13 +102,13 @@ class _MaskedTokens:
     hidden: torch.Tensor
     targets: torch.Tensor
     teacher_hidden: torch.Tensor | None
-    teacher_head: LMHead | None
+    teacher_head: TeacherHead | None
     vocab_size: int
     chunks: list[slice]
 
     @classmethod
     def of(
-        cls, hidden_states: torch.Tensor, request: ScoreRequest, vocab_size: int, teacher_head: LMHead | None
+        cls, hidden_states: torch.Tensor, request: ScoreRequest, vocab_size: int, teacher_head: TeacherHead | None
     ) -> "_MaskedTokens":
         rows = request.completion_mask.flatten().nonzero().squeeze(1)
         hidden = hidden_states.flatten(0, 1)[rows]
@@ -120,13 +120,13 @@ class _MaskedTokens:
             rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, token_chunks(len(rows), vocab_size)
         )
 
-    def teacher_logits(self, part: slice) -> torch.Tensor | None:
+    def teacher_logits(self, part: slice, student_logits: torch.Tensor) -> torch.Tensor | None:
         """Return the teacher's logits `(n, V)` of a chunk; None without the teacher's hidden states."""
         if self.teacher_hidden is None:
             return None
         if self.teacher_head is None:
             raise ValueError("teacher_hidden_states need a teacher_head. Pass the teacher's LMHead.")
-        return self.teacher_head.logits(self.teacher_hidden[part], self.vocab_size)
+        return self.teacher_head.teacher_logits(self.teacher_hidden[part], self.vocab_size, student_logits)
 
 
 def score_hidden_states(
@@ -134,7 +134,7 @@ def score_hidden_states(
     head: LMHead,
     request: ScoreRequest,
     vocab_size: int,
-    teacher_head: LMHead | None = None,
+    teacher_head: TeacherHead | None = None,
 ) -> TokenScores:
     r"""Score the tokens of completions from the hidden states that predict them.
 
@@ -148,7 +148,8 @@ def score_hidden_states(
         request ([`ScoreRequest`]): tokens, mask, temperatures and the teacher's hidden states.
         vocab_size (`int`): number of leading vocabulary rows that both models share; other rows are left out of both
             distributions.
-        teacher_head ([`LMHead`], *optional*): required with `request.teacher_hidden_states`. Receives no gradient.
+        teacher_head ([`TeacherHead`], *optional*): required with `request.teacher_hidden_states`. Receives no
+            gradient.
 
     Returns:
         [`TokenScores`]. Memory beyond the inputs is bounded by `CHUNK_ELEMENTS`, not by B * T * V.
@@ -177,9 +178,9 @@ def _score_without_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreReque
     """Return scores `(N,)`, with a graph if gradients are enabled; the backward pass recomputes the logits."""
 
     def score_chunk(hidden: torch.Tensor, part: slice) -> TokenScores:
-        with torch.no_grad():
-            teacher_logits = tokens.teacher_logits(part)
         logits = head.logits(hidden, tokens.vocab_size)
+        with torch.no_grad():
+            teacher_logits = tokens.teacher_logits(part, logits.detach())
         return score_logits(
             logits,
             tokens.targets[part],
@@ -206,7 +207,7 @@ def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest,
         term_gradients = torch.zeros(2, 2, tokens.vocab_size, device=tokens.rows.device)
 
     def loss_of_chunk(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, TokenScores, torch.Tensor]:
-        targets, teacher_logits = tokens.targets[part], tokens.teacher_logits(part)
+        targets, teacher_logits = tokens.targets[part], tokens.teacher_logits(part, logits)
         scores, gradient = score_logits_in_place(
             logits,
             targets,
@@ -356,7 +357,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
-def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | None = None) -> None:
+def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: TeacherHead | None = None) -> None:
     """Patch a model so that `model(score_requests=[...])` returns a list of scores instead of logits.
 
     A request is a [`ScoreRequest`], or an object with the same tokens and mask and a method `score`.
@@ -370,7 +371,7 @@ def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: LMHead | 
     Args:
         model ([`~transformers.PreTrainedModel`]): the causal language model to patch.
         vocab_size (`int`): number of leading vocabulary rows shared with the teacher.
-        teacher_head ([`LMHead`], *optional*): projects `teacher_hidden_states` to the teacher's logits.
+        teacher_head ([`TeacherHead`], *optional*): projects `teacher_hidden_states` to the teacher's logits.
     """
     head, config = model.get_output_embeddings(), model.config
 

@@ -4,13 +4,26 @@ import inspect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+
+
+class TeacherHead(Protocol):
+    """Turns what the rollout buffer keeps of the teacher for a token into its logits.
+
+    For a local teacher these states are hidden states, and this is its [`LMHead`]. For a teacher on a server, see
+    [`~minillm_trl.teacher_server.top_k.TopKHead`].
+    """
+
+    def teacher_logits(
+        self, states: torch.Tensor, vocab_size: int, student_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the teacher's logits `(n, vocab_size)`, given those of the student for the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,12 @@ class LMHead:
     def logits(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Return the logits of the first `vocab_size` rows in at least float32, `(N, H) -> (N, vocab_size)`."""
         return self.transform(self.project(hidden_states, vocab_size))
+
+    def teacher_logits(
+        self, states: torch.Tensor, vocab_size: int, student_logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the logits of a teacher with this head; those of the student are not needed."""
+        return self.logits(states, vocab_size)
 
 
 def _projection(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

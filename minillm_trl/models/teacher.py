@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 # Both tokenizers encode this text: equal vocabularies may still differ in merges, normalisation or pre-tokenization
-_PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
+PROBE_TEXT = "Below is an instruction.\n\n### Response:\n  1234 isn't 'naïve' — 東京\t☂️ e-mail: a_b@c.org\r\n"
 
 
 def load_teacher(
@@ -284,7 +284,7 @@ def check_same_tokenizer(
         )
     # `encode_texts` drops an appended EOS, which training switches off anyway
     (student_ids,), (teacher_ids,) = (
-        encode_texts(tokenizer, [_PROBE_TEXT]) for tokenizer in (student_tokenizer, teacher_tokenizer)
+        encode_texts(tokenizer, [PROBE_TEXT]) for tokenizer in (student_tokenizer, teacher_tokenizer)
     )
     if student_ids != teacher_ids:
         pairs = enumerate(zip(student_ids, teacher_ids, strict=False))

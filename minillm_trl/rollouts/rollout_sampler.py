@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from ..models.lm_head import LMHead
 from .buffer import assemble_rows
 from .decoding import CompiledDecoding
-from .rollout_teacher import RolloutTeacher
+from .rollout_teacher import Teacher
 from .sampling import Completions, left_pad, sample_prompts
-from .scores import RolloutScorer, RolloutScores, with_head
+from .scores import HeadStates, RolloutScorer, RolloutScores, TeacherStates
 from .teacher_replacement import sample_with_replacement
 
 
@@ -58,7 +58,7 @@ class RolloutSampler:
     again for the log-probs. Tokens are drawn at the temperature of `scorer`, from the vocabulary that it scores.
 
     Args:
-        teacher ([`RolloutTeacher`]): the teacher.
+        teacher ([`Teacher`]): the teacher.
         scorer ([`RolloutScorer`]): computes the scores from hidden states.
         alpha (`float`): share of the teacher in the mixture; 0 samples from the student alone.
         eos_token_ids (`Sequence[int]`): ids that end a completion.
@@ -72,7 +72,7 @@ class RolloutSampler:
             `teacher_replacement`. Such completions are not scored.
     """
 
-    teacher: RolloutTeacher
+    teacher: Teacher
     scorer: RolloutScorer
     alpha: float
     eos_token_ids: Sequence[int]
@@ -176,11 +176,12 @@ class RolloutSampler:
             prompts = [part.to(sampled.ids.device) for part in left_pad(prompt_ids, self.pad_token_id)]
             ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
             states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1])
+        own = sampled.student_hidden_states
         scores = self.scorer.score(
             sampled.ids,
             sampled.mask,
-            with_head(sampled.student_hidden_states, LMHead.of(student)),
-            with_head(states, LMHead.of(self.teacher.model)),
+            None if own is None else HeadStates(own, LMHead.of(student)),
+            None if states is None else TeacherStates(states, self.teacher.head),
         )
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))
 

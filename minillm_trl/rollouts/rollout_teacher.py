@@ -1,14 +1,44 @@
 """`RolloutTeacher`: the teacher's hidden states, which updates read from the buffer or recompute."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..models.lm_head import LMHead
-from ..models.teacher import teacher_hidden_states
+from ..models.lm_head import LMHead, TeacherHead
+from ..models.teacher import is_sharded, teacher_hidden_states
 from .buffer import Batch, sequences
+
+
+class Teacher(Protocol):
+    """The teacher of rollouts and updates: [`RolloutTeacher`] in this process, or on servers
+    [`~minillm_trl.teacher_server.remote_teacher.RemoteTeacher`].
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`], *optional*): the teacher; None on servers.
+        head ([`TeacherHead`]): turns states into logits.
+        is_sharded (`bool`): whether all processes must call the model together.
+    """
+
+    @property
+    def model(self) -> PreTrainedModel | None: ...
+
+    @property
+    def head(self) -> TeacherHead: ...
+
+    @property
+    def is_sharded(self) -> bool: ...
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the states `(B, T, H)` of the last `length` tokens of sequences `(B, P+T)`."""
+
+    def hidden_states_of(self, batch: Batch) -> torch.Tensor:
+        """Return the states of a batch's completions `(B, T, H)`."""
+
+    def keep(self, hidden_states: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the states as the buffer keeps them; None if updates recompute them."""
 
 
 @dataclass
@@ -29,6 +59,11 @@ class RolloutTeacher:
     accelerator: Accelerator
     batch_size: int
     kept_on: str
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are sharded over processes."""
+        return is_sharded(self.model)
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
         """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens."""

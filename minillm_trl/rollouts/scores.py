@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..models.fused_head import token_chunks
-from ..models.lm_head import LMHead
+from ..models.lm_head import LMHead, TeacherHead
 
 
 class RolloutScores(NamedTuple):
@@ -45,9 +45,11 @@ class HeadStates(NamedTuple):
     head: LMHead
 
 
-def with_head(hidden_states: torch.Tensor | None, head: LMHead) -> HeadStates | None:
-    """Pair hidden states with the head that reads them; None without hidden states."""
-    return None if hidden_states is None else HeadStates(hidden_states, head)
+class TeacherStates(NamedTuple):
+    """The teacher's states `(B, T, H)` of the tokens of completions, and the head that reads them."""
+
+    hidden_states: torch.Tensor
+    head: TeacherHead
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class RolloutScorer:
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
         student: HeadStates | None = None,
-        teacher: HeadStates | None = None,
+        teacher: TeacherStates | None = None,
     ) -> RolloutScores:
         """Score the tokens of completions `(B, T)` where the mask is True, under each model whose states are given.
 
@@ -85,12 +87,12 @@ class RolloutScorer:
         """
         rows = completion_mask.flatten().nonzero().squeeze(1)  # (N,)
         targets = completion_ids.flatten()[rows]
-        models = [
-            None if model is None else HeadStates(model.hidden_states.flatten(0, 1)[rows], model.head)
-            for model in (student, teacher)
-        ]
+        if student is not None:
+            student = student._replace(hidden_states=student.hidden_states.flatten(0, 1)[rows])
+        if teacher is not None:
+            teacher = teacher._replace(hidden_states=teacher.hidden_states.flatten(0, 1)[rows])
         chunks = token_chunks(len(rows), self.vocab_size)
-        pieces = [self._score_chunk(targets[part], part, *models) for part in chunks]
+        pieces = [self._score_chunk(targets[part], part, student, teacher) for part in chunks]
 
         def scatter(parts: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
             known = [part for part in parts if part is not None]  # all of them, or none
@@ -102,16 +104,21 @@ class RolloutScorer:
         return RolloutScores(*(scatter(parts) for parts in zip(*pieces, strict=True)))
 
     def _score_chunk(
-        self, targets: torch.Tensor, part: slice, student: HeadStates | None, teacher: HeadStates | None
+        self, targets: torch.Tensor, part: slice, student: HeadStates | None, teacher: TeacherStates | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Return the first six fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
         found: list[torch.Tensor | None] = []
         log_probs: list[torch.Tensor] = []
-        for model in (student, teacher):
-            if model is None:
+        student_logits = teacher_logits = None
+        if student is not None:
+            student_logits = student.head.logits(student.hidden_states[part], self.vocab_size)
+        if teacher is not None:
+            teacher_logits = teacher.head.teacher_logits(teacher.hidden_states[part], self.vocab_size, student_logits)
+        for logits in (student_logits, teacher_logits):
+            if logits is None:
                 found += [None, None]
                 continue
-            sampling, kd = self._log_probs(model.head.logits(model.hidden_states[part], self.vocab_size))
+            sampling, kd = self._log_probs(logits)
             found += [logps.gather(1, targets[:, None]).squeeze(1) for logps in (sampling, kd)]
             log_probs += [sampling, kd]
         expected = entropy = None
@@ -146,12 +153,12 @@ class RolloutRequest(NamedTuple):
     teacher_hidden_states: torch.Tensor | None = None
 
     def score(
-        self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: LMHead | None
+        self, hidden_states: torch.Tensor, head: LMHead, vocab_size: int, teacher_head: TeacherHead | None
     ) -> RolloutScores:
         """Score the tokens from the student's hidden states `(B, T, H)`."""
         ids = self.input_ids[:, -self.completion_mask.shape[1] :]
         teacher = None
         if self.teacher_hidden_states is not None:
             assert teacher_head is not None, "the student was given no teacher head"
-            teacher = HeadStates(self.teacher_hidden_states, teacher_head)
+            teacher = TeacherStates(self.teacher_hidden_states, teacher_head)
         return self.scorer.score(ids, self.completion_mask, HeadStates(hidden_states, head), teacher)

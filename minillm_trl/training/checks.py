@@ -23,6 +23,7 @@ from ..models.pickled_weights import refuse_pickled_weights
 from ..models.reference import check_adapters, check_reference
 from ..models.teacher import check_same_tokenizer, tokenizer_source
 from ..models.weight_formats import quantization_settings
+from ..teacher_server.remote_teacher import ServedTeacher
 from .trained_weights import check_trained_weights
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def check_arguments(
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | ServedTeacher,
     reward_funcs: Any,
     args: MiniLLMConfig,
     train_dataset: Dataset | IterableDataset | None,
@@ -60,7 +61,8 @@ def check_arguments(
     loads_reference = args.beta > 0 and not adapters  # an adapter's reference is the model without it
     if not args.allow_pickled_weights:
         _check_weight_files(model, teacher_model, reward_funcs, args, loads_reference)
-    check_apart(model, teacher_model)
+    if not isinstance(teacher_model, ServedTeacher):
+        check_apart(model, teacher_model)
     if not (has_environment and train_dataset is None):  # an environment can provide the prompts
         _check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
@@ -89,7 +91,7 @@ def check_arguments(
 
 def _check_weight_files(
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | ServedTeacher,
     reward_funcs: Any,
     args: MiniLLMConfig,
     loads_reference: bool,
@@ -305,15 +307,13 @@ def check_rollout_logps(logps: torch.Tensor | None, mask: torch.Tensor) -> None:
 
 def _check_tokenizers(
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | ServedTeacher,
     processing_class: PreTrainedTokenizerBase | None,
     conversational: bool,
     args: MiniLLMConfig,
 ) -> PreTrainedTokenizerBase | None:
     """Check the student's tokenizer, compare it with the teacher's, and return the teacher's."""
-    student_name, teacher_name = (
-        named if isinstance(named, str) else named.config._name_or_path for named in (model, teacher_model)
-    )
+    student_name = _name_of(model)
     tokenizer = processing_class
     if tokenizer is None and student_name:
         tokenizer = AutoTokenizer.from_pretrained(student_name)
@@ -326,6 +326,13 @@ def _check_tokenizers(
             chat_template_kwargs=parsed_kwargs(args.chat_template_kwargs),
         )
         check_eos(tokenizer, ends)
+    no_tokenizer = "model was built in process, without a folder to load its tokenizer from. Pass processing_class."
+    if isinstance(teacher_model, ServedTeacher):
+        if tokenizer is None:
+            raise UserError(no_tokenizer)
+        teacher_model.check(tokenizer, conversational)
+        return None
+    teacher_name = _name_of(teacher_model)
     if not teacher_name:  # built in process: only its vocabulary size can be checked, later
         return None
     try:
@@ -339,11 +346,14 @@ def _check_tokenizers(
         )
         return None
     if tokenizer is None:
-        raise UserError(
-            "model was built in process, without a folder to load its tokenizer from. Pass processing_class."
-        )
+        raise UserError(no_tokenizer)
     check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=conversational)
     return teacher_tokenizer
+
+
+def _name_of(model: str | PreTrainedModel) -> str:
+    """Return the name or folder of a model; empty if it was built in process."""
+    return model if isinstance(model, str) else model.config._name_or_path
 
 
 def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:

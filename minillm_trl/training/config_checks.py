@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from ..objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
+from ..teacher_server.settings import check_server_settings
 from .family_checks import check_family
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def check_config(args: "MiniLLMConfig") -> None:
     check_family(args)
     _check_weights(args)
     _check_memory(args)
+    check_server_settings(args)
     _check_sampling(args)
     _check_inherited(args)
     assert args.steps_per_generation is not None  # set by GRPOConfig

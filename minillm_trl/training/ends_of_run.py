@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..models.encoding import holds_conversations, stop_appending
@@ -36,11 +36,16 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, keep_eos: bool = False,
     return ends
 
 
-def settle_ends(trainer: "TeacherMixedTrainer", teacher_tokenizer: PreTrainedTokenizerBase | None) -> None:
+def settle_ends(
+    trainer: "TeacherMixedTrainer",
+    teacher: GenerationConfig | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """Set the same end tokens in sampling, student and tokenizer of a trainer, once it has its teacher.
 
     Args:
         trainer ([`TeacherMixedTrainer`]): the trainer.
+        teacher ([`~transformers.GenerationConfig`], *optional*): the teacher's.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the teacher's.
 
     Raises:
@@ -52,7 +57,7 @@ def settle_ends(trainer: "TeacherMixedTrainer", teacher_tokenizer: PreTrainedTok
         tokenizer,
         conversational=trainer.train_dataset is None or holds_conversations(trainer.train_dataset),
         student=student.generation_config,
-        teacher=trainer.teacher_model.generation_config,
+        teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
         eos_tokens=trainer.args.eos_tokens,
         chat_template_kwargs=trainer.chat_template_kwargs,

@@ -127,18 +127,19 @@ class LanguageModelingBatches:
 
 @torch.no_grad()
 def language_modeling_request(
-    batch: dict[str, torch.Tensor], teacher: PreTrainedModel, kd_ratio: float
+    batch: dict[str, torch.Tensor], teacher: PreTrainedModel | None, kd_ratio: float
 ) -> ScoreRequest:
     """Return the request for the student to score a batch of [`LanguageModelingBatches`] for L_PT.
 
     Args:
         batch (`dict` of `torch.Tensor`): see [`LanguageModelingBatches.window`].
-        teacher ([`~transformers.PreTrainedModel`]): unwrapped; run once if `kd_ratio` is positive.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): unwrapped; run once if `kd_ratio` is positive.
         kd_ratio (`float`): share of forward KL to the teacher.
     """
     ids, attention_mask, mask = batch["input_ids"], batch["attention_mask"], batch["loss_mask"]
     hidden_states = None
     if kd_ratio > 0.0:
+        assert teacher is not None, "a teacher on a server is refused with lm_kd_ratio"
         hidden_states = completion_hidden_states(teacher, ids, attention_mask, mask.shape[1])
 
     def loss(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ _MADE_BY = (
     *("gamma", "length_normalization", "discounted_length", "include_current_reward", "rkl_advantage"),
     *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
     *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
+    "teacher_server_top_k",
 )
 
 

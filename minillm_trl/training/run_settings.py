@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from ..files.json_files import read_json
 from ..files.redaction import redact
 from ..models.fingerprints import dataset_fingerprint, model_fingerprint, weights_fingerprint
+from ..teacher_server.remote_teacher import ServedTeacher
 
 SETTINGS = "run_settings.json"
 
@@ -25,7 +26,7 @@ _WITHOUT_EFFECT = re.compile(
     r"include_for_metrics|batch_eval_metrics|load_best_model_at_end|hub_.*|push_to_hub.*|resume_from_checkpoint|"
     r"restore_callback_states_from_checkpoint|ignore_data_skip|dataloader_(?!drop_last).*|dataset_num_proc|"
     r"num_completions_to_print|skip_memory_metrics|ddp_.*|max_nonfinite_steps|allow_pickled_weights|"
-    r"trust_remote_code|use_cpu|torch_empty_cache_steps"
+    r"teacher_server_(?!top_k).*|trust_remote_code|use_cpu|torch_empty_cache_steps"
 )
 # Taken from the optimizer's parameter groups instead, which also hold for an optimizer that the user created
 _OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -71,8 +72,10 @@ def describe_dataset(dataset: Any) -> dict[str, Any] | None:
     return {"is": f"{type(dataset).__name__} of {', '.join(columns)}", _DIGEST: None}
 
 
-def describe_model(model: str | torch.nn.Module) -> dict[str, Any]:
-    """Return name and digest of a model, which is given as a name, a folder or a module."""
+def describe_model(model: str | torch.nn.Module | ServedTeacher) -> dict[str, Any]:
+    """Return name and digest of a model, which is given as a name, a folder or a module, or is on servers."""
+    if isinstance(model, ServedTeacher):
+        return model.describe()
     if isinstance(model, str):
         return {"is": model, _DIGEST: model_fingerprint(Path(model))}
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

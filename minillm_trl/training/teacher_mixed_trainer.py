@@ -1,7 +1,7 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both models in chunks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from ..models.student_copy import RolloutCopy, shards_student, student_of
 from ..models.teacher import (
     TeacherOffload,
     adapter_on_base,
-    is_sharded,
     place_new_teacher,
     shared_vocab_size,
 )
@@ -33,8 +32,9 @@ from ..rollouts.buffer import Batch, assemble_fields, fill_empty_completions, pa
 from ..rollouts.decoding import CompiledDecoding, check_decoding
 from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.rollout_sampler import RolloutSampler, ScoredRows
-from ..rollouts.rollout_teacher import RolloutTeacher
-from ..rollouts.scores import HeadStates, RolloutRequest, RolloutScorer, RolloutScores
+from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
+from ..rollouts.scores import RolloutRequest, RolloutScorer, RolloutScores, TeacherStates
+from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
 from .checks import check_completion_ids
 from .language_modeling import LanguageModelingBatches
 from .logged_metrics import make_totals, token_totals
@@ -51,8 +51,10 @@ class TeacherMixedTrainer(MeasuredRollouts):
     _overflow_counter: OverflowCounter | None = None
     _rollout_copy: RolloutCopy | None = None
     _compiled_decoding: CompiledDecoding | None = None
+    teacher_model: PreTrainedModel | None
+    _teacher: Teacher
 
-    def _add_teacher(self, teacher_model: str | PreTrainedModel) -> None:
+    def _add_teacher(self, teacher_model: str | PreTrainedModel | ServedTeacher) -> None:
         """Load and place the teacher, and prepare both models for sampling and for scoring in their forward passes.
 
         Raises:
@@ -70,18 +72,45 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
-        self.teacher_model = self._load_teacher(teacher_model, half or torch.float32)
-        is_8bit = getattr(self.teacher_model, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
-        refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
+        self._teacher_phase: AbstractContextManager = nullcontext()
+        if isinstance(teacher_model, ServedTeacher):
+            self._use_served(teacher_model, student)
+        else:
+            self._use_local(teacher_model, student, half or torch.float32)
         # whether all processes take part in a turn if one does
-        self._collective_turns = not self._decodes_with_trl and (sharded or is_sharded(self.teacher_model))
-        self.vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
-        self.max_context = max_context(student, self.teacher_model)
-        self._context_name = name_context(student, self.teacher_model)
+        self._collective_turns = not self._decodes_with_trl and (sharded or self._teacher.is_sharded)
         self._scorer = self._make_scorer()
-        self._add_heads(student)
+        self._add_scoring(student)
         self._prepare_decoding(student)
-        self._teacher_phase = TeacherOffload(self.teacher_model) if self.args.offload_teacher else nullcontext()
+
+    def _use_local(self, teacher_model: str | PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Load and place a teacher in this process, and find what it shares with the student."""
+        self.teacher_model = teacher = self._load_teacher(teacher_model, dtype)
+        is_8bit = getattr(teacher, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
+        refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
+        check_head(teacher, "teacher")
+        self.vocab_size = shared_vocab_size(student, teacher, self._tokenizer)
+        self.max_context = max_context(student, teacher)
+        self._context_name = name_context(student, teacher)
+        self._teacher = RolloutTeacher(
+            teacher,
+            LMHead.of(teacher).frozen(self.accelerator.device),
+            self.accelerator,
+            batch_size=self.args.per_device_train_batch_size,
+            kept_on=self.args.teacher_hidden_states,
+        )
+        if self.args.offload_teacher:
+            self._teacher_phase = TeacherOffload(teacher)
+
+    def _use_served(self, served: ServedTeacher, student: PreTrainedModel) -> None:
+        """Find what a teacher on servers shares with the student."""
+        self.teacher_model = None
+        self.vocab_size = served.shared_vocab_size(student, self._tokenizer)
+        self.max_context = served.max_context(student)
+        self._context_name = name_context(student)
+        self._teacher = RemoteTeacher(
+            served, served.scoring(self.vocab_size), self.accelerator, self.args.teacher_hidden_states
+        )
 
     def _order_callbacks(self) -> None:
         """Add the counter of float16 overflows, and move the watch to the front."""
@@ -91,17 +120,9 @@ class TeacherMixedTrainer(MeasuredRollouts):
             self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
             self.add_callback(self._overflow_counter)
 
-    def _add_heads(self, student: PreTrainedModel) -> None:
-        """Check both LM heads, and add scoring to the forward pass of the student."""
+    def _add_scoring(self, student: PreTrainedModel) -> None:
+        """Check the student's LM head, and add scoring to its forward pass."""
         check_head(student, "student")
-        check_head(self.teacher_model, "teacher")
-        self._teacher = RolloutTeacher(
-            self.teacher_model,
-            LMHead.of(self.teacher_model).frozen(self.accelerator.device),
-            self.accelerator,
-            batch_size=self.args.per_device_train_batch_size,
-            kept_on=self.args.teacher_hidden_states,
-        )
         rebind_fused_head(self._student)
         add_scoring(self._student, self.vocab_size, self._teacher.head)
         if self.ref_model is not None:
@@ -112,7 +133,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
             static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
             check_decoding(student, "student", static)
-            if self.args.teacher_mixed_alpha > 0:
+            if self.args.teacher_mixed_alpha > 0 and self.teacher_model is not None:
                 check_decoding(self.teacher_model, "teacher")
         if self.args.compile_rollouts:
             self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
@@ -209,7 +230,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             batch_size=self.args.sampling_batch_size,
             shared_coins=self.args.shared_coins,
             compiled=self._compiled_decoding,
-            on_every_process=self._on_every_process if is_sharded(self.teacher_model) else None,
+            on_every_process=self._on_every_process if self._teacher.is_sharded else None,
             skd_top_k=self.args.skd_top_k if mixes else None,
         )
 
@@ -229,7 +250,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if not self.args.shared_coins:  # the keys of the rows complete it
             return keys, (seed, COINS)
         # all processes call a sharded teacher at the same time, so they share their coins
-        group = 0 if is_sharded(self.teacher_model) else process
+        group = 0 if self._teacher.is_sharded else process
         return keys, (seed, COINS, step, group, turn + 1)
 
     @property
@@ -315,7 +336,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
             with self.accelerator.autocast():
                 teacher = self._scorer.score(
-                    batch["completion_ids"], mask, teacher=HeadStates(states, self._teacher.head)
+                    batch["completion_ids"], mask, teacher=TeacherStates(states, self._teacher.head)
                 )
             scores = scores._replace(
                 teacher_logps=teacher.teacher_logps,

@@ -1,0 +1,202 @@
+"""The teacher of `MiniLLMTrainer` on servers: connecting to it, and its states of a rollout."""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..models.context import max_context
+from ..models.encoding import encode_texts
+from ..models.teacher import PROBE_TEXT
+from ..rollouts.buffer import Batch
+from .identity import Scoring, ServerIdentity, TeacherServerError, check_tokenizer
+from .protocol import Row
+from .top_k import MAX_VOCAB_SIZE, TopKHead
+
+if TYPE_CHECKING:
+    from ..config import MiniLLMConfig
+    from .server_pool import ServerPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """A teacher on servers, which all serve the same model.
+
+    Args:
+        pool ([`ServerPool`]): the servers.
+        identity ([`ServerIdentity`]): what they serve.
+        top_k (`int`): number of the teacher's most likely tokens in an answer.
+        temperature (`float`): temperature of rewards and single step.
+    """
+
+    pool: "ServerPool"
+    identity: ServerIdentity
+    top_k: int
+    temperature: float
+
+    @classmethod
+    def connect(cls, args: "MiniLLMConfig") -> "ServedTeacher":
+        """Connect to the servers of a configuration.
+
+        Raises:
+            TeacherServerError: if a server does not answer, or they serve different models.
+            UserError: for a temperature that vLLM's log-probs do not have.
+        """
+        from .server_pool import ServerPool  # needs aiohttp, an optional package
+
+        assert args.teacher_server_url, "the configuration names no server"
+        pool = ServerPool(
+            args.teacher_server_url,
+            args.teacher_server_batch_size,
+            args.teacher_server_timeout,
+            args.teacher_server_retries,
+        )
+        identity = pool.connect()
+        if pool.has_vllm and args.temperature != 1.0:
+            raise UserError(
+                f"temperature={args.temperature}: the prompt_logprobs of vLLM are at temperature 1. Set "
+                "temperature=1.0, or serve the teacher with minillm-trl serve-teacher."
+            )
+        return cls(pool, identity, args.teacher_server_top_k, args.temperature)
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and digest, as [`~minillm_trl.training.run_settings.describe_model`] does for local models."""
+        return {"is": self.identity.model, "digest": self.identity.fingerprint}
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The tokens that end a completion, by the server."""
+        return GenerationConfig(eos_token_id=self.identity.eos_token_ids or None)
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
+        """Check that the tokenizers are the same, and that the servers can answer.
+
+        Raises:
+            UserError: with the first difference between the tokenizers.
+            TeacherServerError: if the servers refuse a small request.
+        """
+        url = self.pool.urls[0]
+        if self.identity.tokenizer is not None:
+            check_tokenizer(tokenizer, self.identity.tokenizer, url, conversational)
+        own = encode_texts(tokenizer, [PROBE_TEXT])[0]
+        for url, theirs in self.pool.encodings(self.identity.model, PROBE_TEXT):
+            if theirs is None:
+                logger.warning(
+                    f"{url} does not offer its tokenizer, so it was not compared with the student's. Make sure that "
+                    "they are the same."
+                )
+            elif theirs != own:
+                raise UserError(
+                    f"The teacher on {url} has another tokenizer than the student: they encode the same text as "
+                    f"{theirs[:8]} and {own[:8]}. Serve a teacher with the student's tokenizer: MiniLLM compares "
+                    "next-token distributions."
+                )
+        limit = self.identity.max_context or len(own)
+        self.pool.score([Row(own[:1], own[1 : min(limit, 8)])], self.scoring(len(tokenizer)))
+
+    def scoring(self, vocab_size: int) -> Scoring:
+        """Return what to request for each token."""
+        return Scoring(self.top_k, self.temperature, vocab_size, self.identity)
+
+    def shared_vocab_size(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return the number of leading vocabulary rows that both models have; the student's, if vLLM does not say.
+
+        Raises:
+            UserError: if the tokenizer has more tokens than a head has rows, or the vocabulary is too large.
+        """
+        head: Any = student.get_output_embeddings()
+        rows = {"student": head.weight.shape[0], "teacher": self.identity.vocab_size or head.weight.shape[0]}
+        for name, size in rows.items():
+            if size < len(tokenizer):
+                raise UserError(f"The tokenizer has {len(tokenizer)} tokens but the {name}'s LM head has {size} rows.")
+        if (size := min(rows.values())) > MAX_VOCAB_SIZE:
+            raise UserError(f"A teacher on a server is limited to {MAX_VOCAB_SIZE} tokens, the models have {size}.")
+        return size
+
+    def max_context(self, student: PreTrainedModel) -> int | None:
+        """Return the longest sequence that both models can take; None if neither has a limit."""
+        limits = [limit for limit in (max_context(student), self.identity.max_context) if limit is not None]
+        return min(limits, default=None)
+
+
+@dataclass
+class RemoteTeacher:
+    """What [`~minillm_trl.rollouts.rollout_teacher.RolloutTeacher`] is for a local teacher.
+
+    A state is the packed [`~minillm_trl.teacher_server.top_k.TopK`] of a token instead of a hidden state, and `head`
+    completes the distribution from it.
+
+    Args:
+        served ([`ServedTeacher`]): the teacher.
+        scoring ([`Scoring`]): what to request.
+        accelerator ([`~accelerate.Accelerator`]): the trainer's.
+        kept_on (`str`): where the buffer keeps states: on the `"device"` or the `"cpu"`.
+    """
+
+    served: ServedTeacher
+    scoring: Scoring
+    accelerator: Accelerator
+    kept_on: str
+    model: None = None
+    is_sharded: bool = False
+
+    def __post_init__(self) -> None:
+        self.head = TopKHead(self.scoring.temperature)
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+        """Request the states `(B, T, 2K + 1)` of the last `length` tokens of sequences `(B, P+T)`.
+
+        All processes call this together, so that all stop if the servers of one process fail.
+
+        Raises:
+            TeacherServerError: if the servers give no scores.
+        """
+        rows, lengths = [], attention_mask[:, -length:].sum(dim=1).tolist()
+        for ids, real, count in zip(input_ids.cpu(), attention_mask.bool().cpu(), lengths, strict=True):
+            tokens = ids[real].tolist()
+            rows.append(Row(tokens[: len(tokens) - count], tokens[len(tokens) - count :]))
+        failure: TeacherServerError | None = None
+        answers: list[torch.Tensor] = []
+        try:
+            answers = self.served.pool.score(rows, self.scoring)
+        except TeacherServerError as error:
+            failure = error
+        failed = torch.tensor(int(failure is not None), device=self.accelerator.device)
+        if int(self.accelerator.reduce(failed, reduction="sum")):
+            raise failure or TeacherServerError("The teacher's servers of another process failed, see its message.")
+        states = torch.zeros(len(rows), length, answers[0].shape[-1])
+        for state, answer in zip(states, answers, strict=True):
+            state[: len(answer)] = answer
+        return states.to(self.accelerator.device)
+
+    def hidden_states_of(self, batch: Batch) -> torch.Tensor:
+        """Return the states of a batch's completions from the buffer."""
+        return batch["teacher_hidden_states"].to(self.accelerator.device, non_blocking=True)
+
+    def keep(self, states: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the states as the buffer keeps them."""
+        return states if states is None or self.kept_on == "device" else states.cpu()
+
+
+def choose_teacher(
+    teacher_model: str | PreTrainedModel | None, args: "MiniLLMConfig"
+) -> str | PreTrainedModel | ServedTeacher:
+    """Return the teacher of a run: the given model, or the one on the servers of the configuration.
+
+    Raises:
+        UserError: if there is no teacher, or two.
+        TeacherServerError: if a server does not answer, or they serve different models.
+    """
+    if args.teacher_server_url is None:
+        if teacher_model is None:
+            raise UserError("teacher_model is missing. Pass it, or set teacher_server_url in args.")
+        return teacher_model
+    if teacher_model is not None:
+        raise UserError("teacher_model and teacher_server_url are both given. Drop one of them.")
+    return ServedTeacher.connect(args)

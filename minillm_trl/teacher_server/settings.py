@@ -1,0 +1,65 @@
+"""Checks of the fields `teacher_server_*` of a `MiniLLMConfig`."""
+
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .addresses import base_url
+
+if TYPE_CHECKING:
+    from ..config import MiniLLMConfig
+
+# Fields that only apply with servers, and their defaults
+SERVER_FIELDS = {
+    "teacher_server_top_k": 64,
+    "teacher_server_batch_size": 16,
+    "teacher_server_timeout": 600.0,
+    "teacher_server_retries": 10,
+}
+
+# Fields that a teacher outside this process cannot follow: their neutral values, and why
+_REFUSED: dict[str, tuple[tuple, str]] = {
+    "teacher_mixed_alpha": (
+        (0.0,),
+        "a server scores completions, but samples no tokens in turn with the student: set teacher_mixed_alpha=0.0",
+    ),
+    "lm_kd_ratio": ((0.0,), "the teacher does not score the corpus of L_PT: set lm_kd_ratio=0.0"),
+    "teacher_hidden_states": (
+        ("device", "cpu"),
+        "the scores of a rollout are requested once: set teacher_hidden_states to 'device' or 'cpu'",
+    ),
+    "offload_teacher": ((False,), "no process of this run holds the teacher: drop it"),
+    "shard_teacher": ((False,), "no process of this run holds the teacher: drop it"),
+    "teacher_shares_base": ((False,), "no process of this run holds the teacher: drop it"),
+    "teacher_model_init_kwargs": ((None, {}), "the server loads the teacher: set them there (--model_init_kwargs)"),
+}
+
+
+def check_server_settings(args: "MiniLLMConfig") -> None:
+    """Check the fields of a teacher on servers against the others, and complete the addresses.
+
+    Raises:
+        UserError: with the field, its value and the fix.
+    """
+    if args.teacher_server_url is None:
+        for name, default in SERVER_FIELDS.items():
+            if getattr(args, name) != default:
+                raise UserError(f"{name}={getattr(args, name)} has no effect without teacher_server_url. Drop it.")
+        return
+    urls = [args.teacher_server_url] if isinstance(args.teacher_server_url, str) else args.teacher_server_url
+    args.teacher_server_url = [base_url(url) for url in urls]
+    if not urls or len(set(args.teacher_server_url)) < len(urls):
+        raise UserError(f"teacher_server_url={urls} must name one server or several different ones.")
+    for name in ("teacher_server_top_k", "teacher_server_batch_size", "teacher_server_timeout"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"{name} must be positive, got {getattr(args, name)}.")
+    if args.teacher_server_retries < 0:
+        raise UserError(f"teacher_server_retries must not be negative, got {args.teacher_server_retries}.")
+    for name, (neutral, reason) in _REFUSED.items():
+        value = getattr(args, name)
+        if value not in neutral:
+            raise UserError(f"{name}={value!r} does not work with teacher_server_url: {reason}.")
+    if args.kd_temperature not in (None, args.temperature):
+        raise UserError(
+            f"kd_temperature={args.kd_temperature} does not work with teacher_server_url: scores are requested at the "
+            f"sampling temperature ({args.temperature}) only. Drop kd_temperature."
+        )
