@@ -248,7 +248,8 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         if self._unfinished is None:  # uploads run in the background, so they wait for the final name
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any, run_state: dict[str, Any] | None = None) -> None:
+        """Save a checkpoint, with the state that this process has now, or the given one from an earlier moment."""
         run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         unfinished = run / UNFINISHED
         leads_node = self.args.local_process_index == 0
@@ -258,7 +259,7 @@ class ReliableTrainer(ResumedSettings, FiniteSteps):
         self._unfinished = unfinished
         try:
             super()._save_checkpoint(model, trial)
-            torch.save(self._run_state(), unfinished / name / self._run_state_name)
+            torch.save(run_state or self._run_state(), unfinished / name / self._run_state_name)
             self.accelerator.wait_for_everyone()
             self._set_best_checkpoint(run, name)
             if self.args.should_save:

@@ -1,6 +1,7 @@
 """`ResumableRollouts`: a `GRPOTrainer` that resumes mid-buffer and continues with the next prompts."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,10 +76,15 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         generate_every = self._steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
             started = time.perf_counter()
-            batch = self._generate_and_score_completions(generation_batch)
+            with self._saved_before_rollout():
+                batch = self._generate_and_score_completions(generation_batch)
             self._buffered_inputs = self._deal(self._leave_out_faulty(batch))
             self.rollout_seconds += time.perf_counter() - started
         return self._buffered_inputs[self._step % self._steps_per_generation]
+
+    def _saved_before_rollout(self) -> AbstractContextManager:
+        """Return a context that saves the run if the rollout fails for a reason outside of it."""
+        return nullcontext()
 
     def _leave_out_faulty(self, batch: Batch) -> Batch:
         """Mask the tokens of faulty rows, and count these rows over all processes."""

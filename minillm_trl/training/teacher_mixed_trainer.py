@@ -34,6 +34,7 @@ from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
 from ..rollouts.rollout_sampler import RolloutSampler, ScoredRows
 from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
 from ..rollouts.scores import RolloutRequest, RolloutScorer, RolloutScores, TeacherStates
+from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
 from .checks import check_completion_ids
 from .language_modeling import LanguageModelingBatches
@@ -279,6 +280,11 @@ class TeacherMixedTrainer(MeasuredRollouts):
         """Return whether the flag is True on all processes."""
         flags = torch.tensor(int(flag), device=self.accelerator.device)
         return int(self.accelerator.reduce(flags, reduction="sum")) == self.accelerator.num_processes
+
+    def _saved_before_rollout(self) -> AbstractContextManager:
+        is_remote, is_resumed = isinstance(self._teacher, RemoteTeacher), self._buffered_inputs is None
+        # without its buffer, a run has just started or resumed, and there is nothing to save
+        return saving_checkpoint(self) if is_remote and not is_resumed else nullcontext()
 
     # Scoring
 

@@ -1,6 +1,7 @@
 """Training with a teacher on servers: the same run as with a local teacher, and what is refused before it."""
 
 import asyncio
+import math
 from collections import Counter
 
 import pytest
@@ -12,7 +13,8 @@ from test_trainer import DATASET, make_config, weights
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.errors import UserError
-from minillm_trl.teacher_server.identity import TeacherServerError
+from minillm_trl.teacher_server.identity import Scoring, TeacherServerError
+from minillm_trl.teacher_server.protocol import Row
 from minillm_trl.teacher_server.server_pool import ServerPool
 
 VOCAB = 300
@@ -144,6 +146,62 @@ class TestSeveralServers:
             pytest.raises(TeacherServerError, match="Serve the same model"),
         ):
             make_trainer(tmp_path, teacher_server_url=[server, other])
+
+
+class TestFailure:
+    """Servers that die in the middle of a run."""
+
+    def test_the_run_saves_its_last_step_and_resumes_exactly(self, tmp_path, teacher):
+        allowed = [math.inf]
+        app = own_app(teacher)
+
+        @web.middleware
+        async def fail(request, handler):
+            if request.path == "/score":
+                allowed[0] -= 1
+                if allowed[0] < 0:
+                    raise web.HTTPServiceUnavailable(text="gone")
+            return await handler(request)
+
+        app.middlewares.insert(0, fail)
+        options = {"max_steps": 8, "teacher_server_retries": 0, "logging_steps": 3, "optim": "adamw_torch"}
+        with serving(app) as url:
+            undisturbed = make_trainer(tmp_path / "a", teacher_server_url=url, **options)
+            undisturbed.train()
+            stopped = make_trainer(tmp_path / "b", teacher_server_url=url, **options)
+            allowed[0] = 3  # of four rollouts
+            with pytest.raises(TeacherServerError, match=r"HTTP 503.*gone.*checkpoint-6"):
+                stopped.train()
+            allowed[0] = math.inf
+            resumed = make_trainer(tmp_path / "b", teacher_server_url=url, **options)
+            resumed.train(resume_from_checkpoint=True)
+        assert torch.equal(weights(resumed), weights(undisturbed))
+        assert log_of(resumed)[:-1] == log_of(undisturbed)[:-1]
+
+    def test_a_short_outage_is_waited_for(self, teacher):
+        failures = [2]
+        app = own_app(teacher)
+
+        @web.middleware
+        async def fail(request, handler):
+            if request.path == "/score" and failures[0] > 0:
+                failures[0] -= 1
+                raise web.HTTPInternalServerError(text="busy")
+            return await handler(request)
+
+        app.middlewares.insert(0, fail)
+        waits: list[int] = []
+
+        def wait(retries: int) -> float:
+            waits.append(retries)
+            return 0.01
+
+        with serving(app) as url:
+            pool = ServerPool([url], wait=wait)
+            identity = pool.connect()
+            (state,) = pool.score([Row([5], [6, 7])], Scoring(3, 1.0, VOCAB, identity))
+        assert waits == [0, 1]
+        assert state.shape == (2, 9)
 
 
 class TestVllm:
