@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ..divergences import DIVERGENCES
 from ..errors import UserError
 from .addresses import base_url
 
@@ -23,6 +24,10 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
         "a server scores completions, but samples no tokens in turn with the student: set teacher_mixed_alpha=0.0",
     ),
     "lm_kd_ratio": ((0.0,), "the teacher does not score the corpus of L_PT: set lm_kd_ratio=0.0"),
+    "single_step_divergence": (
+        tuple(name for name in DIVERGENCES if name != "entropy_aware_kl"),
+        "the teacher's entropy needs its whole distribution: choose another divergence",
+    ),
     "teacher_hidden_states": (
         ("device", "cpu"),
         "the scores of a rollout are requested once: set teacher_hidden_states to 'device' or 'cpu'",

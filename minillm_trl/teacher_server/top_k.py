@@ -14,7 +14,8 @@ $$ \mathrm{KL}(q_\theta \| \tilde p) = \sum_{v \in S} q_\theta(v) \log \frac{q_\
 Merging outcomes never increases a KL (data-processing inequality), so it is a lower bound of the KL over the
 vocabulary, and equal to it if S is the whole vocabulary. Its gradient is the one that the full-vocabulary formula
 gives for a constant $\tilde p$, since the derivative with respect to q(v) is $\log(Q_R / P_R) + 1$ outside S in both.
-So the trainer's formulas stay as they are; only the teacher's logits come from here.
+So the trainer's formulas stay as they are; only the teacher's logits come from here. All this holds for any
+f-divergence, which covers every `single_step_divergence` but the one that needs the teacher's entropy.
 """
 
 import math

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from minillm_trl.divergences import forward_kl, generalized_jsd, reverse_kl, skewed_reverse_kl
 from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
-from minillm_trl.objectives import expected_rewards, reverse_kl
+from minillm_trl.objectives import expected_rewards
 from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, TeacherStates
 from minillm_trl.teacher_server.top_k import TopK, TopKHead, complete, largest_log_probs
 
@@ -22,31 +24,37 @@ def pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return student, teacher, torch.randint(VOCAB, (TOKENS,), generator=generator)
 
 
-def bucket_kl(student_logits, teacher_logits, targets, k, temperature=1.0):
-    """Sum over the listed tokens and one bucket, token by token."""
+def bucket_kl(student_logits, teacher_logits, targets, k, temperature=1.0, divergence=reverse_kl):
+    """Merge all unlisted tokens into one outcome, token by token, and compare the merged distributions."""
     q = torch.softmax(student_logits / temperature, dim=-1)
     p = torch.softmax(teacher_logits / temperature, dim=-1)
     totals = []
     for row in range(len(targets)):
-        listed = {*p[row].topk(k).indices.tolist(), int(targets[row])}
+        listed = sorted({*p[row].topk(k).indices.tolist(), int(targets[row])})
         others = [token for token in range(q.shape[1]) if token not in listed]
-        total = sum(q[row, token] * torch.log(q[row, token] / p[row, token]) for token in listed)
-        if others:
-            rest = q[row, others].sum()
-            total = total + rest * torch.log(rest / p[row, others].sum())
-        totals.append(total)
+        merged = [torch.cat([each[row, listed], each[row, others].sum()[None]]) for each in (q, p)]
+        totals.append(divergence(*(each[: len(listed) + bool(others)].log() for each in merged)))
     return torch.stack(totals)
 
 
+DIVERGENCES = {
+    "reverse": reverse_kl,
+    "forward": forward_kl,
+    "jsd": partial(generalized_jsd, jsd_beta=0.3),
+    "skewed": partial(skewed_reverse_kl, skew_alpha=0.2),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("k", [1, 3, VOCAB - 1, VOCAB])
-def test_single_step_is_the_kl_with_the_rest_as_one_token(pair, k, temperature):
+def test_single_step_is_the_divergence_with_the_rest_as_one_token(pair, k, temperature, divergence):
     student, teacher, targets = pair
     student = student.requires_grad_()
-    expected = bucket_kl(student, teacher, targets, k, temperature)
+    expected = bucket_kl(student, teacher, targets, k, temperature, divergence)
     (gradient,) = torch.autograd.grad(expected.sum(), student)
     completed = complete(largest_log_probs(teacher, targets, k, temperature), student, temperature)
-    found = reverse_kl(torch.log_softmax(student / temperature, -1), torch.log_softmax(completed / temperature, -1))
+    found = divergence(torch.log_softmax(student / temperature, -1), torch.log_softmax(completed / temperature, -1))
     (found_gradient,) = torch.autograd.grad(found.sum(), student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found_gradient, gradient)

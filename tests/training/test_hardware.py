@@ -12,8 +12,8 @@ from trl import ModelConfig
 
 from minillm_trl import MiniLLMConfig
 from minillm_trl.cli import main
-from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
 from minillm_trl.cli.arguments import TeacherArguments
+from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
 from minillm_trl.hardware.machine import GPU, Machine, best_precision, probe, problems, runs_on
 from minillm_trl.hardware.memory_estimate import (
     Workload,
