@@ -13,6 +13,8 @@ from .option_values import json_object
 if TYPE_CHECKING:
     import torch
 
+SECONDS_TO_STOP = 5.0  # for requests in flight
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -88,7 +90,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     size = service.identity.vocab_size
     print(f"Serving {service.identity.name} in {model.dtype} with {size} tokens on http://{listen[0]}:{listen[1]}")
     try:
-        web.run_app(make_app(service, os.environ.get(API_KEY)), host=listen[0], port=listen[1], print=None)
+        app = make_app(service, os.environ.get(API_KEY))
+        web.run_app(app, host=listen[0], port=listen[1], print=None, shutdown_timeout=SECONDS_TO_STOP)
     except OSError as error:
         raise UserError(f"Cannot listen on {listen[0]}:{listen[1]}: {error}. Choose another --port.") from error
     return 0
