@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..models.lm_head import LMHead
 from .buffer import assemble_rows
 from .decoding import CompiledDecoding
-from .rollout_teacher import Teacher
+from .rollout_teacher import RolloutTeacher, Teacher
 from .sampling import Completions, left_pad, sample_prompts
 from .scores import HeadStates, RolloutScorer, RolloutScores, TeacherStates
 from .teacher_replacement import sample_with_replacement
@@ -150,6 +150,7 @@ class RolloutSampler:
     ) -> list[list[int]]:
         """Sample completions whose improbable tokens are the teacher's."""
         assert self.skd_top_k is not None
+        assert isinstance(self.teacher, RolloutTeacher), "a teacher on a server is refused with skd_top_k"
         drafter = replace(self, alpha=0.0, skd_top_k=None)
 
         def draft(texts: Sequence[Sequence[int]], places: Sequence[tuple[int, ...]], limit: int) -> list[list[int]]:

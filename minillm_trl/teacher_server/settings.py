@@ -23,6 +23,7 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
         (0.0,),
         "a server scores completions, but samples no tokens in turn with the student: set teacher_mixed_alpha=0.0",
     ),
+    "skd_top_k": ((None,), "a server samples no tokens: drop it"),
     "lm_kd_ratio": ((0.0,), "the teacher does not score the corpus of L_PT: set lm_kd_ratio=0.0"),
     "single_step_divergence": (
         tuple(name for name in DIVERGENCES if name != "entropy_aware_kl"),

@@ -236,6 +236,7 @@ class TestRefusals:
         [
             ("teacher_mixed_alpha", 0.2),
             ("lm_kd_ratio", 0.5),
+            ("skd_top_k", 5),
             ("single_step_divergence", "entropy_aware_kl"),
             ("teacher_hidden_states", "recompute"),
             ("offload_teacher", True),
