@@ -43,6 +43,7 @@ MODULES = (
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "logged_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
+    *("divergences", "divergence_gradients", "positions", "given_completions", "teacher_replacement"),
 )
 # Tests that run the core in their own process
 TESTS = tuple(
@@ -53,6 +54,7 @@ TESTS = tuple(
         *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
         *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
         *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
+        *("divergences", "positions", "given_completions", "teacher_replacement"),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"

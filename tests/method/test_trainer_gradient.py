@@ -124,6 +124,18 @@ def test_sequence_weights_make_the_gradient_under_mixing_exact(tmp_path):
     assert relative_error(expected_gradient(trainer, 0.2), exact_gradient(trainer)) < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"iw_opd_gamma": 0.5}, 0.353),
+        ({"top_entropy_quantile": 0.5}, 0.162),
+    ],  # the quantile is of each completion here
+)
+def test_weights_of_positions_have_their_known_bias(tmp_path, options: dict, error: float):
+    trainer = build_trainer(tmp_path, epsilon=100.0, **options)
+    assert relative_error(expected_gradient(trainer), exact_gradient(trainer)) == pytest.approx(error, abs=0.001)
+
+
 # Error of the expected gradient with the long term and another single step, as it is of no single objective
 DIVERGENCES = {
     **{"forward_kl": 9.681, "mixed_kl": 4.840, "generalized_jsd": 0.556, "skewed_forward_kl": 0.455},
