@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..evaluation.evaluate import Evaluation
-    from ..rollouts.prompts import Completion
+    from ..evaluation.task_measures import SharedMeasures
 
 _DIGITS = {"rouge_l": 2, "exact_match": 2, "length": 1, "reverse_kl": 2, "forward_kl": 2}
 
@@ -49,6 +49,7 @@ def run(argv: list[str]) -> int:
     if launch:
         return hand_over("evaluate", argv, launch)
     check_options(arguments)
+    from ..evaluation.task_measures import SharedMeasures
     from ..hardware.processes import connected_state
 
     state = connected_state()
@@ -59,12 +60,10 @@ def run(argv: list[str]) -> int:
     parts = [Parts(job.folder / "unfinished", job.settings) for job in todo]
     state.wait_for_everyone()  # all processes read the folders before one of them writes
     tokenizer, model, teacher = _load_models(arguments, todo)
-    teacher_samples: dict[
-        int, dict[int | None, list[Completion]]
-    ] = {}  # by dataset: every decoding scores the same ones
+    shared: dict[int, SharedMeasures] = {}  # by dataset
     for job, job_parts in zip(todo, parts, strict=True):
-        samples = teacher_samples.setdefault(id(job.prompts), {})
-        evaluation = _evaluate(job, model, tokenizer, teacher, job_parts, samples)
+        measures = shared.setdefault(id(job.prompts), SharedMeasures())
+        evaluation = _evaluate(job, model, tokenizer, teacher, job_parts, measures)
         if state.is_main_process:
             _save(job, evaluation)
             job_parts.delete()
@@ -186,7 +185,7 @@ def _evaluate(
     tokenizer: "PreTrainedTokenizerBase",
     teacher: "PreTrainedModel | None",
     parts: Parts,
-    teacher_samples: "dict[int | None, list[Completion]]",
+    shared: "SharedMeasures",
 ) -> "Evaluation":
     from accelerate import PartialState
 
@@ -211,7 +210,7 @@ def _evaluate(
         teacher=teacher,
         teacher_temperature=arguments.teacher_temperature,
         forward_kl=arguments.forward_kl and teacher is not None,
-        teacher_samples=teacher_samples,
+        shared=shared,
         exposure_bias_samples=arguments.exposure_bias_samples if teacher not in (None, model) else 0,
         parts=parts,
         progress=PartialState().is_main_process,

@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..rollouts.prompts import Completion
 from .calibration import Calibration
 from .exposure_bias import ExposureBias, excess_accumulated_error
 from .metrics import distinct_ngrams, distinct_outputs, self_bleu
 from .parts import Parts
 from .statistics import MeanInterval, bootstrap_interval
-from .task_measures import NGRAM, TaskMeasures
+from .task_measures import NGRAM, SharedMeasures, TaskMeasures
 
 # Ranges of the first reference's length in tokens, as in the paper's Figures 7 and 15 (S-NI and UnNI)
 BUCKETS = ((0, 5), (6, 10), (11, None))
@@ -64,7 +63,7 @@ def evaluate_model(
     teacher: PreTrainedModel | None = None,
     teacher_temperature: float | None = None,
     forward_kl: bool = False,
-    teacher_samples: dict[int | None, list[Completion]] | None = None,
+    shared: SharedMeasures | None = None,
     exposure_bias_samples: int = 0,
     eos_tokens: Sequence[str] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -96,9 +95,8 @@ def evaluate_model(
             means `temperature`. Below temperature 1, pass 1 to compare with the teacher as it is.
         forward_kl (`bool`, *optional*, defaults to `False`): also sample from the teacher, once per prompt and
             seed, to measure `forward_kl`.
-        teacher_samples (`dict`, *optional*): the teacher's completions by seed, which are read from it and added to
-            it. Pass the same dictionary to evaluations on the same prompts that differ only in model or
-            `temperature`, so that the teacher samples once.
+        shared ([`SharedMeasures`], *optional*): what does not depend on the temperature. Pass the same object to
+            evaluations that differ only in `temperature` or greedy decoding, so that it is measured once.
         exposure_bias_samples (`int`, *optional*, defaults to `0`): samples per prompt from model and teacher to
             measure `exposure_bias`, drawn with the first seed and without n-gram block; 0 to skip. The paper uses 10.
         eos_tokens, chat_template_kwargs (*optional*): see [`generate_completions`].
@@ -123,10 +121,10 @@ def evaluate_model(
     }
     if teacher_temperature is None:
         teacher_temperature = temperature
-    task = TaskMeasures(model, teacher, tokenizer, dataset, decoding, teacher_temperature, no_repeat_ngram_size)
+    task = TaskMeasures(
+        model, teacher, tokenizer, dataset, decoding, teacher_temperature, no_repeat_ngram_size, shared
+    )
     runs: list[int | None] = [None] if seeds is None else list(seeds)
-    if teacher_samples is not None:
-        task.teacher_samples = teacher_samples
     records = _measure_runs(task, runs, teacher if forward_kl else None, parts, progress)
     losses = None if task.references is None else _kept(parts, "loss", task.measure_losses)
     exposure_bias = None

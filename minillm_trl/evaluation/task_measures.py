@@ -1,5 +1,6 @@
 """Sample completions for the prompts of one dataset and score them, shared among processes."""
 
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,19 @@ from .metrics import exact_match, repeated_ngrams, rouge_l
 NGRAM = 4  # of `repeated_4grams` and `distinct_4grams`
 
 
+@dataclass
+class SharedMeasures:
+    """What evaluations of one model on the same prompts share, whatever the temperature: filled by the first of them.
+
+    Attributes:
+        teacher_samples (`dict`): the teacher's completions at its own temperature, by seed.
+        losses (`list[float]`, *optional*): the loss of the references, by prompt.
+    """
+
+    teacher_samples: dict[int | None, list[Completion]] = field(default_factory=dict)
+    losses: list[float] | None = None
+
+
 class TaskMeasures:
     """Samples and scores of one model on the prompts of one dataset.
 
@@ -35,6 +49,7 @@ class TaskMeasures:
         decoding (`dict`): the arguments that [`generate_completions`] and [`sample_divergences`] share.
         teacher_temperature (`float`): temperature of the teacher in `reverse_kl` and `forward_kl`.
         no_repeat_ngram_size (`int`): see [`NgramBlock`]; 0 for no block.
+        shared ([`SharedMeasures`], *optional*): of earlier evaluations of the same model, teacher and prompts.
     """
 
     def __init__(
@@ -46,11 +61,12 @@ class TaskMeasures:
         decoding: dict[str, Any],
         teacher_temperature: float,
         no_repeat_ngram_size: int,
+        shared: SharedMeasures | None = None,
     ):
         self.model, self.teacher, self.tokenizer = model, teacher, tokenizer
         self.decoding, self.no_repeat_ngram_size = decoding, no_repeat_ngram_size
         self.teacher_temperature = teacher_temperature
-        self.teacher_samples: dict[int | None, list[Completion]] = {}  # by seed
+        self.shared = shared or SharedMeasures()
         self.prompts = dataset["prompt"][:]
         self.references: list[list[str]] | None = (
             dataset["references"][:] if "references" in dataset.column_names else None
@@ -117,9 +133,10 @@ class TaskMeasures:
 
     def measure_forward_kl(self, teacher: PreTrainedModel, seed: int | None, bar: tqdm) -> list[dict[str, float]]:
         """Return KL(p || q) for each prompt, on a completion sampled from the teacher."""
-        if seed not in self.teacher_samples:
-            self.teacher_samples[seed] = self._sample(teacher, self.teacher_temperature, seed, bar)
-        completions = self.teacher_samples[seed]
+        samples = self.shared.teacher_samples
+        if seed not in samples:
+            samples[seed] = self._sample(teacher, self.teacher_temperature, seed, bar)
+        completions = samples[seed]
         divergences = token_divergences(
             teacher.eval(),
             self.model.eval(),
@@ -137,6 +154,8 @@ class TaskMeasures:
 
         References are truncated to the model's context.
         """
+        if self.shared.losses is not None:
+            return self.shared.losses
         limit = max_context(self.model)
         rows = [row for row in self.rows for _ in self.pairs[row]]
         pairs = [pair for row in self.rows for pair in self.pairs[row]]
@@ -149,7 +168,9 @@ class TaskMeasures:
         by_row: dict[int, list[float]] = {row: [] for row in self.rows}
         for row, losses in zip(rows, values, strict=True):
             by_row[row] += losses
-        return gather_rows([sum(losses) / len(losses) for losses in by_row.values()], len(self.prompts))
+        means = [sum(losses) / len(losses) for losses in by_row.values()]
+        self.shared.losses = gather_rows(means, len(self.prompts))
+        return self.shared.losses
 
     def measure_errors(
         self, teacher: PreTrainedModel, samples: int, seed: int | None, progress: bool

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from minillm_trl.cli import main
+from minillm_trl.evaluation import task_measures
 from minillm_trl.evaluation.decodings import Decoding, is_reserved
 from minillm_trl.evaluation.divergence import completion_losses
 from minillm_trl.evaluation.evaluate import evaluate_model
@@ -132,6 +133,19 @@ class TestDecodings:
             for temperature in temperatures:
                 summary = read(folder / f"temperature_{temperature}")["summary"]
                 assert found.setdefault(temperature, summary) == summary
+
+    def test_loss_of_the_references_is_measured_once(self, tmp_path, data, model_dir, monkeypatch):
+        calls = []
+
+        def losses(*arguments, **options):
+            calls.append(arguments)
+            return completion_losses(*arguments, **options)
+
+        monkeypatch.setattr(task_measures, "completion_losses", losses)
+        assert main(words(data, model_dir("llama"), tmp_path / "out", *TEMPERATURES)) == 0
+        assert len(calls) == 1
+        first, *others = (read(tmp_path / "out" / decoding)["summary"]["loss"] for decoding in DECODINGS)
+        assert others == [first, first]
 
     def test_adapter_on_the_teacher_is_not_the_teacher(self, tmp_path, data, model_dir):
         model = model_dir("llama")
