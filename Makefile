@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-all test-trl mutation-sweep lint docs clean
+.PHONY: help demo test test-all test-trl test-matrix resolve package mutation-sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,9 @@ help:
 	@echo "make test      lint and the tests, but for those marked slow"
 	@echo "make test-all  lint and all tests, the slow ones too"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
+	@echo "make test-matrix  the tests that depend on other packages, with their lowest and newest versions"
+	@echo "make resolve   whether pip finds versions for the package and each extra, installing nothing"
+	@echo "make package   wheel and sdist in dist/, checked, installed elsewhere, and the demo run from there"
 	@echo "make lint      ruff, the ban list of the style guide, and mypy"
 	@echo "make mutation-sweep  small faults in the core, and which test sees each (SWEEP_ARGS='--share 0.1' for some; hours)"
 	@echo "make docs      the documentation as a site in site/ (index.html in it; $(BIN)/mkdocs serve shows it while you write)"
@@ -41,6 +44,15 @@ test-all: lint
 
 test-trl: $(INSTALLED)
 	$(BIN)/python tests/tools/trl_matrix.py $(TRL_VERSIONS)
+
+test-matrix: $(INSTALLED)
+	$(BIN)/python tests/tools/version_matrix.py
+
+resolve: $(INSTALLED)
+	$(BIN)/python tests/tools/resolve_extras.py
+
+package: $(INSTALLED)
+	$(BIN)/python tests/tools/package.py
 
 mutation-sweep: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python tests/mutation_sweep.py $(SWEEP_ARGS)

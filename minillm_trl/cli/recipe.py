@@ -12,7 +12,7 @@ from ..evaluation.comparison import compare_models
 from ..evaluation.results import read_evaluation
 from .arguments import PlainParser, parse_plain
 from .compare import read_histories, show
-from .launch import accelerate_config_path
+from .launch import accelerate_config_path, recipes_folder
 from .stages import TRAINING, Recipe, Stage, move_aside, read_recipe, remedy
 
 # Seconds after Ctrl-C until a stage that did not get it from the terminal is interrupted
@@ -26,7 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run the stages of a recipe in order, from the data to the table. Finished stages are "
         "skipped, and interrupted training resumes from its newest checkpoint.",
     )
-    parser.add_argument("folder", type=Path, help="folder with recipe.yaml, such as recipes/gpt2-120m-from-1.5b")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="folder with recipe.yaml, or the name of one of this package's, such as gpt2-120m-from-1.5b",
+    )
     parser.add_argument("--list", action="store_true", help="show the stages and their state, and run nothing")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="run only these; `evaluate` is all evaluations")
     parser.add_argument(
@@ -48,13 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def recipe_path(folder: Path) -> Path:
+    """Return the folder if it exists, or the recipe of this package that it names, with or without `recipes/`."""
+    shipped = recipes_folder(folder.name)
+    named = folder.parent in (Path(), Path("recipes")) and (shipped / "recipe.yaml").is_file()
+    return shipped if named and not folder.is_dir() else folder
+
+
 def run(argv: list[str]) -> int:
     """Parse the arguments, check the YAMLs of all stages, run the unfinished ones, and print the table."""
     arguments = parse_plain(build_parser(), argv)
     launch = _launch_words(arguments)
     if arguments.accept and (arguments.rerun or arguments.stages):
         raise UserError("--accept runs nothing. Leave --rerun and --stages out, and run the recipe afterwards.")
-    recipe = read_recipe(arguments.folder)
+    recipe = read_recipe(recipe_path(arguments.folder))
     chosen = recipe.stages if arguments.stages is None else recipe.named(arguments.stages)
     again = recipe.with_dependents(_to_rerun(recipe, arguments.rerun, chosen))
     _accept(recipe, recipe.named(arguments.accept))

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import minillm_trl
 from minillm_trl.cli import SUBCOMMANDS
 from minillm_trl.cli.launch import accelerate_config_path
+from minillm_trl.cli.recipe import recipe_path
 
 ROOT = Path(minillm_trl.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -33,7 +35,7 @@ def test_constraints_lie_in_the_declared_ranges(name: str):
     project = PROJECT["project"]
     extras = [
         requirement
-        for extra in ("deepspeed", "dev", "docs", "eval", "judge")
+        for extra in ("deepspeed", "dev", "docs", "eval", "judge", "server")
         for requirement in project["optional-dependencies"][extra]
     ]
     requirements = map(Requirement, [*project["dependencies"], *extras])
@@ -113,3 +115,45 @@ class TestReadme:
             assert accelerate_config_path(name).is_file()
         for name in re.findall(r"make (\w+)", self.TEXT):
             assert f"\n{name}:" in (ROOT / "Makefile").read_text()
+
+
+class TestVersions:
+    RESULTS = json.loads((ROOT / "benchmarks/results/version_matrix.json").read_text())
+    TEXT = (ROOT / "docs/versions.md").read_text()
+
+    def test_table_is_that_of_the_results(self):
+        ends = [self.RESULTS[name]["versions"] for name in ("lowest", "newest")]
+        for package in ends[0]:
+            assert f"| {package} | {ends[0][package]} | {ends[1][package]} |" in self.TEXT
+        passed = [str(self.RESULTS[name]["result"]["passed"]) for name in ("lowest", "newest")]
+        assert f"| tests passed | {' | '.join(passed)} |" in self.TEXT
+        assert all("failed" not in each["result"] for each in self.RESULTS.values())
+
+    def test_lowest_versions_are_the_lower_bounds(self):
+        lowest = self.RESULTS["lowest"]["versions"]
+        for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+            bounds = [part.version for part in requirement.specifier if part.operator == ">="]
+            if requirement.name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
+                assert Version(lowest[requirement.name]).release[:2] == Version(bounds[0]).release[:2]
+
+    def test_newest_versions_are_accepted(self):
+        newest = self.RESULTS["newest"]["versions"]
+        for requirement in map(Requirement, PROJECT["project"]["dependencies"]):
+            if requirement.name in newest:
+                assert requirement.specifier.contains(newest[requirement.name]), requirement
+
+
+def test_a_workflow_runs_targets_that_exist():
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    targets = re.findall(r"run: make ([\w-]+)", text)
+    assert {"lint", "test", "package", "docs", "test-matrix"} == {*targets}
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
+def test_recipes_are_found_by_name_outside_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dolly_toy", "recipes/dolly_toy"):
+        assert (recipe_path(Path(name)) / "recipe.yaml").is_file()
+    assert recipe_path(Path("other/dolly_toy")) == Path("other/dolly_toy")
+    (tmp_path / "dolly_toy").mkdir()
+    assert recipe_path(Path("dolly_toy")) == Path("dolly_toy")

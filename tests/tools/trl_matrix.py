@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = [
-    f"tests/test_{name}.py"
+    f"tests/method/test_{name}.py"
     for name in (
         *("trl_contract", "trl_version", "config", "trainer", "trainer_options", "trainer_gradient", "drop_in"),
         *("original_code", "language_modeling"),
