@@ -25,7 +25,7 @@ NGRAM = 4  # of `repeated_4grams` and `distinct_4grams`
 
 @dataclass
 class SharedMeasures:
-    """What evaluations of one model on the same prompts share, whatever the temperature: filled by the first of them.
+    """What evaluations of one model on the same prompts share, at any temperature: filled by the first of them.
 
     Attributes:
         teacher_samples (`dict`): the teacher's completions at its own temperature, by seed.
