@@ -122,6 +122,12 @@ class MiniLLMConfig(FamilyConfig):
             Whether rows decoded together share the coins of teacher-mixed sampling, so that only one of the models
             runs at a step. Each row follows the mixture in both cases. `False` makes rows independent of each other
             and of the number of processes, and runs both models at most steps.
+        mixing (`str`, *optional*, defaults to `"coins"`):
+            How rollouts are sampled from the mixture. `"coins"`: a coin before each token decides which model draws
+            it. `"speculative"`: the student drafts blocks of tokens, and one pass of the teacher over a block corrects
+            it, see [`rollouts.speculative`]. Rows are then independent of each other and of the number of processes,
+            as with `shared_coins=False`, but take fewer calls of the teacher. `"auto"`: a short measurement at the
+            first rollout decides. The decision is logged, and checkpoints store it.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
         half_precision_rollouts (`bool`, *optional*):
@@ -265,6 +271,14 @@ class MiniLLMConfig(FamilyConfig):
     shared_coins: bool = field(
         default=True,
         metadata={"help": "Share coins among rows decoded together: fewer forward passes, but dependent rows."},
+    )
+    mixing: str = field(
+        default="coins",
+        metadata={
+            "help": "How to sample from the mixture: a coin before each token, or drafts of the student that the "
+            "teacher corrects; auto measures both.",
+            "choices": ["coins", "speculative", "auto"],
+        },
     )
     half_precision_rollouts: bool | None = field(
         default=None,

@@ -39,6 +39,7 @@ PACKAGE = ROOT / "minillm_trl"
 # What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
 MODULES = (
     *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
+    *("slots", "slot_sampling", "coins", "draws", "speculative"),
     *("buffer", "scores", "token_scores", "rollout_sampler", "rollout_teacher", "keyed_random"),
     *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "logged_metrics", "degeneration"),
     *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
@@ -50,6 +51,7 @@ TESTS = tuple(
     str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
     for name in (
         *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "rollout_sampler", "teacher"),
+        "speculative",
         *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
         *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
         *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),

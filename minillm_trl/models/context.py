@@ -1,6 +1,5 @@
 """How many tokens models can take, prompt and completion together."""
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
@@ -31,19 +30,19 @@ def max_context(*models: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def check_longrope(model: PreTrainedModel, prompt_mask: torch.Tensor, max_new_tokens: int) -> None:
+def check_longrope(model: PreTrainedModel, longest: int, max_new_tokens: int) -> None:
     """Check that sampling does not cross the limit of [`longrope_limit`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): that samples.
-        prompt_mask (`torch.Tensor` of shape `(B, P)`): non-zero on real tokens.
+        longest (`int`): number of tokens of the longest prompt.
         max_new_tokens (`int`): length limit of the completions.
 
     Raises:
         ValueError: naming the lengths and the limit.
     """
     limit = longrope_limit(model.config)
-    if limit is None or (longest := int(prompt_mask.sum(dim=1).max())) + max_new_tokens <= limit:
+    if limit is None or longest + max_new_tokens <= limit:
         return
     raise UserError(
         f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} cross original_max_position_embeddings="

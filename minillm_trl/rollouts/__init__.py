@@ -5,7 +5,9 @@ predict each token, and the scores come from these states without another forwar
 
 - `sampling`: from the student or the teacher-student mixture, in batches by length
 - `keyed_random`: random numbers as functions of seed, step and row
-- `decoding`: KV caches, several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
+- `slots`: rows that decode together, their columns and KV caches; `slot_sampling`: the loop that refills them
+- `coins`: which model draws a token; `speculative`: the student drafts, the teacher corrects; `draws`: inverse CDFs
+- `decoding`: several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
 - `rollout_sampler`: prompts and keys in, completions with their scores out
 - `teacher_replacement`: SKD, in which the teacher replaces improbable tokens of the student
 - `rollout_teacher`: the teacher's hidden states

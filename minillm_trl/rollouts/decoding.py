@@ -14,13 +14,11 @@ from transformers.utils import logging
 
 from ..errors import UserError
 from ..models.lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance, without_wrapper
+from .slots import SlotCache, Slots
 
 logger = logging.get_logger(__name__)
 
 _NUMBERS = itertools.count()  # of compiled functions
-
-# Finished rows are evicted from the caches once they make up more than this share: evicting copies the caches.
-_DROP_SHARE = 0.25
 
 # Each shape of a cache costs a compilation, or a CUDA graph. To keep shapes few, the number of positions is a power of
 # two, at least _MIN_LENGTH, and a batch may use a cache with up to _MAX_ROWS_RATIO times its rows.
@@ -145,10 +143,10 @@ class LazyDecoder:
     Args:
         model ([`~transformers.PreTrainedModel`]): the model.
         vocab_size (`int`): number of leading vocabulary rows to return logits of.
-        batch_size (`int`): rows to decode; `rows` has the numbers of those that are still in the cache.
-        keep_from (`int`, *optional*): first index in `ids` whose hidden state is kept.
-        compiled ([`CompiledDecoding`], *optional*): runs the steps of `model` compiled, with room for `length` tokens;
-            finished rows are not evicted then.
+        slots ([`Slots`]): the rows to decode.
+        keep_states (`bool`, *optional*, defaults to `False`): whether to keep the hidden states of all tokens.
+        compiled ([`CompiledDecoding`], *optional*): runs the steps of `model` compiled, with room for `length` tokens.
+            Rows must then stay in their slots.
         length (`int`, *optional*, defaults to `0`): tokens of a whole sequence, needed with `compiled`.
     """
 
@@ -156,104 +154,141 @@ class LazyDecoder:
         self,
         model: PreTrainedModel,
         vocab_size: int,
-        batch_size: int,
-        keep_from: int | None = None,
+        slots: Slots,
+        keep_states: bool = False,
         compiled: CompiledDecoding | None = None,
         length: int = 0,
     ):
         self.model = model = without_wrapper(model)
         self.vocab_size = vocab_size
+        self.slots = slots
+        self.cache = SlotCache(model.config, slots)
         self.compiled = compiled
-        self.cache = DynamicCache(config=model.config) if compiled is None else compiled.start(batch_size, length)
-        self.fed = 0
-        self.rows = np.arange(batch_size)
-        self.keep_from = keep_from
-        self.states: list[tuple[np.ndarray, int, torch.Tensor]] = []  # rows, index of the first position, states
+        self._static = None if compiled is None else compiled.start(slots.size, length)
+        self.keeps_states = keep_states
         self.takes_positions = accepts_position_ids(model)
-        self.head = None if compiled is None and keep_from is None else LMHead.of(model)
+        self._head = LMHead.of(model) if keep_states or compiled is not None else None
 
-    def next_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return logits of the token after `ids` for `rows`, `(B, L) -> (R, V)`; `mask` is False on left padding."""
-        if len(self.rows) < len(ids):
-            rows = torch.from_numpy(self.rows).to(ids.device)
-            ids, mask = ids[rows], mask[rows]
-        inputs = {"input_ids": ids[:, self.fed :], "attention_mask": mask.long(), "past_key_values": self.cache}
-        if self.takes_positions:
-            inputs["position_ids"] = position_ids(mask)[:, self.fed :]
-        start, self.fed = self.fed, ids.shape[1]
-        if self.compiled is not None:
-            hidden_states = self.compiled.hidden_states(inputs, is_prompt=start == 0)
-        elif self.keep_from is not None:
-            hidden_states = self.model.base_model(**inputs, use_cache=True).last_hidden_state
+    def next_logits(self, wanted: np.ndarray) -> torch.Tensor:
+        """Return logits of the token after the newest column for the slots `wanted` `(R,)`, `(R, V)`."""
+        hidden_states, logits = self._feed()
+        numbers = torch.from_numpy(wanted)
+        if logits is None:
+            assert self._head is not None  # made wherever hidden states are read
+            logits = self._head.logits(hidden_states[numbers.to(hidden_states.device), -1], self.vocab_size)
         else:
-            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1, : self.vocab_size]
-            return logits.to(ids.device)
-        if self.keep_from is not None:
-            first = max(start, self.keep_from)
-            # a copy, as a view would keep the states of the whole prompt in memory
-            self.states.append((self.rows, first, hidden_states[:, first - start :].clone()))
-        assert self.head is not None  # made wherever hidden states are read
-        return self.head.logits(hidden_states[:, -1], self.vocab_size).to(ids.device)
+            logits = logits[numbers.to(logits.device), -1, : self.vocab_size]
+        return logits.to(self.slots.ids.device)
 
-    def drop(self, finished: np.ndarray, last: np.ndarray) -> None:
-        """Evict finished rows from the cache, once there are enough of them.
+    def feed(self, end: int | None = None) -> None:
+        """Read all columns up to the newest one, or those before `end`."""
+        self._feed(end)
 
-        Args:
-            finished (`np.ndarray` of shape `(B,)`, bool): rows that have ended.
-            last (`np.ndarray` of shape `(B,)`): index in `ids` of each row's last token. If hidden states are kept, a
-                row stays until the states that predict all of its tokens are computed.
-        """
+    def logits_at(self, slots: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+        """Return the logits `(K, V)` of the tokens after these columns `(K,)` of slots `(K,)`, from kept states."""
+        assert self._head is not None  # made where states are kept
+        states = self.cache.states(torch.from_numpy(slots), torch.from_numpy(columns))
+        return self._head.logits(states, self.vocab_size).to(self.slots.ids.device)
+
+    def _feed(self, end: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the last hidden states of the new columns, or else the logits of the newest one."""
+        self._read_prompts()
+        slots, cache = self.slots, self.cache
+        cache.start = cache.fed
+        end = slots.end if end is None else end
+        columns = slice(end - slots.base)
+        inputs = self._inputs(slots.ids[:, columns], slots.mask[:, columns], cache.fed - slots.base)
+        cache.fed, is_prompt = end, cache.fed == slots.base
         if self.compiled is not None:
-            return
-        droppable = finished[self.rows]
-        if self.keep_from is not None:
-            droppable = droppable & (last[self.rows] <= self.fed)
-        if droppable.all() or droppable.mean() <= _DROP_SHARE:
-            return
-        keep = np.flatnonzero(~droppable)
-        if self.fed:
-            self.cache.batch_select_indices(torch.from_numpy(keep).to(self.model.device))
-        self.rows = self.rows[keep]
+            inputs["past_key_values"] = self._static
+            hidden_states = self.compiled.hidden_states(inputs, is_prompt)
+        elif self._head is None:
+            logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits
+            return logits, logits
+        else:
+            hidden_states = self.model.base_model(**inputs, use_cache=True).last_hidden_state
+        if self.keeps_states:
+            cache.keep_states(hidden_states)
+        return hidden_states, None
 
-    def kept_states(self, batch_size: int, length: int) -> torch.Tensor:
-        """Return the hidden states of `length` positions from `keep_from`, `(B, length, H)`; 0 in evicted rows."""
-        assert self.keep_from is not None, "this decoder keeps no states"
-        _, _, newest = self.states[-1]
-        states = newest.new_zeros(batch_size, length, newest.shape[-1])
-        for rows, start, part in self.states:
-            first = start - self.keep_from
-            part = part[:, : max(length - first, 0)]  # other processes may have continued for longer
-            states[torch.from_numpy(rows).to(states.device), first : first + part.shape[1]] = part
-        return states
+    def _read_prompts(self) -> None:
+        """Read the columns of new rows before those that all rows have yet to read."""
+        slots, cache = self.slots, self.cache
+        new = np.flatnonzero(~cache.ready[: slots.count])
+        cache.ready[new] = True
+        cache.fed = slots.base if len(new) == slots.count else max(cache.fed, slots.base)
+        new = new[slots.start[new] < cache.fed]
+        if not len(new):
+            return
+        cache.start, cache.prompts_of = int(slots.start[new].min()), new
+        numbers = torch.from_numpy(new).to(slots.ids.device)
+        columns = slice(cache.start - slots.base, cache.fed - slots.base)
+        inputs = self._inputs(slots.ids[numbers, columns], slots.mask[numbers, columns], 0)
+        if self._head is None:
+            self.model(**inputs, use_cache=True, logits_to_keep=1)
+        else:
+            self.model.base_model(**inputs, use_cache=True)
+        cache.prompts_of = None
+
+    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor, start: int) -> dict[str, Any]:
+        """Return the inputs of a forward pass over the columns from `start` on."""
+        inputs = {"input_ids": ids[:, start:], "attention_mask": mask.long(), "past_key_values": self.cache}
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids(mask)[:, start:]
+        return inputs
 
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel, name: str, compiled: CompiledDecoding | None = None) -> None:
-    """Check on a short input that `model` can decode several tokens at a time, and evict rows from its cache.
+    """Check on a short input that `model` can decode several tokens at a time, in slots that rows leave and take.
 
     Raises:
-        ValueError: if its cache has recurrent layers, which take one token at a time, or if its logits differ from
-            a plain forward pass. Sampling from such a model would be silently wrong.
+        ValueError: if its cache has layers without a key and a value for each token (recurrent layers take one token
+            at a time), or if its logits differ from a plain forward pass. Sampling from such a model would be
+            silently wrong.
     """
     advice = "Sample without this decode loop (use_vllm=True with teacher_mixed_alpha=0.0, or a rollout_func)."
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+    layers = DynamicCache(config=model.config).layers
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(
             f"The {name} ({type(model).__name__}) has recurrent layers, which cannot take several tokens at a time "
             f"as teacher-mixed sampling does. {advice}"
         )
+    if others := {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        raise UserError(f"The {name} ({type(model).__name__}) has cache layers {others}, not plain keys. {advice}")
+    ids = torch.arange(1, 27, device=model.device).view(2, 13) % model.config.get_text_config().vocab_size
+    logits = _decode_in_slots(model, ids, compiled)
+    expected = [
+        model(input_ids=row[None], attention_mask=torch.ones_like(row)[None], use_cache=False).logits[0, -1]
+        for row in (ids[0, 3:], ids[1])
+    ]
+    for found, plain in zip(logits, expected, strict=True):
+        error = (found.float() - plain.float()).abs().max().item()
+        # several roundings, as caches and left padding change the rounding in every layer
+        if not error <= rounding_tolerance(plain.dtype, roundings=12) * max(1.0, plain.abs().max().item()):
+            raise UserError(
+                f"The {name} ({type(model).__name__}) cannot decode several tokens at a time: its logits differ by up "
+                f"to {error:.2g} from a plain forward pass. {advice}"
+            )
+
+
+def _decode_in_slots(model: PreTrainedModel, ids: torch.Tensor, compiled: CompiledDecoding | None) -> torch.Tensor:
+    """Return the logits `(2, V)` after the rows `ids` `(2, 13)`, the first one without its first three tokens.
+
+    Before, unless compiled, the first slot is freed and taken again, by a prompt that ends where the others are.
+    """
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    ids = torch.arange(1, 25, device=model.device).view(2, 12) % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, :3] = False  # left padding
-    decoder = LazyDecoder(model, vocab_size, len(ids), compiled=compiled, length=ids.shape[1])
-    for fed, finished in ((5, [False, False]), (8, [False, False]), (9, [False, True]), (12, [False, True])):
-        decoder.drop(np.array(finished), np.zeros(2))
-        logits = decoder.next_logits(ids[:, :fed], mask[:, :fed])
-    expected = model(input_ids=ids[:1, 3:], attention_mask=mask[:1, 3:].long(), use_cache=False).logits[:, -1]
-    error = (logits[:1].float() - expected.float()).abs().max().item()
-    # several roundings, as caches and left padding change the rounding in every layer
-    if not error <= rounding_tolerance(expected.dtype, roundings=12) * max(1.0, expected.abs().max().item()):
-        raise UserError(
-            f"The {name} ({type(model).__name__}) cannot decode several tokens at a time: its logits differ by up to "
-            f"{error:.2g} from a plain forward pass. {advice}"
-        )
+    slots = Slots(2, ids.device)
+    decoder = LazyDecoder(model, vocab_size, slots, compiled=compiled, length=ids.shape[1])
+    rows = [1, 0]  # the longer one first
+    slots.admit(rows, [ids[1, :5].tolist(), ids[0, 3:5].tolist()])
+    for column in range(5, ids.shape[1]):
+        if column in (5, 8, 9, 12):
+            decoder.feed()
+        if column == 9 and compiled is None:
+            slots.release(np.array([0]))
+            rows = [0, 1]
+        if column == 10 and compiled is None:
+            slots.admit([1], [ids[1, :column].tolist()])
+        slots.append(ids[rows[: slots.count], column], np.zeros(slots.count, dtype=bool))
+    return decoder.next_logits(np.argsort(rows))

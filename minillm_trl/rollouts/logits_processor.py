@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import torch
 from transformers import LogitNormalization, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process
@@ -9,6 +10,7 @@ from transformers.generation import logits_process
 from ..errors import UserError
 from .decoding import LazyDecoder
 from .keyed_random import keyed_uniforms
+from .slots import Slots
 
 # Processors that scale or shift all scores of a row by the same amount: samples still follow the mixture
 _HARMLESS = (LogitNormalization, logits_process.TemperatureLogitsWarper)
@@ -50,7 +52,8 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         self.attention_mask = attention_mask
         self.seed = seed
         rows = teacher.get_output_embeddings().weight.shape[0]
-        self._decoder = LazyDecoder(teacher, rows, len(attention_mask))
+        self._slots = Slots(len(attention_mask), teacher.get_output_embeddings().weight.device)
+        self._decoder = LazyDecoder(teacher, rows, self._slots)
         self._length = attention_mask.shape[1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -64,6 +67,10 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
         step = self._length - self.attention_mask.shape[1]
         if step == 0:
             _check_others()
+            prompts = [row[keep].tolist() for row, keep in zip(input_ids, self.attention_mask.bool(), strict=True)]
+            self._slots.admit(range(len(prompts)), prompts)
+        else:
+            self._slots.append(input_ids[:, -1], np.zeros(len(input_ids), dtype=bool))
         self._length += 1
         shared = min(self._decoder.vocab_size, scores.shape[1])
         coin = torch.rand((), dtype=torch.float64).item() if self.seed is None else keyed_uniforms(1, self.seed, step)
@@ -71,11 +78,10 @@ class TeacherMixedLogitsProcessor(LogitsProcessor):
             mixed = scores.clone()
             mixed[:, shared:] = -torch.inf  # tokens that the teacher lacks are never sampled
             return mixed
-        generated = self.attention_mask.new_ones(input_ids.shape[0], step)
-        mask = torch.cat([self.attention_mask, generated], dim=1).bool()
         mixed = torch.full_like(scores, -torch.inf)
         with torch.no_grad():
-            mixed[:, :shared] = self._decoder.next_logits(input_ids, mask)[:, :shared].to(scores)
+            logits = self._decoder.next_logits(np.arange(len(input_ids)))
+        mixed[:, :shared] = logits[:, :shared].to(scores)
         return mixed
 
 

@@ -32,9 +32,9 @@ class NgramBlock:
                 excluded[index, [token for token in banned if token < logits.shape[1]]] = -torch.inf
         return excluded
 
-    def append(self, tokens: Sequence[int]) -> None:
-        """Append the next token of each row."""
-        for row, token in enumerate(tokens):
+    def append(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append the next token of each of these rows."""
+        for row, token in zip(rows, tokens, strict=True):
             self._append(row, token)
 
     def _append(self, row: int, token: int) -> None:

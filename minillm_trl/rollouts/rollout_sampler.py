@@ -64,7 +64,8 @@ class RolloutSampler:
         eos_token_ids (`Sequence[int]`): ids that end a completion.
         pad_token_id (`int`): pads prompts and completions.
         batch_size (`int`, *optional*): rows decoded together; all by default.
-        shared_coins (`bool`, *optional*, defaults to `True`): see [`sample_prompts`].
+        shared_coins (`bool`, *optional*, defaults to `True`), mixing (`str`, *optional*, defaults to `"coins"`): see
+            [`sample_prompts`].
         compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
         on_every_process (`Callable[[bool], bool]`, *optional*): for a teacher that is sharded over processes, see
             [`~minillm_trl.rollouts.sampling.sample_completions`].
@@ -79,6 +80,7 @@ class RolloutSampler:
     pad_token_id: int
     batch_size: int | None = None
     shared_coins: bool = True
+    mixing: str = "coins"
     compiled: CompiledDecoding | None = None
     on_every_process: Callable[[bool], bool] | None = None
     skd_top_k: int | None = None
@@ -132,6 +134,7 @@ class RolloutSampler:
             alpha=self.alpha,
             coin_key=coin_key,
             shared_coins=self.shared_coins,
+            mixing=self.mixing,
             vocab_size=self.scorer.vocab_size,
             keep_states=with_scores,
             compiled=self.compiled,

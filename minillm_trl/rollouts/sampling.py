@@ -11,37 +11,26 @@ random numbers, and an interrupted run resumes with the samples it would have dr
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..masking import completion_mask
+from ..errors import UserError
 from ..models.attention import without_cudnn_attention
 from ..models.context import check_longrope
+from .coins import Coins, given_coins, row_coin_keys, tossed_coins
 from .decoding import CompiledDecoding, LazyDecoder
-from .keyed_random import digest, draw_seed, keyed_uniforms, toss_coins
+from .draws import draw_tokens
+from .keyed_random import keyed_uniforms
 from .ngram_block import NgramBlock
+from .slot_sampling import FinishedRow, SlotSampling
+from .slots import Slots
+from .speculative import SpeculativeSampling, speculative_numbers
 
-
-def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, temperature: float) -> torch.Tensor:
-    """Draw one token a row: the inverse CDF of softmax(logits / temperature) at `uniforms`.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, V)`): unnormalised log-probs; -inf excludes a token.
-        uniforms (`torch.Tensor` of shape `(B,)`, float64, *optional*): numbers in [0, 1). None takes the most likely
-            token instead.
-        temperature (`float`): > 0; unused when `uniforms` is None.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, int64.
-    """
-    if uniforms is None:
-        return logits.argmax(dim=-1)
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
-    threshold = uniforms[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+__all__ = ["Completions", "draw_tokens", "left_pad", "sample_completions", "sample_prompts"]
 
 
 class Completions(NamedTuple):
@@ -59,39 +48,6 @@ class Completions(NamedTuple):
     mask: torch.Tensor
     student_hidden_states: torch.Tensor | None = None
     teacher_hidden_states: torch.Tensor | None = None
-
-
-class _GrowingRows:
-    """Prompts with the tokens sampled so far.
-
-    Attributes:
-        ids, mask (`torch.Tensor` of shape `(B, L)`): L grows by one a step; the mask is False on left padding.
-        prompt_length (`int`): padded length P of the prompts.
-        finished (`np.ndarray` of shape `(B,)`, bool): rows that have ended, and rows without a prompt.
-        last (`np.ndarray` of shape `(B,)`): index in `ids` of each row's last token; the length limit until it ends.
-    """
-
-    def __init__(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, max_new_tokens: int):
-        self.ids, self.mask = prompt_ids, prompt_mask.bool()
-        self.prompt_length = prompt_ids.shape[1]
-        self.finished = ~self.mask.any(dim=1).cpu().numpy()
-        self.last = np.full(len(prompt_ids), self.prompt_length + max_new_tokens - 1)
-
-    def tokens(self) -> list[list[int]]:
-        """Return the tokens of each row without padding."""
-        return [row[keep].tolist() for row, keep in zip(self.ids.cpu(), self.mask.cpu(), strict=True)]
-
-    def append(self, tokens: torch.Tensor, eos: torch.Tensor) -> None:
-        """Append a token `(B,)` to every row, and mark the rows that end with it as finished."""
-        ends = torch.isin(tokens, eos).cpu().numpy() & ~self.finished
-        self.last[ends] = self.ids.shape[1]
-        self.finished |= ends
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-
-    def completions(self) -> torch.Tensor:
-        """Return the sampled tokens `(B, T)`, T being the length of the longest completion."""
-        return self.ids[:, self.prompt_length : int(self.last.max()) + 1]
 
 
 @without_cudnn_attention()
@@ -154,87 +110,87 @@ def sample_completions(
         ValueError: if a completion can cross the length up to which a model with LongRoPE can be sampled from, or
             `teacher_coins` are given without a teacher.
     """
-    models = [student]
+    prompts = [row[keep].tolist() for row, keep in zip(prompt_ids.cpu(), prompt_mask.bool().cpu(), strict=True)]
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    coins = None
     if teacher_coins is not None:
         if teacher is None:
             raise ValueError("teacher_coins choose the steps of a teacher, but teacher is None. Pass both or neither.")
-        models.append(teacher)
+        shared = len(teacher_coins) == 1
+        coins = given_coins(teacher_coins if shared else teacher_coins[order], shared)
+    finished = _decode(
+        student,
+        [prompts[row] for row in order],
+        slots=len(prompts),
+        uniforms=None if uniforms is None else uniforms.cpu().numpy()[order],
+        coins=coins,
+        teacher=teacher,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        keep_states=keep_states,
+        on_every_process=on_every_process,
+        compiled=compiled,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+    )
+    rows = [row._replace(row=order[row.row]) for row in finished]
+    return _pad_rows(sorted(rows, key=lambda row: row.row), pad_token_id)
+
+
+def _decode(
+    student: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    uniforms: np.ndarray | None,
+    coins: Coins | None,
+    teacher: PreTrainedModel | None,
+    max_new_tokens: int,
+    vocab_size: int | None,
+    keep_states: bool,
+    compiled: CompiledDecoding | None,
+    no_repeat_ngram_size: int,
+    speculation: dict[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[FinishedRow]:
+    """Yield the completions of prompts, the longest of which comes first, as they leave their slots.
+
+    Tokens are mixed by `coins`, or by speculation with these arguments of [`SpeculativeSampling`].
+    """
+    mixes = coins is not None or speculation is not None
+    models = [student, cast(PreTrainedModel, teacher)] if mixes else [student]
     for model in models:
-        check_longrope(model, prompt_mask, max_new_tokens)
-    rows = _GrowingRows(prompt_ids, prompt_mask, max_new_tokens)
+        check_longrope(model, max(map(len, prompts)), max_new_tokens)
+    length = max(map(len, prompts)) + max_new_tokens
+    grid = Slots(slots, student.get_output_embeddings().weight.device, length)
     vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
-    keep_from = rows.prompt_length - 1 if keep_states else None  # the last prompt token predicts the first sampled one
-    length = rows.prompt_length + max_new_tokens
     decoders = [
-        LazyDecoder(model, vocab_size, len(prompt_ids), keep_from, None if index else compiled, length)
+        LazyDecoder(
+            model, vocab_size, grid, keep_states or speculation is not None, None if index else compiled, length
+        )
         for index, model in enumerate(models)
     ]
-    coins = np.array([[False]]) if teacher_coins is None else teacher_coins
-    coins = np.broadcast_to(coins, (len(coins), max_new_tokens))
-    eos = torch.tensor(list(eos_token_ids), device=prompt_ids.device)
-    block = NgramBlock(no_repeat_ngram_size, rows.tokens()) if no_repeat_ngram_size else None
-
-    for step in range(max_new_tokens):
-        tokens = torch.full((len(prompt_ids),), pad_token_id, device=prompt_ids.device)
-        for decoder, chosen in zip(decoders, (~coins[:, step], coins[:, step]), strict=False):
-            idle = not (chosen & ~rows.finished).any()
-            if teacher_coins is not None:
-                idle = _everywhere(idle, on_every_process)  # either all processes call a sharded model, or none
-            if not idle:
-                at_step = None if uniforms is None else uniforms[:, step]
-                _draw_chosen(decoder, chosen, rows, tokens, at_step, temperature, block)
-        tokens = tokens.masked_fill(torch.from_numpy(rows.finished).to(tokens.device), pad_token_id)
-        if block is not None:
-            block.append(tokens.tolist())
-        rows.append(tokens, eos)
-        if _everywhere(bool(rows.finished.all()), on_every_process):
-            break
-
-    sampled = rows.completions()
-    states = _kept_states(decoders, rows, sampled.shape[1], on_every_process) if keep_states else []
-    return Completions(sampled, completion_mask(sampled, eos_token_ids), *states)
+    block = NgramBlock(no_repeat_ngram_size, prompts) if no_repeat_ngram_size else None
+    options |= {"uniforms": uniforms, "coins": coins, "block": block}
+    if speculation is None:
+        yield from SlotSampling(decoders, grid, prompts, max_new_tokens, **options).run()
+        return
+    for row in SpeculativeSampling(decoders, grid, prompts, max_new_tokens, **options, **speculation).run():
+        yield row if keep_states else row._replace(states=[])
 
 
-def _everywhere(flag: bool, on_every_process: Callable[[bool], bool] | None) -> bool:
-    return flag if on_every_process is None else on_every_process(flag)
+def _pad_rows(rows: Sequence[FinishedRow], pad_token_id: int) -> Completions:
+    """Pad completions to the length of the longest."""
+    mask = pad_sequence([torch.ones_like(row.tokens, dtype=torch.bool) for row in rows], batch_first=True)
+    ids = pad_sequence([row.tokens for row in rows], batch_first=True, padding_value=pad_token_id)
+    states = [pad_sequence(list(parts), batch_first=True) for parts in zip(*(row.states for row in rows), strict=True)]
+    return Completions(ids, mask, *states)
 
 
-def _draw_chosen(
-    decoder: LazyDecoder,
-    chosen: np.ndarray,
-    rows: _GrowingRows,
-    tokens: torch.Tensor,
-    uniforms: torch.Tensor | None,
-    temperature: float,
-    block: NgramBlock | None,
-) -> None:
-    """Write the next token of the rows in which `chosen`, `(B,)` or `(1,)`, is True to `tokens` `(B,)`."""
-    decoder.drop(rows.finished, rows.last)
-    logits = decoder.next_logits(rows.ids, rows.mask)
-    if block is not None:
-        logits = block.exclude(logits, decoder.rows.tolist())
-    numbers = torch.from_numpy(decoder.rows).to(tokens.device)
-    drawn = draw_tokens(logits, None if uniforms is None else uniforms[numbers], temperature)
-    is_chosen = torch.from_numpy(np.broadcast_to(chosen, len(tokens))[decoder.rows]).to(tokens.device)
-    tokens[numbers] = torch.where(is_chosen, drawn, tokens[numbers])
-
-
-def _kept_states(
-    decoders: Sequence[LazyDecoder],
-    rows: _GrowingRows,
-    length: int,
-    on_every_process: Callable[[bool], bool] | None,
-) -> list[torch.Tensor]:
-    """Return the hidden states `(B, length, H)` of each decoder, with those of the tokens since its last call."""
-    states = []
-    for decoder in decoders:
-        # processes cannot know whether another one needs the call, so with a sharded model all make it
-        if (rows.last[decoder.rows] > decoder.fed).any() or on_every_process is not None:
-            decoder.next_logits(rows.ids, rows.mask)
-        states.append(decoder.kept_states(len(rows.ids), length))
-    return states
-
-
+@without_cudnn_attention()
+@torch.no_grad()
 def sample_prompts(
     student: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
@@ -249,6 +205,7 @@ def sample_prompts(
     alpha: float = 0.0,
     coin_key: tuple[int, ...] | None = None,
     shared_coins: bool = True,
+    mixing: str = "coins",
     vocab_size: int | None = None,
     on_every_process: Callable[[bool], bool] | None = None,
     keep_states: bool = False,
@@ -256,7 +213,10 @@ def sample_prompts(
     no_repeat_ngram_size: int = 0,
     on_batch: Callable[[list[int], Completions], object] | None = None,
 ) -> list[list[int]]:
-    """Sample one completion for each prompt, in batches of prompts of similar length to save padding.
+    """Sample one completion for each prompt. A row that ends gives its slot to the next prompt, the longest first.
+
+    Rows that share their coins decode in batches of prompts of similar length instead, and so do rows of compiled
+    decoding, and of processes that sample together.
 
     Processes that sample together (`on_every_process`) may have different numbers of prompts, or none.
 
@@ -265,16 +225,20 @@ def sample_prompts(
         prompt_ids (`Sequence[Sequence[int]]`): prompts without padding, at least one token each.
         keys (`Sequence[tuple[int, ...]]`, *optional*): key of each prompt's random numbers, see [`keyed_uniforms`].
             None decodes greedily.
-        batch_size (`int`, *optional*): rows decoded together; all by default.
+        batch_size (`int`, *optional*): rows decoded together, the number of slots; all by default.
         alpha (`float`, *optional*, defaults to `0.0`): share of `teacher` in the mixture.
         coin_key (`tuple[int, ...]`, *optional*): key of the coins, to which the number of the batch is appended, or
             the key of the row if each row has coins of its own. None derives the coins from `keys`, independently of
-            the numbers that draw the tokens; without `keys` they come from torch's generator.
+            the numbers that draw the tokens; without `keys` they come from torch's generator. Unused with
+            `mixing="speculative"`, which always derives its numbers from `keys`.
         shared_coins (`bool`, *optional*, defaults to `True`): whether rows decoded together share their coins, so that
             only one of the models runs at a step. `False` makes all rows independent, and a completion a function of
             its key alone.
-        on_batch (`Callable[[list[int], Completions], object]`, *optional*): called after each batch with the numbers
-            of its prompts and their [`Completions`].
+        mixing (`str`, *optional*, defaults to `"coins"`): `"coins"` tosses a coin before each token. `"speculative"`
+            lets the student draft blocks of tokens that the teacher corrects, see [`speculative`]; a completion is a
+            function of its key alone, and `shared_coins` has no influence.
+        on_batch (`Callable[[list[int], Completions], object]`, *optional*): called with the numbers of prompts and
+            their [`Completions`], as soon as `batch_size` of them are complete.
         max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states,
             compiled, no_repeat_ngram_size: see [`sample_completions`].
 
@@ -282,46 +246,104 @@ def sample_prompts(
         `list[list[int]]`: token ids of each completion in the order of the prompts, the end-of-sequence token
         included.
     """
-    device = student.get_output_embeddings().weight.device
-    order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))  # the largest batch comes first
-    batch_size = batch_size or max(len(order), 1)
+    if mixing not in ("coins", "speculative") and alpha > 0:
+        raise UserError(f"mixing must be 'coins' or 'speculative', got {mixing!r}.")
+    if mixing == "speculative" and alpha > 0:
+        _check_speculation(teacher, keys, on_every_process, compiled, no_repeat_ngram_size)
+    order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
+    size = batch_size or max(len(order), 1)
+    # Batches follow one another where their rows are tied: shared coins belong to the steps of a batch, compiled code
+    # computes all rows of its shape, and processes that sample together make the same calls.
+    shares = alpha > 0 and mixing == "coins" and shared_coins
+    refills = compiled is None and on_every_process is None and not shares
+    batches = iter([order] if order else []) if refills else _batches(order, size, on_every_process)
     completions: list[list[int]] = [[] for _ in order]
-    for number, rows in enumerate(_batches(order, batch_size, on_every_process)):
-        ids, mask = left_pad([prompt_ids[row] for row in rows] or [[]], pad_token_id)
-        uniforms = None
-        if keys is not None and rows:
-            noise = np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
-            uniforms = torch.from_numpy(noise).to(device)
-        coins = None
-        if alpha > 0:
-            own_keys = [None if keys is None else keys[row] for row in rows]
-            coin_keys = _coin_keys(coin_key, number, own_keys, shared_coins)
-            tossed = [toss_coins(max_new_tokens, alpha, *key) for key in coin_keys]
-            coins = np.stack(tossed) if tossed else np.zeros((1, max_new_tokens), dtype=bool)
-        sampled = sample_completions(
+    for number, rows in enumerate(batches):
+        own_keys = [None if keys is None else keys[row] for row in rows]
+        coins = speculation = None
+        if alpha > 0 and mixing == "speculative":
+            tosses, replacements = speculative_numbers(row_coin_keys(None, number, own_keys), max_new_tokens)
+            speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements}
+        elif alpha > 0:
+            coins = tossed_coins(alpha, coin_key, number, own_keys, shared_coins, max_new_tokens)
+        finished = _decode(
             student,
-            ids.to(device),
-            mask.to(device),
+            [prompt_ids[row] for row in rows] or [[]],
+            slots=min(size, len(rows)) or 1,
+            uniforms=_row_numbers(keys, rows, max_new_tokens),
+            coins=coins,
+            teacher=teacher,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
-            uniforms=uniforms,
             temperature=temperature,
-            teacher=teacher,
-            teacher_coins=coins,
             vocab_size=vocab_size,
             keep_states=keep_states,
             on_every_process=on_every_process,
             compiled=compiled,
             no_repeat_ngram_size=no_repeat_ngram_size,
+            speculation=speculation,
         )
-        if not rows:
-            continue
-        for row, length, tokens in zip(rows, sampled.mask.sum(dim=1).tolist(), sampled.ids.tolist(), strict=True):
-            completions[row] = tokens[:length]
-        if on_batch is not None:
-            on_batch(rows, sampled)
+        for group in _groups(finished, size):
+            if not rows:  # of a process that only took part in the calls of others
+                continue
+            numbers = [rows[row.row] for row in group]
+            for row, found in zip(numbers, group, strict=True):
+                completions[row] = found.tokens.tolist()
+            if on_batch is not None:
+                on_batch(numbers, _pad_rows(group, pad_token_id))
     return completions
+
+
+def _check_speculation(
+    teacher: PreTrainedModel | None,
+    keys: Sequence[tuple[int, ...]] | None,
+    on_every_process: Callable[[bool], bool] | None,
+    compiled: CompiledDecoding | None,
+    no_repeat_ngram_size: int,
+) -> None:
+    """Check that completions can be sampled with `mixing="speculative"`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    reasons = {
+        "teacher=None": (teacher is None, "there is no teacher to mix with"),
+        "keys=None": (keys is None, "greedy decoding has no distribution to mix"),
+        "on_every_process": (
+            on_every_process is not None,
+            "processes would need a sharded teacher after different numbers of tokens",
+        ),
+        "compiled": (compiled is not None, "dropped drafts cannot be taken out of a compiled cache"),
+        f"no_repeat_ngram_size={no_repeat_ngram_size}": (
+            no_repeat_ngram_size > 0,
+            "the n-grams of a draft are unknown to the teacher's pass",
+        ),
+    }
+    for name, (is_set, reason) in reasons.items():
+        if is_set:
+            raise UserError(f"mixing='speculative' does not work with {name}: {reason}. Use mixing='coins'.")
+
+
+def _groups(finished: Iterator[FinishedRow], size: int) -> Iterator[list[FinishedRow]]:
+    """Collect rows in groups of `size`, in the order of their prompts."""
+    group: list[FinishedRow] = []
+    for row in finished:
+        group.append(row)
+        if len(group) == size:
+            yield sorted(group, key=lambda row: row.row)
+            group = []
+    if group:
+        yield sorted(group, key=lambda row: row.row)
+
+
+def _row_numbers(
+    keys: Sequence[tuple[int, ...]] | None, rows: Sequence[int], max_new_tokens: int
+) -> np.ndarray | None:
+    """Return the numbers `(R, N)` that draw the tokens of rows."""
+    if keys is None or not rows:
+        return None
+    return np.stack([keyed_uniforms(max_new_tokens, *keys[row]) for row in rows])
 
 
 def _batches(
@@ -330,35 +352,9 @@ def _batches(
     """Split `order` into batches; if processes sample together, empty ones follow until the last process is done."""
     for start in count(0, batch_size):
         rows = list(order[start : start + batch_size])
-        if _everywhere(not rows, on_every_process):
+        if not rows if on_every_process is None else on_every_process(not rows):
             return
         yield rows
-
-
-def _coin_keys(
-    coin_key: tuple[int, ...] | None, batch: int, keys: Sequence[tuple[int, ...] | None], shared: bool
-) -> list[tuple[int, ...]]:
-    """Return the key of the coins that the rows of a batch share, or one key for each row.
-
-    Args:
-        coin_key (`tuple[int, ...]`, *optional*): the caller's key of the coins.
-        batch (`int`): number of the batch.
-        keys (`Sequence[tuple[int, ...] | None]`): key of each row's tokens; None for greedy decoding.
-        shared (`bool`): whether the rows share their coins.
-    """
-    if coin_key and shared:
-        return [(*coin_key, batch)]
-    if coin_key:
-        return [(*coin_key, batch, row) if key is None else (*coin_key, *key) for row, key in enumerate(keys)]
-    return [_derive_coin_key(keys)] if shared else [_derive_coin_key([key]) for key in keys]
-
-
-def _derive_coin_key(keys: Sequence[tuple[int, ...] | None]) -> tuple[int]:
-    """Return a key for the coins of rows whose tokens have these keys."""
-    if None in keys:
-        return (draw_seed(),)
-    # a digest, so that no coin reuses a number that draws a token
-    return (digest(["coins", *(tuple(map(int, key)) for key in keys if key is not None)]),)
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 `MiniLLMTrainer` overrides methods of TRL. Its bases are in these modules, from the most derived class down to TRL's:
 
-- `teacher_mixed_trainer`: sampling and scoring with a teacher; `rollout_in_progress`: the state of one rollout
+- `teacher_mixed_trainer`: sampling and scoring with a teacher; `rollout_in_progress`: the state of one rollout;
+  `mixing_choice`: how it is sampled, as configured or measured
 - `measured_rollouts`: advantages; with `measured_trainer` and `logged_metrics`: metrics over all completions
 - `resumable_rollouts`: the rollout buffer, and resuming mid-buffer
 - `reliable_trainer`, `checkpoints`, `random_state`, `interruption`: atomic checkpoints, exact resume, SIGTERM

@@ -88,6 +88,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "whiten_advantages": ("none", "tokens", "padding"),
     "teacher_hidden_states": ("device", "cpu", "recompute"),
     "compile_rollouts": (None, "inductor", "cudagraphs"),
+    "mixing": ("coins", "speculative", "auto"),
 }
 
 
@@ -103,6 +104,7 @@ def check_config(args: "MiniLLMConfig") -> None:
     _check_weights(args)
     _check_memory(args)
     check_server_settings(args)
+    _check_mixing(args)
     _check_sampling(args)
     _check_inherited(args)
     assert args.steps_per_generation is not None  # set by GRPOConfig
@@ -161,12 +163,12 @@ def _check_long_term(args: "MiniLLMConfig") -> None:
             "advantage_baseline='group' is a mean over the other completions of a prompt, but num_generations=1: "
             "set num_generations to 2 or more, or advantage_baseline='position'."
         )
-    mixed = args.teacher_mixed_alpha > 0.0 and args.shared_coins
+    mixed = args.teacher_mixed_alpha > 0.0 and args.shared_coins and args.mixing != "speculative"
     if args.advantage_baseline != "none" and args.importance_weighting == "sequence" and mixed:
         raise UserError(
             f"advantage_baseline={args.advantage_baseline!r} averages over rows that share their coins "
             "(shared_coins=True). This biases the gradient, which importance_weighting='sequence' should make exact. "
-            "Set shared_coins=False."
+            "Set shared_coins=False, or mixing='speculative'."
         )
 
 
@@ -197,6 +199,22 @@ def _check_memory(args: "MiniLLMConfig") -> None:
             raise UserError(
                 "offload_teacher=True keeps the teacher on the CPU during the inner passes, but "
                 f"{name}={value!r} runs it in them. Drop one of them."
+            )
+
+
+def _check_mixing(args: "MiniLLMConfig") -> None:
+    if args.mixing == "coins":
+        return
+    reasons = {
+        "teacher_mixed_alpha": (args.teacher_mixed_alpha == 0.0, "nothing is mixed"),
+        "shard_teacher": (args.shard_teacher, "processes would need a sharded teacher after different tokens"),
+        "compile_rollouts": (args.compile_rollouts, "dropped drafts cannot be taken out of a compiled cache"),
+    }
+    for name, (is_set, reason) in reasons.items():
+        if is_set:
+            raise UserError(
+                f"mixing={args.mixing!r} does not work with {name}={getattr(args, name)!r}: {reason}. "
+                f"Set mixing='coins', or drop {name}."
             )
 
 

@@ -18,6 +18,7 @@ from ..rollouts.buffer import Batch, by_length, deal_rows, trim, window_counts
 from ..rollouts.keyed_random import ROLLOUT_ORDER
 from .evaluation_rows import Row
 from .measured_trainer import MeasuredTrainer
+from .mixing_choice import MixingChoice
 from .nonfinite_rows import leave_out_faulty
 from .run_settings import plain
 
@@ -53,6 +54,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
     rollout_seconds = 0.0  # time spent on training rollouts since the process started
     _nonfinite_completions = 0  # left out of the training so far, on all processes
     _overflow_counter: OverflowCounter | None
+    _mixing: MixingChoice
     _given: dict[str, dict[str, Any] | None]  # descriptions of the teacher and the corpus of L_PT
 
     @property
@@ -138,6 +140,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         super()._forget_last_run()
         self._buffered_inputs = None
         self._nonfinite_completions = 0
+        self._mixing.forget()
 
     def _run_state(self) -> dict[str, Any]:
         rollouts = None
@@ -149,6 +152,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
             "made_by": self._made_by(),
             "step": self._step,
             "rollouts": rollouts,
+            "mixing": self._mixing.method,
             "completions": _plain(self._logs) if self.log_completions else {},
             "nonfinite_completions": self._nonfinite_completions,
             "overflows": None if self._overflow_counter is None else self._overflow_counter.skipped_steps,
@@ -160,6 +164,7 @@ class ResumableRollouts(MeasuredTrainer, GRPOTrainer):
         if saved is None:
             return
         self._nonfinite_completions = saved["nonfinite_completions"]
+        self._mixing.restore(saved.get("mixing", "auto"))  # which older checkpoints lack
         for name, values in saved["completions"].items():
             _extend(self._logs[name], values)
         if self._overflow_counter is not None and saved["overflows"] is not None:

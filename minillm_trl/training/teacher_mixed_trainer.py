@@ -19,12 +19,7 @@ from ..models.fused_head import ScoreRequest, TokenScores, add_scoring
 from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import LMHead, check_head
 from ..models.student_copy import RolloutCopy, shards_student, student_of
-from ..models.teacher import (
-    TeacherOffload,
-    adapter_on_base,
-    place_new_teacher,
-    shared_vocab_size,
-)
+from ..models.teacher import TeacherOffload, adapter_on_base, place_new_teacher, shared_vocab_size
 from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
@@ -40,6 +35,7 @@ from .checks import check_completion_ids
 from .language_modeling import LanguageModelingBatches
 from .logged_metrics import make_totals, token_totals
 from .measured_rollouts import MeasuredRollouts
+from .mixing_choice import MixingChoice
 from .nonfinite_rows import explain_faults
 
 
@@ -81,6 +77,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         # whether all processes take part in a turn if one does
         self._collective_turns = not self._decodes_with_trl and (sharded or self._teacher.is_sharded)
         self._scorer = self._make_scorer()
+        self._mixing = MixingChoice(self.args.mixing, self.accelerator, self._teacher.is_sharded)
         self._add_scoring(student)
         self._prepare_decoding(student)
 
@@ -215,6 +212,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
             ),
             self._sampling_model() as student,
         ):
+            sampler = self._mixing.applied_to(sampler, student, prompt_ids, max_new_tokens)
             sampled = sampler.sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn, rollout.given)
         rollout.scores = sampled.scores
         return sampled.completions

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build_model
-from transformers import DynamicCache, GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
+import minillm_trl.rollouts.coins
 import minillm_trl.rollouts.decoding
-import minillm_trl.rollouts.sampling
+import minillm_trl.rollouts.slots
 from minillm_trl.rollouts.buffer import deal_rows
 from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
 from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms, toss_coins
 from minillm_trl.rollouts.sampling import draw_tokens, sample_completions, sample_prompts
+from minillm_trl.rollouts.slots import Buffer
 
 VOCAB, HORIZON, EOS = 3, 3, 0
 PROMPTS = [[1], [2, 1, 2, 2]]
@@ -98,8 +100,14 @@ def test_given_the_coins_every_token_has_exactly_the_interval_of_its_model(famil
 
 @torch.no_grad()
 @pytest.mark.parametrize("coin_key", [(99,), None], ids=["own key", "default coins"])
-@pytest.mark.parametrize(("family", "shared"), [("gpt2", True), ("gpt2", False), ("llama", False)])
-def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool, coin_key: tuple[int] | None):
+@pytest.mark.parametrize(
+    ("family", "shared", "slots"),
+    [("gpt2", True, None), ("gpt2", False, None), ("llama", False, None), ("gpt2", True, 3), ("llama", False, 3)],
+)
+def test_samples_follow_the_law_of_the_mixture(
+    family: str, shared: bool, slots: int | None, coin_key: tuple[int] | None
+):
+    """With fewer slots than rows, batches follow one another; with coins of its own, a row enters when one ends."""
     student, teacher = tiny(0, family), tiny(1, family)
     alpha = 0.4
     calls, rows = (300, 8) if shared else (1, 2400)  # rows that share their coins are dependent, calls are not
@@ -116,6 +124,7 @@ def test_samples_follow_the_law_of_the_mixture(family: str, shared: bool, coin_k
             alpha=alpha,
             coin_key=coin_key and (*coin_key, call),
             shared_coins=shared,
+            batch_size=slots if shared else slots and 200 * slots,
         )
         for completion in completions[1:]:
             counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / (calls * rows)
@@ -153,6 +162,67 @@ def test_a_completion_does_not_depend_on_the_rows_beside_it(family: str, options
     assert len({len(completion) for completion in alone}) > 3  # rows finish at different steps
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_slots_take_the_next_prompt_as_soon_as_their_row_has_finished(alpha: float):
+    model, teacher = (build_model("llama", vocab_size=50, seed=seed, width=16, layers=1) for seed in (0, 1))
+    rows = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    groups = []
+    completions = sample_prompts(
+        model,
+        LONG_PROMPTS,
+        keys=[(7, sum(prompt)) for prompt in LONG_PROMPTS],
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=4,
+        teacher=teacher,
+        alpha=alpha,
+        shared_coins=False,
+        on_batch=lambda rows, sampled: groups.append(rows),
+    )
+    lengths = sorted(map(len, completions))
+    assert lengths[-1] > 1.5 * lengths[6]
+    steps = [count for count in rows if count > 1 or alpha == 0.0]
+    assert max(rows) == 4
+    if alpha == 0.0:  # a step for each token, each with as many rows as there are
+        assert sum(rows) == sum(lengths) + sum(len(prompt) > 1 for prompt in LONG_PROMPTS) - 4
+        assert rows.count(4) > sum(lengths) / 4 - 24
+    assert len(steps) < 3 * 24  # of three batches of four
+    assert sorted(row for group in groups for row in group) == list(range(12))
+    assert [len(group) for group in groups] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+def test_columns_that_move_or_grow_change_no_sample(monkeypatch: pytest.MonkeyPatch, family: str):
+    options = {"alpha": 0.3, "family": family, "batch_size": 3, "shared_coins": False, "keep_states": True}
+    states = []
+
+    def record(rows: list[int], sampled) -> None:
+        states.append(dict(zip(rows, zip(*sampled[1:], strict=True), strict=True)))
+
+    expected = sample(LONG_PROMPTS, **options, on_batch=record)
+    moved = []
+    move = Buffer.move
+    monkeypatch.setattr(minillm_trl.rollouts.slots, "_FIRST_COLUMNS", 2)
+
+    def recorded(self: Buffer, start: int, end: int, columns: int) -> None:
+        moved.append((columns, columns == self.tensor.shape[self.dim]))
+        move(self, start, end, columns)
+
+    monkeypatch.setattr(Buffer, "move", recorded)
+    assert sample(LONG_PROMPTS, **options, on_batch=record) == expected
+    assert {in_place for _, in_place in moved} == {True, False}
+    assert max(columns for columns, _ in moved) < 2 * (24 + 16)
+    half = len(states) // 2
+    for found, plain in zip(states[half:], states[:half], strict=True):
+        for row, (mask, *parts) in found.items():
+            for part, other in zip(parts, plain[row][1:], strict=True):
+                torch.testing.assert_close(part[mask], other[mask], rtol=1e-4, atol=1e-4)
+
+
 def test_completions_end_with_the_first_of_several_ends_or_at_the_limit():
     for completion in sample(LONG_PROMPTS, batch_size=4):
         assert not {0, 3} & set(completion[:-1])
@@ -187,8 +257,10 @@ def test_each_model_runs_only_at_its_own_steps(monkeypatch: pytest.MonkeyPatch):
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(family: str, alpha: float, shared: bool):
+@pytest.mark.parametrize(("family", "slots"), [*((family, 5) for family in FAMILIES), ("llama", 1)])
+def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(
+    family: str, slots: int, alpha: float, shared: bool
+):
     student = build_model(family, vocab_size=50, width=16)
     teacher = build_model(family, vocab_size=50, width=24, seed=1)
     batches = []
@@ -199,7 +271,7 @@ def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(fa
         max_new_tokens=24,
         eos_token_ids=[0, 3],
         pad_token_id=1,
-        batch_size=5,
+        batch_size=slots,
         teacher=teacher,
         alpha=alpha,
         shared_coins=shared,
@@ -384,7 +456,7 @@ class TestCheckDecoding:
     def test_cache_that_does_not_work_is_refused_in_any_precision(self, monkeypatch: pytest.MonkeyPatch, dtype):
         model = build_model("gpt2").to(dtype)
         check_decoding(model, "student")
-        monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, rows: self.reset())
+        monkeypatch.setattr(Buffer, "copy_row", lambda *unused: None)
         with pytest.raises(ValueError, match="cannot decode several tokens at a time: its logits differ by up to"):
             check_decoding(model, "student")
 
@@ -499,7 +571,7 @@ class TestDefaultCoins:
             found.append(key)
             return toss_coins(length, alpha, *key)
 
-        monkeypatch.setattr(minillm_trl.rollouts.sampling, "toss_coins", recorded)
+        monkeypatch.setattr(minillm_trl.rollouts.coins, "toss_coins", recorded)
         with torch.random.fork_rng(devices=[]):  # it is seeded for each model
             models = [build_model("gpt2", vocab_size=10, seed=seed, width=8, layers=1) for seed in (0, 1)]
         options = {"max_new_tokens": 3, "eos_token_ids": [], "pad_token_id": 1, "batch_size": 2}

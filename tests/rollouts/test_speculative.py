@@ -1,0 +1,224 @@
+"""The law of speculative mixing, by enumeration and by statistics, and what does not change its samples."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture_law, tiny
+
+import minillm_trl.rollouts.speculative
+from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.sampling import sample_prompts
+from minillm_trl.rollouts.slots import Slots
+from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts
+
+
+class TestLaw:
+    """Of one token: draft y from q, keep it if the toss is not below alpha or the teacher agrees, else replace it."""
+
+    @staticmethod
+    def exact_law(teacher: torch.Tensor, student: torch.Tensor, alpha: float, temperature: float) -> torch.Tensor:
+        """Return the probability of each token, adding the lengths of the intervals of the numbers that lead to it.
+
+        The numbers at which the outcome changes are tried on both sides.
+        """
+        p, q = (torch.softmax(logits / temperature, dim=-1) for logits in (teacher, student))
+        size, margin = len(p), 1e-9
+        residual = (p - q).clamp(min=0)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.float64), (residual / residual.sum()).cumsum(0)])
+        law = (1 - alpha) * q
+        for draft in range(size):
+            threshold = min(1.0, (p[draft] / q[draft]).item())
+            for token in range(size):
+                interval = (bounds[token + 1] - bounds[token]).item()
+                if interval > 2 * margin and threshold < 1.0:
+                    inside = [bounds[token].item() + margin, bounds[token + 1].item() - margin]
+                    for number in inside:
+                        assert TestLaw.judge(teacher, student, draft, threshold + margin, number, temperature) == (
+                            False,
+                            token,
+                        )
+                law[token] += alpha * q[draft] * (1 - threshold) * interval
+            kept = [margin, threshold - margin] if threshold > 2 * margin else []
+            assert all(
+                TestLaw.judge(teacher, student, draft, number, 0.5, temperature) == (True, draft) for number in kept
+            )
+            law[draft] += alpha * q[draft] * threshold
+        return law
+
+    @staticmethod
+    def judge(teacher, student, draft: int, verdict: float, replacement: float, temperature: float):
+        numbers = (torch.tensor([number], dtype=torch.float64) for number in (verdict, replacement))
+        kept, token = judge_drafts(teacher[None], student[None], torch.tensor([draft]), *numbers, temperature)
+        return kept.item(), token.item()
+
+    @pytest.mark.parametrize("alpha", [0.2, 0.7, 1.0])
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_token_follows_the_mixture_exactly(self, alpha: float, temperature: float):
+        torch.manual_seed(0)
+        for _ in range(20):
+            teacher, student = 1.5 * torch.randn(2, 5, dtype=torch.float64)
+            p, q = (torch.softmax(logits / temperature, dim=-1) for logits in (teacher, student))
+            law = self.exact_law(teacher, student, alpha, temperature)
+            torch.testing.assert_close(law, alpha * p + (1 - alpha) * q, rtol=0, atol=1e-12)
+
+    def test_excluded_token_of_the_teacher_is_always_rejected(self):
+        teacher = torch.tensor([-torch.inf, 0.0, 1.0], dtype=torch.float64)
+        assert self.judge(teacher, torch.zeros(3, dtype=torch.float64), 0, 0.0, 0.0, 1.0) == (False, 2)
+
+    def test_equal_models_reject_nothing(self):
+        logits = torch.randn(3, dtype=torch.float64)
+        assert self.judge(logits, logits, 1, 1 - 2**-53, 0.5, 1.0) == (True, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "slots"), [("gpt2", None), ("llama", 300)])
+def test_samples_follow_the_law_of_the_mixture(family: str, slots: int | None):
+    student, teacher, alpha, rows = tiny(0, family), tiny(1, family), 0.4, 2400
+    counts: dict[tuple, float] = {}
+    completions = sample_prompts(
+        student,
+        [PROMPTS[0], *[PROMPTS[1]] * rows],  # the first one is padded
+        keys=[(0, row) for row in range(rows + 1)],
+        max_new_tokens=HORIZON,
+        eos_token_ids=[EOS],
+        pad_token_id=1,
+        batch_size=slots,
+        teacher=teacher,
+        alpha=alpha,
+        mixing="speculative",
+    )
+    for completion in completions[1:]:
+        counts[tuple(completion)] = counts.get(tuple(completion), 0.0) + 1 / rows
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], alpha, 1.0)) < 0.05
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 0.0, 1.0)) > 0.08
+    assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 1.0, 1.0)) > 0.08
+
+
+def sample(family: str, batch_size: int | None, prompts=LONG_PROMPTS, alpha: float = 0.4, **options):
+    return sample_prompts(
+        build_model(family, vocab_size=50, width=16, layers=2),
+        prompts,
+        keys=[(7, sum(prompt)) for prompt in prompts],
+        max_new_tokens=24,
+        eos_token_ids=[0, 3],
+        pad_token_id=1,
+        batch_size=batch_size,
+        alpha=alpha,
+        coin_key=(9,),
+        teacher=build_model(family, vocab_size=50, seed=1, width=16, layers=2),
+        mixing="speculative",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mpt"])
+def test_a_completion_depends_on_neither_other_rows_nor_blocks(monkeypatch: pytest.MonkeyPatch, family: str):
+    alone = sample(family, batch_size=1)
+    assert len({len(completion) for completion in alone}) > 3  # rows finish at different steps
+    for length, slots in ((1, 12), (3, 5), (9, 4), (32, 12)):
+        monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
+        assert sample(family, batch_size=slots) == alone
+        assert sample(family, batch_size=slots, prompts=LONG_PROMPTS[::-1]) == alone[::-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 4, 32])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "bloom"])
+def test_kept_states_are_those_of_a_plain_forward_pass(monkeypatch: pytest.MonkeyPatch, family: str, length: int):
+    monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_: length)
+    batches = []
+    options = {"keep_states": True, "on_batch": lambda rows, sampled: batches.append((rows, sampled))}
+    completions = sample(family, batch_size=5, **options)
+    models = [build_model(family, vocab_size=50, seed=seed, width=16, layers=2) for seed in (0, 1)]
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(12))
+    for rows, sampled in batches:
+        for number, row in enumerate(rows):
+            ids = torch.tensor([LONG_PROMPTS[row] + completions[row]])
+            for model, states in zip(models, sampled[2:], strict=True):
+                expected = model.base_model(ids).last_hidden_state[0, len(LONG_PROMPTS[row]) - 1 : -1]
+                torch.testing.assert_close(
+                    states[number, : len(completions[row])], expected, rtol=1e-3, atol=1e-3 * expected.abs().max()
+                )
+
+
+def test_columns_of_dropped_drafts_are_removed(monkeypatch: pytest.MonkeyPatch):
+    """Without windows when they are many, with windows always."""
+    monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_: 8)
+    found = {}
+    align, run_step = Slots.align, SpeculativeSampling._refill
+    for family in ("llama", "mistral"):
+        removed, left = [], []
+        monkeypatch.setattr(Slots, "align", lambda self, removed=removed: [removed.append(self.holes), align(self)])
+
+        def refill(self, left=left):
+            run_step(self)
+            left.append(max(self.slots.holes, default=0))
+
+        monkeypatch.setattr(SpeculativeSampling, "_refill", refill)
+        sample(family, batch_size=12, alpha=1.0)
+        found[family] = len(removed), max(left)
+    assert found["mistral"][0] > found["llama"][0] > 0
+    assert found["mistral"][1] == 0 < found["llama"][1]
+
+
+def test_teacher_runs_only_after_drafts_that_ask_for_it():
+    calls = {"student": 0, "teacher": 0}
+    student, teacher = (build_model("llama", vocab_size=50, seed=seed, width=16) for seed in (0, 1))
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.base_model.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    options = {"max_new_tokens": 60, "eos_token_ids": [], "pad_token_id": 1, "teacher": teacher}
+    sample_prompts(student, [[5]], keys=[(1,)], alpha=0.1, mixing="speculative", **options)
+    assert 0 < calls["teacher"] < 10 < 60 <= calls["student"] < 100
+
+
+class TestBlockLength:
+    def test_certain_tokens_are_drafted_up_to_the_first_question(self):
+        asked = np.array([[0, 0, 0, 1, 0, 0]])
+        assert block_length(asked, 0.9, 1.0, 100.0, 0.0) == 3  # the teacher is asked in the next block
+        assert block_length(asked[:, 3:], 0.0, 1.0, 100.0, 0.0) == 1
+
+    def test_most_expected_tokens_per_cost(self):
+        """By enumerating the lengths."""
+        generator = np.random.default_rng(0)
+        for kept, teacher_cost in product((0.3, 0.8, 0.95), (1.0, 12.0)):
+            asked = (generator.random((4, 20)) < 0.3).astype(int)
+            asked[:, 0] = 1
+            asked[0, 7:] = -1
+            rates = []
+            for length in range(1, 21):
+                expected = 0.0
+                for row in asked[:, :length]:
+                    alive = 1.0
+                    for flag in row:
+                        expected += alive if flag >= 0 else 0.0
+                        alive *= kept if flag == 1 else 1.0
+                rates.append(expected / (length * (1 + 4 / 16) + teacher_cost * (1 + 4 * length / 16)))
+            assert block_length(asked, kept, 1.0, teacher_cost, 1 / 16) == 20 - int(np.argmax(rates[::-1]))
+
+    def test_models_that_agree_draft_longer(self):
+        asked = np.tile([1, 0, 0, 0, 0], (4, 6))
+        lengths = [block_length(asked, kept, 1.0, 8.0, 0.05) for kept in (0.3, 0.8, 0.97)]
+        assert lengths == sorted(lengths)
+        assert lengths[0] < lengths[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("teacher=None", {"teacher": None}),
+        ("keys=None", {"keys": None}),
+        ("on_every_process", {"on_every_process": bool}),
+        ("no_repeat_ngram_size=3", {"no_repeat_ngram_size": 3}),
+        ("compiled", {"compiled": True}),
+    ],
+)
+def test_arguments_that_speculation_cannot_serve_are_refused(name: str, options: dict):
+    student, teacher = (build_model("gpt2", vocab_size=20, seed=seed, width=8, layers=1) for seed in (0, 1))
+    if "compiled" in options:
+        options = {"compiled": CompiledDecoding(student, "eager")}
+    common = {"keys": [(1,)], "max_new_tokens": 4, "eos_token_ids": [], "pad_token_id": 1, "teacher": teacher}
+    with pytest.raises(ValueError, match=f"mixing='speculative' does not work with {name}"):
+        sample_prompts(student, [[5]], **{**common, "alpha": 0.5, "mixing": "speculative", **options})

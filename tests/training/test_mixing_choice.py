@@ -1,0 +1,94 @@
+"""How a run mixes: as configured, or as measured at its first rollout and kept from then on."""
+
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import build_model
+from test_rollout_sampler import PROMPTS, build_sampler
+from test_trainer import make_trainer, weights
+
+import minillm_trl.training.mixing_choice
+from minillm_trl import MiniLLMConfig
+from minillm_trl.training.mixing_choice import MixingChoice, measure_mixing
+
+
+def test_speculative_rollouts_do_not_depend_on_the_batch_and_are_scored_as_the_mixture(tmp_path):
+    found = []
+    for options in ({}, {"sampling_batch_size": 3}):
+        trainer = make_trainer(
+            tmp_path, mixing="speculative", teacher_mixed_alpha=0.5, max_steps=2, num_iterations=1, **options
+        )
+        score, batches = trainer._score_rollouts, []
+
+        def recorded(batch, *args, score=score, batches=batches, **kwargs):
+            scored, faults = score(batch, *args, **kwargs)
+            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+            again, _ = score({name: batch[name] for name in names}, 0.5)  # by plain forward passes
+            behavior = [each["old_per_token_logps"] for each in (scored, again)]
+            torch.testing.assert_close(*behavior, rtol=1e-4, atol=1e-4)
+            batches.append(scored["completion_ids"].tolist())
+            return scored, faults
+
+        trainer._score_rollouts = recorded
+        trainer.train()
+        found.append(batches)
+    assert found[0][0] == found[1][0]
+
+
+class TestAuto:
+    @staticmethod
+    def fake(monkeypatch: pytest.MonkeyPatch, faster: str) -> list[int]:
+        calls = []
+
+        def measure(sampler, student, prompt_ids, length):
+            calls.append(len(prompt_ids))
+            return {name: 1.0 if name == faster else 2.0 for name in ("coins", "speculative")}
+
+        monkeypatch.setattr(minillm_trl.training.mixing_choice, "measure_mixing", measure)
+        return calls
+
+    @pytest.mark.parametrize("faster", ["coins", "speculative"])
+    def test_run_is_that_of_the_faster_way(self, tmp_path, monkeypatch, caplog, faster: str):
+        calls = self.fake(monkeypatch, faster)
+        runs = [make_trainer(tmp_path, mixing=mixing, max_steps=2) for mixing in ("auto", faster)]
+        with caplog.at_level(logging.WARNING):
+            for trainer in runs:
+                trainer.train()
+        assert len(calls) == 1
+        assert f"mixing='auto' chose '{faster}'" in caplog.text
+        assert torch.equal(*map(weights, runs))
+
+    def test_resumed_run_keeps_the_choice(self, tmp_path, monkeypatch):
+        options = {"mixing": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "num_iterations": 1}
+        self.fake(monkeypatch, "speculative")
+        whole = make_trainer(tmp_path, **options)
+        whole.train()
+        calls = self.fake(monkeypatch, "coins")  # would now choose the other one
+        resumed = make_trainer(tmp_path, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert calls == []
+        assert torch.equal(weights(whole), weights(resumed))
+
+    def test_measurement_times_both_ways_and_leaves_random_state_alone(self):
+        student, sampler = build_model("gpt2", 40, seed=0), build_sampler(0.5)
+        state = torch.get_rng_state()
+        found = measure_mixing(sampler, student, PROMPTS, 6)
+        assert found.keys() == {"coins", "speculative"}
+        assert all(value > 0 for value in found.values())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sharded_teacher_is_refused():
+    with pytest.raises(ValueError, match="mixing='speculative' does not work with a teacher that is sharded"):
+        MixingChoice("speculative", Accelerator(cpu=True), is_sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("teacher_mixed_alpha", 0.0), ("shard_teacher", True), ("compile_rollouts", "inductor")]
+)
+@pytest.mark.parametrize("mixing", ["speculative", "auto"])
+def test_settings_that_it_cannot_serve_are_refused(tmp_path, field: str, value, mixing: str):
+    with pytest.raises(ValueError, match=f"mixing='{mixing}' does not work with {field}={value!r}"):
+        MiniLLMConfig(output_dir=str(tmp_path), use_cpu=True, mixing=mixing, **{field: value})
