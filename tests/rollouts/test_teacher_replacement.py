@@ -21,9 +21,9 @@ PROMPT = [1, 3, 2]
 
 def build_pair() -> list[torch.nn.Module]:
     models = [build_model("gpt2", VOCAB, seed=seed, width=16, layers=1) for seed in (0, 1)]
-    with torch.no_grad():  # further from uniform
+    with torch.no_grad():  # far enough from uniform, and flat enough to tell K from K + 1
         for model in models:
-            model.get_output_embeddings().weight.mul_(6.0)
+            model.get_output_embeddings().weight.mul_(2.0)
     return models
 
 
