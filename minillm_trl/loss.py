@@ -3,8 +3,8 @@
 The clip itself is in `objectives.clipped_policy_gradient_loss`; `clipped_tokens` repeats its rule for the metrics.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -148,3 +148,21 @@ def loss_terms(
     )
     reverse_kl = scores.divergence if scores.reverse_kl is None else scores.reverse_kl
     return LossTerms(loss, long_term, scores.divergence, reverse_kl, kl, weights, clipped)
+
+
+def loss_of_tokens(
+    rollout: Mapping[str, torch.Tensor], options: Mapping[str, Any]
+) -> Callable[[TokenScores, torch.Tensor], torch.Tensor]:
+    """Return the loss of chosen tokens as a function of their scores and their numbers among all tokens.
+
+    Args:
+        rollout (`Mapping[str, torch.Tensor]`): as in [`loss_terms`], of shape `(B, T)`.
+        options (`Mapping`): the `LOSS_OPTIONS`.
+    """
+    flat = {name: values.reshape(-1) for name, values in rollout.items()}
+
+    def loss(scores: TokenScores, tokens: torch.Tensor) -> torch.Tensor:
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        return loss_terms({name: values[tokens] for name, values in flat.items()}, scores, everywhere, **options).loss
+
+    return loss

@@ -39,6 +39,7 @@ Differences from the paper, by default:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -49,24 +50,20 @@ from transformers.trainer_utils import TrainOutput
 
 from .config import MiniLLMConfig
 from .errors import UserError
-from .hardware.precision import keep_adapters_in_float32
-from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_terms
+from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_of_tokens, loss_terms
 from .masking import normalize_loss
-from .models.bitsandbytes_layout import keep_4bit_layout
-from .models.dropout import disable_dropout
 from .models.encoding import added_tokens, without_extra_tokens
-from .models.fused_head import ScoreRequest, TokenScores
+from .models.fused_head import ScoreRequest
 from .rollouts.buffer import Batch, sequences
 from .teacher_server.remote_teacher import choose_teacher
-from .training.checks import check_arguments, check_machine, check_model, check_prompt_ids, check_rollout_logps
-from .training.ends_of_run import settle_ends
+from .training.checks import check_arguments, check_machine, check_prompt_ids, check_rollout_logps
+from .training.evaluation_rows import fill_rows
 from .training.language_modeling import language_modeling_request
-from .training.measured_rollouts import placeholder_reward
 from .training.model_card import PAPER
-from .training.nonfinite_rows import explain_empty_step, explain_values, trained_rows, warn_of_faults
-from .training.resumable_rollouts import EpochRepeatSampler, number_prompts
+from .training.nonfinite_rows import explain_empty_step, explain_loss, explain_values, trained_rows, warn_of_faults
+from .training.prompt_order import EpochRepeatSampler, mark_filler, split_columns
+from .training.rollout_buffer import loss_normalizer
 from .training.rollout_in_progress import RolloutInProgress
-from .training.run_settings import describe_dataset, describe_model
 from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
 
@@ -154,13 +151,15 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             peft_config=peft_config,
         )
         check_machine(args, quantization_config)
-        no_reward_funcs = reward_funcs is None or reward_funcs == []
+        assert train_dataset is not None  # checked above
         super().__init__(
             model=model,
-            # GRPOTrainer requires a reward function. Without one, pass a placeholder and remove it again.
-            reward_funcs=placeholder_reward if no_reward_funcs else reward_funcs,
+            teacher_model=teacher,
+            teacher_tokenizer=teacher_tokenizer,
+            lm_dataset=lm_dataset,
+            reward_funcs=reward_funcs,
             args=args,
-            train_dataset=number_prompts(train_dataset),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             reward_processing_classes=reward_processing_classes,
@@ -172,18 +171,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        if no_reward_funcs:
-            self._remove_placeholder_reward()
-        keep_4bit_layout(self.model)
-        keep_adapters_in_float32(self.model)
-        check_model(self, has_corpus=lm_dataset is not None)
-        if args.disable_dropout:
-            disable_dropout(self.model)
-        self._given = {"teacher_model": describe_model(teacher), "lm_dataset": describe_dataset(lm_dataset)}
-        self._add_teacher(teacher)
-        settle_ends(self, getattr(self.teacher_model or teacher, "generation_config", None), teacher_tokenizer)
-        self._lm_window: list[Batch] = []
-        self._lm_batches = None if lm_dataset is None else self._make_lm_batches(lm_dataset)
 
     # Scoring
 
@@ -229,14 +216,23 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             "completion_mask": completion_mask,
         }
         with self._teacher_phase:
-            batch, faults = self._score_rollouts(
-                batch, self.args.teacher_mixed_alpha, behavior_logps, self.args.advantage_baseline
+            scored = self.scoring.training_batch(
+                self.model, batch, self.args.teacher_mixed_alpha, behavior_logps, self.args.advantage_baseline
             )
-        for row, fault in faults.items():
+        for row, fault in scored.faults.items():
             raise FloatingPointError(f"Completion {row}: {fault}.")
-        return batch
+        return scored.batch
 
     # Overrides of TRL: rollouts
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        # transformers: repeats the first rows in the last batch of an evaluation on several processes
+        if not is_training:
+            repeats = self.num_generations_eval
+            dataset = fill_rows(dataset, batch_size, self.accelerator, self.args, mark_filler, repeats)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
         # TRL: repeats prompts for groups and reused rollouts, in an order that depends on the epochs run so far
@@ -277,7 +273,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if self._rollout.wants_old_logps:
             self._rollout.wants_old_logps = False
             return self._old_logps(input_ids, attention_mask, mask), None, None
-        scores = self._score_without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
+        scores = self.scoring.without_gradient(model, ScoreRequest(input_ids, attention_mask, mask, self.temperature))
         return scores.logps, scores.entropy, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -295,7 +291,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def _generate_and_score(self, inputs: list[dict[str, Any]]) -> Batch:
         training = self.model.training
-        prompt_index, counts, inputs = self._take_rows(inputs)
+        prompt_index, are_real, inputs = split_columns(inputs)
+        counts = torch.tensor(are_real, device=self.accelerator.device)
         self._rollout = rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
         rollout.given = self._given_completions(inputs)
         output = super()._generate_and_score_completions(inputs)
@@ -312,11 +309,14 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if not self.use_vllm:  # with vLLM, GRPO corrects the sampling mismatch with them
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
-        batch, faults = self._score_rollouts(batch, alpha, behavior_logps, baseline, rollout.scores, log=True)
+        scored = self.scoring.training_batch(self.model, batch, alpha, behavior_logps, baseline, rollout.scores)
+        batch, faults = scored.batch, scored.faults
+        if scored.baseline is not None:
+            self.means.add(self.mode, scored.baseline)
         if self.reward_funcs:
-            faults |= self._mark_infinite_rewards(batch["faulty"])
-            batch["advantages"] = batch["advantages"] + self._reward_advantages(output["advantages"])[:, None]
-        batch["half"] = self._halves(len(batch["prompt_ids"]))
+            batch, infinite = self._add_reward_advantages(batch, output["advantages"])
+            faults |= infinite
+        batch["half"] = self.buffer.halves(len(batch["prompt_ids"]))
         batch["prompt_index"] = torch.tensor(prompt_index, device=batch["prompt_ids"].device)
         optional = ("importance_sampling_ratio", "ref_per_token_logps")
         batch |= {name: output[name] for name in optional if name in output}
@@ -334,14 +334,11 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         # TRL: samples when the buffer is used up, shuffles it, and returns its next micro-batch
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
-        batch = self._next_micro_batch(generation_batch)
+        step, accumulation = self.state.global_step, self.args.gradient_accumulation_steps
+        micro_step, batch = self.buffer.next(step, partial(self._make_rollout, generation_batch))
         if self._lm_batches is None:
             return batch
-        accumulation = self.args.gradient_accumulation_steps
-        micro_step = self._step % accumulation
-        if micro_step == 0 or not self._lm_window:
-            self._lm_window = self._lm_batches.load_window(self.state.global_step, accumulation, self.accelerator)
-        return {**batch, "lm": self._lm_window[micro_step]}
+        return {**batch, "lm": self._lm_batches.load(step, micro_step, accumulation, self.accelerator)}
 
     # Overrides of TRL: updates
 
@@ -349,24 +346,16 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         # TRL: computes GRPO's loss from complete logits, normalised by tokens or rows
         counts = inputs.get("counts", ~inputs["faulty"])
         if self.model.training:
-            self._faults += explain_empty_step(inputs)
+            self.guard.faults += explain_empty_step(inputs)
             inputs = trained_rows(inputs, self._tokenizer.pad_token_id)
         input_ids, attention_mask, mask = sequences(inputs)
         rollout = {name: inputs[name].expand(mask.shape) for name in LOSS_INPUTS if name in inputs}
-        flat = {name: values.reshape(-1) for name, values in rollout.items()}
         options = {name: getattr(self.args, name) for name in LOSS_OPTIONS}
-
-        def loss_of_tokens(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
-            everywhere = torch.ones_like(rows, dtype=torch.bool)
-            return loss_terms(
-                {name: values[rows] for name, values in flat.items()}, scores, everywhere, **options
-            ).loss
-
         states = self._teacher.hidden_states_of(inputs)
         request = ScoreRequest(input_ids, attention_mask, mask, self.temperature, states, self.args.kd_temperature)
         request = request._replace(
             divergence=self.args.divergence(),
-            loss=loss_of_tokens,
+            loss=loss_of_tokens(rollout, options),
             half=inputs.get("half") if self.model.training else None,
             measure_reverse_kl=True,
         )
@@ -374,14 +363,17 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if "lm" in inputs:
             with self.accelerator.autocast():
                 requests.append(language_modeling_request(inputs["lm"], self.teacher_model, self.args.lm_kd_ratio))
-        scores, *lm_scores = self._score(model, *requests)
+        scores, *lm_scores = self.scoring.answer(model, *requests)
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
-        self._log_update(terms, scores, inputs, mask, counts)
-        loss = normalize_loss(scores.loss, self._loss_normalizer(inputs, mask))
+        self.guard.faults += self.rollout_metrics.add_update(self.mode, terms, scores, inputs, mask, counts)
+        normalizer = loss_normalizer(inputs, mask, self.args.loss_reduction, self.accelerator)
+        loss = normalize_loss(scores.loss, normalizer)
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
-        return loss
+        if not self.model.training:
+            return loss
+        return self.guard.check_loss(loss, partial(explain_loss, batch=inputs), self._deepspeed_engine)
 
     # Overrides of TRL: runs
 
@@ -393,8 +385,15 @@ class MiniLLMTrainer(TeacherMixedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the number of completions left out and, in float16, of steps that overflowed."""
-        # TRL: adds the means of its metrics, and prints completions of the last rollout
+        # TRL: adds the means of its metrics, and prints completions of the last rollout, also at the end of a run
         if "loss" in logs:
-            logs = {**logs, **self._counts_to_log()}
-        with self._completions_shown_once(is_end="train_runtime" in logs):
+            logs = {**logs, **self.counts.metrics(self.model_wrapped)}
+        if not self.model.training:
+            self.rollout_metrics.finish_eval_rewards()
+        wanted, step = self.log_completions, self.state.global_step
+        self.log_completions = wanted and not ("train_runtime" in logs and self.table.shown_at == step)
+        try:
             super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+        self.table.shown_at = step

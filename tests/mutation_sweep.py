@@ -41,8 +41,9 @@ MODULES = (
     *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
     *("slots", "slot_sampling", "coins", "draws", "speculative"),
     *("buffer", "scores", "token_scores", "rollout_sampler", "rollout_teacher", "keyed_random"),
-    *("trainer", "teacher_mixed_trainer", "resumable_rollouts", "logged_metrics", "degeneration"),
-    *("language_modeling", "measured_rollouts", "measured_trainer", "evaluation_rows"),
+    *("trainer", "teacher_mixed_trainer", "rollout_buffer", "rollout_rewards", "rollout_scoring"),
+    *("logged_metrics", "rollout_metrics", "run_metrics", "degeneration"),
+    *("language_modeling", "evaluation_rows", "exact_resume", "prompt_order"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
     *("divergences", "divergence_gradients", "positions", "given_completions", "teacher_replacement"),
 )

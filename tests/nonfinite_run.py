@@ -27,13 +27,13 @@ def main(output: str, options: str = "{}") -> None:
     minillm_trl.trainer.check_machine = lambda *unused: None
     trainer = make_trainer(Path(output), max_steps=5, steps_per_generation=1, **json.loads(options))
     rank, seen, scales = trainer.accelerator.process_index, [], []
-    score_rollout, score = trainer._score_rollout, trainer._score
+    score_rollout, score = trainer.scoring.of_rollout, trainer.scoring.answer
 
     def is_due(*steps: int) -> bool:
         return rank == 1 and trainer.state.global_step in steps and trainer.model.training
 
-    def broken_rollout(batch, *args):
-        scores = score_rollout(batch, *args)
+    def broken_rollout(*args):
+        scores = score_rollout(*args)
         if is_due(1):
             scores.teacher_kd_logps[0, 0] = torch.nan
         return scores
@@ -52,16 +52,16 @@ def main(output: str, options: str = "{}") -> None:
             seen.append(whole_weights(trainer))
             scales.append(getattr(getattr(trainer.model_wrapped, "optimizer", None), "cur_scale", None))
 
-    trainer._score_rollout, trainer._score = broken_rollout, broken
+    trainer.scoring.of_rollout, trainer.scoring.answer = broken_rollout, broken
     trainer.add_callback(Note())
     trainer.train()
     moved = [not torch.equal(one, other) for one, other in pairwise(seen)]
     facts = {
         "moved": moved,
-        "skipped": trainer._nonfinite_steps,
-        "left_out": trainer._nonfinite_completions,
+        "skipped": trainer.guard.skipped,
+        "left_out": trainer.counts.left_out,
         "scales": scales,
-        "overflows": None if trainer._overflow_counter is None else trainer._overflow_counter.skipped_steps,
+        "overflows": None if trainer.counts.overflows is None else trainer.counts.overflows.skipped_steps,
         "sum": seen[-1].double().sum().item(),
     }
     Path(output, f"facts-{rank}.json").write_text(json.dumps(facts))

@@ -91,13 +91,13 @@ def train_with_tools(folder: str, **options) -> dict:
         shared_coins=False,
         **options,
     )
-    found, score = [], trainer._score_rollouts
+    found, score = [], trainer.scoring.training_batch
 
-    def recorded(batch, *args, **kwargs):
+    def recorded(model, batch, *args):
         found.append(batch["completion_ids"].tolist())
-        return score(batch, *args, **kwargs)
+        return score(model, batch, *args)
 
-    trainer._score_rollouts = recorded
+    trainer.scoring.training_batch = recorded
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"completions": found, "rows": trainer.rows, "losses": losses}

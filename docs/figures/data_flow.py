@@ -32,7 +32,7 @@ BOXES = (
         420,
         260,
         108,
-        "Optimizer step\ndivided by its own tokens;\nskipped if not finite\nmasking.py, reliable_trainer.py",
+        "Optimizer step\ndivided by its own tokens;\nskipped if not finite\nmasking.py, finite_steps.py",
     ),
     (305, 575, 285, 108, "Logs and evaluation\nthe student alone: Rouge-L,\nlengths, repetition\ntraining_metrics.py"),
     (15, 575, 260, 108, "Checkpoint\nweights, optimizer, buffer,\nrandom states\ncheckpoints.py"),

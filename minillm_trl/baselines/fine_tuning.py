@@ -26,9 +26,9 @@ from ..models.student_copy import RolloutCopy, shards_student, student_of
 from ..rollouts.keyed_random import evaluation_key
 from ..rollouts.sampling import sample_prompts
 from ..training.ends_of_run import settle_tokenizer
-from ..training.evaluation_rows import Row
+from ..training.evaluation_rows import Row, fill_rows
 from ..training.logged_metrics import degeneration_indicators, rouge_l_to_references, token_totals
-from ..training.measured_trainer import MeasuredTrainer
+from ..training.reliable_trainer import ReliableTrainer
 from ..training.trained_weights import check_trained_weights
 from .configs import FineTuningConfig
 from .training_data import with_chat_template_kwargs, without_bos
@@ -36,7 +36,7 @@ from .training_data import with_chat_template_kwargs, without_bos
 _IGNORED = -100  # label of tokens that do not count in the loss
 
 
-class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
+class FineTuningTrainer(ReliableTrainer, SFTTrainer):
     r"""[`~trl.SFTTrainer`] that can sample from the student at each evaluation.
 
     Each evaluation samples one completion per distinct prompt of the evaluation dataset, from the student alone, at
@@ -103,7 +103,7 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         rebind_fused_head(self._student)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        # TRL encodes the data here, so BOS and EOS must be settled before
+        # TRL: encodes the data, so BOS and EOS must be settled before
         if self._ends is None:
             self._settle_ends(args, holds_conversations(dataset))
         dataset = with_chat_template_kwargs(dataset, parsed_kwargs(args.chat_template_kwargs))
@@ -145,8 +145,13 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
                 "max_completion_length, or filter the prompts."
             )
 
-    def _blank(self, row: Row) -> Row:
-        return {**row, "labels": [_IGNORED] * len(row["input_ids"])}
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        # transformers: repeats the first rows in the last batch of an evaluation on several processes
+        if not is_training:
+            dataset = fill_rows(dataset, batch_size, self.accelerator, self.args, _blank)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def compute_loss(
         self,
@@ -155,10 +160,8 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss as [`~trl.SFTTrainer`] does, but log means over all tokens.
-
-        TRL would log the mean of the micro-batches' means.
-        """
+        """Compute the loss as [`~trl.SFTTrainer`] does, but log means over all tokens."""
+        # TRL: computes the loss within the forward pass, and logs the mean of the micro-batches' means
         found: list[Any] = []
         hook = model.register_forward_hook(lambda module, args, outputs: found.append(outputs))
         try:
@@ -166,18 +169,30 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         finally:
             hook.remove()
         scores = next(output for output in reversed(found) if hasattr(output, "label_mask"))
-        mode, mask = "train" if self.model.training else "eval", scores.label_mask.bool()
+        mask = scores.label_mask.bool()
         per_token = {"entropy": scores.entropy, "mean_token_accuracy": scores.is_top1}
-        self._log_totals(token_totals(per_token, mask))
+        self.means.add(self.mode, token_totals(per_token, mask))
         for name in per_token:
-            self._metrics[mode].pop(name)
-        if mode == "eval":
-            loss = result[0] if return_outputs else result
-            self._add_eval_loss(loss * mask.sum(), mask.sum())
-        return result
+            self._metrics[self.mode].pop(name)
+        loss = result[0] if return_outputs else result
+        if self.mode == "eval":
+            self.means.add_eval_loss(loss * mask.sum(), mask.sum())
+            return result
+        loss = self._check_loss(loss, inputs)
+        return (loss, *result[1:]) if return_outputs else loss
+
+    def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Note the loss of a training micro-batch if it is not finite, see [`StepGuard.check_loss`]."""
+
+        def explain(value: float) -> str:
+            text = self._tokenizer.decode(inputs["input_ids"][0][:32])
+            return f"the loss is {value} in a micro-batch whose first row begins with {text!r}"
+
+        return self.guard.check_loss(loss, explain, self._deepspeed_engine)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Evaluate as [`~trl.SFTTrainer`] does, and with `predict_with_generate` also on samples."""
+        # TRL: passes each of several datasets to transformers' evaluation
         if self._eval_prompts is not None and metric_key_prefix == "eval":
             self.model.eval()
             for name, value in self._sample_metrics().items():
@@ -245,6 +260,11 @@ class FineTuningTrainer(MeasuredTrainer, SFTTrainer):
         totals = torch.tensor([*(sum(per_row) for per_row in values.values()), len(completions)])
         *sums, count = self.accelerator.reduce(totals.to(self.accelerator.device), reduction="sum").tolist()
         return {name: total / count for name, total in zip(values, sums, strict=True)}
+
+
+def _blank(row: Row) -> Row:
+    """Return a filler: a row without labels."""
+    return {**row, "labels": [_IGNORED] * len(row["input_ids"])}
 
 
 def _prompts_with_references(eval_dataset: Any) -> Dataset:

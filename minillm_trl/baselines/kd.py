@@ -54,7 +54,7 @@ class KDTrainer(FineTuningTrainer):
         check_apart(kwargs["model"], teacher_model)
         super().__init__(args=args, **kwargs)
         check_student(self)
-        self._given_teacher = describe_model(teacher_model)
+        self.settings.inputs["teacher_model"] = describe_model(teacher_model)
         self.teacher_model = place_new_teacher(
             teacher_model,
             self.accelerator,
@@ -71,9 +71,6 @@ class KDTrainer(FineTuningTrainer):
             vocab_size = shared_vocab_size(student, self.teacher_model, self._tokenizer)
             check_head(student, "student")
         add_scoring(self._student, vocab_size, LMHead.of(self.teacher_model).frozen(self.accelerator.device))
-
-    def _own_settings(self) -> dict[str, Any]:
-        return {**super()._own_settings(), "teacher_model": self._given_teacher}
 
     def _compare_ends(self) -> None:
         """Warn if the data ends completions with a token that does not end them for the teacher."""
@@ -102,6 +99,7 @@ class KDTrainer(FineTuningTrainer):
         Raises:
             ValueError: if `return_outputs` is set, since there are no logits to return.
         """
+        # TRL: computes the cross-entropy alone
         if return_outputs:
             raise UserError("KDTrainer never holds all logits, so it does not support compute_metrics. Drop it.")
         mask = inputs["labels"][:, 1:] != -100
@@ -110,9 +108,9 @@ class KDTrainer(FineTuningTrainer):
             request = language_modeling_request(batch, self.teacher_model, self.args.kd_ratio)
             (scores,) = model(score_requests=[request])
         per_token = {"kd/cross_entropy": -scores.logps, "kd/forward_kl": scores.divergence, "entropy": scores.entropy}
-        self._log_totals(token_totals(per_token, mask))
+        self.means.add(self.mode, token_totals(per_token, mask))
         if not self.model.training:
-            self._add_eval_loss(-scores.logps.sum(), mask.sum())
+            self.means.add_eval_loss(-scores.logps.sum(), mask.sum())
             return -scores.logps.sum() / mask.sum().clamp(min=1)
         tokens = mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = scores.loss / torch.as_tensor(tokens, device=mask.device).clamp(min=1)

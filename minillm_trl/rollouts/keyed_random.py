@@ -57,6 +57,22 @@ def evaluation_key(seed: int, prompt_ids: Sequence[int], sample: int = 0, turn: 
     return seed, EVAL_TOKENS, zlib.crc32(repr(list(prompt_ids)).encode()), sample, turn
 
 
+def turn_keys(
+    prompt_ids: Sequence[Sequence[int]], seed: int, step: int, turn: int, first_row: int, group: int | None
+) -> list[tuple[int, ...]]:
+    """Return the keys of the tokens of each row of a rollout.
+
+    Args:
+        prompt_ids (`Sequence[Sequence[int]]`): prompts of this process.
+        seed, step, turn (`int`): seed of the run, optimizer steps so far, and number of the turn.
+        first_row (`int`): number of the first row in the rollouts of all processes.
+        group (`int`, *optional*): completions of each prompt, in evaluation; None in training.
+    """
+    if group is None:
+        return [(seed, TRAIN_TOKENS, step, first_row + row, turn) for row in range(len(prompt_ids))]
+    return [evaluation_key(seed, ids, (first_row + row) % group, turn) for row, ids in enumerate(prompt_ids)]
+
+
 def sample_key(seed: int, prompt: int, sample: int = 0) -> tuple[int, ...]:
     """Return the key of a completion's random numbers outside training: of one sample of a prompt, by its number."""
     return (seed, prompt, sample) if sample else (seed, prompt)

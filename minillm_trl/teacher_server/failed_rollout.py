@@ -22,7 +22,7 @@ def saving_checkpoint(trainer: "ReliableTrainer") -> Iterator[None]:
     Raises:
         TeacherServerError: with the checkpoint in its message.
     """
-    before, generators = trainer._run_state(), random_state()
+    before, generators = trainer.resume.state(), random_state()
     tokens = trainer.state.num_input_tokens_seen
     try:
         yield

@@ -1,14 +1,20 @@
 """Everything around a training step: sampling within GRPO, exact resume, checkpoints, metrics, checks.
 
-`MiniLLMTrainer` overrides methods of TRL. Its bases are in these modules, from the most derived class down to TRL's:
+The trainers override methods of TRL and transformers: `MiniLLMTrainer` those of `GRPOTrainer`, `FineTuningTrainer`
+those of `SFTTrainer`, and `reliable_trainer` once what both need. `teacher_mixed_trainer` samples with the teacher
+that `teacher_setup` places, or finds on servers. An override calls the parts of its trainer, each an object in a
+module of its own:
 
-- `teacher_mixed_trainer`: sampling and scoring with a teacher; `rollout_in_progress`: the state of one rollout;
-  `mixing_choice`: how it is sampled, as configured or measured
-- `measured_rollouts`: advantages; with `measured_trainer` and `logged_metrics`: metrics over all completions
-- `resumable_rollouts`: the rollout buffer, and resuming mid-buffer
-- `reliable_trainer`, `checkpoints`, `random_state`, `interruption`: atomic checkpoints, exact resume, SIGTERM
+- `finite_steps`, `nonfinite_rows`: skip steps, and mask rows, with a NaN or infinite number
+- `interruption`: SIGTERM
+- `checkpoint_folder`, `checkpoints`: atomic checkpoints
+- `exact_resume`, `random_state`: what transformers' checkpoints lack, saved and restored by the parts that have it
 - `resumed_settings`, `run_settings`, `hyperparameters`: resuming with changed settings
-- `finite_steps`, `nonfinite_rows`: skipping steps and masking rows with a NaN or infinite number
+- `run_metrics`, `logged_metrics`: means over all tokens and completions
+- `rollout_scoring`, `rollout_rewards`: the training batch of a rollout, its rewards and advantages
+- `rollout_buffer`, `prompt_order`: micro-batches of a rollout; the order of prompts
+- `rollout_metrics`, `rollout_in_progress`: metrics of rollouts and updates; the state of one rollout
+- `mixing_choice`: how the mixture is sampled, as configured or measured
 
 Besides these: `config_checks` (fields, and those of GRPO that are refused), `checks` (other arguments),
 `trained_weights` (refuses a dtype in which updates would be lost to rounding), `language_modeling` (the corpus of

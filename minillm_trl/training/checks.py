@@ -27,7 +27,7 @@ from ..teacher_server.remote_teacher import ServedTeacher
 from .trained_weights import check_trained_weights
 
 if TYPE_CHECKING:
-    from .resumable_rollouts import ResumableRollouts
+    from .teacher_mixed_trainer import TeacherMixedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def check_student(trainer: GRPOTrainer | SFTTrainer) -> None:
     _check_sharding(trainer, {"a quantised student": quantised, "an adapter on the LM head": wrapped})
 
 
-def check_model(trainer: "ResumableRollouts", has_corpus: bool = False) -> None:
+def check_model(trainer: "TeacherMixedTrainer", has_corpus: bool = False) -> None:
     """Check the student of [`MiniLLMTrainer`] after GRPOTrainer has loaded and placed it.
 
     Raises:

@@ -4,12 +4,15 @@ All processes need the same number of rows. accelerate repeats the first rows, w
 fillers instead, a metric has the same value on any number of processes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from torch.utils import data
 
 Row = dict[str, Any]
+Blank = Callable[[Row], Row]
 
 
 class FilledDataset(data.Dataset):
@@ -21,7 +24,7 @@ class FilledDataset(data.Dataset):
         blank (`Callable`): turns a row into a filler.
     """
 
-    def __init__(self, rows: Sequence[Row], multiple: int, blank: Callable[[Row], Row]):
+    def __init__(self, rows: Sequence[Row], multiple: int, blank: Blank):
         self.rows = rows
         self.blank = blank
         self.length = -(-len(rows) // multiple) * multiple
@@ -43,7 +46,7 @@ class FilledDataset(data.Dataset):
 class FilledStream(data.IterableDataset):
     """The rows of a stream, padded in the same way. Its length is only known at its end."""
 
-    def __init__(self, rows: data.IterableDataset, multiple: int, blank: Callable[[Row], Row]):
+    def __init__(self, rows: data.IterableDataset, multiple: int, blank: Blank):
         self.rows = rows
         self.multiple = multiple
         self.blank = blank
@@ -60,3 +63,29 @@ class FilledStream(data.IterableDataset):
             yield row
         for _ in range(-count % self.multiple):
             yield self.blank(row)
+
+
+def fill_rows(
+    dataset: Any, batch_size: int, accelerator: Accelerator, args: Any, blank: Blank, repeats: int = 1
+) -> Any:
+    """Return the dataset of an evaluation with fillers, if its processes need more rows than it has.
+
+    Args:
+        dataset: rows or a stream.
+        batch_size (`int`): rows of a batch on each process.
+        accelerator ([`~accelerate.Accelerator`]): its streams are then read by every process.
+        args ([`~transformers.TrainingArguments`]): arguments of the run.
+        blank (`Callable`): turns a row into a filler.
+        repeats (`int`, *optional*, defaults to `1`): how often the sampler yields each row.
+    """
+    if accelerator.num_processes == 1:
+        return dataset
+    multiple = batch_size if args.accelerator_config.split_batches else batch_size * accelerator.num_processes
+    if isinstance(dataset, data.IterableDataset):
+        loading = accelerator.dataloader_config
+        if loading.dispatch_batches is None:  # the default for streams is True, which fails if batch widths differ
+            loading.dispatch_batches = False
+        return FilledStream(dataset, multiple, blank)
+    if args.dataloader_drop_last:
+        return dataset
+    return FilledDataset(dataset, multiple // math.gcd(multiple, repeats), blank)

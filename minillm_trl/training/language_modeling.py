@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import MiniLLMConfig
 from ..errors import UserError
 from ..models.encoding import encode_after_prompt, encode_texts
 from ..models.fused_head import ScoreRequest, TokenScores
@@ -64,6 +65,8 @@ class LanguageModelingBatches:
         self._position = 0  # of the next example of the stream
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)  # of the rows in that epoch
+        self._loaded_step = -1
+        self._loaded: list[dict[str, torch.Tensor]] = []  # micro-batches of that optimizer step
 
     def window(
         self, step: int, accumulation_steps: int, process: int, num_processes: int
@@ -96,6 +99,14 @@ class LanguageModelingBatches:
         batches = [{name: values.to(accelerator.device) for name, values in batch.items()} for batch in batches]
         tokens = accelerator.reduce(sum(batch["loss_mask"].sum() for batch in batches), reduction="sum")
         return [{**batch, "window_tokens": tokens} for batch in batches]
+
+    def load(
+        self, step: int, micro_step: int, accumulation_steps: int, accelerator: Accelerator
+    ) -> dict[str, torch.Tensor]:
+        """Return the batch of a micro-step of an optimizer step, whose window is loaded once."""
+        if self._loaded_step != step:
+            self._loaded_step, self._loaded = step, self.load_window(step, accumulation_steps, accelerator)
+        return self._loaded[micro_step]
 
     def _shuffled_row(self, number: int) -> dict[str, list[int]]:
         epoch, index = divmod(number, len(self.rows))
@@ -147,6 +158,26 @@ def language_modeling_request(
 
     return ScoreRequest(
         ids, attention_mask, mask, teacher_hidden_states=hidden_states, divergence=forward_kl, loss=loss
+    )
+
+
+def lm_batches(
+    dataset: Dataset | IterableDataset | None,
+    args: MiniLLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_context: int | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> LanguageModelingBatches | None:
+    """Return the batches of a corpus as `args` say, in rows that fit into the context; None without a corpus."""
+    if dataset is None:
+        return None
+    return LanguageModelingBatches(
+        dataset,
+        tokenizer,
+        max_length=min(args.lm_max_length, max_context or args.lm_max_length),
+        batch_size=args.lm_batch_size or args.per_device_train_batch_size,
+        seed=args.seed,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

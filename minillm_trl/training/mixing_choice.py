@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,14 +45,18 @@ class MixingChoice:
         self._configured = self.method = mixing
         self._accelerator = accelerator
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Return to the configured way, before a run starts."""
         self.method = self._configured
 
-    def restore(self, method: str) -> None:
-        """Keep the decision of a run that is resumed. A configured way wins."""
+    def state(self) -> dict[str, Any]:
+        """Return the decision, for a checkpoint."""
+        return {"mixing": self.method}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Keep the decision of a run that is resumed, which older checkpoints lack. A configured way wins."""
         if self._configured == "auto":
-            self.method = method
+            self.method = saved.get("mixing", "auto")
 
     def applied_to(
         self, sampler: RolloutSampler, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], length: int

@@ -100,6 +100,11 @@ def explain_losses(loss: torch.Tensor, batch: Batch) -> list[str]:
     return [f"the loss is not finite for {name_rows(batch, bad)}"] if bad.any() else []
 
 
+def explain_loss(loss: float, batch: Batch) -> str:
+    """Describe a micro-batch whose loss is not finite."""
+    return f"the loss is {loss} for {name_rows(batch, torch.ones_like(batch['faulty']))}"
+
+
 def leave_out_faulty(batch: Batch) -> Batch:
     """Mask the tokens of faulty rows, so that token counts and means leave them out.
 

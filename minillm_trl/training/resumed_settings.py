@@ -1,12 +1,13 @@
-"""`ResumedSettings`: a transformers `Trainer` that resumes with its current settings, and reports what changed."""
+"""`ResumedSettings`: a resumed run uses its current settings, and reports what changed."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.utils import logging
 
 from ..errors import UserError
@@ -21,39 +22,34 @@ _FIELD_OF = {"optimizer": "optim", "schedule": "lr_scheduler_type"}
 _CALLED = {"lr": "learning_rate"}
 
 
-class ResumedSettings(Trainer):
+class ResumedSettings:
     """Use the current settings in a resumed run. transformers restores hyperparameters from the checkpoint instead.
 
     Learning rate, weight decay, betas and others are set in the optimizer, and the schedule continues at its step. One
     message lists all settings that differ from the checkpoint's run.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        args ([`~transformers.TrainingArguments`]): settings of this run.
     """
 
-    args: Any  # as in `FiniteSteps`
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, accelerator: Accelerator, args: Any):
+        self.accelerator = accelerator
+        self.args = args
+        self.inputs: dict[str, Any] = {}  # descriptions of what the trainer was given besides `args`
         self._resumed_from: str | None = None
         self._settings: dict[str, Any] = {}
         self._settings_before: dict[str, Any] | None = None
         self._given_groups: Groups = []
         self._hyperparameter_changes: list[tuple[str, Any, Any]] = []
 
-    def _own_settings(self) -> dict[str, Any]:
-        """Return the settings besides `args` that change the training, in the form of [`find_changes`]."""
-        model = self.accelerator.unwrap_model(self.model)
-        config = model.peft_config.get("default") if isinstance(model, PeftModel) else None
-        adapter = {} if config is None else plain(config.to_dict())
-        return {
-            "train_dataset": describe_dataset(self.train_dataset),
-            "eval_dataset": describe_dataset(self.eval_dataset),
-            "num_processes": self.args.world_size,
-            "peft_config": {name: adapter[name] for name in adapter if name != "base_model_name_or_path"},
-        }
-
-    def _compare_settings(self, checkpoint: str | None) -> None:
+    def compare(self, checkpoint: str | None, inputs: dict[str, Any], sharded: str | None = None) -> None:
         """Store the settings of this run, and those of the checkpoint's run.
+
+        Args:
+            checkpoint (`str`, *optional*): folder to resume from.
+            inputs (`dict`): settings besides `args` and [`inputs`], in the form of [`find_changes`].
+            sharded (`str`, *optional*): "DeepSpeed" or "FSDP", if in use.
 
         Raises:
             CheckpointError: if the checkpoint has no optimizer state, under DeepSpeed or FSDP.
@@ -61,11 +57,10 @@ class ResumedSettings(Trainer):
         self._resumed_from, self._hyperparameter_changes = checkpoint, []
         before = None
         if self.args.should_save:
-            self._settings = {**describe_arguments(self.args), **self._own_settings()}
+            self._settings = {**describe_arguments(self.args), **inputs, **self.inputs}
         if checkpoint is not None and self.args.process_index == 0:
             before = read_settings(Path(checkpoint))
         (self._settings_before,) = broadcast_object_list([before])
-        sharded = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
         if checkpoint is not None and sharded and not has_optimizer(Path(checkpoint)):
             raise CheckpointError(
                 f"resume_from_checkpoint={checkpoint!r} has no optimizer state (save_only_model=True), which "
@@ -73,30 +68,18 @@ class ResumedSettings(Trainer):
                 "resume from a checkpoint saved with save_only_model=False."
             )
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Create the schedule, and store the hyperparameters before a checkpoint overrides them."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if hasattr(self.optimizer, "param_groups"):  # DeepSpeed creates its optimizer later and calls this again
-            self._given_groups = read_groups(self.optimizer)
-        return scheduler
+    def note_hyperparameters(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Store the hyperparameters of a new optimizer and schedule, before a checkpoint overrides them.
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        settings, given = self._settings_before or {}, self._given_groups
-        before = settings.get(_GROUPS)
-        if checkpoint is None or not has_optimizer(Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            self._hyperparameter_changes = list_changes(given, before or given)
+        Raises:
+            UserError: if the checkpoint has the states of an optimizer or a schedule of another class.
+        """
+        self._given_groups = read_groups(optimizer)
+        if self._resumed_from is None or not has_optimizer(Path(self._resumed_from)):
             return
-        self._check_kinds(settings)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._hyperparameter_changes = take_over(self.optimizer, self.lr_scheduler, given, before)
-
-    def _check_kinds(self, settings: dict[str, Any]) -> None:
-        """Check that optimizer and schedule are of the classes whose states the checkpoint holds."""
+        settings = self._settings_before or {}
         before = settings.get(_KINDS, {})
-        for name, kind in kind_of(self.optimizer, self.lr_scheduler).items():
+        for name, kind in kind_of(optimizer, scheduler).items():
             if before.get(name, kind) != kind:
                 field = _FIELD_OF[name]
                 raise UserError(
@@ -105,11 +88,21 @@ class ResumedSettings(Trainer):
                     f"or start a new run from the checkpoint's weights (model_name_or_path={self._resumed_from})."
                 )
 
-    def _write_settings(self, checkpoint: Path) -> None:
-        kinds = kind_of(self.optimizer, self.lr_scheduler)
+    def take_over(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Set the hyperparameters of this run in an optimizer and a schedule that a checkpoint has overridden."""
+        assert self._resumed_from is not None, "only a resumed run has a checkpoint"
+        before = (self._settings_before or {}).get(_GROUPS)
+        if has_optimizer(Path(self._resumed_from)):
+            self._hyperparameter_changes = take_over(optimizer, scheduler, self._given_groups, before)
+        else:
+            self._hyperparameter_changes = list_changes(self._given_groups, before or self._given_groups)
+
+    def write(self, checkpoint: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Write the settings of this run into a checkpoint."""
+        kinds = kind_of(optimizer, scheduler)
         write_settings(checkpoint, {**self._settings, _GROUPS: self._given_groups, _KINDS: kinds})
 
-    def _announce_resume(self, state: TrainerState) -> None:
+    def announce(self, state: TrainerState) -> None:
         """Log where the run resumes, which settings have changed, and which state is lost."""
         assert self._resumed_from is not None, "only a resumed run is announced"
         self.accelerator.print(f"Resuming from {self._resumed_from} at step {state.global_step} of {state.max_steps}.")
@@ -137,3 +130,16 @@ class ResumedSettings(Trainer):
             f"{_CALLED.get(name, name)}: {old} -> {new}" for name, old, new in self._hyperparameter_changes
         ]
         return of_optimizer + find_changes(then, now)
+
+
+def describe_inputs(trainer: Trainer) -> dict[str, Any]:
+    """Return the settings of a trainer besides `args` that change the training, in the form of [`find_changes`]."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    config = model.peft_config.get("default") if isinstance(model, PeftModel) else None
+    adapter = {} if config is None else plain(config.to_dict())
+    return {
+        "train_dataset": describe_dataset(trainer.train_dataset),
+        "eval_dataset": describe_dataset(trainer.eval_dataset),
+        "num_processes": trainer.args.world_size,
+        "peft_config": {name: adapter[name] for name in adapter if name != "base_model_name_or_path"},
+    }

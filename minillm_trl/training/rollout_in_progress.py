@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..rollouts.rollout_sampler import ScoredRows
+from .rollout_rewards import FunctionRewards
 
 
 @dataclass
@@ -22,9 +23,7 @@ class RolloutInProgress:
         given (`list[list[int] | None]`): completions from the dataset, None for rows to sample; empty without any.
         scores ([`ScoredRows`]): scores of completions computed so far.
         empty_rows (`list[int]`): rows that the rollout function left empty.
-        rewards (`torch.Tensor` of shape `(B_all, F)`): rewards of each function for the rows of all processes, with
-            infinite rewards replaced by the mean of their group.
-        infinite_rewards (`torch.Tensor` of shape `(B_all, F)`, bool): True for rewards that were infinite.
+        rewards ([`FunctionRewards`]): rewards of each function for the rows of all processes.
     """
 
     counts: torch.Tensor
@@ -33,5 +32,4 @@ class RolloutInProgress:
     given: list[list[int] | None] = field(default_factory=list)
     scores: ScoredRows = field(default_factory=ScoredRows)
     empty_rows: list[int] = field(default_factory=list)
-    rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    infinite_rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    rewards: FunctionRewards = field(default_factory=lambda: FunctionRewards(torch.empty(0), torch.empty(0)))

@@ -1,55 +1,131 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both models in chunks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
-from ..hardware.precision import OverflowCounter, configure_wrappers, half_precision
+from ..config import MiniLLMConfig
+from ..hardware.precision import OverflowCounter, configure_wrappers, half_precision, keep_adapters_in_float32
 from ..masking import normalize_loss
 from ..models.attention import avoid_cudnn_attention
-from ..models.context import max_context, name_context
+from ..models.bitsandbytes_layout import keep_4bit_layout
+from ..models.dropout import disable_dropout
 from ..models.forward_methods import rebind_fused_head
-from ..models.fused_head import ScoreRequest, TokenScores, add_scoring
+from ..models.fused_head import TokenScores, add_scoring
 from ..models.init_kwargs import parsed_kwargs
-from ..models.lm_head import LMHead, check_head
+from ..models.lm_head import check_head
 from ..models.student_copy import RolloutCopy, shards_student, student_of
-from ..models.teacher import TeacherOffload, adapter_on_base, place_new_teacher, shared_vocab_size
-from ..models.weight_formats import refuse_8bit_teacher
 from ..monitoring.degeneration_watch import DegenerationWatch
-from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
-from ..rollouts.buffer import Batch, assemble_fields, fill_empty_completions, parts_by_length, sequences
+from ..objectives import expected_rewards
+from ..positions import rollout_horizon
+from ..rollouts.buffer import Batch, fill_empty_completions
 from ..rollouts.decoding import CompiledDecoding, check_decoding
-from ..rollouts.keyed_random import COINS, TRAIN_TOKENS, evaluation_key
-from ..rollouts.rollout_sampler import RolloutSampler, ScoredRows
-from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
-from ..rollouts.scores import RolloutRequest, RolloutScorer, RolloutScores, TeacherStates
+from ..rollouts.keyed_random import COINS, GIVEN, turn_keys
+from ..rollouts.rollout_sampler import RolloutSampler
+from ..rollouts.scores import RolloutScorer
 from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
-from .checks import check_completion_ids
-from .language_modeling import LanguageModelingBatches
+from .checks import check_model
+from .ends_of_run import settle_ends
+from .given_completions import choose_given
+from .language_modeling import lm_batches
 from .logged_metrics import make_totals, token_totals
-from .measured_rollouts import MeasuredRollouts
 from .mixing_choice import MixingChoice
-from .nonfinite_rows import explain_faults
+from .prompt_order import number_prompts
+from .reliable_trainer import ReliableTrainer
+from .rollout_buffer import RolloutBuffer, RolloutCounts
+from .rollout_in_progress import RolloutInProgress
+from .rollout_metrics import CompletionTable, RolloutMetrics
+from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
+from .rollout_scoring import RolloutScoring
+from .run_settings import describe_dataset, describe_model
+from .teacher_setup import use_local_teacher, use_served_teacher
 
 
-class TeacherMixedTrainer(MeasuredRollouts):
-    """Replace GRPO's generation, scoring, rewards and logs: all of [`MiniLLMTrainer`] except for the objective.
+class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
+    """Sample from the mixture of student and teacher, and score both models.
 
-    A subclass calls `_add_teacher` at the end of its constructor.
+    [`MiniLLMTrainer`] is this trainer with the methods of TRL that call the ones here.
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`ServedTeacher`]): the teacher.
+        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): its tokenizer, if known.
+        lm_dataset (*optional*): corpus of the language-modelling loss.
+        reward_funcs, train_dataset, arguments: as in [`~trl.GRPOTrainer`].
     """
 
-    _overflow_counter: OverflowCounter | None = None
-    _rollout_copy: RolloutCopy | None = None
-    _compiled_decoding: CompiledDecoding | None = None
+    # GRPOTrainer takes these from its arguments, which annotate them as optional and fill them in
+    args: MiniLLMConfig
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
+    _logs: dict[str, Any]  # GRPO's table of completions, by column
     teacher_model: PreTrainedModel | None
-    _teacher: Teacher
+
+    def __init__(
+        self,
+        *,
+        teacher_model: str | PreTrainedModel | ServedTeacher,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        lm_dataset: Dataset | IterableDataset | None,
+        reward_funcs: Any,
+        train_dataset: Dataset | IterableDataset,
+        **arguments: Any,
+    ):
+        no_reward_funcs = reward_funcs is None or reward_funcs == []
+        # GRPOTrainer requires a reward function. Without one, pass a placeholder and remove it again.
+        given = placeholder_reward if no_reward_funcs else reward_funcs
+        super().__init__(reward_funcs=given, train_dataset=number_prompts(train_dataset), **arguments)
+        if no_reward_funcs:
+            remove_placeholder(self)
+        keep_4bit_layout(self.model)
+        keep_adapters_in_float32(self.model)
+        check_model(self, has_corpus=lm_dataset is not None)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+        described = {"teacher_model": describe_model(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
+        self._rollout_copy: RolloutCopy | None = None
+        self._compiled_decoding: CompiledDecoding | None = None
+        self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # replaced for each rollout
+        self._add_parts(described)
+        self._add_teacher(teacher_model)
+        settle_ends(self, getattr(self.teacher_model or teacher_model, "generation_config", None), teacher_tokenizer)
+        kwargs = parsed_kwargs(self.chat_template_kwargs)
+        self._lm_batches = lm_batches(lm_dataset, self.args, self._tokenizer, self.max_context, kwargs)
+
+    def _add_parts(self, described: dict[str, Any]) -> None:
+        """Add the parts that hold rollouts and their metrics; `described` are teacher and corpus."""
+        # findings of the watch are logged, so it has to run before the callbacks that report logs
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, DegenerationWatch))
+        overflows = None
+        if half_precision(self.accelerator) is torch.float16:
+            overflows = OverflowCounter(self.accelerator, lambda: self.guard.skipped_in_row > 0)
+            self.add_callback(overflows)
+        self.counts = RolloutCounts(self.accelerator, overflows)
+        teacher = described["teacher_model"]
+        self.buffer = RolloutBuffer(self.args, self.accelerator, teacher["digest"] or teacher["is"])
+        self.advantages = RolloutAdvantages(self.args, self.accelerator)
+        self.table = CompletionTable(self._logs, self.accelerator, self.log_completions)
+        self.rollout_metrics = RolloutMetrics(
+            self.means,
+            self._metrics,
+            self.table,
+            self.accelerator,
+            self._tokenizer,
+            {"train": self.num_generations, "eval": self.num_generations_eval},
+            self.reward_func_names,
+            self.reward_weights,
+            of_sequences=self.args.loss_reduction == "sequence_sum",
+        )
+        self.settings.inputs |= {**described, "reward_funcs": list(self.reward_func_names)}
+        self.resume.parts += [self.buffer, self.counts, self.table]
 
     def _add_teacher(self, teacher_model: str | PreTrainedModel | ServedTeacher) -> None:
         """Load and place the teacher, and prepare both models for sampling and for scoring in their forward passes.
@@ -60,7 +136,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
         self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
         if self.rollout_func is not None:
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
-        self._order_callbacks()
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         half = half_precision(self.accelerator)
@@ -69,54 +144,23 @@ class TeacherMixedTrainer(MeasuredRollouts):
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
-        self._teacher_phase: AbstractContextManager = nullcontext()
         if isinstance(teacher_model, ServedTeacher):
-            self._use_served(teacher_model, student)
+            found = use_served_teacher(teacher_model, student, self.args, self._tokenizer, self.accelerator)
         else:
-            self._use_local(teacher_model, student, half or torch.float32)
+            base = self.accelerator.unwrap_model(self.model)
+            found = use_local_teacher(teacher_model, student, base, self.args, self._tokenizer, self.accelerator)
+        self._teacher, self._teacher_phase = found.teacher, found.phase
+        self.teacher_model = found.teacher.model
+        self.vocab_size, self.max_context, self._context_name = found.vocab_size, found.max_context, found.context_name
         # whether all processes take part in a turn if one does
         self._collective_turns = not self._decodes_with_trl and (sharded or self._teacher.is_sharded)
-        self._scorer = self._make_scorer()
         self._mixing = MixingChoice(self.args.mixing, self.accelerator, self._teacher.is_sharded)
+        self.resume.parts.append(self._mixing)
         self._add_scoring(student)
+        self.scoring = RolloutScoring(
+            self.args, self.accelerator, self._teacher, self._make_scorer(), self.advantages, self._tokenizer
+        )
         self._prepare_decoding(student)
-
-    def _use_local(self, teacher_model: str | PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype) -> None:
-        """Load and place a teacher in this process, and find what it shares with the student."""
-        self.teacher_model = teacher = self._load_teacher(teacher_model, dtype)
-        is_8bit = getattr(teacher, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
-        refuse_8bit_teacher(is_8bit, self.args.teacher_mixed_alpha)
-        check_head(teacher, "teacher")
-        self.vocab_size = shared_vocab_size(student, teacher, self._tokenizer)
-        self.max_context = max_context(student, teacher)
-        self._context_name = name_context(student, teacher)
-        self._teacher = RolloutTeacher(
-            teacher,
-            LMHead.of(teacher).frozen(self.accelerator.device),
-            self.accelerator,
-            batch_size=self.args.per_device_train_batch_size,
-            kept_on=self.args.teacher_hidden_states,
-        )
-        if self.args.offload_teacher:
-            self._teacher_phase = TeacherOffload(teacher)
-
-    def _use_served(self, served: ServedTeacher, student: PreTrainedModel) -> None:
-        """Find what a teacher on servers shares with the student."""
-        self.teacher_model = None
-        self.vocab_size = served.shared_vocab_size(student, self._tokenizer)
-        self.max_context = served.max_context(student)
-        self._context_name = name_context(student)
-        self._teacher = RemoteTeacher(
-            served, served.scoring(self.vocab_size), self.accelerator, self.args.teacher_hidden_states
-        )
-
-    def _order_callbacks(self) -> None:
-        """Add the counter of float16 overflows, and move the watch to the front."""
-        # findings of the watch are logged, so it has to run before the callbacks that report logs
-        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, DegenerationWatch))
-        if half_precision(self.accelerator) is torch.float16:
-            self._overflow_counter = OverflowCounter(self.accelerator, lambda: self._nonfinite_in_row > 0)
-            self.add_callback(self._overflow_counter)
 
     def _add_scoring(self, student: PreTrainedModel) -> None:
         """Check the student's LM head, and add scoring to its forward pass."""
@@ -146,19 +190,6 @@ class TeacherMixedTrainer(MeasuredRollouts):
         entropy = self.args.top_entropy_quantile < 1.0
         return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward, entropy)
 
-    def _load_teacher(self, teacher_model: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-        if self.args.teacher_shares_base:
-            return adapter_on_base(self.accelerator.unwrap_model(self.model), teacher_model)
-        return place_new_teacher(
-            teacher_model,
-            self.accelerator,
-            init_kwargs=parsed_kwargs(self.args.teacher_model_init_kwargs),
-            default_dtype=dtype,
-            shard=self.args.shard_teacher,
-            trust_remote_code=self.args.trust_remote_code,
-            allow_pickled_weights=self.args.allow_pickled_weights,
-        )
-
     @property
     def _student(self) -> PreTrainedModel:
         return student_of(self.model, self.accelerator)
@@ -185,7 +216,9 @@ class TeacherMixedTrainer(MeasuredRollouts):
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
         """Return the token limit of a turn, the same on all processes; None if no process has prompts."""
-        horizon = self._horizon
+        args, horizon = self.args, self.max_completion_length
+        if self.model.training:  # evaluation has the whole one
+            horizon = rollout_horizon(self.state.global_step, horizon, args.horizon_start, args.horizon_steps)
         if self._rollout.turn == 0:  # all processes have prompts, which were checked before
             return horizon
         budget, longest = horizon, max(map(len, prompt_ids), default=0)
@@ -222,7 +255,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
         mixes = self.model.training and self.rollout_func is None
         return RolloutSampler(
             self._teacher,
-            self._scorer,
+            self.scoring.scorer,
             alpha=self.args.teacher_mixed_alpha if mixes else 0.0,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self._tokenizer.pad_token_id,
@@ -236,16 +269,10 @@ class TeacherMixedTrainer(MeasuredRollouts):
     def _turn_keys(self, prompt_ids: list[list[int]], turn: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
         """Return the keys of the random numbers of a turn: a key for the tokens of each row, and one for the coins."""
         seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
-        keys: list[tuple[int, ...]]
+        rows, group = self.args.eval_batch_size, self.num_generations_eval if not self.model.training else None
         if self.model.training:
-            first_row = process * self.args.per_device_train_batch_size * self._steps_per_generation
-            keys = [(seed, TRAIN_TOKENS, step, first_row + row, turn) for row in range(len(prompt_ids))]
-        else:
-            first_row = process * self.args.eval_batch_size
-            keys = [
-                evaluation_key(seed, ids, (first_row + row) % self.num_generations_eval, turn)
-                for row, ids in enumerate(prompt_ids)
-            ]
+            rows = self.args.per_device_train_batch_size * self.buffer.micro_batches
+        keys = turn_keys(prompt_ids, seed, step, turn, process * rows, group)
         if not self.args.shared_coins:  # the keys of the rows complete it
             return keys, (seed, COINS)
         # all processes call a sharded teacher at the same time, so they share their coins
@@ -255,7 +282,7 @@ class TeacherMixedTrainer(MeasuredRollouts):
     @property
     def _grpo_scores_rollouts(self) -> bool:
         """Return whether GRPO requests the log-probs of a rollout's tokens under the student that sampled them."""
-        generate_every = self._steps_per_generation * self.num_iterations
+        generate_every = self.buffer.micro_batches * self.num_iterations
         corrects_vllm = self.use_vllm and self.vllm_importance_sampling_correction
         return corrects_vllm or self.args.gradient_accumulation_steps % generate_every != 0
 
@@ -279,86 +306,15 @@ class TeacherMixedTrainer(MeasuredRollouts):
         flags = torch.tensor(int(flag), device=self.accelerator.device)
         return int(self.accelerator.reduce(flags, reduction="sum")) == self.accelerator.num_processes
 
-    def _saved_before_rollout(self) -> AbstractContextManager:
-        is_remote, is_resumed = isinstance(self._teacher, RemoteTeacher), self._buffered_inputs is None
+    def _make_rollout(self, rows: list[dict[str, Any]]) -> Batch:
+        """Return the scored rollout of a training; if the teacher's servers fail, save the run as it was before."""
+        is_remote, is_resumed = isinstance(self._teacher, RemoteTeacher), self.buffer.batches is None
         # without its buffer, a run has just started or resumed, and there is nothing to save
-        return saving_checkpoint(self) if is_remote and not is_resumed else nullcontext()
+        with saving_checkpoint(self) if is_remote and not is_resumed else nullcontext():
+            batch: Any = self._generate_and_score_completions(rows)
+        return self.counts.leave_out_faulty(batch)
 
     # Scoring
-
-    def _score_rollouts(
-        self,
-        batch: Batch,
-        alpha: float,
-        behavior_logps: torch.Tensor | None = None,
-        baseline: str = "none",
-        sampled: ScoredRows | None = None,
-        log: bool = False,
-    ) -> tuple[Batch, dict[int, str]]:
-        """Return the training batch, and explanations of its `faulty` rows, which have a NaN or infinite number."""
-        mask = sequences(batch)[2]
-        check_completion_ids(batch["completion_ids"], mask, self.vocab_size)
-        scores = self._score_rollout(batch, ScoredRows() if sampled is None else sampled)
-        assert scores.student_logps is not None  # as the other log-probs: scores of both models have them
-        assert scores.teacher_logps is not None
-        assert scores.student_kd_logps is not None
-        assert scores.teacher_kd_logps is not None
-        kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
-        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
-        if behavior_logps is None:
-            behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
-        long_term_weights, single_step_weights = importance_weights(
-            scores.student_logps, behavior_logps, mask, self.args.importance_weighting, self.args.importance_weight_cap
-        )
-        # check log-probs, not rewards: the clip hides that the teacher gives a sampled token probability zero
-        faults = explain_faults(
-            *kd_logps, long_term_weights, mask, batch["completion_ids"], self._tokenizer, scores.expected_rewards
-        )
-        faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        faulty[list(faults)] = True
-        batch = {
-            **batch,
-            "faulty": faulty,
-            "advantages": self._advantages(rewards, scores.expected_rewards, mask, faulty, baseline, log),
-            "old_per_token_logps": behavior_logps.detach(),
-            "student_logps": scores.student_logps,
-            "long_term_weights": long_term_weights,
-            "single_step_weights": single_step_weights,
-            **self._token_weights(rewards, scores.entropy, mask, faulty),
-        }
-        if scores.teacher_hidden_states is not None:
-            batch["teacher_hidden_states"] = scores.teacher_hidden_states
-        return batch, faults
-
-    def _score_rollout(self, batch: Batch, sampled: ScoredRows) -> RolloutScores:
-        """Return the scores of both models, from sampling if it computed them, else from a pass of each model."""
-        input_ids, attention_mask, mask = sequences(batch)
-        scores = sampled.assemble(mask.shape)
-        if scores.student_logps is None:
-            scores = self._score_student(input_ids, attention_mask, mask)
-        if scores.teacher_logps is None:
-            states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
-            with self.accelerator.autocast():
-                teacher = self._scorer.score(
-                    batch["completion_ids"], mask, teacher=TeacherStates(states, self._teacher.head)
-                )
-            scores = scores._replace(
-                teacher_logps=teacher.teacher_logps,
-                teacher_kd_logps=teacher.teacher_kd_logps,
-                teacher_hidden_states=self._teacher.keep(states),
-            )
-        return scores
-
-    def _score_student(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
-    ) -> RolloutScores:
-        """Score by a pass of the student, after a pass of the teacher if the rewards need both distributions."""
-        states = None
-        if self._scorer.expected_reward is not None:
-            states = self._teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
-        request = RolloutRequest(input_ids, attention_mask, mask, self._scorer, states)
-        scores = self._score_without_gradient(self.model, request)
-        return scores._replace(teacher_hidden_states=self._teacher.keep(states))
 
     def _old_logps(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
@@ -366,53 +322,58 @@ class TeacherMixedTrainer(MeasuredRollouts):
         """Return the student's log-probs of the rollout in progress, and keep them for scoring it."""
         scores = self._rollout.scores
         if not scores.parts:
-            scores.parts.append((list(range(len(mask))), self._score_student(input_ids, attention_mask, mask)))
+            of_student = self.scoring.of_student(self.model, input_ids, attention_mask, mask)
+            scores.parts.append((list(range(len(mask))), of_student))
         return scores.field("student_logps", mask.shape)
 
-    def _score(self, model, *requests: ScoreRequest | RolloutRequest) -> list[Any]:
-        """Answer the requests in one forward pass of `model`."""
-        with self.accelerator.autocast():
-            return model(score_requests=requests)
-
-    @torch.no_grad()
-    def _score_without_gradient(self, model, request: ScoreRequest | RolloutRequest) -> Any:
-        """Score under the current weights of `model`, without dropout, in parts of a training micro-batch's size."""
-        training = model.training
-        model.eval()
-        states = request.teacher_hidden_states
-        with disable_gradient_checkpointing(model, parsed_kwargs(self.args.gradient_checkpointing_kwargs)):
-            batch_size, length = self.args.per_device_train_batch_size, request.completion_mask.shape[1]
-            parts = []
-            for rows, columns in parts_by_length(request.attention_mask, batch_size):
-                end = length - (request.input_ids.shape[1] - columns.stop)
-                part = request._replace(
-                    input_ids=request.input_ids[rows, columns],
-                    attention_mask=request.attention_mask[rows, columns],
-                    completion_mask=request.completion_mask[rows, :end],
-                    teacher_hidden_states=None if states is None else states[rows, :end],
-                )
-                parts.append((rows.tolist(), self._score(model, part)[0]))
-        model.train(training)
-        return assemble_fields(parts, request.completion_mask.shape)
-
-    def _log_rollouts(self, inputs: list[dict[str, Any]], batch: Batch) -> None:
-        super()._log_rollouts(inputs, batch)
+    def _log_rollouts(self, rows: list[dict[str, Any]], batch: Batch) -> None:
+        """Log the metrics of the rollout in progress; `rows` are those of the dataset."""
+        counts, rewards = self._rollout.counts, self._rollout.rewards.values
+        self.rollout_metrics.add_rollout(self.mode, rows, batch, counts, rewards, self.eos_token_ids)
         if self._compiled_decoding is not None:
-            counts = self._compiled_decoding.take_counts()
-            self._log_totals(make_totals({"rollout/compiled_steps": counts}, self.accelerator.device))
+            steps = {"rollout/compiled_steps": self._compiled_decoding.take_counts()}
+            self.means.add(self.mode, make_totals(steps, self.accelerator.device))
+
+    def _given_completions(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
+        """Return the dataset's completion of each row that trains on it; nothing if all rows are sampled."""
+        if not self.model.training or self.args.lmbda == 1.0:
+            return []
+        step, first = self.state.global_step, self.accelerator.process_index * len(rows)
+        keys = [(self.args.seed, GIVEN, step, first + row) for row in range(len(rows))]
+        kwargs = parsed_kwargs(self.chat_template_kwargs)
+        return choose_given(rows, self.args.lmbda, keys, self._tokenizer, kwargs)
+
+    @property
+    def rollout_seconds(self) -> float:
+        """Return the time spent on training rollouts since the process started."""
+        return self.buffer.seconds
+
+    # Rewards of functions
+
+    @property
+    def _group(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _note_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Store and return rewards `(B_all, F)`, with infinite ones replaced, and NaN for rows that do not count."""
+        if not self.model.training:  # NaN keeps fillers out of all means
+            rewards = rewards.masked_fill(~self.accelerator.gather(self._rollout.counts)[:, None], torch.nan)
+        self._rollout.rewards = FunctionRewards.of(rewards, self._group)
+        return self._rollout.rewards.values
+
+    def _add_reward_advantages(self, batch: Batch, group_advantages: torch.Tensor) -> tuple[Batch, dict[int, str]]:
+        """Add GRPO's advantages of the reward functions; without groups, relative to the whole buffer instead.
+
+        Completions with an infinite reward become faulty; also return their explanations, by row.
+        """
+        rewards, num_rows = self._rollout.rewards, len(group_advantages)
+        faults = rewards.faults(self.accelerator.process_index * num_rows, num_rows, self.reward_func_names)
+        batch["faulty"][list(faults)] = True
+        if self._group == 1:
+            group_advantages = self.advantages.of_buffer(rewards, self.reward_weights, num_rows)
+        return {**batch, "advantages": batch["advantages"] + group_advantages[:, None]}, faults
 
     # Loss
-
-    def _make_lm_batches(self, lm_dataset: Dataset | IterableDataset) -> LanguageModelingBatches:
-        args = self.args
-        return LanguageModelingBatches(
-            lm_dataset,
-            self._tokenizer,
-            max_length=min(args.lm_max_length, self.max_context or args.lm_max_length),
-            batch_size=args.lm_batch_size or args.per_device_train_batch_size,
-            seed=args.seed,
-            chat_template_kwargs=parsed_kwargs(self.chat_template_kwargs),
-        )
 
     def _lm_loss(self, lm: Batch, scores: TokenScores) -> torch.Tensor:
         """Log the terms of L_PT of a micro-batch, and return its share of the loss."""
@@ -420,5 +381,5 @@ class TeacherMixedTrainer(MeasuredRollouts):
         values = {"objective/lm_cross_entropy": -scores.logps}
         if scores.divergence is not None:
             values["objective/lm_forward_kl"] = scores.divergence
-        self._log_totals(token_totals(values, lm["loss_mask"]))
+        self.means.add(self.mode, token_totals(values, lm["loss_mask"]))
         return normalize_loss(scores.loss, lm["window_tokens"] / self.accelerator.num_processes)

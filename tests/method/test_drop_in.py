@@ -188,7 +188,7 @@ def test_conversations_are_rendered_with_the_chat_template(tmp_path):
     )
     trainer.train()
     assert all(turn[0]["role"] == "assistant" for turn in seen)
-    batch = trainer._buffered_inputs[0]
+    batch = trainer.buffer.batches[0]
     prompt = tokenizer.decode(batch["prompt_ids"][0][batch["prompt_mask"][0].bool()])
     assert prompt.startswith("<user> the mill ")
     assert prompt.endswith("<assistant>")

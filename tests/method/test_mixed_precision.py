@@ -166,8 +166,8 @@ class TestOverflow:
         )
         if scale is not None:
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=50)
-            trainer._overflow_counter = OverflowCounter(trainer.accelerator)
-            trainer.add_callback(trainer._overflow_counter)
+            trainer.counts.overflows = OverflowCounter(trainer.accelerator)
+            trainer.add_callback(trainer.counts.overflows)
         return trainer
 
     def test_steps_that_overflow_are_skipped_and_counted_and_a_resumed_run_goes_on(self, tmp_path):

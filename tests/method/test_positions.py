@@ -102,13 +102,13 @@ class TestTrainer:
             eval_steps=1,
         )
         lengths: dict[str, list[int]] = {"train": [], "eval": []}
-        score = trainer._score_rollouts
+        score = trainer.scoring.training_batch
 
-        def watch(batch, *args, **kwargs):
-            lengths["train" if trainer.model.training else "eval"].append(batch["completion_ids"].shape[1])
-            return score(batch, *args, **kwargs)
+        def watch(model, batch, *args):
+            lengths[trainer.mode].append(batch["completion_ids"].shape[1])
+            return score(model, batch, *args)
 
-        monkeypatch.setattr(trainer, "_score_rollouts", watch)
+        monkeypatch.setattr(trainer.scoring, "training_batch", watch)
         trainer.train()
         assert lengths["train"] == [3, 6, 9]
         assert max(lengths["eval"]) == 9

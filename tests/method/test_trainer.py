@@ -282,11 +282,11 @@ class TestBuffer:
     def test_buffered_batches_are_not_written_to(self, tmp_path):
         trainer = make_trainer(tmp_path, num_iterations=3, max_steps=2)
         trainer.train()
-        before = [{key: value.clone() for key, value in batch.items()} for batch in trainer._buffered_inputs]
+        before = [{key: value.clone() for key, value in batch.items()} for batch in trainer.buffer.batches]
         trainer.model.train()
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.buffer.batches:
             trainer.compute_loss(trainer.model, batch).backward()
-        for batch, kept in zip(trainer._buffered_inputs, before, strict=True):
+        for batch, kept in zip(trainer.buffer.batches, before, strict=True):
             assert batch.keys() == kept.keys()
             assert all(torch.equal(batch[key], kept[key]) for key in kept)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import minillm_trl.models.fused_head
 import minillm_trl.trainer
-import minillm_trl.training.measured_rollouts
+import minillm_trl.training.rollout_rewards
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.objectives import mixture_logps, reward_to_go
 
@@ -153,7 +153,7 @@ def test_another_divergence_has_its_known_error(tmp_path, name: str, error: floa
 def test_current_reward_in_the_return_is_told_apart(tmp_path, monkeypatch: pytest.MonkeyPatch):
     trainer = build_trainer(tmp_path, epsilon=100.0)
     monkeypatch.setattr(
-        minillm_trl.training.measured_rollouts,
+        minillm_trl.training.rollout_rewards,
         "reward_to_go",
         lambda *args, **kwargs: reward_to_go(*args, **{**kwargs, "include_current": True}),
     )

@@ -2,6 +2,7 @@
 tools, vLLM's correction."""
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -239,7 +240,7 @@ class TestRolloutFunction:
 
     def test_token_outside_the_shared_vocabulary_is_refused(self, tmp_path):
         trainer = self.make(tmp_path, None, teacher=build_model("gpt2", 300, 1))
-        trainer.vocab_size = 10
+        trainer.scoring.scorer = dataclasses.replace(trainer.scoring.scorer, vocab_size=10)
         with pytest.raises(ValueError, match="has the token 10, but student and teacher share only tokens 0 to 9"):
             self.batch(trainer)
 
@@ -311,7 +312,7 @@ class TestTools:
         trainer.train()
         assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
         answered = 0
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.buffer.batches:
             for ids, model_made in zip(batch["completion_ids"], batch["tool_mask"], strict=True):
                 if (model_made == 0).any():
                     answered += 1
@@ -325,7 +326,7 @@ class TestTools:
         assert trainer.reward_func_names == ["Town"]
         trainer.train()
         assert trainer.state.log_history[0]["rewards/Town/mean"] == 0.5
-        for batch in trainer._buffered_inputs:
+        for batch in trainer.buffer.batches:
             prompts = trainer._tokenizer.batch_decode(batch["prompt_ids"])
             assert all(" in Rome" in prompt for prompt in prompts)
 

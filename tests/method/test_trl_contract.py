@@ -1,6 +1,8 @@
 """What minillm_trl relies on in TRL beyond its public interface. These fail first when TRL moves."""
 
+import ast
 import inspect
+import re
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +19,13 @@ from transformers.integrations import deepspeed
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, split_tensor_dict
 
+import minillm_trl
 from minillm_trl import MiniLLMTrainer
+from minillm_trl.baselines import KDTrainer
 from minillm_trl.config import _OneGeneration
 from minillm_trl.training.trl_version import TESTED
 
@@ -61,27 +66,66 @@ def test_overridden_methods_keep_their_signature(method: str, expected: list[str
     assert parameters(getattr(GRPOTrainer, method)) == expected
 
 
-def overrides(trainer: type) -> dict[str, list[str]]:
-    """The private methods of TRL and transformers that a trainer overrides, with the classes that do."""
-    own = trainer.__mro__[: trainer.__mro__.index(GRPOTrainer)]
-    names = {name for owner in own for name in vars(owner) if hasattr(GRPOTrainer, name)}
+# Every private name of transformers and TRL that the trainers override (first), call, read or set
+PRIVATE_IN_TRANSFORMERS = {
+    *("_get_train_sampler", "_get_dataloader", "_prepare_inputs", "_run_epoch", "_get_grad_norm"),
+    *("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint", "_issue_warnings_after_load"),
+    "_load_rng_state",
+    *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"),
+}
+PRIVATE_IN_TRL = {
+    *("_tokenize_prompts", "_generate_and_score_completions", "_generate_single_turn", "_tool_call_loop"),
+    *("_get_per_token_logps_and_entropies", "_calculate_rewards", "_compute_loss", "_prepare_dataset"),
+    *("_name", "_paper", "_tag_names"),
+    *("_tokenizer", "_metrics", "_logs", "_total_train_tokens"),
+}
+
+
+def private_names(cls: type) -> set[str]:
+    """The private names that a class defines, or that its methods use on `self`."""
+    names = {*vars(cls), *re.findall(r"self\.(_\w+)", inspect.getsource(cls))}
+    return {name for name in names if re.match("_[a-z]", name)}
+
+
+def test_private_names_that_the_trainers_use_are_all_named_here():
+    package = Path(minillm_trl.__file__).parent
+    used = set()
+    for path in (package / "trainer.py", *package.glob("training/*.py"), *package.glob("baselines/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+            used |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+            used |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+    of_transformers = private_names(transformers.Trainer)
+    of_trl = set().union(*map(private_names, (GRPOTrainer, SFTTrainer, _BaseTrainer))) - of_transformers
+    assert used & of_transformers == PRIVATE_IN_TRANSFORMERS
+    assert used & of_trl == PRIVATE_IN_TRL
+
+
+def overrides(trainer: type, base: type) -> dict[str, list[str]]:
+    """The methods of TRL and transformers that a trainer overrides, with the classes that do."""
+    own = trainer.__mro__[: trainer.__mro__.index(base)]
+    names = {name for owner in own for name in vars(owner) if hasattr(base, name)}
     return {
         name: [owner.__name__ for owner in own if name in vars(owner)]
         for name in names
-        if name.startswith("_") and not name.startswith("__") and callable(getattr(GRPOTrainer, name))
+        if not name.startswith("__") and callable(getattr(base, name))
     }
-
-
-def test_private_methods_that_are_overridden_are_all_named_here():
-    source = Path(__file__).read_text()
-    assert [name for name in overrides(MiniLLMTrainer) if f'"{name}"' not in source and f".{name}" not in source] == []
 
 
 def test_methods_of_grpo_are_overridden_in_one_class():
     of_grpo = {name for name in vars(GRPOTrainer) if not hasattr(transformers.Trainer, name)}
-    found = {name: classes for name, classes in overrides(MiniLLMTrainer).items() if name in of_grpo}
+    found = {name: classes for name, classes in overrides(MiniLLMTrainer, GRPOTrainer).items() if name in of_grpo}
     assert len(found) >= 6
     assert set(map(tuple, found.values())) == {("MiniLLMTrainer",)}
+
+
+@pytest.mark.parametrize(("trainer", "base"), [(MiniLLMTrainer, GRPOTrainer), (KDTrainer, SFTTrainer)])
+def test_overrides_begin_with_what_they_replace(trainer: type, base: type):
+    owners = {owner.__name__: owner for owner in trainer.__mro__}
+    for name, classes in overrides(trainer, base).items():
+        for owner in classes:
+            body = inspect.getsource(vars(owners[owner])[name])
+            assert re.search(r"\n +# (TRL|transformers): \w", body), f"{owner}.{name}"
 
 
 def test_scoring_method_is_called_with_the_arguments_that_ours_takes():
@@ -135,8 +179,6 @@ def test_constructor_sets_what_ours_reads():
         "self.temperature = args.temperature",
         "self.max_completion_length = args.max_completion_length",
         "self.num_iterations = args.num_iterations",
-        "self._step = 0",
-        "self._buffered_inputs = None",
         "self.aux_loss_enabled =",
         "self.num_generations_eval =",
         "self.num_generations = args.num_generations",
@@ -190,13 +232,11 @@ def test_rollout_has_what_ours_takes_from_it():
     [
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
-        ("_save", ["self", "output_dir", "state_dict"]),
+        ("save_model", ["self", "output_dir", "_internal_call"]),
         ("_get_output_dir", ["self", "trial"]),
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
-        ("_finalize_training", ["self", "trial", "num_train_samples", "start_time"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_load_rng_state", ["self", "checkpoint"]),
-        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("create_scheduler", ["self", "num_training_steps", "optimizer"]),
         ("_issue_warnings_after_load", ["self", "load_result"]),
         ("_run_epoch", None),
@@ -214,6 +254,19 @@ def test_hyperparameters_are_noted_between_the_new_schedule_and_the_checkpoint()
     source = inspect.getsource(transformers.Trainer._prepare_for_training)
     places = ["self.create_scheduler(", "deepspeed_load_checkpoint(", "self._load_optimizer_and_scheduler("]
     assert [source.index(each) for each in places] == sorted(source.index(each) for each in places)
+    assert '("model", "optimizer", "lr_scheduler"):\n            setattr(self.callback_handler' in source
+    loop = inspect.getsource(transformers.Trainer._inner_training_loop)  # they are set again when training begins
+    assert loop.index("self._prepare_for_training(") < loop.index("self.callback_handler.on_train_begin(")
+
+
+def test_run_that_was_told_to_stop_ends_when_its_checkpoint_is_written():
+    source = inspect.getsource(transformers.Trainer._maybe_log_save_evaluate)
+    assert source.index("self._save_checkpoint(") < source.index("self.callback_handler.on_save(")
+    # an evaluation may withdraw a checkpoint, which the end of the epoch then writes
+    assert source.index("self.control.should_save = is_new_best_metric") < source.index("if self.control.should_save:")
+    epoch = inspect.getsource(transformers.Trainer._run_epoch)
+    end = epoch.index("self.callback_handler.on_epoch_end(")
+    assert epoch.rindex("self._maybe_log_save_evaluate(") > end > epoch.rindex("break")
 
 
 def test_training_loop_has_what_resuming_takes_and_sets():
@@ -227,7 +280,6 @@ def test_training_loop_has_what_resuming_takes_and_sets():
         "epochs_trained=epochs_trained,",
         "steps_trained_in_current_epoch=steps_trained_in_current_epoch,",
         "train_dataloader=train_dataloader,",
-        "return self._finalize_training(",
     ):
         assert line in loop, line
     before_the_loop, rest = loop.split("self.callback_handler.on_train_begin(")
@@ -296,8 +348,11 @@ def test_evaluation_metrics_are_prefixed_once():
     assert 'f"eval_{key}": val for key, val in metrics.items()' in inspect.getsource(GRPOTrainer.log)
 
 
-def test_training_step_counts_the_micro_batches_that_we_index_by():
-    assert "self._step += 1" in inspect.getsource(GRPOTrainer.training_step)
+def test_training_step_asks_for_one_micro_batch():
+    assert inspect.getsource(transformers.Trainer.training_step).count("self._prepare_inputs(") == 1
+    assert "output = super().training_step(model, inputs, num_items_in_batch)" in inspect.getsource(
+        GRPOTrainer.training_step
+    )
 
 
 def test_config_compares_num_generations_in_the_ways_that_our_one_answers():

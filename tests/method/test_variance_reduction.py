@@ -357,14 +357,14 @@ class TestTrainer:
         options = {"advantage_baseline": "position", "teacher_mixed_alpha": 0.0}
         trainer = make_trainer(tmp_path, **options)
         trainer.model.train()
-        score = trainer._score_rollout
+        score = trainer.scoring.of_rollout
 
-        def broken(batch, sampled):
-            scores = score(batch, sampled)
+        def broken(model, batch, sampled):
+            scores = score(model, batch, sampled)
             scores.teacher_kd_logps[3, 0] = torch.nan
             return scores
 
-        trainer._score_rollout = broken
+        trainer.scoring.of_rollout = broken
         found = trainer._generate_and_score_completions(rows)
         mask = sequences(found)[2]
         plain = make_trainer(tmp_path, teacher_mixed_alpha=0.0)
@@ -560,10 +560,10 @@ class TestMetrics:
 
     def test_completions_of_a_prompt_are_in_one_half(self, tmp_path):
         trainer = make_trainer(tmp_path, num_generations=2)
-        assert trainer._halves(8).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
-        assert trainer._halves(4).tolist() == [0, 0, 1, 1]
+        assert trainer.buffer.halves(8).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+        assert trainer.buffer.halves(4).tolist() == [0, 0, 1, 1]
 
     def test_each_step_has_as_much_of_either_half(self, tmp_path):
         trainer = make_trainer(tmp_path, steps_per_generation=4, max_steps=1)
         trainer.train()
-        assert [batch["half"].sum().item() for batch in trainer._buffered_inputs] == [2, 2, 2, 2]
+        assert [batch["half"].sum().item() for batch in trainer.buffer.batches] == [2, 2, 2, 2]

@@ -242,7 +242,7 @@ class TestTrainedStudent:
     @torch.no_grad()
     def test_what_was_logged_is_of_the_models_on_disk(self, run: Run):
         student, teacher = run.load_student(), run.load_teacher()
-        (batch,) = run.trainer._buffered_inputs  # whose first update is that of an adapter at zero
+        (batch,) = run.trainer.buffer.batches  # whose first update is that of an adapter at zero
         mask = sequences(batch)[2]
         divergences, entropies = [], []
         for row, real in enumerate(mask):
@@ -308,7 +308,7 @@ def test_padded_vocabularies_train_like_those_cut_to_the_rows_they_share(
         assert trainer.vocab_size == shared
         before = weights(student)
         trainer.train()
-        (batch,) = trainer._buffered_inputs
+        (batch,) = trainer.buffer.batches
         assert batch["completion_ids"].max() < shared
         moved.append({name: tensor - before[name] for name, tensor in weights(student).items()})
     for name, expected in moved[1].items():

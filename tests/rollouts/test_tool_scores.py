@@ -77,6 +77,6 @@ def test_later_turns_end_at_the_context(tmp_path):
     trainer.train()
     lengths = [
         (batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=1)).max().item()
-        for batch in trainer._buffered_inputs
+        for batch in trainer.buffer.batches
     ]
     assert max(lengths) == trainer.max_context

@@ -36,11 +36,12 @@ from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 from minillm_trl import MiniLLMTrainer
-from minillm_trl.baselines import FineTuningTrainer, seqkd
+from minillm_trl.baselines import FineTuningTrainer, KDTrainer, seqkd
 from minillm_trl.cli import main as command_line
 from minillm_trl.rollouts import sampling
 from minillm_trl.training import checkpoints, reliable_trainer
 from minillm_trl.training.checkpoints import newest_whole_checkpoint
+from minillm_trl.training.rollout_scoring import RolloutScoring
 
 for _module in ("generate", "kd", "minillm", "recording", "seqkd", "sft", "training"):
     import_module(f"minillm_trl.cli.{_module}")  # so that the children, which are forked, need not wait for imports
@@ -113,10 +114,12 @@ def count_moments(counts: Counts, kill_at: int | None) -> None:
         setattr(owner, name, wrapper)
 
     counted(sampling, "draw_tokens", "token")
-    counted(reliable_trainer.ReliableTrainer, "compute_loss", "loss")
+    counted(MiniLLMTrainer, "_compute_loss", "loss")
+    counted(FineTuningTrainer, "compute_loss", "loss")
+    counted(KDTrainer, "compute_loss", "loss")
     counted(reliable_trainer.ReliableTrainer, "_get_grad_norm", "step")
     counted(reliable_trainer.ReliableTrainer, "log", "log")
-    counted(MiniLLMTrainer, "_score_rollouts", "rollout")
+    counted(RolloutScoring, "training_batch", "rollout")
     open_share = seqkd.TeacherData.open_share
 
     def open_counted(self: seqkd.TeacherData, process: int) -> Any:

@@ -222,7 +222,7 @@ class Scripted(MiniLLMTrainer):
     entropy = [1.0] * 8 + [0.1] * 8
 
     def log(self, logs, start_time=None):
-        self._log_means()
+        self.means.take(self.mode)
         self._metrics["train"].clear()
         if "loss" in logs:
             self._metrics["train"]["entropy"] = [self.entropy[self.state.global_step - 1]]

@@ -157,7 +157,7 @@ class TestAttention:
             mask = attention_mask[:, 24:].bool()
             request = ScoreRequest(ids, attention_mask, mask, loss=lambda scores, _: -scores.logps / 64)
             gradients = []
-            for score in (trainer._score, lambda model, request: model(score_requests=[request])):
+            for score in (trainer.scoring.answer, lambda model, request: model(score_requests=[request])):
                 trainer.model.zero_grad()
                 score(trainer.model, request)[0].loss.backward()
                 gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
@@ -212,7 +212,7 @@ class TestHalfPrecision:
         batch = trainer._generate_and_score_completions([DATASET[i] for i in range(8)])
         input_ids, attention_mask, mask = sequences(batch)
         request = ScoreRequest(input_ids, attention_mask, mask)
-        of_training = trainer._score_without_gradient(trainer.model, request).logps
+        of_training = trainer.scoring.without_gradient(trainer.model, request).logps
         with torch.no_grad():
             exact = trainer.model(score_requests=[request])[0].logps  # outside autocast
         tolerance = {"fp16": 0.02, "bf16": 0.15}[precision]

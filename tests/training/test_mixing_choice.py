@@ -20,18 +20,18 @@ def test_speculative_rollouts_do_not_depend_on_the_batch_and_are_scored_as_the_m
         trainer = make_trainer(
             tmp_path, mixing="speculative", teacher_mixed_alpha=0.5, max_steps=2, num_iterations=1, **options
         )
-        score, batches = trainer._score_rollouts, []
+        score, batches = trainer.scoring.training_batch, []
 
-        def recorded(batch, *args, score=score, batches=batches, **kwargs):
-            scored, faults = score(batch, *args, **kwargs)
+        def recorded(model, batch, *args, score=score, batches=batches):
+            scored = score(model, batch, *args)
             names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-            again, _ = score({name: batch[name] for name in names}, 0.5)  # by plain forward passes
-            behavior = [each["old_per_token_logps"] for each in (scored, again)]
+            again = score(model, {name: batch[name] for name in names}, 0.5)  # by plain forward passes
+            behavior = [each.batch["old_per_token_logps"] for each in (scored, again)]
             torch.testing.assert_close(*behavior, rtol=1e-4, atol=1e-4)
-            batches.append(scored["completion_ids"].tolist())
-            return scored, faults
+            batches.append(batch["completion_ids"].tolist())
+            return scored
 
-        trainer._score_rollouts = recorded
+        trainer.scoring.training_batch = recorded
         trainer.train()
         found.append(batches)
     assert found[0][0] == found[1][0]

@@ -236,7 +236,7 @@ class TestResume:
         options = {"max_steps": 5, "steps_per_generation": 3, "logging_steps": 3, "optim": "sgd"}  # Adam has a state
         trainer, other = (make_trainer(tmp_path, **options) for _ in range(2))
         trainer.train()
-        trainer._nonfinite_steps = trainer._nonfinite_completions = 2
+        trainer.guard.skipped = trainer.counts.left_out = 2
         other.model.load_state_dict(trainer.model.state_dict())
         for second_run in (trainer, other):
             second_run.train()
@@ -480,6 +480,16 @@ class TestSigterm:
         resumed.train(resume_from_checkpoint=True)
         assert_same_run(resumed, whole)
 
+    def test_saves_where_an_evaluation_at_the_same_step_wants_no_checkpoint(self, tmp_path):
+        """With `save_strategy="best"`, an evaluation that is not the best one withdraws the checkpoint."""
+        options = {**SAVED, **EVALUATED, "save_strategy": "best", "learning_rate": 1e-9}  # none beats the first one
+        trainer = make_trainer(tmp_path, **options)
+        trainer.add_callback(AtStep(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(Terminated) as ended:
+            trainer.train()
+        assert ended.value.checkpoint == str(tmp_path / "checkpoint-4")
+        assert find_damage(tmp_path / "checkpoint-4") is None
+
 
 class TestNotFinite:
     def watched(self, tmp_path, **options):
@@ -499,17 +509,17 @@ class TestNotFinite:
 
     def break_row(self, trainer, step: int, value: float = torch.nan, rows: tuple[int, ...] = (1,)) -> list[str]:
         """Let the teacher's log-prob of a token be `value` in rows of the rollout of a step; returns their prompts."""
-        score, faulty = trainer._score_rollout, []
+        score, faulty = trainer.scoring.of_rollout, []
 
-        def broken(batch, *args):
-            scores = score(batch, *args)
+        def broken(model, batch, sampled):
+            scores = score(model, batch, sampled)
             if trainer.state.global_step == step and trainer.model.training:
                 for row in rows:
                     scores.teacher_kd_logps[row, 3] = value
                     faulty.append(trainer._tokenizer.decode(batch["prompt_ids"][row], skip_special_tokens=True))
             return scores
 
-        trainer._score_rollout = broken
+        trainer.scoring.of_rollout = broken
         return faulty
 
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
@@ -611,15 +621,15 @@ class TestNotFinite:
         batch = trainer.score_rollouts(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
         trainer.model.train()
         trainer.compute_loss(trainer.model, batch)
-        assert trainer._faults == []
+        assert trainer.guard.faults == []
         batch["old_per_token_logps"][1, 2] = -torch.inf
         assert trainer.compute_loss(trainer.model, batch).isnan()
-        assert trainer._faults == ["the loss is not finite for the rows [1] of the batch"]
-        trainer._faults.clear()
+        assert trainer.guard.faults == ["the loss is not finite for the rows [1] of the batch"]
+        trainer.guard.faults.clear()
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(torch.nan)
         trainer.compute_loss(trainer.model, batch)
-        assert trainer._faults == ["the loss is not finite for the rows [0, 1] of the batch"]
+        assert trainer.guard.faults == ["the loss is not finite for the rows [0, 1] of the batch"]
 
     @pytest.mark.parametrize(("tokens", "number"), [(0, 1), (1, 0)])
     def test_step_with_a_single_token_left_is_not_empty(self, tokens: int, number: int):
@@ -757,8 +767,13 @@ class TestNotFinite:
 
     def test_faults_apart_do_not_end_the_run(self, tmp_path):
         trainer, _ = self.watched(tmp_path, max_nonfinite_steps=2, max_steps=8, steps_per_generation=1)
-        advantages = trainer._advantages
-        trainer._advantages = lambda *args: advantages(*args) + (torch.nan if trainer.state.global_step % 2 else 0.0)
+        of_teacher = trainer.advantages.of_teacher
+
+        def broken(*args):
+            advantages, explained = of_teacher(*args)
+            return advantages + (torch.nan if trainer.state.global_step % 2 else 0.0), explained
+
+        trainer.advantages.of_teacher = broken
         trainer.train()
         assert trainer.state.log_history[-2]["nonfinite_steps"] == 4
 

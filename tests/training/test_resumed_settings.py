@@ -275,8 +275,8 @@ class TestWhatIsSaid:
         make_trainer(tmp_path, **SHORT, save_only_model=True).train()
         trainer = make_trainer(tmp_path, **SHORT)
         trainer.is_deepspeed_enabled = True
-        with pytest.raises(CheckpointError, match="save_only_model"):
-            trainer._compare_settings(str(tmp_path / "checkpoint-2"))
+        with pytest.raises(CheckpointError, match=r"DeepSpeed needs to resume.*save_only_model=False"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
     @pytest.mark.parametrize("skips", [False, True])
     def test_data_that_is_not_passed_over(self, saved, caplog, skips: bool):

@@ -1,0 +1,89 @@
+"""The teacher of a run, in this process or on servers, and what it shares with the student."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import MiniLLMConfig
+from ..hardware.precision import half_precision
+from ..models.context import max_context, name_context
+from ..models.init_kwargs import parsed_kwargs
+from ..models.lm_head import LMHead, check_head
+from ..models.teacher import TeacherOffload, adapter_on_base, place_new_teacher, shared_vocab_size
+from ..models.weight_formats import refuse_8bit_teacher
+from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
+from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
+
+
+class TeacherSetup(NamedTuple):
+    """A teacher, and what it shares with the student.
+
+    Attributes:
+        teacher ([`Teacher`]): gives hidden states.
+        vocab_size (`int`): leading rows of the vocabulary that both models share.
+        max_context (`int`, *optional*): tokens that both models can read; None without a limit.
+        context_name (`str`): name of this limit in messages.
+        phase (`AbstractContextManager`): the teacher is on the device within it.
+    """
+
+    teacher: Teacher
+    vocab_size: int
+    max_context: int | None
+    context_name: str
+    phase: AbstractContextManager
+
+
+def use_local_teacher(
+    teacher_model: str | PreTrainedModel,
+    student: PreTrainedModel,
+    base: Any,
+    args: MiniLLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> TeacherSetup:
+    """Load and place a teacher in this process; with `teacher_shares_base`, it is an adapter on `base`.
+
+    Raises:
+        ValueError: if teacher and student do not match, or the head cannot be reproduced.
+    """
+    if args.teacher_shares_base:
+        teacher = adapter_on_base(base, teacher_model)
+    else:
+        teacher = place_new_teacher(
+            teacher_model,
+            accelerator,
+            init_kwargs=parsed_kwargs(args.teacher_model_init_kwargs),
+            default_dtype=half_precision(accelerator) or torch.float32,
+            shard=args.shard_teacher,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickled_weights=args.allow_pickled_weights,
+        )
+    is_8bit = getattr(teacher, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
+    refuse_8bit_teacher(is_8bit, args.teacher_mixed_alpha)
+    check_head(teacher, "teacher")
+    vocab_size = shared_vocab_size(student, teacher, tokenizer)
+    of_rollouts = RolloutTeacher(
+        teacher,
+        LMHead.of(teacher).frozen(accelerator.device),
+        accelerator,
+        batch_size=args.per_device_train_batch_size,
+        kept_on=args.teacher_hidden_states,
+    )
+    phase = TeacherOffload(teacher) if args.offload_teacher else nullcontext()
+    return TeacherSetup(of_rollouts, vocab_size, max_context(student, teacher), name_context(student, teacher), phase)
+
+
+def use_served_teacher(
+    served: ServedTeacher,
+    student: PreTrainedModel,
+    args: MiniLLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> TeacherSetup:
+    """Use a teacher on servers."""
+    vocab_size = served.shared_vocab_size(student, tokenizer)
+    teacher = RemoteTeacher(served, served.scoring(vocab_size), accelerator, args.teacher_hidden_states)
+    return TeacherSetup(teacher, vocab_size, served.max_context(student), name_context(student), nullcontext())
