@@ -135,18 +135,20 @@ class SlowMiniLLM:
             constants = found[row] = Constants()
             q, p = self.log_probs(student[row]), self.log_probs(teacher[row])
             q_kd, p_kd = self.kd_log_probs(student[row]), self.kd_log_probs(teacher[row])
+            reference_logps = None if reference is None else self.log_probs(reference[row])
             rewards, expected = {}, {}
             for t in row.positions:
                 token = row.completion[t]
                 constants.old[t] = q[t, token].item()
                 constants.entropy[t] = -(q[t].exp() * q[t]).sum().item()
                 constants.behavior[t] = self._behavior(row, t, p[t, token].item(), q[t, token].item())
-                if reference is not None:
-                    constants.reference[t] = self.log_probs(reference[row])[t, token].item()
+                if reference_logps is not None:
+                    constants.reference[t] = reference_logps[t, token].item()
                 rewards[t] = self._reward(p_kd[t, token].item() - q_kd[t, token].item())
-                each = zip(q[t].exp().tolist(), (p_kd[t] - q_kd[t]).tolist(), strict=True)
-                expected[t] = sum(prob * self._reward(log_ratio) for prob, log_ratio in each)
-            future = expected if self.options["reward_estimator"] == "expected" else rewards
+                if self.options["reward_estimator"] == "expected":
+                    each = zip(q[t].exp().tolist(), (p_kd[t] - q_kd[t]).tolist(), strict=True)
+                    expected[t] = sum(prob * self._reward(log_ratio) for prob, log_ratio in each)
+            future = expected or rewards
             constants.advantage = {t: self._return({**future, t: rewards[t]}, t) for t in row.positions}
             self._weigh(row, constants)
             constants.token_weight = self._discrepancy_weights(rewards)

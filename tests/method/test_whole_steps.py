@@ -79,6 +79,7 @@ class Replay:
             self.teacher = next_token_logits(teacher, [*all_rows, *self.corpus_rows])
             self.reference = next_token_logits(self.student, all_rows)
         self.steps = self._train(rows)
+        self.own_gradients: dict[int, torch.Tensor] = {}
 
     def _merge(self, parts: Sequence[Sequence[Row]]) -> list[Row]:
         """The rows of all processes, as the rollout function wrote them where there is one."""
@@ -128,6 +129,12 @@ class Replay:
         corpus_loss, _ = method.corpus_loss(self.corpus_rows, corpus_logits, self.teacher)
         gradients = torch.autograd.grad(loss + corpus_loss, [*student.values(), *corpus_logits.values()])
         return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def own_gradient(self, number: int) -> torch.Tensor:
+        """Of the loss of a step under the options of the case."""
+        if number not in self.own_gradients:
+            self.own_gradients[number] = self.gradient(slow(self.case), self.steps[number])
+        return self.own_gradients[number]
 
     def evaluate(self) -> dict[str, float]:
         """Samples of the student alone, which therefore are weighted by 1, without baseline and token weights."""
@@ -215,9 +222,9 @@ def changes_of(case: Case) -> list[tuple[str, object]]:
 def acts(played: Replay, option: str, value: object) -> bool:
     """Whether a change of an option changes the gradient of any step."""
     changed = slow(played.case, **{option: value})
-    for step in reversed(played.steps):  # the last ones have moved furthest
-        expected = played.gradient(slow(played.case), step)
-        if (played.gradient(changed, step) - expected).norm() > ACTS * expected.norm():
+    for number in reversed(range(len(played.steps))):  # the last ones have moved furthest
+        expected = played.own_gradient(number)
+        if (played.gradient(changed, played.steps[number]) - expected).norm() > ACTS * expected.norm():
             return True
     return False
 

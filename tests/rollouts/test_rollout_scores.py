@@ -68,12 +68,11 @@ def test_where_the_teacher_and_its_states_are_does_not_change_training(tmp_path,
 
 
 HAS_COMPILER = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler"))],
-)
+# "aot_eager" traces and functionalises as "inductor" does, which then compiles for half a minute
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.slow])])
 def test_compiled_rollouts_train_to_the_same_weights(tmp_path, monkeypatch, backend: str):
     def compiled(model, chosen: str) -> CompiledDecoding:
         assert chosen in ("eager", "inductor")  # of the check at start, and the option
