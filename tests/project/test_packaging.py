@@ -118,7 +118,7 @@ class TestReadme:
 
 
 class TestVersions:
-    RESULTS = json.loads((ROOT / "benchmarks/results/version_matrix.json").read_text())
+    RESULTS = json.loads((ROOT / "docs/version_matrix.json").read_text())
     TEXT = (ROOT / "docs/versions.md").read_text()
 
     def test_table_is_that_of_the_results(self):

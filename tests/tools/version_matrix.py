@@ -1,7 +1,7 @@
 """Run the tests that depend on other packages with their lowest and newest versions: `make test-matrix`.
 
 Each environment has a Python and a virtual environment of its own. `lowest` pins the packages in `PINNED` to the lower
-bounds of pyproject.toml, `newest` takes what pip finds. The results are in `benchmarks/results/version_matrix.json`,
+bounds of pyproject.toml, `newest` takes what pip finds. The results are in `docs/version_matrix.json`,
 and docs/versions.md has its table, which a test compares.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "version_matrix.json"
+RESULTS = ROOT / "docs" / "version_matrix.json"
 PINNED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 SHOWN = (*PINNED, "tokenizers", "huggingface_hub", "numpy", "aiohttp")
 PYTHONS = {"lowest": "python3.11", "newest": "python3.13"}
