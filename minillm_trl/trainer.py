@@ -149,6 +149,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             lm_dataset,
             has_environment=environment_factory is not None,
             peft_config=peft_config,
+            tools=tools,
         )
         check_machine(args, quantization_config)
         assert train_dataset is not None  # checked above

@@ -28,11 +28,11 @@ class SharedMeasures:
     """What evaluations of one model on the same prompts share, at any temperature: filled by the first of them.
 
     Attributes:
-        teacher_samples (`dict`): the teacher's completions at its own temperature, by seed.
+        teacher_samples (`dict`): the teacher's completions, by seed and the teacher's temperature.
         losses (`list[float]`, *optional*): the loss of the references, by prompt.
     """
 
-    teacher_samples: dict[int | None, list[Completion]] = field(default_factory=dict)
+    teacher_samples: dict[tuple[int | None, float], list[Completion]] = field(default_factory=dict)
     losses: list[float] | None = None
 
 
@@ -134,9 +134,10 @@ class TaskMeasures:
     def measure_forward_kl(self, teacher: PreTrainedModel, seed: int | None, bar: tqdm) -> list[dict[str, float]]:
         """Return KL(p || q) for each prompt, on a completion sampled from the teacher."""
         samples = self.shared.teacher_samples
-        if seed not in samples:
-            samples[seed] = self._sample(teacher, self.teacher_temperature, seed, bar)
-        completions = samples[seed]
+        key = seed, self.teacher_temperature
+        if key not in samples:
+            samples[key] = self._sample(teacher, self.teacher_temperature, seed, bar)
+        completions = samples[key]
         divergences = token_divergences(
             teacher.eval(),
             self.model.eval(),

@@ -44,6 +44,7 @@ def check_arguments(
     lm_dataset: Dataset | IterableDataset | None = None,
     has_environment: bool = False,
     peft_config: PeftConfig | None = None,
+    tools: Sequence[Callable] | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """Check the arguments of [`MiniLLMTrainer`] against each other, and return the teacher's tokenizer.
 
@@ -77,7 +78,8 @@ def check_arguments(
             f"rollout_func samples by itself, so teacher_mixed_alpha={args.teacher_mixed_alpha} is not used; the "
             "importance weights follow from the logprobs that it returns. Set teacher_mixed_alpha=0.0."
         )
-    own_rollouts = {"rollout_func": rollout_func, "reward_funcs": reward_funcs, "an environment": has_environment}
+    own_rollouts = {"rollout_func": rollout_func, "reward_funcs": reward_funcs}
+    own_rollouts |= {"tools": tools, "an environment": has_environment}
     _check_own_rollouts(args, [name for name, given in own_rollouts.items() if given])
     _check_lm_dataset(lm_dataset, args)
     if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
@@ -116,6 +118,11 @@ def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
         if args.horizon_start is not None and name == "rollout_func":
             raise UserError(
                 f"horizon_start={args.horizon_start} has no effect with rollout_func, which samples itself. Drop it."
+            )
+        if args.horizon_start is not None and name in ("tools", "an environment"):
+            raise UserError(
+                f"horizon_start={args.horizon_start} would limit each turn of a conversation with {name}, not the "
+                "whole completion. Drop it, or lower max_completion_length."
             )
 
 

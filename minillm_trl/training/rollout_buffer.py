@@ -27,6 +27,7 @@ _MADE_BY = (
     *("max_completion_length", "eos_tokens", "importance_weighting", "importance_weight_cap"),
     *("gamma", "length_normalization", "discounted_length", "include_current_reward", "rkl_advantage"),
     *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
+    *("reward_estimator", "advantage_baseline"),
     *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
     "teacher_server_top_k",
 )
@@ -145,7 +146,9 @@ class RolloutBuffer:
     def _made_by(self) -> dict[str, Any]:
         """Return the settings that the rollout buffer depends on."""
         values = {name: plain(getattr(self.args, name)) for name in _MADE_BY}
-        return {**values, "teacher_model": self._teacher}
+        # a server's states are no hidden states, even those of a teacher with the same digest
+        is_served = self.args.teacher_server_url is not None
+        return {**values, "teacher_model": self._teacher, "teacher_is_served": is_served}
 
     def _unpack(self, batch: Batch) -> Batch:
         stays = {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()

@@ -18,7 +18,7 @@ from minillm_trl.evaluation.decodings import Decoding, is_reserved
 from minillm_trl.evaluation.divergence import completion_losses
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.evaluation.parts import Parts
-from minillm_trl.evaluation.task_measures import TaskMeasures
+from minillm_trl.evaluation.task_measures import SharedMeasures, TaskMeasures
 
 DECODINGS = ("temperature_1.0", "temperature_0.5", "greedy")
 TEMPERATURES = ["--temperatures", "1.0", "0.5", "greedy"]
@@ -146,6 +146,20 @@ class TestDecodings:
         assert len(calls) == 1
         first, *others = (read(tmp_path / "out" / decoding)["summary"]["loss"] for decoding in DECODINGS)
         assert others == [first, first]
+
+    def test_teacher_samples_are_shared_at_the_same_temperature_only(self):
+        """Without `teacher_temperature`, the teacher samples at the temperature of each evaluation."""
+        tokenizer = build_tokenizer()
+        student, teacher = build_model("gpt2", len(tokenizer)), build_model("gpt2", len(tokenizer), seed=1)
+        dataset = Dataset.from_dict({"prompt": ["the mill", "the pub near"]})
+        options = {"seeds": [1], "max_new_tokens": 5, "teacher": teacher, "forward_kl": True, "progress": False}
+        shared = SharedMeasures()
+        for temperature in (1.0, 0.3):
+            alone, found = (
+                evaluate_model(student, tokenizer, dataset, temperature=temperature, shared=measures, **options)
+                for measures in (None, shared)
+            )
+            assert found.per_prompt == alone.per_prompt
 
     def test_adapter_on_the_teacher_is_not_the_teacher(self, tmp_path, data, model_dir):
         model = model_dir("llama")

@@ -108,6 +108,18 @@ class TestRefused:
         with pytest.raises(UserError, match="horizon_start=3 has no effect with rollout_func"):
             make_trainer(tmp_path, rollout_func=lambda prompts, trainer: {}, horizon_start=3)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (preset("gkd"), "lmbda=0.5 makes texts of its own, which excludes tools"),
+            (preset("skd"), "skd_top_k=25 makes texts of its own, which excludes tools"),
+            ({"horizon_start": 3}, "horizon_start=3 would limit each turn of a conversation with tools"),
+        ],
+    )
+    def test_tools_whose_turns_follow_each_other(self, tmp_path: Path, options: dict, message: str):
+        with pytest.raises(UserError, match=message):
+            make_trainer(tmp_path, dataset=PAIRS, tools=[lambda city: city], **options)
+
 
 def test_config_accepts_what_the_preset_sets(tmp_path: Path):
     config = make_config(tmp_path, **preset("gkd"))

@@ -48,7 +48,7 @@ def make_config(tmp_path, **options) -> MiniLLMConfig:
 def make_trainer(tmp_path, *, family: str = "gpt2", student=None, teacher=None, dataset=DATASET, **options):
     trainer_options = {
         key: options.pop(key)
-        for key in ("reward_funcs", "peft_config", "eval_dataset", "lm_dataset", "rollout_func")
+        for key in ("reward_funcs", "peft_config", "eval_dataset", "lm_dataset", "rollout_func", "tools")
         if key in options
     }
     tokenizer = build_tokenizer()
