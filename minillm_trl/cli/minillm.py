@@ -117,7 +117,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
 
     from ..models import loading as models
     from ..trainer import MiniLLMTrainer
-    from ..training.checks import check_fills_rollout
+    from ..training.data_checks import check_fills_rollout
     from . import recording, training
     from .examples import describe_repeats, distinct_prompts, load_splits
 

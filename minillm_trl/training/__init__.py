@@ -16,7 +16,8 @@ module of its own:
 - `rollout_metrics`, `rollout_in_progress`: metrics of rollouts and updates; the state of one rollout
 - `mixing_choice`: how the mixture is sampled, as configured or measured
 
-Besides these: `config_checks` (fields, and those of GRPO that are refused), `checks` (other arguments),
+Besides these: `config_checks` (fields, and those of GRPO that are refused), `family_checks` (of the family of
+methods), `checks` (other arguments), `data_checks` (datasets), `given_completions` (of the dataset, for `lmbda`),
 `trained_weights` (refuses a dtype in which updates would be lost to rounding), `language_modeling` (the corpus of
 L_PT), `ends_of_run` (the end tokens of a run), `evaluation_rows`, `metric_directions` and `metric_names` (for
 `metric_for_best_model`), `model_card`, `run_record` (`run.json`), `trl_version`.

@@ -24,6 +24,7 @@ from ..models.reference import check_adapters, check_reference
 from ..models.teacher import check_same_tokenizer, tokenizer_source
 from ..models.weight_formats import quantization_settings
 from ..teacher_server.remote_teacher import ServedTeacher
+from .data_checks import check_columns, check_lm_dataset, check_train_dataset
 from .trained_weights import check_trained_weights
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def check_arguments(
     if not isinstance(teacher_model, ServedTeacher):
         check_apart(model, teacher_model)
     if not (has_environment and train_dataset is None):  # an environment can provide the prompts
-        _check_train_dataset(train_dataset, args)
+        check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if dataset is not None:
-            _check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+            check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
     if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs or has_environment):
         raise UserError(
             "rkl_advantage=False, single_step_decomposition=False and no reward_funcs leave nothing to train on."
@@ -81,7 +82,7 @@ def check_arguments(
     own_rollouts = {"rollout_func": rollout_func, "reward_funcs": reward_funcs}
     own_rollouts |= {"tools": tools, "an environment": has_environment}
     _check_own_rollouts(args, [name for name, given in own_rollouts.items() if given])
-    _check_lm_dataset(lm_dataset, args)
+    check_lm_dataset(lm_dataset, args)
     if loads_reference and not isinstance(model, str) and not model.config._name_or_path:
         raise UserError(
             f"beta={args.beta} needs the initial student as reference, loaded from its folder, but this model was "
@@ -123,16 +124,6 @@ def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
             raise UserError(
                 f"horizon_start={args.horizon_start} would limit each turn of a conversation with {name}, not the "
                 "whole completion. Drop it, or lower max_completion_length."
-            )
-
-
-def _check_lm_dataset(lm_dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
-    if isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
-        raise UserError("lm_dataset is empty.")
-    for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
-        if lm_dataset is None and getattr(args, name) != default:
-            raise UserError(
-                f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
             )
 
 
@@ -361,51 +352,3 @@ def _check_tokenizers(
 def _name_of(model: str | PreTrainedModel) -> str:
     """Return the name or folder of a model; empty if it was built in process."""
     return model if isinstance(model, str) else model.config._name_or_path
-
-
-def _check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
-    if dataset is None or next(iter(dataset), None) is None:
-        raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions.")
-    _check_columns(dataset, "train_dataset")
-    if args.lmbda < 1.0:
-        rows = dataset["completion"] if isinstance(dataset, Dataset) and "completion" in dataset.column_names else []
-        if "completion" not in next(iter(dataset)) or not all(rows):
-            raise UserError(
-                f"lmbda={args.lmbda} trains on the dataset's completions, but train_dataset has rows without one. Add "
-                "a column `completion`, drop these rows, or set lmbda=1.0."
-            )
-    if isinstance(dataset, Dataset):
-        check_fills_rollout(dataset, args, "train_dataset")
-
-
-def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repeats: str = "") -> None:
-    """Check that there are enough prompts for one rollout.
-
-    Args:
-        prompts ([`~datasets.Dataset`]): distinct prompts, one in each row.
-        args ([`MiniLLMConfig`]): configuration.
-        source (`str`): the user's name for them, with which the message begins.
-        repeats (`str`, *optional*): remark on the number of original rows, if some had the same prompt.
-
-    Raises:
-        UserError: with the number of prompts.
-    """
-    assert args.generation_batch_size is not None  # set by GRPOConfig
-    assert args.num_generations is not None
-    if len(prompts) * args.num_generations < args.generation_batch_size:
-        remark = f" ({repeats})" if repeats else ""
-        raise UserError(
-            f"{source} has {len(prompts)} prompts{remark}, too few for one rollout of generation_batch_size="
-            f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
-            "steps_per_generation or per_device_train_batch_size, or raise num_generations."
-        )
-
-
-def _check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise UserError(f"{name} is empty.")
-    columns = dataset.column_names  # None for a stream with unknown features
-    if columns is not None and "prompt" not in columns:
-        raise UserError(
-            f"{name} has no column 'prompt'; its columns are {columns}. Rename the column with the prompts."
-        )

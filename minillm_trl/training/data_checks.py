@@ -1,0 +1,67 @@
+"""Checks of the datasets that a trainer is given."""
+
+from datasets import Dataset, IterableDataset
+
+from ..config import MiniLLMConfig
+from ..errors import UserError
+
+
+def check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
+    """Check that there are prompts, enough for one rollout, and with `lmbda` below 1 a completion for each."""
+    if dataset is None or next(iter(dataset), None) is None:
+        raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions.")
+    check_columns(dataset, "train_dataset")
+    if args.lmbda < 1.0:
+        rows = dataset["completion"] if isinstance(dataset, Dataset) and "completion" in dataset.column_names else []
+        if "completion" not in next(iter(dataset)) or not all(rows):
+            raise UserError(
+                f"lmbda={args.lmbda} trains on the dataset's completions, but train_dataset has rows without one. Add "
+                "a column `completion`, drop these rows, or set lmbda=1.0."
+            )
+    if isinstance(dataset, Dataset):
+        check_fills_rollout(dataset, args, "train_dataset")
+
+
+def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repeats: str = "") -> None:
+    """Check that there are enough prompts for one rollout.
+
+    Args:
+        prompts ([`~datasets.Dataset`]): distinct prompts, one in each row.
+        args ([`MiniLLMConfig`]): configuration.
+        source (`str`): the user's name for them, with which the message begins.
+        repeats (`str`, *optional*): remark on the number of original rows, if some had the same prompt.
+
+    Raises:
+        UserError: with the number of prompts.
+    """
+    assert args.generation_batch_size is not None  # set by GRPOConfig
+    assert args.num_generations is not None
+    if len(prompts) * args.num_generations < args.generation_batch_size:
+        remark = f" ({repeats})" if repeats else ""
+        raise UserError(
+            f"{source} has {len(prompts)} prompts{remark}, too few for one rollout of generation_batch_size="
+            f"{args.generation_batch_size} completions with num_generations={args.num_generations}. Lower "
+            "steps_per_generation or per_device_train_batch_size, or raise num_generations."
+        )
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Check that there are rows with a column `prompt`."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise UserError(f"{name} is empty.")
+    columns = dataset.column_names  # None for a stream with unknown features
+    if columns is not None and "prompt" not in columns:
+        raise UserError(
+            f"{name} has no column 'prompt'; its columns are {columns}. Rename the column with the prompts."
+        )
+
+
+def check_lm_dataset(lm_dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
+    """Check the corpus of L_PT, and that no option of it is set without one."""
+    if isinstance(lm_dataset, Dataset) and len(lm_dataset) == 0:
+        raise UserError("lm_dataset is empty.")
+    for name, default in (("lm_coef", 1.0), ("lm_kd_ratio", 0.0)):
+        if lm_dataset is None and getattr(args, name) != default:
+            raise UserError(
+                f"{name}={getattr(args, name)} has no effect without lm_dataset. Pass one, or drop {name}."
+            )
