@@ -68,6 +68,12 @@ class DataArguments:
         if (self.dataset_name is None) == (self.datasets is None):
             problem = "is missing" if self.datasets is None else "and datasets are both given"
             raise UserError(f"dataset_name {problem}. Give dataset_name, or in YAML a list `datasets`.")
+        if self.datasets is not None:
+            for name, default, key in (("dataset_config", None, "name"), ("dataset_train_split", "train", "split")):
+                if (value := getattr(self, name)) != default:
+                    raise UserError(
+                        f"{name}={value!r} belongs to dataset_name. Set `{key}` in the entries of datasets."
+                    )
         if self.datasets is None and self.test_split_size is not None:
             raise UserError("test_split_size belongs to `datasets`. For dataset_name, set dataset_test_split.")
         if self.test_split_size is not None and not 0.0 < self.test_split_size < 1.0:

@@ -75,7 +75,9 @@ def _load_mixture(data: DataArguments, load: Callable[..., Dataset]) -> tuple[Da
         )
     if data.eval_dataset is not None and data.test_split_size is not None:
         raise UserError("eval_dataset and test_split_size are both given. Drop one of them.")
-    train, evaluation = load_mixture(parse_parts(data.datasets), load), None
+    # rows that are split off are drawn from all of them, which shuffles the rest
+    max_rows = data.max_train_rows if data.test_split_size is None else None
+    train, evaluation = load_mixture(parse_parts(data.datasets), load, max_rows), None
     if data.test_split_size is not None:
         parts = train.train_test_split(data.test_split_size, seed=0)
         train, evaluation = parts["train"], _first(parts["test"], data.max_eval_rows)

@@ -1,7 +1,9 @@
 """Mixtures of datasets, as TRL's `datasets:` in a YAML describes them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -70,7 +72,8 @@ def _parse_part(entry: Any, place: str) -> Part:
             f"{place}: data_files is supported with path {listing(_BUILDERS)} only. Name the file as path."
         )
     fraction = entry.get("fraction")
-    if fraction is not None and (not isinstance(fraction, int | float) or not fraction > 0):
+    is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool) and math.isfinite(fraction)
+    if fraction is not None and not (is_number and fraction > 0):
         raise DataError(f"{place}: fraction must be a positive number, got {shortened(fraction)}.")
     return Part(
         path,
@@ -94,17 +97,19 @@ def _parse_columns(columns: Any, place: str) -> dict[str, str]:
     return {f"{role}_column": str(name) for role, name in columns.items()}
 
 
-def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset]) -> Dataset:
+def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: int | None = None) -> Dataset:
     """Load the parts and concatenate them.
 
-    With fractions, each part gives its first rows, so many that the shares hold and no row repeats.
+    With fractions, each part gives its first rows, so many that the shares hold and no row repeats. `max_rows` keeps
+    the shares too; without fractions, they are those of the parts' lengths.
 
     Args:
         parts (`Sequence[Part]`): from [`parse_parts`].
         load (`Callable`): [`~load.load_examples`], with the arguments that all parts share.
+        max_rows (`int`, *optional*): limit of the rows of the mixture.
 
     Raises:
-        DataError: if the parts differ in the kind of a column, or have no column in common.
+        DataError: if the parts differ in the kind of a column, have no column in common, or one gives no row.
     """
     datasets = [
         load(part.source, split=part.split, dataset_config=part.dataset_config, **part.columns) for part in parts
@@ -120,14 +125,23 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset]) -> Dataset
                     f"datasets: {name} is a conversation in one of {parts[0].source} and {part.source}, and text in "
                     "the other. Convert one of them (prepare-data --template chat makes conversations)."
                 )
-    if parts[0].fraction is not None:
-        fractions = [part.fraction or 0.0 for part in parts]
-        counts = rows_of_parts([len(dataset) for dataset in datasets], fractions)
-        datasets = [dataset.select(range(count)) for dataset, count in zip(datasets, counts, strict=True)]
-    return concatenate_datasets(datasets)
+    lengths = [len(dataset) for dataset in datasets]
+    fractions = [
+        length if part.fraction is None else part.fraction for part, length in zip(parts, lengths, strict=True)
+    ]
+    counts = rows_of_parts(lengths, fractions, max_rows)
+    for part, count in zip(parts, counts, strict=True):
+        if count == 0:
+            raise DataError(
+                f"datasets: {part.source} would give none of the {sum(counts)} rows. Raise its fraction or "
+                "max_train_rows, give the other datasets more rows, or drop the dataset."
+            )
+    return concatenate_datasets(
+        [dataset.select(range(count)) for dataset, count in zip(datasets, counts, strict=True)]
+    )
 
 
-def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float]) -> list[int]:
+def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float], max_rows: int | None = None) -> list[int]:
     r"""Return how many rows each part gives: $\mathrm{round}(w_i N)$ with the largest N that repeats no row.
 
     $$ w_i = f_i \Big/ \sum_j f_j, \qquad N = \min_i n_i / w_i $$
@@ -135,7 +149,11 @@ def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float]) -> list[in
     Args:
         lengths (`Sequence[int]`): rows of each part (n).
         fractions (`Sequence[float]`): positive shares (f).
+        max_rows (`int`, *optional*): limit of N. If it is lower, the rows of all parts are exactly so many.
     """
     total = sum(fractions)
     size = min(length * total / fraction for length, fraction in zip(lengths, fractions, strict=True))
+    if max_rows is not None and max_rows < size:
+        ends = [round(max_rows * share / total) for share in accumulate(fractions, initial=0)]
+        return [end - start for start, end in pairwise(ends)]
     return [round(size * fraction / total) for fraction in fractions]

@@ -42,6 +42,21 @@ def test_shares_hold_and_no_row_repeats(lengths, fractions, expected):
     assert rows_of_parts(lengths, fractions) == expected
 
 
+@pytest.mark.parametrize(
+    ("lengths", "fractions", "max_rows", "expected"),
+    [([90, 30], [3, 1], 8, [6, 2]), ([10, 10, 10], [10, 10, 10], 7, [2, 3, 2]), ([4, 4], [1, 1], 20, [4, 4])],
+)
+def test_a_limit_keeps_the_shares(lengths, fractions, max_rows, expected):
+    assert rows_of_parts(lengths, fractions, max_rows) == expected
+
+
+def test_a_dataset_that_would_give_no_row_is_named(tmp_path):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", 10, name) for name in "ab"]
+    entries = [{"path": path, "fraction": fraction} for path, fraction in zip(paths, (1000, 1), strict=True)]
+    with pytest.raises(UserError, match=r"b.jsonl would give none of the 10 rows"):
+        load_mixture(parse_parts(entries), load_examples)
+
+
 def test_columns_of_other_names_are_mapped(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", 2, "a")
     second = write_rows(tmp_path / "b.jsonl", 2, "b", prompt="question", completion="answer")
@@ -68,6 +83,7 @@ def test_text_and_conversations_are_not_mixed(tmp_path):
         ([{"path": "a"}, {"path": "b", "fractoin": 1}], r"datasets\[1\]: unknown key 'fractoin'.*fraction"),
         ([{"path": "a", "fraction": 0.5}, {"path": "b"}], "fraction is set for some entries only"),
         ([{"path": "a", "fraction": -1}], r"datasets\[0\]: fraction must be a positive number, got -1"),
+        ([{"path": "a", "fraction": float("inf")}], r"datasets\[0\]: fraction must be a positive number, got inf"),
         ([{"path": "json"}], r"datasets\[0\]: path json needs one file in data_files"),
         ([{"path": "a", "data_dir": "b"}], "data_dir is not supported"),
         ([{"path": "a", "columns": {"promt": "x"}}], "'promt' is no role.*prompt"),
@@ -94,9 +110,16 @@ class TestArguments:
         assert rows["prompt"][:] == ["a 0", "a 1", "a 2"]
         assert evaluation["prompt"][:] == ["b 0", "b 1"]
 
+    def test_a_limit_takes_rows_of_all_datasets(self, tmp_path):
+        entries = [{"path": write_rows(tmp_path / f"{name}.jsonl", 6, name)} for name in "ab"]
+        rows, _ = load_splits(DataArguments(datasets=entries, max_train_rows=4), "no", require_completion=True)
+        assert rows["prompt"][:] == ["a 0", "a 1", "b 0", "b 1"]
+
     @pytest.mark.parametrize(
         ("values", "message"),
         [
+            ({"datasets": [{"path": "a"}], "dataset_config": "main"}, "dataset_config='main' belongs to dataset_name"),
+            ({"datasets": [{"path": "a"}], "dataset_train_split": "x"}, "Set `split` in the entries of datasets"),
             ({}, "dataset_name is missing"),
             ({"dataset_name": "e2e", "datasets": [{"path": "a"}]}, "are both given"),
             ({"dataset_name": "e2e", "test_split_size": 0.5}, "test_split_size belongs to `datasets`"),
