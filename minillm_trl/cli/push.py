@@ -12,8 +12,17 @@ from .arguments import PlainParser, parse_plain
 if TYPE_CHECKING:
     from ..evaluation.results import EvaluatedModel
 
-# Whatever belongs to the run and not to the model; run.json holds paths of the machine
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "run.json", "stage.json", "training_args.bin", ".*"]
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+# A list of what belongs to a model, since a run's folder may hold anything: logs, answers, paths of the machine
+UPLOADED = (
+    *WEIGHTS,
+    *("*.safetensors.index.json", "pytorch_model*.bin.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *("README.md", "LICENSE*"),
+)
 _GENERATED = "generated_from_trainer"  # a tag of the cards that trainers of transformers and TRL write
 
 
@@ -31,8 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         "push",
         description="Write a model card with evaluation, teacher, recipe and citation into the folder of a trained "
-        "model, and upload the folder to the hub, as a private repository unless --public is given. Checkpoints, "
-        "run.json and other files of the run stay here. HF_TOKEN or `hf auth login` gives access.",
+        "model, and upload the model to the hub, as a private repository unless --public is given. Checkpoints, "
+        "run.json, run.yaml and other files of the run stay here. HF_TOKEN or `hf auth login` gives access.",
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of a model or an adapter")
     parser.add_argument("--repo_id", required=True, help="repository on the hub, OWNER/NAME")
@@ -75,7 +84,7 @@ def _check_model(folder: Path) -> bool:
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: no config.json or adapter_config.json. Name the folder of a saved model.")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(f"--model {folder}: no weights. Did the training finish?")
     check_weights(str(folder))
     return is_adapter
@@ -125,10 +134,12 @@ def _upload(folder: Path, repo_id: str, public: bool) -> int:
     from huggingface_hub.errors import HTTPError  # of a status or a broken connection
 
     api = HfApi()
+    files = sorted({path.relative_to(folder).as_posix() for pattern in UPLOADED for path in folder.glob(pattern)})
+    print(f"Uploading {', '.join(files)}")
     try:
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message="Upload by minillm-trl"
+            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message="Upload by minillm-trl"
         )
     except (HTTPError, OSError) as error:  # OSError: no token, or offline mode
         raise UserError(

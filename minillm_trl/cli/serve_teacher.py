@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from ..errors import MissingPackageError, UserError
@@ -88,6 +89,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     service = TeacherService(model, tokenizer, arguments.model, arguments.batch_size)
     listen = arguments.host, arguments.port
     size = service.identity.vocab_size
+    if not os.environ.get(API_KEY) and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"Anyone who reaches {arguments.host}:{arguments.port} can use this teacher. To require a key, set "
+            f"{API_KEY} here and for the training runs.",
+            file=sys.stderr,
+        )
     print(f"Serving {service.identity.name} in {model.dtype} with {size} tokens on http://{listen[0]}:{listen[1]}")
     try:
         app = make_app(service, os.environ.get(API_KEY))

@@ -24,6 +24,7 @@ _MEASURES = (
     "length",
     "eos_rate",
 )
+_PRIVATE = ("output_dir", "teacher_server_url", "env")  # of the machine and its network
 _METHODS = {
     "minillm": "distilled with MiniLLM",
     "kd": "trained with word-level KD",
@@ -52,15 +53,22 @@ def build_card(
         recipe (`str`, *optional*): contents of `run.yaml`.
         is_adapter (`bool`): whether the folder holds a PEFT adapter and no whole model.
     """
-    models = {role: shown_name(found["name"]) for role, found in attempt.get("models", {}).items()}
-    data = {role: shown_name(found["source"]) for role, found in attempt.get("data", {}).items()}
+    models = {
+        role: shown_name(found["name"], is_local=found.get("fingerprint") is not None)
+        for role, found in attempt.get("models", {}).items()
+    }
+    # the source of a mixture names several
+    data = {
+        role: [shown_name(source) for source in found["source"].split(" + ")]
+        for role, found in attempt.get("data", {}).items()
+    }
     tags = ["minillm", "distillation", "trl"] if subcommand == "minillm" else ["distillation", "trl"]
     facts = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
         base_model=[model for role, model in models.items() if role != "teacher" and "/" in model] or None,
-        datasets=sorted({source for source in data.values() if "/" in source}) or None,
+        datasets=sorted({source for sources in data.values() for source in sources if "/" in source}) or None,
         model_name=name.split("/")[-1],
         eval_results=[] if evaluation is None else list(_eval_results(evaluation)),
     )
@@ -78,20 +86,20 @@ def build_card(
     return ModelCard(f"---\n{facts.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def shown_name(name: str) -> str:
-    """Return a name on the hub as it is, and of a path its last part."""
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-    return name if is_hub_name else Path(name).name
+def shown_name(name: str, is_local: bool = False) -> str:
+    """Return a name on the hub as it is, and of a path its last part; `is_local` if it is known to be a path."""
+    looks_like_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return name if looks_like_hub and not is_local and not Path(name).exists() else Path(name).name
 
 
-def _introduction(subcommand: str | None, models: Mapping[str, str], data: Mapping[str, str]) -> str:
+def _introduction(subcommand: str | None, models: Mapping[str, str], data: Mapping[str, list[str]]) -> str:
     text = f"This model was {_METHODS.get(subcommand or '', 'trained')} with [minillm_trl](https://pypi.org/project/minillm-trl)."
     if "teacher" in models:
         text += f" Its teacher is `{models['teacher']}`."
     if "student" in models:
         text += f" Training started from `{models['student']}`."
     if "train" in data:
-        text += f" The data is `{data['train']}`."
+        text += " The data is " + " and ".join(f"`{source}`" for source in data["train"]) + "."
     return text
 
 
@@ -153,7 +161,7 @@ def _usage(name: str, is_adapter: bool) -> str:
 
 def _training(subcommand: str | None, attempt: Mapping[str, Any], recipe: str) -> str:
     values = yaml.safe_load(recipe)
-    shown = {key: _without_path(value) for key, value in values.items() if value is not None and key != "output_dir"}
+    shown = {key: _without_path(value) for key, value in values.items() if value is not None and key not in _PRIVATE}
     text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
     versions = attempt.get("versions", {})
     listed = ", ".join(
@@ -168,4 +176,10 @@ def _training(subcommand: str | None, attempt: Mapping[str, Any], recipe: str) -
 
 
 def _without_path(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    """Return a value with the last parts of the paths in it."""
+    if isinstance(value, Mapping):
+        return {key: _without_path(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_path(item) for item in value]
+    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+    return Path(value).name if is_path else value

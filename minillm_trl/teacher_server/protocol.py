@@ -51,6 +51,8 @@ def decode_rows(body: bytes) -> list[Row]:
         MessageError: if it is not one.
     """
     tensors = _read(body, {"tokens": 1, "lengths": 2})
+    if tensors["lengths"].shape[1] != 2 or any(tensor.dtype != torch.int32 for tensor in tensors.values()):
+        raise MessageError("tokens and the two lengths of each row must be of type int32")
     lengths = tensors["lengths"].flatten().tolist()
     if sum(lengths) != len(tensors["tokens"]) or min(lengths, default=0) < 0:
         raise MessageError("the lengths do not fit the tokens")

@@ -49,7 +49,10 @@ class VllmServer:
             answer = await request_json(session, "POST", f"{self.url}/tokenize", json=body)
         except UnknownRouteError:
             return None
-        return list(answer["tokens"])
+        try:
+            return list(answer["tokens"])
+        except (KeyError, TypeError) as error:
+            raise TransientError(f"a broken answer ({type(error).__name__}: {error})") from error
 
     async def score(self, session: aiohttp.ClientSession, rows: Sequence[Row], scoring: Scoring) -> list[torch.Tensor]:
         """Request the log-probs of whole sequences, and keep those of the completions."""

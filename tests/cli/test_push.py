@@ -24,13 +24,22 @@ def model(tmp_path):
         "status": "finished",
         "steps": 96,
         "versions": {"minillm-trl": "0.1.0", "torch": "2.13.0"},
-        "models": {"student": {"name": str(tmp_path / "healed")}, "teacher": {"name": "org/teacher"}},
-        "data": {"train": {"source": "org/prompts"}},
+        # a folder that is gone, whose name could be one on the hub
+        "models": {"student": {"name": "runs/healed", "fingerprint": "0" * 8}, "teacher": {"name": "org/teacher"}},
+        "data": {"train": {"source": f"org/prompts + {tmp_path / 'own.jsonl'}"}},
     }
     (folder / "run.json").write_text(json.dumps({"subcommand": "minillm", "attempts": [attempt]}))
-    (folder / "run.yaml").write_text("# head\n" + yaml.safe_dump({"teacher_mixed_alpha": 0.2, "output_dir": "x"}))
+    recipe = {
+        "teacher_mixed_alpha": 0.2,
+        "output_dir": "x",
+        "teacher_server_url": ["http://node7:8000"],
+        "datasets": [{"path": str(tmp_path / "prompts.jsonl")}],
+    }
+    (folder / "run.yaml").write_text("# head\n" + yaml.safe_dump(recipe))
     (folder / "checkpoint-8").mkdir()
     (folder / "checkpoint-8" / "optimizer.pt").write_text("state")
+    for name in ("checkpoint-8/model.safetensors", "training_args.bin", "secrets.json", "train.log", ".env"):
+        (folder / name).write_text("private")
     return folder
 
 
@@ -43,9 +52,9 @@ def hub(monkeypatch):
         calls["repository"] = (repo_id, private)
         return f"https://hub/{repo_id}"
 
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
         files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        calls["files"] = sorted(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        calls["files"] = sorted(filter_repo_objects(files, allow_patterns=allow_patterns))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
@@ -57,13 +66,18 @@ def test_card_and_model_are_uploaded(tmp_path, model, hub, capsys):
     words = ["push", "--model", str(model), "--repo_id", "me/student", "--evaluation", str(tmp_path / "evaluation")]
     assert main(words) == 0
     assert hub["repository"] == ("me/student", True)
-    assert {"README.md", "config.json", "model.safetensors", "run.yaml", "tokenizer.json"} <= set(hub["files"])
-    assert not {"run.json", "checkpoint-8/optimizer.pt"} & set(hub["files"])
+    assert set(hub["files"]) == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
     card = ModelCard.load(model / "README.md")
     assert card.data.eval_results[0].metric_value == 50.0
     assert card.data.datasets == ["org/prompts"]
     assert card.data.base_model is None  # the student was a folder
     assert "Its teacher is `org/teacher`. Training started from `healed`." in card.text
+    assert "The data is `org/prompts` and `own.jsonl`." in card.text
+    assert "path: prompts.jsonl" in card.text
+    assert "node7" not in card.text
     assert str(tmp_path) not in card.content
     assert "teacher_mixed_alpha: 0.2" in card.text
     assert "output_dir" not in card.text

@@ -106,6 +106,18 @@ def test_sigterm_ends_the_server(model_dir):
         assert "Serving" in process.stdout.read()
 
 
+@pytest.mark.parametrize(
+    ("host", "key", "warned"), [("127.0.0.1", None, False), ("0.0.0.0", None, True), ("0.0.0.0", "secret", False)]
+)
+def test_an_open_server_without_a_key_prints_a_warning(host, key, warned, model_dir, monkeypatch, capsys):
+    monkeypatch.setattr("aiohttp.web.run_app", lambda *unused, **unused_too: None)
+    monkeypatch.delenv("TEACHER_SERVER_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("TEACHER_SERVER_API_KEY", key)
+    assert main(["serve-teacher", "--model", model_dir("gpt2"), "--host", host]) == 0
+    assert ("set TEACHER_SERVER_API_KEY" in capsys.readouterr().err) == warned
+
+
 class TestOptions:
     def test_no_teacher_and_two_teachers(self, tmp_path, model_dir, capsys):
         words = [
