@@ -31,7 +31,8 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     Args:
         weights (`torch.Tensor` of shape `(B, V)`): non-negative, with a positive sum; an index of weight 0 is never
-            returned.
+            returned. A row with NaN gives any index: the trainer leaves out rows with such numbers when it scores
+            them.
         uniforms (`torch.Tensor` of shape `(B,)`, float64): numbers in [0, 1).
     """
     size = weights.shape[-1]
@@ -42,7 +43,8 @@ def invert_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     block = _first_above(upto, thresholds)
     before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    return (block * _BLOCK + _first_above(inside, thresholds - before)).squeeze(1)
+    found = block * _BLOCK + _first_above(inside, thresholds - before)
+    return found.squeeze(1).clamp(max=size - 1)  # NaN would lead into the padding
 
 
 def _first_above(cumulative: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -52,4 +54,4 @@ def _first_above(cumulative: torch.Tensor, thresholds: torch.Tensor) -> torch.Te
     """
     found = torch.searchsorted(cumulative, thresholds, right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(found, last)
+    return torch.minimum(found, last).clamp(max=cumulative.shape[1] - 1)

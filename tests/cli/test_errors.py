@@ -21,6 +21,7 @@ PACKAGE = Path(minillm_trl.__file__).parent
 # Functions of tensors and numbers, whose callers are at fault; `json_files` rejects what its callers name
 PURE = ("objectives", "masking", "rollouts/sampling", "rollouts/keyed_random", "models/fused_head")
 PURE += ("models/token_scores", "models/divergence_gradients", "divergences", "positions", "files/json_files")
+PURE += ("teacher_server/vllm_server",)  # caught where an answer is read
 PURE += tuple(
     f"evaluation/{name}"
     for name in (

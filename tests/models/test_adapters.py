@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import minillm_trl.trainer
+import minillm_trl.training.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.cli import main
 from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
@@ -210,7 +210,7 @@ def test_adapters_of_a_quantised_student_are_trained_in_float32(tmp_path, model_
     def check(trainer, **options):
         checked.extend(weight.dtype for weight in trainer.model.parameters() if weight.requires_grad)
 
-    monkeypatch.setattr(minillm_trl.trainer, "check_model", check)
+    monkeypatch.setattr(minillm_trl.training.teacher_mixed_trainer, "check_model", check)
     trainer = train(
         tmp_path,
         model_dir("llama"),

@@ -1,6 +1,7 @@
 """The law of sampled completions against enumeration, and what does not change it."""
 
 import gc
+import math
 import weakref
 from itertools import product
 
@@ -503,6 +504,17 @@ class TestDrawTokens:
         logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(5, -1)
         uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999999], dtype=torch.float64)
         assert draw_tokens(logits, uniforms, 1.0).tolist() == [0, 0, 1, 1, 2]
+
+    @pytest.mark.parametrize("size", [3, 512, 1200])
+    def test_row_of_nan_gets_some_token_and_leaves_the_others_alone(self, size: int):
+        logits = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+        uniforms = torch.tensor([0.3, 0.9, 0.6], dtype=torch.float64)
+        clean = draw_tokens(logits, uniforms, 1.0)
+        broken = logits.clone()
+        broken[1, 0] = math.nan
+        drawn = draw_tokens(broken, uniforms, 1.0)
+        assert 0 <= drawn[1] < size
+        assert drawn[[0, 2]].tolist() == clean[[0, 2]].tolist()
 
     def test_excluded_tokens_are_never_drawn(self):
         logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
