@@ -93,7 +93,8 @@ def _check_text(args: "MiniLLMConfig") -> None:
 
 
 def _check_single_step_alone(args: "MiniLLMConfig", setting: str, off: str) -> None:
-    for name, needed in (("rkl_advantage", False), ("teacher_mixed_alpha", 0.0), ("importance_weighting", "token")):
+    needed_values = {"rkl_advantage": False, "teacher_mixed_alpha": 0.0, "importance_weighting": "token", "beta": 0.0}
+    for name, needed in needed_values.items():
         value = getattr(args, name)
         if value != needed:
             raise UserError(

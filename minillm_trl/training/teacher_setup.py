@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import MiniLLMConfig
+from ..errors import UserError
 from ..hardware.precision import half_precision
 from ..models.context import max_context, name_context
 from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import LMHead, check_head
-from ..models.teacher import TeacherOffload, adapter_on_base, place_new_teacher, shared_vocab_size
+from ..models.teacher import TeacherOffload, adapter_on_base, is_sharded, place_new_teacher, shared_vocab_size
 from ..models.weight_formats import refuse_8bit_teacher
 from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
@@ -65,6 +66,7 @@ def use_local_teacher(
     refuse_8bit_teacher(is_8bit, args.teacher_mixed_alpha)
     check_head(teacher, "teacher")
     vocab_size = shared_vocab_size(student, teacher, tokenizer)
+    _check_replacement(args.skd_top_k, vocab_size, is_sharded(teacher))
     of_rollouts = RolloutTeacher(
         teacher,
         LMHead.of(teacher).frozen(accelerator.device),
@@ -74,6 +76,25 @@ def use_local_teacher(
     )
     phase = TeacherOffload(teacher) if args.offload_teacher else nullcontext()
     return TeacherSetup(of_rollouts, vocab_size, max_context(student, teacher), name_context(student, teacher), phase)
+
+
+def _check_replacement(skd_top_k: int | None, vocab_size: int, sharded: bool) -> None:
+    """Check that the teacher can replace tokens, see `rollouts/teacher_replacement.py`.
+
+    Raises:
+        UserError: if the teacher is sharded over processes, or no token is outside its top K.
+    """
+    if skd_top_k is None:
+        return
+    if sharded:
+        raise UserError(
+            f"skd_top_k={skd_top_k} calls the teacher by the drafts of each process, but this teacher is sharded, so "
+            "all processes have to call it together. Pass its name or folder instead, or drop skd_top_k."
+        )
+    if skd_top_k >= vocab_size:
+        raise UserError(
+            f"skd_top_k={skd_top_k} replaces no token: the vocabulary has {vocab_size} tokens. Lower it, or drop it."
+        )
 
 
 def use_served_teacher(

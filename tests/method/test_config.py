@@ -87,6 +87,7 @@ def test_defaults_are_the_paper_s(tmp_path):
         ({"lmbda": 1.5}, r"lmbda must lie in \[0, 1\], got 1.5"),
         ({"lmbda": 0.5}, "lmbda=0.5 trains on texts that .* rkl_advantage=True needs"),
         ({"lmbda": 0.5, "rkl_advantage": False}, "teacher_mixed_alpha=0.2 needs their probabilities"),
+        ({"lmbda": 0.5, "rkl_advantage": False, "teacher_mixed_alpha": 0.0, "beta": 0.1}, "beta=0.1 needs their"),
         (
             {"lmbda": 0.5, "rkl_advantage": False, "teacher_mixed_alpha": 0.0, "top_k": 5},
             "lmbda=0.5 changes rollouts of our own decoding, but top_k=5",

@@ -102,3 +102,14 @@ def test_training_samples_are_corrected_and_those_of_evaluation_not(tmp_path):
     trainer.train()
     assert not torch.equal(weights(trainer), before)
     assert weights(trainer).isfinite().all()
+
+
+def test_top_k_that_replaces_no_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="skd_top_k=5000 replaces no token"):
+        make_trainer(tmp_path, **preset("skd", skd_top_k=5000))
+
+
+def test_teacher_that_the_caller_has_sharded_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minillm_trl.training.teacher_setup.is_sharded", lambda teacher: True)
+    with pytest.raises(ValueError, match="this teacher is sharded"):
+        make_trainer(tmp_path, **preset("skd", skd_top_k=1))
