@@ -46,8 +46,8 @@ class FamilyConfig(GRPOConfig):
             Share of the rows of a rollout whose completion is sampled, in [0, 1] (GKD's lambda, by TRL's name). The
             others train on the `completion` of their row of the dataset. These texts are not the student's, so no
             importance weight, return or estimate of the KL to the reference applies to them: a value below 1 requires
-            `rkl_advantage=False`, `teacher_mixed_alpha=0.0` and `beta=0.0`. Metrics of completions then include these texts, and each model runs once more
-            per rollout, to score them.
+            `rkl_advantage=False`, `teacher_mixed_alpha=0.0` and `beta=0.0`. Metrics of completions then include these
+            texts, and each model runs once more per rollout, to score them.
         skd_top_k (`int`, *optional*):
             SKD's K (arXiv 2410.11325): a token that the student samples outside the teacher's K likeliest tokens is
             replaced by a sample of the teacher, see `rollouts/teacher_replacement.py`. Importance weights and returns
