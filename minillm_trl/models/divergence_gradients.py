@@ -81,6 +81,11 @@ def _resolve(divergence: Divergence, tokens: torch.Tensor) -> tuple[Divergence, 
     return function, options
 
 
+def _finite(log_p: torch.Tensor) -> torch.Tensor:
+    """Replace -inf by the smallest number, in place, so that a token with probability zero adds zero and not NaN."""
+    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+
+
 def _reverse(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor) -> _Found:
     gradient = log_p.neg_().add_(log_q).mul_(q)
     value = gradient.sum(dim=-1)
@@ -88,7 +93,7 @@ def _reverse(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor) -> _Foun
 
 
 def _forward(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor) -> _Found:
-    p = log_p.exp()
+    p = _finite(log_p).exp()
     value = log_p.sub_(log_q).mul_(p).sum(dim=-1)
     return value, p.neg_().add_(q)
 
@@ -129,7 +134,7 @@ def _trust_region(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, tok
 def _jsd(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, jsd_beta: float = 0.5) -> _Found:
     if jsd_beta in (0.0, 1.0):
         return (_reverse if jsd_beta else _forward)(log_q, q, log_p)
-    log_m = log_mixture(jsd_beta, log_p, log_q)
+    log_m = log_mixture(jsd_beta, _finite(log_p), log_q)
     forward = torch.linalg.vecdot(log_p.exp(), log_p.sub_(log_m))
     log_ratio = log_m.neg_().add_(log_q)
     reverse = torch.linalg.vecdot(q, log_ratio)
@@ -140,7 +145,7 @@ def _jsd(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, jsd_beta: fl
 def _skewed_forward(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, skew_alpha: float = 0.1) -> _Found:
     if skew_alpha == 0.0:
         return _forward(log_q, q, log_p)
-    p, log_ratio = log_p.exp(), log_p.sub_(log_mixture(skew_alpha, log_p, log_q))  # log p - log m
+    p, log_ratio = _finite(log_p).exp(), log_p.sub_(log_mixture(skew_alpha, log_p, log_q))  # log p - log m
     value = torch.linalg.vecdot(p, log_ratio)
     r = log_ratio.exp_().mul_(q)
     return value, torch.addcmul(-r, q, r.sum(dim=-1, keepdim=True)).mul_(1.0 - skew_alpha)

@@ -9,6 +9,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from minillm_trl import divergences
 from minillm_trl.divergences import DIVERGENCES, choose_divergence
+from minillm_trl.models.divergence_gradients import divergence_in_place
 from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 
@@ -81,6 +82,19 @@ class TestEach:
         found = value(name, *padded, tokens)
         torch.testing.assert_close(found.detach(), value(name, q, p, tokens))
         assert torch.autograd.grad(found, padded[0])[0][:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl"])
+def test_closed_form_is_finite_where_the_teacher_excludes_a_token(name: str):
+    """As a teacher that masks rows of its vocabulary does. The reverse KL and its sums are infinite there."""
+    q, p, tokens = pair((5, 7))
+    p = torch.log_softmax(p.index_fill(1, torch.tensor([2]), -math.inf), -1)
+    logits = q.clone().requires_grad_()
+    expected = value(name, torch.log_softmax(logits, -1), p, tokens)
+    divergence = choose_divergence(name, **PARAMETERS)
+    found, gradient = divergence_in_place(divergence, q.clone(), q.exp(), p.clone(), tokens)
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
 
 
 class TestLimits:
