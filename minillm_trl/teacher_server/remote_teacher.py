@@ -193,7 +193,7 @@ def choose_teacher(
         UserError: if there is no teacher, or two.
         TeacherServerError: if a server does not answer, or they serve different models.
     """
-    if args.teacher_server_url is None:
+    if getattr(args, "teacher_server_url", None) is None:  # other configurations, which have none, are refused later
         if teacher_model is None:
             raise UserError("teacher_model is missing. Pass it, or set teacher_server_url in args.")
         return teacher_model

@@ -13,6 +13,7 @@ from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin, TrainerCallback
+from trl import GRPOConfig
 from trl.kernels import chunked_divergence, chunked_logprob
 
 import minillm_trl.rollouts.rollout_sampler
@@ -314,6 +315,11 @@ class TestForwardPasses:
 
 
 class TestRefusals:
+    def test_configuration_of_another_trainer_is_refused_by_its_type(self, tmp_path):
+        args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+        with pytest.raises(TypeError, match="args must be a MiniLLMConfig, got GRPOConfig"):
+            MiniLLMTrainer(build_model("gpt2"), build_model("gpt2"), args=args, train_dataset=DATASET)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
