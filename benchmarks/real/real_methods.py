@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -107,10 +107,13 @@ class Data:
     Attributes:
         human: Dolly's prompts with their own answers.
         answers: the prompts with the teacher's answers.
+        messages: Dolly's conversations for GKD, with answers cut at the limit, since its collator drops the prompt of a
+            row that is too long.
     """
 
     human: Dataset
     answers: Dataset
+    messages: Dataset
 
 
 def make_trainer(method: Method, scale: Scale, data: Data, arguments: dict[str, Any]) -> Callable[..., Trainer]:
@@ -147,11 +150,19 @@ def make_trainer(method: Method, scale: Scale, data: Data, arguments: dict[str, 
             return partial(DistillationTrainer, args=args, train_dataset=prompts)
         case "gkd":
             args = GKDConfig(max_new_tokens=scale.answer_tokens, temperature=1.0, **supervised)
-            messages = data.human.map(
-                lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=data.human.column_names
-            )
-            return partial(GKDTrainer, args=args, train_dataset=messages)
+            return partial(GKDTrainer, args=args, train_dataset=data.messages)
     raise ValueError(f"no trainer for {method.kind!r}")
+
+
+def cut_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, answer_tokens: int) -> Dataset:
+    """Return the rows as `messages`, with answers of at most `answer_tokens` tokens."""
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+        answer = {"role": "assistant", "content": tokenizer.decode(ids[:answer_tokens])}
+        return {"messages": [*row["prompt"], answer]}
+
+    return rows.map(convert, remove_columns=rows.column_names)
 
 
 def _without_teacher(

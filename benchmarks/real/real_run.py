@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -156,7 +157,7 @@ def train(benchmark: Benchmark, run: Run, updates: int) -> tuple[Any, float]:
     import random
 
     import torch
-    from real_methods import METHODS, Data, make_trainer
+    from real_methods import METHODS, Data, cut_conversations, make_trainer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from minillm_trl.data import load_examples
@@ -171,7 +172,8 @@ def train(benchmark: Benchmark, run: Run, updates: int) -> tuple[Any, float]:
     )
     tokenizer = AutoTokenizer.from_pretrained(benchmark.model("heal"))
     columns = ["prompt", "completion"]
-    data = Data(human.select_columns(columns), answers.select_columns(columns))
+    messages = cut_conversations(human, tokenizer, benchmark.scale.answer_tokens)
+    data = Data(human.select_columns(columns), answers.select_columns(columns), messages)
     arguments = {
         "output_dir": str(benchmark.folder / "trainer" / run.name),
         "max_steps": updates,
@@ -315,22 +317,33 @@ def _runs(benchmark: Benchmark, runs: list[Run], test: bool) -> Iterator[tuple[s
 
 
 def work(benchmark: Benchmark, methods: list[str]) -> None:
-    """Take jobs until none is left; wait while other processes hold all that can start."""
+    """Take jobs until none is left; wait while other processes hold all that can start.
+
+    Raises:
+        SystemExit: at the end, if jobs failed. The other jobs are done.
+    """
     (benchmark.folder / "locks").mkdir(parents=True, exist_ok=True)
-    while todo := list(jobs(benchmark, methods)):
-        if not any(_take(benchmark, name, function) for name, function in todo):
+    failed: set[str] = set()
+    while todo := [(name, function) for name, function in jobs(benchmark, methods) if name not in failed]:
+        if not any(_take(benchmark, name, function, failed) for name, function in todo):
             time.sleep(5)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}; see the tracebacks above")
 
 
-def _take(benchmark: Benchmark, name: str, function: Callable[[], None]) -> bool:
-    """Run a job unless another process holds it; return whether it ran."""
+def _take(benchmark: Benchmark, name: str, function: Callable[[], None], failed: set[str]) -> bool:
+    """Run a job unless another process holds it; return whether it ran. If it fails, add its name to `failed`."""
     with (benchmark.folder / "locks" / name).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         start = time.process_time()
-        function()
+        try:
+            function()
+        except Exception:
+            traceback.print_exc()
+            failed.add(name)
         seconds = time.process_time() - start
         print(f"{time.strftime('%H:%M')} {name} {function.func.__name__} {seconds:.0f} CPU-s", flush=True)
         return True

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,21 @@ def test_entropies_are_those_that_all_runs_reach():
 
     entropies = real_summary.shared_entropies([run(3.0, 2.0, 1.0), run(2.5, 1.5, 0.5)])
     assert np.allclose([entropies[0], entropies[-1]], [1.0, 2.5])
+
+
+def test_failed_job_does_not_stop_the_others(benchmark, monkeypatch, capsys):
+    done = []
+
+    def jobs(benchmark, methods):
+        yield from ((name, partial(run, name)) for name in ("a", "b") if name not in done)
+
+    def run(name):
+        if name == "a":
+            raise RuntimeError("no memory")
+        done.append(name)
+
+    monkeypatch.setattr(real_run, "jobs", jobs)
+    with pytest.raises(SystemExit, match="failed: a"):
+        real_run.work(benchmark, [])
+    assert done == ["b"]
+    assert "no memory" in capsys.readouterr().err
