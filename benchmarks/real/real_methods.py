@@ -107,8 +107,8 @@ class Data:
     Attributes:
         human: Dolly's prompts with their own answers.
         answers: the prompts with the teacher's answers.
-        messages: Dolly's conversations for GKD, with answers cut at the limit, since its collator drops the prompt of a
-            row that is too long.
+        messages: Dolly's conversations for GKD, with answers cut at the limit. Its collator drops the prompt of a row
+            that is too long.
     """
 
     human: Dataset
