@@ -88,7 +88,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             prompt, or of the whole buffer if `num_generations` is 1.
         args ([`MiniLLMConfig`], *optional*):
             Configuration.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]; *optional* with an environment):
             Prompts in a column `prompt`, as texts or conversations.
         eval_dataset (*optional*):
             Prompts for evaluation. With a column `references` (list of texts) or `completion`, evaluation logs
@@ -152,7 +152,6 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             tools=tools,
         )
         check_machine(args, quantization_config)
-        assert train_dataset is not None  # checked above
         super().__init__(
             model=model,
             teacher_model=teacher,

@@ -76,13 +76,15 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         teacher_tokenizer: PreTrainedTokenizerBase | None,
         lm_dataset: Dataset | IterableDataset | None,
         reward_funcs: Any,
-        train_dataset: Dataset | IterableDataset,
+        train_dataset: Dataset | IterableDataset | None,
         **arguments: Any,
     ):
         no_reward_funcs = reward_funcs is None or reward_funcs == []
         # GRPOTrainer requires a reward function. Without one, pass a placeholder and remove it again.
         given = placeholder_reward if no_reward_funcs else reward_funcs
-        super().__init__(reward_funcs=given, train_dataset=number_prompts(train_dataset), **arguments)
+        # without a dataset, GRPOTrainer lets the environment bring the prompts
+        numbered = None if train_dataset is None else number_prompts(train_dataset)
+        super().__init__(reward_funcs=given, train_dataset=numbered, **arguments)
         if no_reward_funcs:
             remove_placeholder(self)
         keep_4bit_layout(self.model)

@@ -302,9 +302,8 @@ class TestTools:
         return ScriptedFirstTurn(
             *models,
             args=make_config(tmp_path, max_completion_length=200, max_steps=2),
-            train_dataset=Dataset.from_dict({"prompt": conversations}),
             processing_class=tokenizer,
-            **options,
+            **{"train_dataset": Dataset.from_dict({"prompt": conversations}), **options},
         )
 
     def test_answers_of_tools_are_attended_to_but_not_trained(self, tmp_path):
@@ -329,6 +328,12 @@ class TestTools:
         for batch in trainer.buffer.batches:
             prompts = trainer._tokenizer.batch_decode(batch["prompt_ids"])
             assert all(" in Rome" in prompt for prompt in prompts)
+
+    def test_environment_may_bring_the_prompts(self, tmp_path):
+        trainer = self.make(tmp_path, environment_factory=Town, train_dataset=None)
+        trainer.train()
+        for batch in trainer.buffer.batches:
+            assert all(" in Rome" in prompt for prompt in trainer._tokenizer.batch_decode(batch["prompt_ids"]))
 
 
 class FakeVLLM:
