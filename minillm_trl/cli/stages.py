@@ -167,7 +167,8 @@ class Recipe:
         folders = []
         for stage in again:
             folders.append(stage.output)
-            sources = [stage.values.get(name) for name in ("teacher_model_name_or_path", "dataset_name")]
+            names = ("teacher_model_name_or_path", "dataset_name", "datasets")
+            sources = [stage.values.get(name) for name in names]
             if stage.answers is not None and any(earlier in again for earlier in self._earlier(stage, sources)):
                 folders.append(stage.answers)
         return folders

@@ -287,6 +287,16 @@ class TestStates:
         content = yaml.safe_load((recipe / "recipe.yaml").read_text())
         change(recipe / "recipe.yaml", stages={**content["stages"], "seqkd": "seqkd"})
 
+    def test_answers_to_a_mixture_are_outdated_with_its_data(self, recipe):
+        self.add_seqkd(recipe)
+        values = yaml.safe_load((recipe / "seqkd.yaml").read_text()) | {"teacher_model_name_or_path": "gpt2"}
+        for name in ("dataset", "dataset_name"):
+            values.pop(name, None)
+        (recipe / "seqkd.yaml").write_text(yaml.safe_dump(values | {"datasets": [{"path": "runs/sft/answers"}]}))
+        found = read_recipe(recipe)
+        folders = found.outdated(found.with_dependents(found.named(["sft"])))
+        assert Path("runs/seqkd_teacher_data") in folders
+
     def test_answers_of_the_teacher_are_kept_until_it_is_made_again(self, recipe):
         self.add_seqkd(recipe)
         found = read_recipe(recipe)
