@@ -260,9 +260,10 @@ def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
 
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
         (_, _, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
+    teacher.check(args)
     if teacher.teacher_model_name_or_path is None:
         raise UserError(
-            f"{path}: doctor checks a teacher that runs in the training processes. For one on a server "
-            "(teacher_server_url), the checks are those at the start of training."
+            f"{path}: doctor cannot check a teacher on a server (teacher_server_url). Start the training, which "
+            "compares the server's tokenizer and model with the student before its first step."
         )
     return model, TeacherArguments(teacher.teacher_model_name_or_path), args

@@ -314,6 +314,18 @@ class TestDoctor:
         assert main(["doctor", "--config", path]) == 1
         assert "PROBLEM  Student and teacher have different tokenizers" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("served", "message"),
+        [
+            ({}, "--teacher_model_name_or_path is missing"),
+            ({"teacher_server_url": "http://a:1"}, "teacher on a server"),
+        ],
+    )
+    def test_run_without_a_local_teacher(self, tmp_path, capsys, model_dir, served: dict, message: str):
+        options = {"teacher_model_name_or_path": None, "teacher_mixed_alpha": 0.0, **served}
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 1
+        assert message in capsys.readouterr().out
+
     def test_weights_that_the_run_would_refuse_are_told(self, tmp_path, capsys, model_dir):
         pickled = tmp_path / "pickled"
         shutil.copytree(model_dir("gpt2"), pickled)
