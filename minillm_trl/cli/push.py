@@ -30,6 +30,10 @@ class _Attempt(TypedDict):
     status: str
 
 
+class _AdapterConfig(TypedDict, total=False):
+    base_model_name_or_path: str | None
+
+
 class _Record(TypedDict):
     subcommand: str
     attempts: list[_Attempt]
@@ -79,7 +83,7 @@ def run(argv: list[str]) -> int:
 
 def _check_model(folder: Path) -> bool:
     """Return whether the folder holds an adapter."""
-    from ..models.files import check_weights
+    from ..models.files import check_weights, is_lost_folder
 
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
@@ -87,6 +91,14 @@ def _check_model(folder: Path) -> bool:
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(f"--model {folder}: no weights. Did the training finish?")
     check_weights(str(folder))
+    if is_adapter:
+        path = folder / "adapter_config.json"
+        base = read_json(path, _AdapterConfig, "Copy or save the adapter again.").get("base_model_name_or_path")
+        if base is not None and (Path(base).exists() or is_lost_folder(base)):
+            raise UserError(
+                f"{path}: the adapter's base is the folder {base}, which nobody else has. Merge the adapter "
+                "(minillm-trl merge) and push the result, or upload the base and set base_model_name_or_path to it."
+            )
     return is_adapter
 
 

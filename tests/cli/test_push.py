@@ -125,6 +125,15 @@ def test_unfinished_model_is_refused(model, hub, capsys, change, message):
     assert not hub
 
 
+@pytest.mark.parametrize(("base", "status"), [("org/base", 0), ("/models/base", 2), (None, 0)])
+def test_adapter_of_a_local_base_is_refused(model, hub, capsys, base: str | None, status: int):
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 2}))
+    assert main(["push", "--model", str(model), "--repo_id", "me/student"]) == status
+    assert ("Merge the adapter" in capsys.readouterr().err) == bool(status)
+    assert bool(hub) == (not status)
+
+
 def test_evaluation_of_another_model_is_refused(tmp_path, model, hub, capsys):
     write_results(tmp_path / "evaluation", {"rouge_l": [40.0]}, model="org/other")
     words = ["push", "--model", str(model), "--repo_id", "me/student", "--evaluation", str(tmp_path / "evaluation")]
