@@ -60,8 +60,7 @@ def run(argv: list[str]) -> int:
     """Parse the arguments, check model and evaluation, write the card, and upload."""
     arguments = parse_plain(build_parser(), argv)
     is_adapter = _check_model(arguments.model)
-    if arguments.repo_id.count("/") != 1:
-        raise UserError(f"--repo_id {arguments.repo_id}: expected OWNER/NAME.")
+    _check_repo_id(arguments.repo_id)
     from ..evaluation.model_card import build_card  # huggingface_hub and numpy take a second to import
 
     evaluation = None if arguments.evaluation is None else _read_evaluation(arguments.evaluation, arguments.model)
@@ -79,6 +78,19 @@ def run(argv: list[str]) -> int:
     if arguments.card_only:
         return 0
     return _upload(arguments.model, arguments.repo_id, arguments.public)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """Check the form of a repository's name before the card is written."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo_id.count("/") != 1:
+        raise UserError(f"--repo_id {repo_id}: expected OWNER/NAME.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--repo_id {repo_id}: {error}") from error
 
 
 def _check_model(folder: Path) -> bool:

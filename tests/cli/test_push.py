@@ -134,6 +134,13 @@ def test_adapter_of_a_local_base_is_refused(model, hub, capsys, base: str | None
     assert bool(hub) == (not status)
 
 
+@pytest.mark.parametrize("name", ["student", "me/my student", "a/b/c"])
+def test_name_that_no_repository_can_have_is_refused(model, hub, capsys, name: str):
+    assert main(["push", "--model", str(model), "--repo_id", name]) == 2
+    assert f"--repo_id {name}: " in capsys.readouterr().err
+    assert not (model / "README.md").exists()
+
+
 def test_evaluation_of_another_model_is_refused(tmp_path, model, hub, capsys):
     write_results(tmp_path / "evaluation", {"rouge_l": [40.0]}, model="org/other")
     words = ["push", "--model", str(model), "--repo_id", "me/student", "--evaluation", str(tmp_path / "evaluation")]
