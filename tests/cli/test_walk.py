@@ -45,7 +45,15 @@ def attempts(folder: Path) -> list[dict]:
 def interrupt(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
     """Ctrl-C after the first checkpoint."""
     words = [sys.executable, "-m", "minillm_trl", *command]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # a shell's background job ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not any(folder.glob("checkpoint-*")) and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
