@@ -199,7 +199,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, 2)
     titles = ("Rouge-L →", "← reverse KL (nats a token)")
     for axes, key, title in zip(panels, ("rouge_l", "reverse_kl_per_token"), titles, strict=True):
-        for name, row in summary["rows"].items():
+        for number, (name, row) in enumerate(summary["rows"].items()):
             points = [row["decodings"][decoding] for decoding in SAMPLED]
             if key in points[0]:
                 values = np.array([point[key] for point in points])
@@ -207,6 +207,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                     [point["entropy_per_token"][0] for point in points],
                     values[:, 0],
                     yerr=[values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
+                    color=f"C{number}",
                     linestyle="--" if name in LABELS else "-",
                     marker="o",
                     markersize=4,
