@@ -264,6 +264,18 @@ def evaluate(benchmark: Benchmark, name: str, split: str) -> dict[str, Any]:
     return found
 
 
+def healing_record(benchmark: Benchmark) -> dict[str, Any]:
+    """Return the seconds of the teacher's answers and of healing, and the forward KL in its logs, nats a token."""
+    runs = benchmark.folder / "runs" / "smollm2"
+    seconds = {
+        stage: json.loads((runs / stage / "run.json").read_text())["attempts"][-1]["seconds"]["total"]
+        for stage in ("answers", "heal")
+    }
+    (checkpoint,) = (runs / "heal").glob("checkpoint-*")
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return {"seconds": seconds, "forward_kl": [row["kd/forward_kl"] for row in history if "kd/forward_kl" in row]}
+
+
 def first_answers(benchmark: Benchmark, name: str) -> list[dict[str, str]]:
     """Return the first test prompts with the model's greedy answers."""
     (path,) = (benchmark.folder / "evaluation" / "test" / name).glob("**/greedy/samples.jsonl")
@@ -276,6 +288,8 @@ def test_model(benchmark: Benchmark, name: str) -> None:
     record = benchmark.record(name)
     if name in STAGES:  # the runs were validated after training
         record["validation"] = evaluate(benchmark, name, "validation")
+    if name == "heal":
+        record["healing"] = healing_record(benchmark)
     record["test"] = evaluate(benchmark, name, "test")
     benchmark.write(name, record | {"answers": first_answers(benchmark, name)})
 

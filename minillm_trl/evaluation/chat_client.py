@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 from ..errors import MissingPackageError, UserError
+from ..files.addresses import check_address
 
 if TYPE_CHECKING:
     from openai import APIStatusError
@@ -218,21 +218,11 @@ def check_base_url(base_url: str) -> str:
     Raises:
         UserError: if it is not an http(s) URL, or may contain a secret, which the message does not show.
     """
-    try:
-        url = urlsplit(base_url)
-        _ = url.port  # raises if it is not a number
-    except ValueError:
-        raise UserError("--base_url is not a URL. Give one like http://localhost:8000/v1.") from None
-    if "@" in url.netloc or url.query or url.fragment:
-        raise UserError(
-            "--base_url must not contain credentials, a query or a fragment. Put the key into an environment variable "
-            "and name it with --api_key_env."
-        )
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"--base_url {base_url} is not an http or https URL. Give one like http://localhost:8000/v1.")
-    if url.path.rstrip("/").endswith("/chat/completions"):
+    advice = "Put the key into an environment variable and name it with --api_key_env."
+    base_url = check_address(base_url, "--base_url", "http://localhost:8000/v1", advice)
+    if base_url.endswith("/chat/completions"):
         raise UserError(f"--base_url {base_url}: remove /chat/completions, which is added automatically.")
-    return base_url.rstrip("/")
+    return base_url
 
 
 def seconds_before_retry(retries: int, asked: float | None) -> float:

@@ -1,5 +1,6 @@
 """The benchmark on real models, with a tiny teacher: stages, every method, both tables; finished runs stay."""
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -52,6 +53,7 @@ def test_whole_benchmark(benchmark, capsys):
     real_run.run_stages(benchmark)
     real_run.work(benchmark, list(real_methods.METHODS))
     assert not list(real_run.jobs(benchmark, list(real_methods.METHODS)))
+    assert set(benchmark.record("heal")["healing"]) == {"seconds", "forward_kl"}
     summary = real_summary.summarize("small")
     assert list(summary["rows"]) == ["teacher", "heal", *real_methods.METHODS]
     assert summary["rows"]["minillm"]["seeds"] == [3, 4]
@@ -113,3 +115,22 @@ def test_failed_job_does_not_stop_the_others(benchmark, monkeypatch, capsys):
         real_run.work(benchmark, [])
     assert done == ["b"]
     assert "no memory" in capsys.readouterr().err
+
+
+def test_pages_say_what_was_measured():
+    root = REAL.parents[1]
+    results = root / "benchmarks" / "results"
+    healing = json.loads((results / "real" / "cpu" / "heal.json").read_text())["healing"]
+    minutes = {stage: round(seconds / 60) for stage, seconds in healing["seconds"].items()}
+    page = " ".join((root / "recipes" / "smollm2-64m" / "README.md").read_text().split())
+    assert f"the answers took {minutes['answers']} minutes and the healing {minutes['heal']}." in page
+    first, last = healing["forward_kl"][0], healing["forward_kl"][-1]
+    assert f"from {first:.1f} nats a token in the first ten updates to {last:.1f} in the last ten" in page
+    rows = json.loads((results / "real_cpu.json").read_text())["results"]["rows"]
+    minus = rows["low_variance_cool"]["minus"]
+    mean, low, high = minus["heal"]["reverse_kl_per_token"]
+    front = " ".join((root / "README.md").read_text().split())
+    assert f"lowers the reverse KL by {-mean:.2f} nats a token [{-high:.2f}, {-low:.2f}]" in front
+    mean, low, high = minus["sft"]["greedy_rouge_l"]
+    assert f"SFT leads by {-mean:.1f} [{-high:.1f}, {-low:.1f}] with greedy decoding" in front
+    assert f"({minutes['heal']} minutes of a CPU core)" in front
