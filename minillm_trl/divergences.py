@@ -271,10 +271,13 @@ def trust_region_kl(
         tokens (`torch.Tensor` of shape `(...)`): the sampled tokens $y_t$.
 
     Returns:
-        `torch.Tensor` of shape `(...)`, nats, >= 0. No gradient flows through $w_t$.
+        `torch.Tensor` of shape `(...)`, nats, >= 0. No gradient flows through $w_t$. Infinite if the teacher gives
+        probability zero to a token that is not the sampled one; it is the forward KL if it does so to the sampled
+        one, where $w_t = 0$.
     """
     trust = teacher_trust(student_log_probs, teacher_log_probs, tokens)
-    reverse = reverse_kl(student_log_probs, teacher_log_probs)
+    # 0 times an infinite reverse KL is 0, also in the gradient
+    reverse = reverse_kl(student_log_probs, teacher_log_probs.masked_fill((trust == 0.0)[..., None], 0.0))
     return trust * reverse + (1.0 - trust) * forward_kl(student_log_probs, teacher_log_probs)
 
 

@@ -106,11 +106,18 @@ def _sum_of_both(
     of_reverse: torch.Tensor,
     of_forward: torch.Tensor,
 ) -> _Found:
-    """Return a sum of reverse and forward KL with a weight `(n,)` for each token; `log_p` and `p` are overwritten."""
+    """Return a sum of reverse and forward KL with a weight `(n,)` for each token; `log_p` and `p` are overwritten.
+
+    Where the teacher excludes a token, the reverse KL is infinite, but adds nothing with weight 0.
+    """
+    infinite = log_p.isneginf().any(dim=-1) & (of_reverse > 0.0)
+    # far from the smallest number, so that sums over the vocabulary stay finite, and 0 with weight 0
+    log_p.clamp_(min=torch.finfo(log_p.dtype).min / 4)
     log_ratio = log_p.neg_().add_(log_q)  # log q - log p
     reverse, forward = torch.linalg.vecdot(q, log_ratio), -torch.linalg.vecdot(p, log_ratio)
+    value = (of_reverse * reverse + of_forward * forward).masked_fill_(infinite, torch.inf)
     gradient = log_ratio.sub_(reverse[:, None]).mul_(q).mul_(of_reverse[:, None])
-    return of_reverse * reverse + of_forward * forward, gradient.addcmul_(p.neg_().add_(q), of_forward[:, None])
+    return value, gradient.addcmul_(p.neg_().add_(q), of_forward[:, None])
 
 
 def _mixed(log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, forward_kl_share: float = 0.5) -> _Found:
@@ -122,7 +129,7 @@ def _entropy_aware(
     log_q: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, teacher_entropy_threshold: float = 0.8
 ) -> _Found:
     p = log_p.exp()
-    unsure = -torch.linalg.vecdot(p, log_p) > teacher_entropy_threshold
+    unsure = torch.special.entr(p).sum(dim=-1) > teacher_entropy_threshold
     return _sum_of_both(log_q, q, log_p, p, torch.ones_like(log_q[:, 0]), unsure.to(log_q.dtype))
 
 

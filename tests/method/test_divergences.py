@@ -97,6 +97,40 @@ def test_closed_form_is_finite_where_the_teacher_excludes_a_token(name: str):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["mixed_kl", "entropy_aware_kl", "trust_region_kl"])
+def test_sums_of_both_are_infinite_where_the_teacher_excludes_a_token(name: str, dtype: torch.dtype):
+    """So that the guard skips the step, as for the reverse KL. The first row excludes nothing."""
+    q, p, _ = (x.to(dtype) for x in pair((4, 7)))
+    excluded = torch.zeros(4, 7, dtype=torch.bool).index_fill(1, torch.tensor([2, 5]), True)
+    excluded[0] = False
+    p = torch.log_softmax(p.masked_fill(excluded, -math.inf), -1)
+    tokens = torch.tensor([2, 0, 1, 3])  # none that the teacher excludes
+    logits = q.clone().requires_grad_()
+    expected = value(name, torch.log_softmax(logits, -1), p, tokens)
+    assert expected[0].isfinite()
+    assert (expected[1:] == math.inf).all()
+    found, gradient = divergence_in_place(choose_divergence(name, **PARAMETERS), q.clone(), q.exp(), p.clone(), tokens)
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(gradient[0], torch.autograd.grad(expected[0], logits)[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_trust_region_is_the_forward_kl_where_the_teacher_excludes_the_sampled_token(dtype: torch.dtype):
+    q, p, _ = (x.to(dtype) for x in pair((5, 7)))
+    p = torch.log_softmax(p.index_fill(1, torch.tensor([2, 4]), -math.inf), -1)
+    tokens = torch.full((5,), 2)
+    gradients = []
+    for name in ("forward_kl", "trust_region_kl"):
+        logits = q.clone().requires_grad_()
+        expected = value(name, torch.log_softmax(logits, -1), p, tokens)
+        gradients.append(torch.autograd.grad(expected.sum(), logits)[0])
+    torch.testing.assert_close(*gradients)
+    found, gradient = divergence_in_place(divergences.trust_region_kl, q.clone(), q.exp(), p.clone(), tokens)
+    torch.testing.assert_close(found, value("forward_kl", q, p, tokens))
+    torch.testing.assert_close(gradient, gradients[0])
+
+
 class TestLimits:
     @pytest.mark.parametrize(
         ("name", "parameters", "other"),
