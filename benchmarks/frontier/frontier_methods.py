@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 
 from methods import MINILLM, SAMPLED, SUPERVISED, Method
 
+from minillm_trl.presets import PRESETS
+
 UPDATES = 320  # of MiniLLM; the others get about its CPU time
 # Temperatures of rollouts, rewards and single step where it is not 1
 COOL = 0.55
@@ -27,6 +29,7 @@ _NO_MIXING: dict[str, Any] = {"teacher_mixed_alpha": 0.0}
 _NO_LONG_TERM: dict[str, Any] = {"rkl_advantage": False}
 _LOW_VARIANCE: dict[str, Any] = {"reward_estimator": "expected", "advantage_baseline": "position"}
 _PLAIN: dict[str, Any] = {"length_normalization": False}
+_PREFIX: dict[str, Any] = {"horizon_start": 8, "horizon_steps": UPDATES // 2}
 
 MAIN = {
     "sft": Method("SFT continued", "sft", 330, SUPERVISED),
@@ -107,4 +110,28 @@ SAME_AS = {
     "both-0": "low_variance_normalised",
     "both-plain-0": "low_variance",
 }
-METHODS = MAIN | {name: method for name, method in ABLATIONS.items() if name not in SAME_AS}
+
+
+def _family(label: str, preset: str, **options: Any) -> Method:
+    return _minillm(label, **PRESETS[preset] | options | {"temperature": COOL})
+
+
+# The presets of docs/family.md, all trained at COOL; `opd` is `single_step_cool`
+FAMILY = {
+    "minillm_cool": _family("MiniLLM (the paper's)", "minillm"),
+    "opd_sampled_cool": _family("OPD, sampled", "opd_sampled"),
+    "iw_opd_cool": _family("IW-OPD", "iw_opd"),
+    "prefix_opd_cool": _family("prefix OPD (8 tokens, all after half of the updates)", "opd", **_PREFIX),
+    "forward_kl_cool": _family("forward KL", "forward_kl"),
+    "mixed_kl_cool": _family("mixed KL", "mixed_kl"),
+    "gkd_cool": _family("GKD", "gkd"),
+    "distillm_cool": _family("DistiLLM, skewed reverse KL", "distillm"),
+    "distillm_forward_cool": _family("DistiLLM, skewed forward KL", "distillm_forward"),
+    "skd_cool": _family("SKD", "skd"),
+    "entropy_aware_cool": _family("EOPD", "entropy_aware"),
+    "trust_region_cool": _family("TrOPD's divergence", "trust_region"),
+    "tip_cool": _family("TIP", "tip"),
+}
+# The rows of the main table that the family is compared with
+FAMILY_RIVALS = ("sft", "distillation_cool", "single_step_cool", "low_variance_cool")
+METHODS = MAIN | FAMILY | {name: method for name, method in ABLATIONS.items() if name not in SAME_AS}

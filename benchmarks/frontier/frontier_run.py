@@ -1,18 +1,20 @@
 """Claim: at equal entropy, and at each method's best temperature, does MiniLLM's student lead?
 
-    python benchmarks/frontier/frontier_run.py [--methods sft minillm ...]   # one process for each free core
+    python benchmarks/frontier/frontier_run.py [--task e2e] [--methods sft minillm ...]  # a process for each free core
 
-Teacher, students and data are those of `benchmarks/quality`, under `runs/quality/e2e`. Finished runs are kept; a
-process takes the first run that is neither finished nor held by another process, so processes may be stopped and
-started at any time. In order:
+Teacher, students and data are those of `benchmarks/quality`, under `runs/quality/TASK`; what is missing is made. In
+order:
 
 1. Each method at the first training seed: three learning rates, then the neighbours of the best while it is the lowest
    or the highest tried. The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
    nats a token, so that it favours no temperature. `FIXED_RATES` has the exception.
-2. The methods of the main table at their best rate for the other training seeds.
+2. The methods of the main table, and those of the family, at their best rate for the other training seeds.
 3. Teacher, students and these runs on the test prompts, at every temperature.
+4. The ablations, as in 1.
 
-Each process has one thread. `frontier_summary.py` makes `results/frontier_e2e.json`, the tables and the figure.
+`results/frontier/TASK/NAME.json` has the numbers of a run as soon as it is finished. Finished runs are not repeated,
+also in another checkout. A process takes the first job that is neither finished nor held by another process. Each has
+one thread. `frontier_summary.py` makes `results/frontier_TASK.json`, the tables and the figure.
 """
 
 import argparse
@@ -20,18 +22,22 @@ import fcntl
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from frontier_methods import FIXED_RATES, MAIN, METHODS  # which puts the quality benchmark's folder on the path
-from run import SEEDS, start_worker
+from frontier_methods import FAMILY, FIXED_RATES, MAIN, METHODS  # puts the quality benchmark's folder on the path
+from run import SEEDS, prepare, prepare_tokenizer, start_worker
 
-TASK = "e2e"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from resumable_jobs import Job, Run, read_record, work, write_record_of_run
+
+RESULTS = Path(__file__).parents[1] / "results"
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
 GREEDY = "greedy"
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -39,37 +45,67 @@ FIRST_RATES = slice(2, 5)
 VALIDATION_SEEDS = (1, 2)
 TEST_SEEDS = (10, 20, 30)
 ENTROPIES = np.linspace(0.2, 0.6, 9)  # nats a token
+STARTS = ("teacher", *(f"sft-{seed}" for seed in SEEDS))
 Values = dict[str, dict[str, list[float]]]  # by decoding and measure, one number per prompt
 
 
-class Run(NamedTuple):
-    """One training run."""
+@dataclass(frozen=True)
+class Benchmark:
+    """Where everything lies.
 
-    method: str
-    learning_rate: float
-    seed: int
+    Attributes:
+        task_name: a key of the quality benchmark's tasks.
+        folder: the task's models and data.
+        results: the folder of the records.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.learning_rate:g}-{self.seed}"
+    task_name: str
+    folder: Path
+    results: Path = RESULTS
+
+    @cached_property
+    def task(self) -> Any:
+        from tasks import TASKS
+
+        return TASKS[self.task_name]
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return what is known of a run, or of a model of the start."""
+        return read_record(self.results / "frontier" / self.task_name / f"{name}.json")
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Write the record of a run, with five digits."""
+        write_record_of_run(self.results / "frontier" / self.task_name / f"{name}.json", _rounded(record))
+
+    @cached_property
+    def earlier(self) -> dict[str, Any]:
+        """The summary's rows, whose runs may not have records here."""
+        return read_record(self.results / f"frontier_{self.task_name}.json").get("results", {}).get("rows", {})
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """All that the numbers of a run depend on, except for the code."""
-    from tasks import TASKS
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
-    settings = {"run": run._asdict(), "method": asdict(METHODS[run.method]), "task": asdict(TASKS[TASK])}
+
+def identity(benchmark: Benchmark, run: Run) -> dict[str, Any]:
+    """Return all that the numbers of a run depend on, except for the code."""
+    settings = {
+        "run": run._asdict(),
+        "method": asdict(METHODS[run.method]),
+        "task": asdict(benchmark.task),
+    }
     del settings["method"]["label"]
     return json.loads(json.dumps(settings))
 
 
-def finished(folder: Path, run: Run) -> dict[str, Any] | None:
-    """Return the record of the run's training, if it is there and was made with the same settings."""
-    path = folder / "frontier" / run.name / "train.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
-    return record if record["identity"] == identity(run) else None
+def finished(benchmark: Benchmark, run: Run) -> dict[str, Any]:
+    """Return the record of the run if it was trained with the same settings, else an empty one."""
+    record = benchmark.record(run.name)
+    return record if record.get("identity") == _rounded(identity(benchmark, run)) else {}
 
 
 def at_equal_entropy(values: Values) -> float:
@@ -85,19 +121,19 @@ def at_equal_entropy(values: Values) -> float:
     return float(np.interp(ENTROPIES, *zip(*points, strict=True)).mean())
 
 
-def measure(folder: Path, model: Any, teacher: Any, split: str, seeds: Sequence[int]) -> Values:
+def measure(benchmark: Benchmark, model: Any, teacher: Any, split: str, seeds: Sequence[int]) -> Values:
     """Return the measures of each prompt at every temperature and with greedy decoding.
 
     Divergences are from the teacher at temperature 1.
     """
-    from tasks import TASKS, make_tokenizer
+    from tasks import make_tokenizer
     from tqdm.auto import tqdm
 
     from minillm_trl.data import unique_prompts
     from minillm_trl.evaluation.metrics import distinct_ngrams, self_bleu
     from minillm_trl.evaluation.task_measures import TaskMeasures
 
-    task, bar = TASKS[TASK], tqdm(disable=True)
+    task, folder, bar = benchmark.task, benchmark.folder, tqdm(disable=True)
     tokenizer, prompts = make_tokenizer(task, folder), unique_prompts(task.load_data(folder)[split])
     decoding = {"max_new_tokens": task.max_completion_length, "batch_size": 256, "eos_tokens": None}
     decoding["chat_template_kwargs"] = None
@@ -125,54 +161,67 @@ def measure(folder: Path, model: Any, teacher: Any, split: str, seeds: Sequence[
     return values
 
 
-def train_run(folder: Path, run: Run) -> None:
+def means(values: Values) -> dict[str, dict[str, float]]:
+    """Return the mean of each measure over the prompts."""
+    return {
+        decoding: {name: float(np.mean(numbers)) for name, numbers in found.items()}
+        for decoding, found in values.items()
+    }
+
+
+def train_run(benchmark: Benchmark, run: Run) -> None:
     """Train, measure on the validation prompts, and keep the model."""
     from measurement import commit
     from methods import train
-    from tasks import TASKS, load_model, make_tokenizer, write_json
+    from tasks import load_model, make_tokenizer
 
-    here = folder / "frontier" / run.name
-    shutil.rmtree(here / "model", ignore_errors=True)
-    task = TASKS[TASK]
+    folder, task = benchmark.folder, benchmark.task
+    model = folder / "frontier" / run.name / "model"
+    shutil.rmtree(model, ignore_errors=True)
     tokenizer, teacher = make_tokenizer(task, folder), load_model(folder, "teacher")
     student = load_model(folder, f"sft-{run.seed}")
     method = METHODS[run.method]
     # `train` reads the data and SeqKD's answers from the parent of the folder it is given
     seconds = train(method, task, folder / run.name, student, teacher, tokenizer, run.learning_rate, run.seed)
     shutil.rmtree(folder / run.name, ignore_errors=True)
-    student.save_pretrained(here / "model")
-    validation = measure(folder, student, None, "validation", VALIDATION_SEEDS)
-    record = {"identity": identity(run), "commit": commit(), "cpu_seconds": seconds}
-    record["at_equal_entropy"] = at_equal_entropy(validation)
-    record["validation"] = {
-        decoding: {name: float(np.mean(numbers)) for name, numbers in found.items()}
-        for decoding, found in validation.items()
-    }
-    write_json(here / "train.json", record)
+    student.save_pretrained(model)
+    validation = measure(benchmark, student, None, "validation", VALIDATION_SEEDS)
+    benchmark.write(
+        run.name,
+        {
+            "identity": identity(benchmark, run),
+            "commit": commit(),
+            "cpu_seconds": seconds,
+            "at_equal_entropy": at_equal_entropy(validation),
+            "validation": means(validation),
+        },
+    )
 
 
-def test_model(folder: Path, name: str) -> None:
+def test_model(benchmark: Benchmark, name: str) -> None:
     """Measure a model on the test prompts, and the models of the start on the validation prompts too."""
-    from tasks import load_model, write_json
+    from tasks import load_model
 
-    in_frontier = not (folder / name / "stage.json").is_file()
-    where = f"frontier/{name}" if in_frontier else name
-    model, teacher = load_model(folder, where), load_model(folder, "teacher")
-    record: dict[str, Any] = {"test": measure(folder, model, teacher, "test", TEST_SEEDS)}
-    if not in_frontier:
-        found = measure(folder, model, None, "validation", VALIDATION_SEEDS)
-        record["at_equal_entropy"] = at_equal_entropy(found)
-        record["validation"] = {
-            decoding: {measure_: float(np.mean(numbers)) for measure_, numbers in values.items()}
-            for decoding, values in found.items()
-        }
-    write_json(folder / "frontier" / name / "test.json", record)
+    folder = benchmark.folder
+    model = load_model(folder, name if name in STARTS else f"frontier/{name}")
+    record = benchmark.record(name)
+    if name in STARTS:
+        validation = measure(benchmark, model, None, "validation", VALIDATION_SEEDS)
+        record |= {"at_equal_entropy": at_equal_entropy(validation), "validation": means(validation)}
+    record["test"] = measure(benchmark, model, load_model(folder, "teacher"), "test", TEST_SEEDS)
+    benchmark.write(name, record)
 
 
-def scores_by_rate(folder: Path, method: str) -> dict[float, float]:
-    """Return the criterion of every rate tried at the first training seed, in the order of the rates."""
-    records = {rate: finished(folder, Run(method, rate, SEEDS[0])) for rate in LEARNING_RATES}
-    return {rate: record["at_equal_entropy"] for rate, record in records.items() if record is not None}
+def scores_by_rate(benchmark: Benchmark, method: str) -> dict[float, float]:
+    """Return the criterion of every rate tried at the first training seed, here or earlier, in the order of rates."""
+    earlier = benchmark.earlier.get(method, {}).get("validation_at_equal_entropy", {})
+    scores = {}
+    for rate in LEARNING_RATES:
+        if record := finished(benchmark, Run(method, rate, SEEDS[0])):
+            scores[rate] = record["at_equal_entropy"]
+        elif f"{rate:g}" in earlier:
+            scores[rate] = earlier[f"{rate:g}"]
+    return scores
 
 
 def rates_to_try(method: str, scores: dict[float, float]) -> list[float]:
@@ -185,67 +234,74 @@ def rates_to_try(method: str, scores: dict[float, float]) -> list[float]:
     return [rate for rate in LEARNING_RATES[max(best - 1, 0) : best + 2] if rate not in scores]
 
 
-def best_rate(folder: Path, method: str) -> float | None:
+def best_rate(benchmark: Benchmark, method: str) -> float | None:
     """Return the best learning rate, or None while the search goes on."""
-    scores = scores_by_rate(folder, method)
+    scores = scores_by_rate(benchmark, method)
     return None if rates_to_try(method, scores) else max(scores, key=scores.__getitem__)
 
 
-def jobs(folder: Path, methods: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield name and function of every job that can start and is not finished, the most urgent first."""
-    main = [name for name in methods if name in MAIN]
-    for group in (main, [name for name in methods if name not in MAIN]):
+def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
+    """Yield every job that can start and is not finished, the most urgent first."""
+    tested = [name for name in methods if name in MAIN or name in FAMILY]
+    for group in (tested, [name for name in methods if name not in tested]):
         for method in group:
-            for rate in rates_to_try(method, scores_by_rate(folder, method)):
+            for rate in rates_to_try(method, scores_by_rate(benchmark, method)):
                 run = Run(method, rate, SEEDS[0])
-                yield run.name, partial(train_run, folder, run)
-        if group is main:
-            yield from _jobs_of_the_main_table(folder, main)
+                yield run.name, partial(train_run, benchmark, run)
+        if group is tested:
+            yield from _tests(benchmark, tested)
 
 
-def _jobs_of_the_main_table(folder: Path, main: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-    chosen = [(method, rate) for method in main if (rate := best_rate(folder, method)) is not None]
+def _tests(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
+    """Yield the other training seeds of methods whose best rate is known, and the tests of all that is trained."""
+    chosen = [(method, rate) for method in methods if (rate := best_rate(benchmark, method)) is not None]
     runs = [Run(method, rate, seed) for seed in SEEDS for method, rate in chosen]
+    for name in STARTS if methods else ():
+        if "test" not in benchmark.record(name):
+            yield name, partial(test_model, benchmark, name)
     for run in runs:
-        if finished(folder, run) is None:
-            yield run.name, partial(train_run, folder, run)
-    for name in ("teacher", *(f"sft-{seed}" for seed in SEEDS), *(run.name for run in runs)):
-        if not (folder / "frontier" / name / "test.json").is_file():
-            yield name, partial(test_model, folder, name)
+        has_model = (benchmark.folder / "frontier" / run.name / "model").is_dir()
+        record = finished(benchmark, run)
+        if "test" in record:
+            continue
+        if record and has_model:
+            yield f"{run.name}-test", partial(test_model, benchmark, run.name)
+        else:
+            yield run.name, partial(train_run, benchmark, run)
 
 
-def work(folder: Path, methods: list[str]) -> None:
-    """Take jobs until none is left; wait while other processes hold all that can start."""
-    (folder / "frontier" / "locks").mkdir(parents=True, exist_ok=True)
-    while todo := list(jobs(folder, methods)):
-        if not any(_take(folder, name, function) for name, function in todo):
-            time.sleep(5)
+def prepare_starts(benchmark: Benchmark, dolly: str | None) -> None:
+    """Train tokenizer, teacher and students that are missing."""
+    from tasks import prepare_dolly
 
-
-def _take(folder: Path, name: str, function: Callable[[], None]) -> bool:
-    """Run a job unless another process holds it or has just finished it; return whether it ran."""
-    with (folder / "frontier" / "locks" / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        start = time.process_time()
-        function()
-        print(
-            f"{time.strftime('%H:%M')} {name} {function.func.__name__} {time.process_time() - start:.0f} CPU-s",
-            flush=True,
-        )
-        return True
+    folder, task = benchmark.folder, benchmark.task
+    if benchmark.task_name == "dolly" and not (folder / "data").is_dir():
+        prepare_dolly(folder, dolly)
+    if task.teacher_of is not None and not (folder.parent / task.teacher_of / "teacher" / "stage.json").is_file():
+        raise SystemExit(f"run the task {task.teacher_of} first: it makes the teacher")
+    prepare_tokenizer(benchmark.task_name, folder)
+    for name in STARTS:
+        if not (folder / name / "stage.json").is_file():
+            prepare(benchmark.task_name, folder, name)
 
 
 def main() -> None:
+    from tasks import TASKS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="e2e")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--dolly", help="local copy of databricks-dolly-15k.jsonl (default: from the hub)")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     start_worker()
-    work(arguments.runs / TASK, arguments.methods)
+    benchmark = Benchmark(arguments.task, arguments.runs / arguments.task)
+    benchmark.folder.mkdir(parents=True, exist_ok=True)
+    with (benchmark.folder / "starts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        prepare_starts(benchmark, arguments.dolly)
+    work(lambda: jobs(benchmark, arguments.methods), benchmark.folder / "frontier" / "locks")
 
 
 if __name__ == "__main__":

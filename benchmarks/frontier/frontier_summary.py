@@ -1,6 +1,8 @@
-"""Makes `results/frontier_e2e.json`, its figure and the tables of this folder's README from `frontier_run.py`'s runs.
+"""Makes `results/frontier_TASK.json`, its figure and the tables in Markdown from the records of `frontier_run.py`.
 
-    python benchmarks/frontier/frontier_summary.py
+    python benchmarks/frontier/frontier_summary.py [--task e2e]
+
+Rows without records stay as they are in the JSON, if teacher and students of the start are the same.
 
 Means are over test prompts, sampling seeds and training seeds. Intervals are 95 % percentiles of a bootstrap that
 draws training seeds and prompts, both with replacement. At equal entropy, Rouge-L and reverse KL are interpolated
@@ -9,32 +11,41 @@ values. The differences of two methods are paired by training seed and prompt.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from frontier_methods import ABLATIONS, MAIN, METHODS, SAME_AS  # puts the folders it needs on the path
+from frontier_methods import (  # which puts the folders it needs on the path
+    ABLATIONS,
+    FAMILY,
+    FAMILY_RIVALS,
+    MAIN,
+    METHODS,
+    SAME_AS,
+)
 from frontier_run import (
     ENTROPIES,
     GREEDY,
     LEARNING_RATES,
-    TASK,
+    STARTS,
     TEMPERATURES,
     TEST_SEEDS,
     VALIDATION_SEEDS,
-    Run,
+    Benchmark,
     best_rate,
     finished,
     scores_by_rate,
 )
 from frontier_statistics import Frontier, difference, interval
 from matplotlib.figure import Figure
+from resumable_jobs import Run, read_record
 from run import SEEDS
 from summarize import format_interval, insert_table
 
 README = Path(__file__).with_name("README.md")
+SCRIPTS = ("run", "summary")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
+FAMILY_PAGE = README.parents[2] / "docs" / "family.md"
 COMPARED = ("sft", "distillation_at_one", "distillation_cool", "minillm")
 SHOWN = {  # in the figure
     "teacher": "#444444",
@@ -58,51 +69,61 @@ def tuned(records: list[dict[str, Any]]) -> str:
     return max(means, key=means.__getitem__)
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """Return all numbers of the main table whose runs are finished."""
-    frontiers, records, rates = {}, {}, {}
-    names = {"teacher": ["teacher"], "sft_student": [f"sft-{seed}" for seed in SEEDS]}
-    for name, runs in names.items():
-        records[name] = [_test(folder, run) for run in runs]
-    for method in MAIN:
-        rate = best_rate(folder, method)
-        runs = [] if rate is None else [Run(method, rate, seed) for seed in SEEDS]
-        if runs and all(_test(folder, run.name) and finished(folder, run) for run in runs):
-            rates[method] = rate
-            records[method] = [_test(folder, run.name) | finished(folder, run) for run in runs]
+def summarize(benchmark: Benchmark) -> dict[str, Any]:
+    """Return all numbers of the rows that have records, or had them earlier."""
+    records, rates = {"teacher": [benchmark.record("teacher")]}, {}
+    records["sft_student"] = [benchmark.record(name) for name in STARTS if name != "teacher"]
+    for method in (*MAIN, *FAMILY):
+        rate = best_rate(benchmark, method)
+        runs = [] if rate is None else [finished(benchmark, Run(method, rate, seed)) for seed in SEEDS]
+        if runs and all("test" in run for run in runs):
+            rates[method], records[method] = rate, runs
     frontiers = {
         name: Frontier([record["test"] for record in found], [str(value) for value in TEMPERATURES], ENTROPIES)
         for name, found in records.items()
     }
-    reference = np.mean([record["cpu_seconds"] for record in records["minillm"]])
-    rows = {}
-    for name, frontier in frontiers.items():
-        rows[name] = row = _measures(frontier, tuned(records[name]))
-        if name in rates:
-            row |= {
-                "label": MAIN[name].label,
-                "updates": MAIN[name].updates,
-                "learning_rate": rates[name],
-                "cpu_time_over_minillm": float(
-                    np.mean([record["cpu_seconds"] for record in records[name]]) / reference
-                ),
-                "validation_at_equal_entropy": {
-                    f"{rate:g}": score for rate, score in scores_by_rate(folder, name).items()
-                },
-                "commits": sorted({record["commit"] for record in records[name]}),
-            }
-    for name, row in rows.items():
-        row["minus"] = {
-            rival: _differences(frontiers[name], frontiers[rival], row, rows[rival])
-            for rival in COMPARED
-            if rival in frontiers and rival != name and name in MAIN
+    rows = {name: _measures(frontier, tuned(records[name])) for name, frontier in frontiers.items()}
+    check_start(benchmark.earlier, rows)
+    for name, rate in rates.items():
+        rows[name] |= {
+            "label": METHODS[name].label,
+            "updates": METHODS[name].updates,
+            "learning_rate": rate,
+            "cpu_seconds": float(np.mean([record["cpu_seconds"] for record in records[name]])),
+            "validation_at_equal_entropy": {
+                f"{rate:g}": score for rate, score in scores_by_rate(benchmark, name).items()
+            },
+            "commits": sorted({record["commit"] for record in records[name]}),
         }
-    return {"prompts": frontiers["teacher"].prompts, "rows": rows, "ablations": _ablations(folder)}
+        if "minillm" in rates:
+            mean = np.mean([record["cpu_seconds"] for record in records["minillm"]])
+            rows[name]["cpu_time_over_minillm"] = rows[name]["cpu_seconds"] / float(mean)
+    for name in rates:
+        rivals = FAMILY_RIVALS if name in FAMILY else COMPARED
+        rows[name]["minus"] = benchmark.earlier.get(name, {}).get("minus", {}) | {
+            rival: _differences(frontiers[name], frontiers[rival], rows[name], rows[rival])
+            for rival in rivals
+            if rival in rates and rival != name
+        }
+    order = ("teacher", "sft_student", *MAIN, *FAMILY)
+    rows = {name: found for name in order if (found := rows.get(name) or benchmark.earlier.get(name))}
+    return {"prompts": frontiers["teacher"].prompts, "rows": rows, "ablations": _ablations(benchmark)}
 
 
-def _test(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / "frontier" / name / "test.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def check_start(earlier: dict[str, Any], rows: dict[str, Any]) -> None:
+    """Refuse to put rows of different teachers or students into one table.
+
+    Raises:
+        SystemExit: if they do not have the values of the earlier ones.
+    """
+    for name in ("teacher", "sft_student"):
+        if name in earlier:
+            before, now = (found[name]["decodings"]["1.0"]["rouge_l"][0] for found in (earlier, rows))
+            if abs(before - now) > 0.01:
+                raise SystemExit(
+                    f"{name} had Rouge-L {before:.3f} at temperature 1 and has {now:.3f}: another model. Remove "
+                    "results/frontier_TASK.json to begin a new table."
+                )
 
 
 def _measures(frontier: Frontier, decoding: str) -> dict[str, Any]:
@@ -139,21 +160,55 @@ def _differences(first: Frontier, second: Frontier, row: dict[str, Any], other: 
     }
 
 
-def _ablations(folder: Path) -> dict[str, Any]:
+def _ablations(benchmark: Benchmark) -> dict[str, Any]:
     """Return the validation results of every kind of long term at its best rate, at the first training seed."""
+    path = benchmark.results / f"frontier_{benchmark.task_name}.json"
+    earlier = read_record(path).get("results", {}).get("ablations", {})
     rows = {}
     for name in ABLATIONS:
         method = SAME_AS.get(name, name)
-        rate = best_rate(folder, method)
-        if rate is not None:
-            record = finished(folder, Run(method, rate, SEEDS[0]))
-            assert record is not None  # the best rate is one that was tried
+        rate = best_rate(benchmark, method)
+        record = finished(benchmark, Run(method, rate, SEEDS[0])) if rate is not None else {}
+        if record:
             rows[name] = {
                 "learning_rate": rate,
                 "at_equal_entropy": record["at_equal_entropy"],
                 "validation": record["validation"],
             }
+        elif name in earlier:
+            rows[name] = earlier[name]
     return rows
+
+
+def family_table(summary: dict[str, Any]) -> str:
+    """Return the Markdown table of the family, with the differences from SFT continued and from OPD."""
+    head = ["method", "rate", "CPU time", "reverse KL at 1", "forward KL at 1", "Rouge-L, greedy"]
+    head += ["Rouge-L at equal entropy", "– SFT continued", "– OPD", "distinct 4-grams at 1"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    rows = summary["rows"]
+    for name in (*FAMILY_RIVALS, *FAMILY):
+        if name not in rows:
+            continue
+        row, at_one = rows[name], rows[name]["decodings"]["1.0"]
+        gains = [
+            format_interval(row["minus"][rival]["equal_entropy_rouge_l"], 1, sign=True)
+            if rival in row["minus"]
+            else "–"
+            for rival in ("sft", "single_step_cool")
+        ]
+        cells = [
+            "OPD (single step alone)" if name == "single_step_cool" else row["label"],
+            f"{row['learning_rate']:g}",
+            f"{row['cpu_time_over_minillm']:.2f}",
+            format_interval(at_one["reverse_kl"], 1),
+            format_interval(at_one["forward_kl"], 1),
+            format_interval(row["decodings"][GREEDY]["rouge_l"], 1),
+            format_interval(row["at_equal_entropy"]["rouge_l"], 1),
+            *gains,
+            f"{at_one['distinct_4grams'][0]:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main_table(summary: dict[str, Any]) -> str:
@@ -169,7 +224,7 @@ def main_table(summary: dict[str, Any]) -> str:
         cells = [
             row.get("label", LABELS.get(name, name)),
             f"{row['learning_rate']:g}" if trained else "–",
-            f"{row['cpu_time_over_minillm']:.2f}" if trained else "–",
+            f"{row['cpu_time_over_minillm']:.2f}" if "cpu_time_over_minillm" in row else "–",
             format_interval(at_one["rouge_l"], 1),
             format_interval(at_one["reverse_kl"], 1) if name != "teacher" else "–",
             format_interval(at_one["entropy_per_token"], 2),
@@ -257,10 +312,12 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    from tasks import TASKS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    folder = parser.parse_args().runs / TASK
-    summary = summarize(folder)
+    parser.add_argument("--task", choices=TASKS, default="e2e")
+    task = parser.parse_args().task
+    summary = summarize(Benchmark(task, Path("unused")))
     settings = {
         "training_seeds": SEEDS,
         "validation_seeds": VALIDATION_SEEDS,
@@ -269,16 +326,19 @@ def main() -> None:
         "learning_rates": LEARNING_RATES,
         "entropies": ENTROPIES.tolist(),
     }
-    from measurement import write_record  # in the folder above, which `run` puts on the path
+    from measurement import write_record
 
-    command = " && ".join(f"python benchmarks/frontier/frontier_{script}.py" for script in ("run", "summary"))
-    path = write_record("frontier_e2e", PACKAGES, settings, summary, command)
+    command = " && ".join(f"python benchmarks/frontier/frontier_{script}.py --task {task}" for script in SCRIPTS)
+    path = write_record(f"frontier_{task}", PACKAGES, settings, summary, command)
     plot(summary, path.with_suffix(".png"))
-    tables = {"main": main_table, "differences": differences_table, "ablations": ablations_table}
-    for name, table in tables.items():
-        insert_table(README, name, table(summary))
-        print(table(summary), "\n")
-    print(f"{len(summary['rows']) - 2} of {len(MAIN)} methods, {len(METHODS)} with the ablations")
+    if task == "e2e":
+        insert_table(README, "main", main_table(summary))
+        insert_table(README, "differences", differences_table(summary))
+        insert_table(README, "ablations", ablations_table(summary))
+        insert_table(FAMILY_PAGE, "family", family_table(summary))
+    else:
+        insert_table(README, task, main_table(summary))
+    print(f"{len(summary['rows']) - 2} rows of {len(MAIN) + len(FAMILY)}, {len(summary['ablations'])} ablations")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from frontier_methods import MAIN  # puts the quality benchmark's folder on the path
-from frontier_run import TASK, Run, best_rate
+from frontier_run import Benchmark, best_rate
 from measurement import write_record
+from resumable_jobs import Run
 from run import SEEDS, start_worker
-from tasks import TASKS, load_model, make_tokenizer
+from tasks import load_model, make_tokenizer
 
 from minillm_trl.data import unique_prompts
 from minillm_trl.evaluation.divergence import completion_losses, score_completions
@@ -26,9 +27,10 @@ TAIL = 0.02
 MODELS = ("minillm", "distillation", "single_step", "single_step_cool", "low_variance_normalised", "low_variance")
 
 
-def measure(folder: Path, name: str) -> dict[str, Any]:
+def measure(benchmark: Benchmark, name: str) -> dict[str, Any]:
     """Return percentiles of the reverse KL of a completion, and the KL per token in the tail."""
-    task, student, teacher = TASKS[TASK], load_model(folder, name), load_model(folder, "teacher")
+    task, folder = benchmark.task, benchmark.folder
+    student, teacher = load_model(folder, name), load_model(folder, "teacher")
     tokenizer = make_tokenizer(task, folder)
     texts = unique_prompts(task.load_data(folder)["validation"])["prompt"][:]
     prompt_ids = encode_prompts(tokenizer, texts)
@@ -62,17 +64,18 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    folder = parser.parse_args().runs / TASK
+    benchmark = Benchmark("e2e", parser.parse_args().runs / "e2e")
     start_worker()
     names = {"SFT student (the start)": f"sft-{SEEDS[0]}"}
     for method in MODELS:
-        rate = best_rate(folder, method)
-        if rate is None:
-            raise SystemExit(f"{folder} lacks runs of {method}: frontier_run.py makes them.")
-        names[MAIN[method].label] = f"frontier/{Run(method, rate, SEEDS[0]).name}"
+        rate = best_rate(benchmark, method)
+        name = None if rate is None else f"frontier/{Run(method, rate, SEEDS[0]).name}"
+        if name is None or not (benchmark.folder / name).is_dir():
+            raise SystemExit(f"{benchmark.folder} lacks runs of {method}: frontier_run.py makes them.")
+        names[MAIN[method].label] = name
     results = {}
     for label, name in names.items():
-        results[label] = {key: round(float(value), 3) for key, value in measure(folder, name).items()}
+        results[label] = {key: round(float(value), 3) for key, value in measure(benchmark, name).items()}
         print(label, results[label], flush=True)
     settings = {"sampling_seeds": SAMPLING_SEEDS, "tail": TAIL, "training_seed": SEEDS[0]}
     write_record(

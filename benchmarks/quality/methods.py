@@ -179,7 +179,8 @@ def _make_trainer(
             return partial(KDTrainer, teacher_model=teacher, args=args, train_dataset=pairs(data))
         case "minillm":
             args, corpus = MiniLLMConfig(**sampled), pairs(data) if method.corpus else None
-            return partial(MiniLLMTrainer, teacher_model=teacher, args=args, train_dataset=prompts, lm_dataset=corpus)
+            rows = prompts if args.lmbda == 1 else unique_prompts(pairs(data), keep_completion=True)
+            return partial(MiniLLMTrainer, teacher_model=teacher, args=args, train_dataset=rows, lm_dataset=corpus)
         case "distillation":
             args = DistillationConfig(**sampled)
             return partial(DistillationTrainer, teacher_model=teacher, args=args, train_dataset=prompts)

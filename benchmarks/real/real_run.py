@@ -23,17 +23,18 @@ import os
 import shutil
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
+
+from resumable_jobs import Job, Run, read_record, work, write_record_of_run
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-64m"
@@ -45,18 +46,6 @@ TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
 PROBE_UPDATES = 4
 ANSWERS = 10
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "minillm-trl")
-
-
-class Run(NamedTuple):
-    """One training run."""
-
-    method: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.learning_rate:g}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -89,8 +78,7 @@ class Benchmark:
 
     def record(self, name: str) -> dict[str, Any]:
         """Return the finished parts of a run, if its settings are still the same; an empty one otherwise."""
-        path = RESULTS / self.scale_name / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_record(RESULTS / self.scale_name / f"{name}.json")
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run with the facts that every record has."""
@@ -102,11 +90,7 @@ class Benchmark:
             "machine": machine(),
             "versions": {name: version(name) for name in PACKAGES},
         }
-        path = RESULTS / self.scale_name / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(facts | record, indent=1) + "\n")
-        partial_path.rename(path)
+        write_record_of_run(RESULTS / self.scale_name / f"{name}.json", facts | record)
 
 
 def identity(benchmark: Benchmark, run: Run) -> dict[str, Any]:
@@ -305,7 +289,7 @@ def best_rate(benchmark: Benchmark, method: str) -> float | None:
     return max(scores, key=scores.__getitem__)
 
 
-def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
     """Yield name and function of every job that can start and is not finished, the most urgent first."""
     for name in ("heal", "teacher"):
         if "test" not in benchmark.record(name):
@@ -321,46 +305,13 @@ def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[tuple[str, Callab
         yield from _runs(benchmark, [Run(method, rate, seed) for method, rate in best.items()], test=True)
 
 
-def _runs(benchmark: Benchmark, runs: list[Run], test: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+def _runs(benchmark: Benchmark, runs: list[Run], test: bool) -> Iterator[Job]:
     for run in runs:
         record = trained(benchmark, run)
         if not record or (test and "test" not in record and not benchmark.model(run.name).is_dir()):
             yield run.name, partial(train_run, benchmark, run)
         elif test and "test" not in record:
             yield run.name, partial(test_model, benchmark, run.name)
-
-
-def work(benchmark: Benchmark, methods: list[str]) -> None:
-    """Take jobs until none is left; wait while other processes hold all that can start.
-
-    Raises:
-        SystemExit: at the end, if jobs failed. The other jobs are done.
-    """
-    (benchmark.folder / "locks").mkdir(parents=True, exist_ok=True)
-    failed: set[str] = set()
-    while todo := [(name, function) for name, function in jobs(benchmark, methods) if name not in failed]:
-        if not any(_take(benchmark, name, function, failed) for name, function in todo):
-            time.sleep(5)
-    if failed:
-        raise SystemExit(f"failed: {', '.join(sorted(failed))}; see the tracebacks above")
-
-
-def _take(benchmark: Benchmark, name: str, function: Callable[[], None], failed: set[str]) -> bool:
-    """Run a job unless another process holds it; return whether it ran. If it fails, add its name to `failed`."""
-    with (benchmark.folder / "locks" / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        start = time.process_time()
-        try:
-            function()
-        except Exception:
-            traceback.print_exc()
-            failed.add(name)
-        seconds = time.process_time() - start
-        print(f"{time.strftime('%H:%M')} {name} {function.func.__name__} {seconds:.0f} CPU-s", flush=True)
-        return True
 
 
 def main() -> None:
@@ -380,7 +331,7 @@ def main() -> None:
     with (folder / "stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run_stages(benchmark)
-    work(benchmark, arguments.methods)
+    work(lambda: jobs(benchmark, arguments.methods), folder / "locks")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,14 @@ def benchmark(tmp_path, monkeypatch) -> real_run.Benchmark:
     return real_run.Benchmark(folder, "small", str(teacher), write_small_dolly(tmp_path, 40))
 
 
+def work_all(benchmark: real_run.Benchmark, methods: list[str]) -> None:
+    real_run.work(lambda: real_run.jobs(benchmark, methods), benchmark.folder / "locks")
+
+
 @pytest.mark.slow
 def test_whole_benchmark(benchmark, capsys):
     real_run.run_stages(benchmark)
-    real_run.work(benchmark, list(real_methods.METHODS))
+    work_all(benchmark, list(real_methods.METHODS))
     assert not list(real_run.jobs(benchmark, list(real_methods.METHODS)))
     assert set(benchmark.record("heal")["healing"]) == {"seconds", "forward_kl"}
     summary = real_summary.summarize("small")
@@ -112,7 +116,7 @@ def test_failed_job_does_not_stop_the_others(benchmark, monkeypatch, capsys):
 
     monkeypatch.setattr(real_run, "jobs", jobs)
     with pytest.raises(SystemExit, match="failed: a"):
-        real_run.work(benchmark, [])
+        work_all(benchmark, [])
     assert done == ["b"]
     assert "no memory" in capsys.readouterr().err
 

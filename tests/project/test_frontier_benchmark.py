@@ -1,0 +1,123 @@
+"""The comparison on the frontier, with a tiny task: the family trains, records stay, and tables follow them."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset, DatasetDict
+
+FRONTIER = Path(__file__).parents[2] / "benchmarks" / "frontier"
+sys.path.insert(0, str(FRONTIER))
+
+import frontier_methods  # noqa: E402 - lies in a folder that is no package
+import frontier_run  # noqa: E402
+import frontier_summary  # noqa: E402
+from methods import train  # noqa: E402
+from resumable_jobs import Run, work  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
+
+
+class SmallTask(Task):
+    def load_data(self, folder: Path) -> DatasetDict:
+        rows = [
+            {"prompt": f"the mill {i}\n", "completion": f"is a pub {i}", "references": [f"is a pub {i}"]}
+            for i in range(160)
+        ]
+        parts = {"train": rows, "validation": rows[:6], "test": rows[6:16]}
+        return DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+
+
+SMALL = SmallTask(**{**vars(TASKS["e2e"]), "name": "small", "max_completion_length": 8, "seqkd_samples": 1})
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch) -> frontier_run.Benchmark:
+    """Two methods of the main table, two of the family and one ablation, with two updates each."""
+    monkeypatch.setitem(TASKS, "small", SMALL)
+    for name in ("sft", "single_step_cool", "tip_cool", "gkd_cool", "expected-0"):
+        monkeypatch.setitem(frontier_methods.METHODS, name, replace(frontier_methods.METHODS[name], updates=2))
+    for module in (frontier_run, frontier_summary):
+        monkeypatch.setattr(module, "LEARNING_RATES", (1e-3, 1e-2))
+        monkeypatch.setattr(module, "SEEDS", (3, 4))
+        monkeypatch.setattr(module, "STARTS", ("teacher", "sft-3", "sft-4"))
+    monkeypatch.setattr(frontier_run, "FIRST_RATES", slice(0, 1))
+    folder = tmp_path / "runs"
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for seed, name in enumerate(frontier_run.STARTS):
+        build_model("llama", len(tokenizer), seed).float().save_pretrained(folder / name / "model")
+    return frontier_run.Benchmark("small", folder, tmp_path / "results")
+
+
+@pytest.mark.slow
+def test_jobs_end_in_a_table_and_are_not_repeated(benchmark, monkeypatch):
+    methods = ["sft", "single_step_cool", "tip_cool", "gkd_cool", "expected-0"]
+    list_jobs = partial(frontier_run.jobs, benchmark, methods)
+    assert [name for name, _ in list_jobs()][:2] == ["sft-0.001-3", "single_step_cool-0.001-3"]
+    work(list_jobs, benchmark.folder / "locks")
+    assert not list(list_jobs())
+    summary = frontier_summary.summarize(benchmark)
+    assert list(summary["rows"]) == ["teacher", "sft_student", "sft", "single_step_cool", "gkd_cool", "tip_cool"]
+    assert summary["prompts"] == 10
+    assert list(summary["ablations"]) == ["expected-0"]
+    record = benchmark.record("tip_cool-0.001-3")
+    assert len(record["test"]["0.7"]["rouge_l"]) == 10
+    assert json.dumps(record["test"]["1.0"]["reverse_kl"][0]) == f"{record['test']['1.0']['reverse_kl'][0]:.5g}"
+    minus = summary["rows"]["tip_cool"]["minus"]["single_step_cool"]["rouge_l"]
+    means = [summary["rows"][name]["decodings"]["1.0"]["rouge_l"][0] for name in ("tip_cool", "single_step_cool")]
+    assert minus[0] == pytest.approx(means[0] - means[1])
+
+    # A later checkout has the summary and the records of some rows only
+    (benchmark.results / "frontier_small.json").write_text(json.dumps({"results": summary}))
+    for path in (benchmark.results / "frontier" / "small").glob("gkd_cool-*.json"):
+        path.unlink()
+    later = frontier_run.Benchmark("small", benchmark.folder, benchmark.results)
+    assert [name for name, _ in frontier_run.jobs(later, ["gkd_cool"])] == ["gkd_cool-0.001-3", "gkd_cool-0.001-4"]
+    assert frontier_summary.summarize(later)["rows"] == summary["rows"]
+    lines = frontier_summary.family_table(later_with_times(summary)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        *("| SFT continued", "| OPD (single step alone)", "| GKD", "| TIP")
+    ]
+
+    # Another teacher makes another table
+    other = benchmark.record("teacher")
+    other["test"]["1.0"]["rouge_l"] = [value + 1 for value in other["test"]["1.0"]["rouge_l"]]
+    benchmark.write("teacher", other)
+    with pytest.raises(SystemExit, match=r"teacher had Rouge-L .* another model"):
+        frontier_summary.summarize(later)
+
+
+def later_with_times(summary: dict) -> dict:
+    """The times are relative to MiniLLM, which this summary lacks."""
+    return {"rows": {name: {**row, "cpu_time_over_minillm": 1.0} for name, row in summary["rows"].items()}}
+
+
+@pytest.mark.parametrize("name", frontier_methods.FAMILY)
+def test_every_method_of_the_family_trains(tmp_path, name):
+    tokenizer = build_tokenizer()
+    student, teacher = (build_model("llama", len(tokenizer), seed).float() for seed in (0, 1))
+    before = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+    method = replace(frontier_methods.FAMILY[name], updates=2)
+    train(method, SMALL, tmp_path / "run", student, teacher, tokenizer, 1e-2, 0)
+    after = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
+def test_rates_continue_where_an_earlier_search_stopped(tmp_path):
+    earlier = {"results": {"rows": {"kd": {"validation_at_equal_entropy": {"0.0003": 60.0, "0.001": 61.0}}}}}
+    (tmp_path / "frontier_e2e.json").write_text(json.dumps(earlier))
+    benchmark = frontier_run.Benchmark("e2e", tmp_path / "runs", tmp_path)
+    assert frontier_run.rates_to_try("kd", frontier_run.scores_by_rate(benchmark, "kd")) == [3e-3]
+    run = Run("kd", 3e-3, 3)
+    record = {"identity": frontier_run.identity(benchmark, run), "at_equal_entropy": 60.5, "validation": {}}
+    benchmark.write(run.name, record)
+    assert frontier_run.scores_by_rate(benchmark, "kd") == {3e-4: 60.0, 1e-3: 61.0, 3e-3: 60.5}
+    assert frontier_run.best_rate(benchmark, "kd") == 1e-3
+    benchmark.write(run.name, record | {"identity": {**record["identity"], "method": {}}})
+    assert frontier_run.best_rate(benchmark, "kd") is None
