@@ -5,7 +5,7 @@
 Teacher, students and data are those of `benchmarks/quality`, under `runs/quality/TASK`; what is missing is made. In
 order:
 
-1. Each method at the first training seed: three learning rates, then the neighbours of the best while it is the lowest
+1. Each method at the first training seed: two learning rates, then the neighbours of the best while it is the lowest
    or the highest tried. The criterion is Rouge-L on the validation prompts at equal entropy, the mean over 0.2 to 0.6
    nats a token, so that it favours no temperature. `FIXED_RATES` has the exception.
 2. The methods of the main table, and those of the family, at their best rate for the other training seeds.
@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
 GREEDY = "greedy"
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-FIRST_RATES = slice(2, 5)
+FIRST_RATES = slice(3, 5)
 VALIDATION_SEEDS = (1, 2)
 TEST_SEEDS = (10, 20, 30)
 ENTROPIES = np.linspace(0.2, 0.6, 9)  # nats a token
@@ -78,9 +78,10 @@ class Benchmark:
         write_record_of_run(self.results / "frontier" / self.task_name / f"{name}.json", _rounded(record))
 
     @cached_property
-    def earlier(self) -> dict[str, Any]:
-        """The summary's rows, whose runs may not have records here."""
-        return read_record(self.results / f"frontier_{self.task_name}.json").get("results", {}).get("rows", {})
+    def first_search(self) -> dict[str, dict[str, float]]:
+        """The criterion by method and rate in the first table, whose runs were not kept and which had another teacher."""
+        rows = read_record(self.results / f"frontier_{self.task_name}_first.json").get("results", {}).get("rows", {})
+        return {name: row["validation_at_equal_entropy"] for name, row in rows.items() if "learning_rate" in row}
 
 
 def _rounded(value: Any) -> Any:
@@ -213,15 +214,15 @@ def test_model(benchmark: Benchmark, name: str) -> None:
 
 
 def scores_by_rate(benchmark: Benchmark, method: str) -> dict[float, float]:
-    """Return the criterion of every rate tried at the first training seed, here or earlier, in the order of rates."""
-    earlier = benchmark.earlier.get(method, {}).get("validation_at_equal_entropy", {})
-    scores = {}
-    for rate in LEARNING_RATES:
-        if record := finished(benchmark, Run(method, rate, SEEDS[0])):
-            scores[rate] = record["at_equal_entropy"]
-        elif f"{rate:g}" in earlier:
-            scores[rate] = earlier[f"{rate:g}"]
-    return scores
+    """Return the criterion of every rate tried at the first training seed, in the order of rates.
+
+    Methods of the first table keep the scores of its search, so that their rates do not depend on the runs of this one.
+    """
+    if method in benchmark.first_search:
+        first = benchmark.first_search[method]
+        return {rate: first[f"{rate:g}"] for rate in LEARNING_RATES if f"{rate:g}" in first}
+    records = {rate: finished(benchmark, Run(method, rate, SEEDS[0])) for rate in LEARNING_RATES}
+    return {rate: record["at_equal_entropy"] for rate, record in records.items() if record}
 
 
 def rates_to_try(method: str, scores: dict[float, float]) -> list[float]:

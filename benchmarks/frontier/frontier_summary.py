@@ -2,8 +2,6 @@
 
     python benchmarks/frontier/frontier_summary.py [--task e2e]
 
-Rows without records stay as they are in the JSON, if teacher and students of the start are the same.
-
 Means are over test prompts, sampling seeds and training seeds. Intervals are 95 % percentiles of a bootstrap that
 draws training seeds and prompts, both with replacement. At equal entropy, Rouge-L and reverse KL are interpolated
 between temperatures, for each replicate and training seed separately, so that the entropies vary along with the
@@ -38,7 +36,7 @@ from frontier_run import (
 )
 from frontier_statistics import Frontier, difference, interval
 from matplotlib.figure import Figure
-from resumable_jobs import Run, read_record
+from resumable_jobs import Run
 from run import SEEDS
 from summarize import format_interval, insert_table
 
@@ -83,7 +81,6 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
         for name, found in records.items()
     }
     rows = {name: _measures(frontier, tuned(records[name])) for name, frontier in frontiers.items()}
-    check_start(benchmark.earlier, rows)
     for name, rate in rates.items():
         rows[name] |= {
             "label": METHODS[name].label,
@@ -100,30 +97,14 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
             rows[name]["cpu_time_over_minillm"] = rows[name]["cpu_seconds"] / float(mean)
     for name in rates:
         rivals = FAMILY_RIVALS if name in FAMILY else COMPARED
-        rows[name]["minus"] = benchmark.earlier.get(name, {}).get("minus", {}) | {
+        rows[name]["minus"] = {
             rival: _differences(frontiers[name], frontiers[rival], rows[name], rows[rival])
             for rival in rivals
             if rival in rates and rival != name
         }
     order = ("teacher", "sft_student", *MAIN, *FAMILY)
-    rows = {name: found for name in order if (found := rows.get(name) or benchmark.earlier.get(name))}
+    rows = {name: rows[name] for name in order if name in rows}
     return {"prompts": frontiers["teacher"].prompts, "rows": rows, "ablations": _ablations(benchmark)}
-
-
-def check_start(earlier: dict[str, Any], rows: dict[str, Any]) -> None:
-    """Refuse to put rows of different teachers or students into one table.
-
-    Raises:
-        SystemExit: if they do not have the values of the earlier ones.
-    """
-    for name in ("teacher", "sft_student"):
-        if name in earlier:
-            before, now = (found[name]["decodings"]["1.0"]["rouge_l"][0] for found in (earlier, rows))
-            if abs(before - now) > 0.01:
-                raise SystemExit(
-                    f"{name} had Rouge-L {before:.3f} at temperature 1 and has {now:.3f}: another model. Remove "
-                    "results/frontier_TASK.json to begin a new table."
-                )
 
 
 def _measures(frontier: Frontier, decoding: str) -> dict[str, Any]:
@@ -162,8 +143,6 @@ def _differences(first: Frontier, second: Frontier, row: dict[str, Any], other: 
 
 def _ablations(benchmark: Benchmark) -> dict[str, Any]:
     """Return the validation results of every kind of long term at its best rate, at the first training seed."""
-    path = benchmark.results / f"frontier_{benchmark.task_name}.json"
-    earlier = read_record(path).get("results", {}).get("ablations", {})
     rows = {}
     for name in ABLATIONS:
         method = SAME_AS.get(name, name)
@@ -175,8 +154,6 @@ def _ablations(benchmark: Benchmark) -> dict[str, Any]:
                 "at_equal_entropy": record["at_equal_entropy"],
                 "validation": record["validation"],
             }
-        elif name in earlier:
-            rows[name] = earlier[name]
     return rows
 
 

@@ -72,27 +72,13 @@ def test_jobs_end_in_a_table_and_are_not_repeated(benchmark, monkeypatch):
     means = [summary["rows"][name]["decodings"]["1.0"]["rouge_l"][0] for name in ("tip_cool", "single_step_cool")]
     assert minus[0] == pytest.approx(means[0] - means[1])
 
-    # A later checkout has the summary and the records of some rows only
-    (benchmark.results / "frontier_small.json").write_text(json.dumps({"results": summary}))
-    for path in (benchmark.results / "frontier" / "small").glob("gkd_cool-*.json"):
-        path.unlink()
-    later = frontier_run.Benchmark("small", benchmark.folder, benchmark.results)
-    assert [name for name, _ in frontier_run.jobs(later, ["gkd_cool"])] == ["gkd_cool-0.001-3", "gkd_cool-0.001-4"]
-    assert frontier_summary.summarize(later)["rows"] == summary["rows"]
-    lines = frontier_summary.family_table(later_with_times(summary)).splitlines()
+    lines = frontier_summary.family_table(with_times(summary)).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         *("| SFT continued", "| OPD (single step alone)", "| GKD", "| TIP")
     ]
 
-    # Another teacher makes another table
-    other = benchmark.record("teacher")
-    other["test"]["1.0"]["rouge_l"] = [value + 1 for value in other["test"]["1.0"]["rouge_l"]]
-    benchmark.write("teacher", other)
-    with pytest.raises(SystemExit, match=r"teacher had Rouge-L .* another model"):
-        frontier_summary.summarize(later)
 
-
-def later_with_times(summary: dict) -> dict:
+def with_times(summary: dict) -> dict:
     """The times are relative to MiniLLM, which this summary lacks."""
     return {"rows": {name: {**row, "cpu_time_over_minillm": 1.0} for name, row in summary["rows"].items()}}
 
@@ -109,15 +95,18 @@ def test_every_method_of_the_family_trains(tmp_path, name):
     assert not torch.equal(after, before)
 
 
-def test_rates_continue_where_an_earlier_search_stopped(tmp_path):
-    earlier = {"results": {"rows": {"kd": {"validation_at_equal_entropy": {"0.0003": 60.0, "0.001": 61.0}}}}}
-    (tmp_path / "frontier_e2e.json").write_text(json.dumps(earlier))
+def test_rates_follow_the_first_search_or_the_records(tmp_path):
+    row = {"learning_rate": 1e-3, "validation_at_equal_entropy": {"0.0003": 60.0, "0.001": 61.0, "0.003": 60.5}}
+    (tmp_path / "frontier_e2e_first.json").write_text(json.dumps({"results": {"rows": {"kd": row}}}))
     benchmark = frontier_run.Benchmark("e2e", tmp_path / "runs", tmp_path)
-    assert frontier_run.rates_to_try("kd", frontier_run.scores_by_rate(benchmark, "kd")) == [3e-3]
-    run = Run("kd", 3e-3, 3)
-    record = {"identity": frontier_run.identity(benchmark, run), "at_equal_entropy": 60.5, "validation": {}}
-    benchmark.write(run.name, record)
-    assert frontier_run.scores_by_rate(benchmark, "kd") == {3e-4: 60.0, 1e-3: 61.0, 3e-3: 60.5}
     assert frontier_run.best_rate(benchmark, "kd") == 1e-3
-    benchmark.write(run.name, record | {"identity": {**record["identity"], "method": {}}})
-    assert frontier_run.best_rate(benchmark, "kd") is None
+    assert frontier_run.best_rate(benchmark, "tip_cool") is None
+    scores = {1e-3: 61.0, 3e-3: 60.5, 3e-4: 60.0}
+    for rate, score in scores.items():
+        run = Run("tip_cool", rate, 3)
+        identity = frontier_run.identity(benchmark, run)
+        benchmark.write(run.name, {"identity": identity, "at_equal_entropy": score, "validation": {}})
+    assert frontier_run.scores_by_rate(benchmark, "tip_cool") == scores
+    assert frontier_run.best_rate(benchmark, "tip_cool") == 1e-3
+    benchmark.write(run.name, {"identity": {**identity, "method": {}}, "at_equal_entropy": 60.0, "validation": {}})
+    assert frontier_run.rates_to_try("tip_cool", frontier_run.scores_by_rate(benchmark, "tip_cool")) == [3e-4]
