@@ -1,12 +1,17 @@
 """Claim: over several seeds, bf16 autocast trains as well as float32; bf16 weights hardly train at a low rate.
 
     python benchmarks/precision_seeds.py
+    python benchmarks/precision_seeds.py --first_updates 24   # shapes and schedule of mixed_precision.py on a GPU
 
 fine-tunes a student fully (GPT-2 shape, random weights as in `mixed_precision.py`) with float32 weights, with float32
 weights in bf16 autocast, and with bf16 weights, each with several trainer seeds. All runs start from the same student
 and teacher; seeds change only the samples. There are two learning rates, that of `mixed_precision.py` for 40 updates
 and the paper's for 8. Reports the reverse KL per completion in nats at start and end, and the share of weights in
 linear layers that did not change by a bit. Writes `results/precision_seeds.json`.
+
+With `--first_updates` the student is the 124M shape and the teacher the 355M one, and a run with the schedule of
+`mixed_precision.py` stops after this many updates: how much do the same updates differ between seeds, and how much
+between precisions? Writes `results/precision_seeds_first.json`.
 """
 
 import argparse
@@ -20,6 +25,8 @@ from typing import Any
 import torch
 from measurement import ON_GPU, write_record
 from mixed_precision import PACKAGES, VOCAB
+from mixed_precision import STEPS as GPU_STEPS
+from mixed_precision import save_model as save_large_model
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
@@ -33,6 +40,7 @@ SHAPES = {
 WAYS = {"float32": ("float32", False), "bf16 autocast": ("float32", True), "bf16 weights": ("bfloat16", True)}
 STEPS = {2e-4: 40, 5e-6: 8}  # updates, by learning rate
 SEEDS = (0, 1, 2)
+LARGE = {"student": "gpt2", "teacher": "gpt2-medium"}
 
 
 def save_model(name: str, folder: Path, tokenizer: Any, seed: int) -> str:
@@ -65,10 +73,22 @@ def load_prompts() -> tuple[Any, Any]:
     return prompts, train_tokenizer(prompts["prompt"], VOCAB)
 
 
-def train(way: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
+class StopAfter(TrainerCallback):
+    """Stop after some updates, so that the schedule is that of a longer run."""
+
+    def __init__(self, updates: int):
+        self.updates = updates
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Stop if the updates are made."""
+        control.should_training_stop = state.global_step >= self.updates
+
+
+def train(way: str, rate: float, steps: int, seed: int, first_updates: int | None = None) -> dict[str, Any]:
     dtype, bf16 = WAYS[way]
     prompts, tokenizer = load_prompts()
     first = FirstWeights()
+    callbacks: list[TrainerCallback] = [first, *([StopAfter(first_updates)] if first_updates else [])]
     with tempfile.TemporaryDirectory() as folder:
         args = MiniLLMConfig(
             folder,
@@ -91,11 +111,15 @@ def train(way: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
             gradient_checkpointing=False,
         )
         trainer = MiniLLMTrainer(
-            save_model("student", Path(folder), tokenizer, 0),
-            save_model("teacher", Path(folder), tokenizer, 1),
+            *(
+                save_large_model(LARGE[name], Path(folder), tokenizer, seed_of_model)
+                if first_updates
+                else save_model(name, Path(folder), tokenizer, seed_of_model)
+                for seed_of_model, name in enumerate(SHAPES)
+            ),
             args=args,
             train_dataset=prompts.select_columns(["prompt"]),
-            callbacks=[first],
+            callbacks=callbacks,
         )
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -108,20 +132,28 @@ def train(way: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
         "weights_unchanged": same / sum(parameter.numel() for parameter in trained.values()),
         "largest_gradient_norm": max(entry["grad_norm"] for entry in logs),
         "reverse_kl_first": kl[0],
+        "reverse_kl": [round(value, 3) for value in kl],
         "reverse_kl_first_20": mean(kl[:20]),
         "reverse_kl_last_20": mean(kl[-20:]),
     }
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first_updates", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    arguments = parser.parse_args()
+    first = arguments.first_updates
+    steps, ways = ({2e-4: GPU_STEPS}, list(WAYS)[:2]) if first else (STEPS, list(WAYS))
     results = []
-    settings = {"shapes": SHAPES, "steps": STEPS, "seeds": SEEDS, "model_seeds": [0, 1]}
-    for seed, (rate, steps), way in itertools.product(SEEDS, STEPS.items(), WAYS):
-        found = {"way": way, "learning_rate": rate, "seed": seed, **train(way, rate, steps, seed)}
+    settings = {"steps": steps, "seeds": arguments.seeds, "model_seeds": [0, 1]}
+    settings |= {"shapes": LARGE, "first_updates": first} if first else {"shapes": SHAPES}
+    name = "precision_seeds_first" if first else "precision_seeds"
+    for way, seed, (rate, updates) in itertools.product(ways, arguments.seeds, steps.items()):
+        found = {"way": way, "learning_rate": rate, "seed": seed, **train(way, rate, updates, seed, first)}
         print(found, flush=True)
         results.append(found)
-        path = write_record("precision_seeds", PACKAGES, settings, results)
+        path = write_record(name, PACKAGES, settings, results)
     print(path)
 
 

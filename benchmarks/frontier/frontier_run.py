@@ -79,7 +79,7 @@ class Benchmark:
 
     @cached_property
     def first_search(self) -> dict[str, dict[str, float]]:
-        """The criterion by method and rate in the first table, whose runs were not kept and which had another teacher."""
+        """The criterion by method and rate in the first table, whose runs were not kept; it had another teacher."""
         rows = read_record(self.results / f"frontier_{self.task_name}_first.json").get("results", {}).get("rows", {})
         return {name: row["validation_at_equal_entropy"] for name, row in rows.items() if "learning_rate" in row}
 
@@ -216,7 +216,7 @@ def test_model(benchmark: Benchmark, name: str) -> None:
 def scores_by_rate(benchmark: Benchmark, method: str) -> dict[float, float]:
     """Return the criterion of every rate tried at the first training seed, in the order of rates.
 
-    Methods of the first table keep the scores of its search, so that their rates do not depend on the runs of this one.
+    Methods of the first table keep the scores of its search, so that their rates do not depend on these runs.
     """
     if method in benchmark.first_search:
         first = benchmark.first_search[method]
