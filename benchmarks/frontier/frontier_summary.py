@@ -196,6 +196,8 @@ def main_table(summary: dict[str, Any]) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, row in summary["rows"].items():
+        if name in FAMILY:
+            continue
         at_one, best, equal = row["decodings"]["1.0"], row["decodings"][row["tuned"]], row["at_equal_entropy"]
         trained = "label" in row
         cells = [
@@ -211,6 +213,24 @@ def main_table(summary: dict[str, Any]) -> str:
             format_interval(equal["rouge_l"], 1),
             format_interval(equal["reverse_kl"], 1),
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def diversity_table(summary: dict[str, Any]) -> str:
+    """Return the Markdown table of diversity and coverage."""
+    head = ["", "forward KL at 1", "distinct 4-grams at 1", "at 0.7", "self-BLEU at 1", "at 0.7"]
+    head += [f"best Rouge-L of {len(TEST_SEEDS)} at 1", "at 0.7"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name, row in summary["rows"].items():
+        if name in FAMILY:
+            continue
+        points = [row["decodings"][temperature] for temperature in ("1.0", "0.7")]
+        cells = [row.get("label", LABELS.get(name, name))]
+        cells.append(format_interval(points[0]["forward_kl"], 1) if name != "teacher" else "–")
+        cells += [f"{point['distinct_4grams'][0]:.2f}" for point in points]
+        cells += [f"{point['self_bleu'][0]:.1f}" for point in points]
+        cells += [format_interval(point["best_rouge_l"], 1) for point in points]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -310,6 +330,7 @@ def main() -> None:
     plot(summary, path.with_suffix(".png"))
     if task == "e2e":
         insert_table(README, "main", main_table(summary))
+        insert_table(README, "diversity", diversity_table(summary))
         insert_table(README, "differences", differences_table(summary))
         insert_table(README, "ablations", ablations_table(summary))
         insert_table(FAMILY_PAGE, "family", family_table(summary))
