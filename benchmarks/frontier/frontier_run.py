@@ -209,6 +209,7 @@ def test_model(benchmark: Benchmark, name: str) -> None:
     if name in STARTS:
         validation = measure(benchmark, model, None, "validation", VALIDATION_SEEDS)
         record |= {"at_equal_entropy": at_equal_entropy(validation), "validation": means(validation)}
+        record["parameters"] = model.num_parameters()
     record["test"] = measure(benchmark, model, load_model(folder, "teacher"), "test", TEST_SEEDS)
     benchmark.write(name, record)
 

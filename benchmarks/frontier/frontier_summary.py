@@ -104,7 +104,13 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
         }
     order = ("teacher", "sft_student", *MAIN, *FAMILY)
     rows = {name: rows[name] for name in order if name in rows}
-    return {"prompts": frontiers["teacher"].prompts, "rows": rows, "ablations": _ablations(benchmark)}
+    sizes = [benchmark.record(name).get("parameters") for name in STARTS[:2]]
+    return {
+        "prompts": frontiers["teacher"].prompts,
+        "teacher_over_student": sizes[0] / sizes[1] if all(sizes) else None,
+        "rows": rows,
+        "ablations": _ablations(benchmark),
+    }
 
 
 def _measures(frontier: Frontier, decoding: str) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def main() -> None:
         insert_table(README, "differences", differences_table(summary))
         insert_table(README, "ablations", ablations_table(summary))
         insert_table(FAMILY_PAGE, "family", family_table(summary))
-    else:
+    elif task == "dolly":
         insert_table(README, task, main_table(summary))
     print(f"{len(summary['rows']) - 2} rows of {len(MAIN) + len(FAMILY)}, {len(summary['ablations'])} ablations")
 

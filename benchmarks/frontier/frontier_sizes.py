@@ -1,0 +1,55 @@
+"""Question: does the best method of the family depend on how much larger the teacher is?
+
+    for width in 8 32 96; do
+        python benchmarks/frontier/frontier_run.py --task e2e_w$width --methods METHODS
+        python benchmarks/frontier/frontier_summary.py --task e2e_w$width
+    done
+    python benchmarks/frontier/frontier_sizes.py
+
+Reads the summaries of the sizes and that of e2e, and writes the table of docs/family.md: gains over SFT continued of
+the same size, each method at its best rate for this size. Methods that not all sizes have are left out.
+"""
+
+import json
+from typing import Any
+
+from frontier_methods import METHODS  # puts the folders it needs on the path
+from frontier_run import RESULTS
+from frontier_summary import FAMILY_PAGE
+from summarize import format_interval, insert_table
+from tasks import SIZES
+
+
+def read_summaries() -> dict[str, dict[str, Any]]:
+    """Return the results of every size that has a summary, the smallest student first."""
+    paths = {task: RESULTS / f"frontier_{task}.json" for _, task in sorted(SIZES.items())}
+    return {task: json.loads(path.read_text())["results"] for task, path in paths.items() if path.is_file()}
+
+
+def sizes_table(summaries: dict[str, dict[str, Any]]) -> str:
+    """Return the Markdown table: for each method the gains of all sizes."""
+    first, *others = (summary["rows"] for summary in summaries.values())
+    names = [name for name in first if "sft" in first[name].get("minus", {}) and all(name in rows for rows in others)]
+    titles = [
+        f"{summary['teacher_over_student']:.0f}x: Rouge-L, reverse KL at equal entropy"
+        for summary in summaries.values()
+    ]
+    lines = ["| minus SFT continued | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    for name in names:
+        cells = [METHODS[name].label]
+        for summary in summaries.values():
+            minus = summary["rows"][name]["minus"]["sft"]
+            gains = (minus["equal_entropy_rouge_l"], minus["equal_entropy_reverse_kl"])
+            cells.append(", ".join(format_interval(gain, 1, sign=True) for gain in gains))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    table = sizes_table(read_summaries())
+    insert_table(FAMILY_PAGE, "sizes", table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
