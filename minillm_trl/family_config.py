@@ -52,6 +52,11 @@ class FamilyConfig(GRPOConfig):
             SKD's K (arXiv 2410.11325): a token that the student samples outside the teacher's K likeliest tokens is
             replaced by a sample of the teacher, see `rollouts/teacher_replacement.py`. Importance weights and returns
             of such samples are not defined here, so it requires what `lmbda` below 1 requires. The authors use 25.
+        cross_tokenizer (`bool`, *optional*, defaults to `False`):
+            Whether the teacher may have another tokenizer. It then reads the texts of prompts and completions with its
+            own tokenizer and chat template, and rewards are those of aligned spans of text, see `rollouts/spans.py`.
+            Distributions over two vocabularies cannot be compared or mixed, so it requires
+            `single_step_decomposition=False`, `teacher_mixed_alpha=0.0` and sampled rewards.
     """
 
     single_step_divergence: str = field(
@@ -89,6 +94,11 @@ class FamilyConfig(GRPOConfig):
     skd_top_k: int | None = field(
         default=None,
         metadata={"help": "Replace sampled tokens outside the teacher's K likeliest by the teacher's samples (SKD)."},
+    )
+
+    cross_tokenizer: bool = field(
+        default=False,
+        metadata={"help": "The teacher has another tokenizer: rewards are those of aligned spans of text."},
     )
 
     def divergence(self) -> Callable[..., torch.Tensor]:

@@ -14,7 +14,7 @@ from .objectives import clipped_policy_gradient_loss, reference_kl
 # Entries of a rollout that the loss needs besides the scores
 LOSS_INPUTS = (
     *("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights"),
-    *("importance_sampling_ratio", "ref_per_token_logps", "token_weights"),
+    *("importance_sampling_ratio", "ref_per_token_logps", "token_weights", "sampled_reverse_kl"),
 )
 # Fields of MiniLLMConfig that are arguments of `loss_terms`
 LOSS_OPTIONS = (
@@ -76,7 +76,7 @@ class LossTerms(NamedTuple):
     Attributes:
         loss (`torch.Tensor`): weighted sum of the terms. It and the terms have a gradient.
         long_term (`torch.Tensor`): clipped policy-gradient term.
-        single_step (`torch.Tensor`): divergence from the teacher.
+        single_step (`torch.Tensor`, *optional*): divergence from the teacher; None for one with another tokenizer.
         reverse_kl (`torch.Tensor`): reverse KL to the teacher, for metrics.
         reference_kl (`torch.Tensor`, *optional*): KL to the reference model; None without one.
         weights (`torch.Tensor`): factor of the advantage of each token, before clipping.
@@ -85,7 +85,7 @@ class LossTerms(NamedTuple):
 
     loss: torch.Tensor
     long_term: torch.Tensor
-    single_step: torch.Tensor
+    single_step: torch.Tensor | None
     reverse_kl: torch.Tensor
     reference_kl: torch.Tensor | None
     weights: torch.Tensor
@@ -111,7 +111,7 @@ def loss_terms(
 
     Args:
         rollout (`Mapping[str, torch.Tensor]`): the entries `LOSS_INPUTS` of [`MiniLLMTrainer.score_rollouts`], of
-            which the last two are optional; in the shape of the scores.
+            which those from `importance_sampling_ratio` on are optional; in the shape of the scores.
         scores ([`TokenScores`]): scores of the student being trained, with its divergence D from the teacher, by
             default the reverse KL.
         mask (`torch.Tensor`): True on the completion's tokens.
@@ -126,7 +126,6 @@ def loss_terms(
     Returns:
         [`LossTerms`].
     """
-    assert scores.divergence is not None  # the request had the teacher's hidden states
     old_logps = rollout["old_per_token_logps" if importance_weighting == "token" else "student_logps"]
     weights = rollout["long_term_weights"] * (scores.logps - old_logps).masked_fill(~mask, 0.0).exp()
     long_term = rollout["long_term_weights"] * clipped_policy_gradient_loss(
@@ -136,6 +135,7 @@ def loss_terms(
         long_term = long_term * rollout["importance_sampling_ratio"]
     loss = long_term
     if single_step_decomposition:
+        assert scores.divergence is not None  # the request had the teacher's hidden states
         loss = loss + rollout["single_step_weights"] * scores.divergence
     if "token_weights" in rollout:
         loss = rollout["token_weights"] * loss
@@ -147,6 +147,8 @@ def loss_terms(
         scores.logps, rollout["student_logps"], old_logps, rollout["advantages"], mask, epsilon, epsilon_high, delta
     )
     reverse_kl = scores.divergence if scores.reverse_kl is None else scores.reverse_kl
+    if reverse_kl is None:  # no distributions to compare: an estimate from the sampled tokens
+        reverse_kl = rollout["sampled_reverse_kl"]
     return LossTerms(loss, long_term, scores.divergence, reverse_kl, kl, weights, clipped)
 
 

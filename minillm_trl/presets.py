@@ -52,6 +52,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tip": {**_SINGLE_STEP, "single_step_divergence": "reverse_kl", "top_entropy_quantile": 0.5},
     # 2606.22600
     "iw_opd": {**_SAMPLED, "iw_opd_gamma": 0.5},
+    # the long term alone, by spans of text
+    "cross_tokenizer": {
+        **{"cross_tokenizer": True, "teacher_mixed_alpha": 0.0, "rkl_advantage": True},
+        **{"single_step_decomposition": False, "include_current_reward": True, "gamma": 1.0},
+    },
 }
 
 

@@ -80,8 +80,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The teacher, with the student's tokenizer. It is frozen and put in eval mode. Settings that quantise or
-            wrap the student do not apply to it. None with `teacher_server_url`.
+            The teacher, with the student's tokenizer or `cross_tokenizer`. It is frozen and put in eval mode. Settings
+            that quantise or wrap the student do not apply to it. None with `teacher_server_url`.
         reward_funcs (*optional*):
             Reward functions as in [`~trl.GRPOTrainer`], with relative weights `reward_weights`. Their advantage is
             added to the teacher's at every token, with weight 1. It is relative to the other completions of the
@@ -309,10 +309,11 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             if not self.use_vllm:  # with vLLM, GRPO corrects the sampling mismatch with them
                 behavior_logps = output.get("sampling_per_token_logps")
                 check_rollout_logps(behavior_logps, sequences(batch)[2])
-        scored = self.scoring.training_batch(self.model, batch, alpha, behavior_logps, baseline, rollout.scores)
-        batch, faults = scored.batch, scored.faults
-        if scored.baseline is not None:
-            self.means.add(self.mode, scored.baseline)
+        batch, faults, of_baseline = self.scoring.training_batch(
+            self.model, batch, alpha, behavior_logps, baseline, rollout.scores, [row["prompt"] for row in inputs]
+        )
+        if of_baseline is not None:
+            self.means.add(self.mode, of_baseline)
         if self.reward_funcs:
             batch, infinite = self._add_reward_advantages(batch, output["advantages"])
             faults |= infinite
@@ -351,7 +352,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         input_ids, attention_mask, mask = sequences(inputs)
         rollout = {name: inputs[name].expand(mask.shape) for name in LOSS_INPUTS if name in inputs}
         options = {name: getattr(self.args, name) for name in LOSS_OPTIONS}
-        states = self._teacher.hidden_states_of(inputs)
+        states = self.scoring.teacher_states(inputs)
         request = ScoreRequest(input_ids, attention_mask, mask, self.temperature, states, self.args.kd_temperature)
         request = request._replace(
             divergence=self.args.divergence(),
@@ -367,8 +368,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         with torch.no_grad():
             terms = loss_terms(rollout, scores, mask, **options)
         self.guard.faults += self.rollout_metrics.add_update(self.mode, terms, scores, inputs, mask, counts)
-        normalizer = loss_normalizer(inputs, mask, self.args.loss_reduction, self.accelerator)
-        loss = normalize_loss(scores.loss, normalizer)
+        loss = normalize_loss(scores.loss, loss_normalizer(inputs, mask, self.args.loss_reduction, self.accelerator))
         if lm_scores:
             loss = loss + self.args.lm_coef * self._lm_loss(inputs["lm"], *lm_scores)
         if not self.model.training:

@@ -118,6 +118,7 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
     from ..models.loading import check_room, load_tokenizer
     from ..models.pickled_weights import refuse_pickled_weights
     from ..models.teacher import check_same_tokenizer
+    from ..rollouts.cross_tokenizer import check_two_tokenizers
 
     sources, found = _sources(model, teacher, args), []
     names = [name for name, _ in sources]
@@ -129,9 +130,13 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
             for name, init_kwargs in zip(names, (student_kwargs, teacher_kwargs), strict=True):
                 refuse_pickled_weights(name, init_kwargs)
         tokenizers = [load_tokenizer(*source, args.trust_remote_code) for source in sources]
-        check_same_tokenizer(tokenizers[0], tokenizers[1])
+        if args.cross_tokenizer:
+            check_two_tokenizers(tokenizers[0], tokenizers[1], conversational=False)
+        else:
+            check_same_tokenizer(tokenizers[0], tokenizers[1])
+        readers = names[:1] if args.cross_tokenizer else names  # of the student's tokens
         check_room(
-            names, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
+            readers, [], tokenizers[0], "max_completion_length", args.max_completion_length, args.trust_remote_code
         )
         if read_settings(Path(names[0])) is not None:
             found.append(

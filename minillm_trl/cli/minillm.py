@@ -140,7 +140,8 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
         training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
     tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
     length, names = args.max_completion_length, [name for name in (student_name, teacher_name) if name is not None]
-    models.check_room(names, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
+    readers = names[:1] if args.cross_tokenizer else names  # of the student's tokens
+    models.check_room(readers, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
     training.check_models(names, args)
     training.set_model_init_kwargs(args, model)
     with recording.record_run("minillm", argv, parser, parsed, checkpoint) as record:

@@ -22,6 +22,7 @@ from ..models.multimodal import refuse_multimodal
 from ..models.pickled_weights import refuse_pickled_weights
 from ..models.teacher import check_same_tokenizer
 from ..monitoring.degeneration_watch import DegenerationWatch
+from ..rollouts.cross_tokenizer import check_two_tokenizers
 from ..training.checkpoints import finish_replacements, newest_whole_checkpoint
 from ..training.reliable_trainer import ReliableTrainer
 from ..training.run_record import RunRecord
@@ -40,6 +41,8 @@ def check_teacher_tokenizer(
 ) -> None:
     """Check that the teacher has the student's tokenizer, before either model is loaded; see [`check_same_tokenizer`].
 
+    With `cross_tokenizer`, check that the teacher can read the student's texts.
+
     Args:
         teacher (`str`): name or folder of the teacher.
         args ([`MiniLLMConfig`] or [`KDConfig`]): with `teacher_model_init_kwargs` and `trust_remote_code`.
@@ -48,7 +51,10 @@ def check_teacher_tokenizer(
     """
     revision = (parsed_kwargs(args.teacher_model_init_kwargs) or {}).get("revision")
     teacher_tokenizer = load_tokenizer(teacher, revision, args.trust_remote_code)
-    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=holds_conversations(train))
+    if getattr(args, "cross_tokenizer", False):  # KD has no such field
+        check_two_tokenizers(tokenizer, teacher_tokenizer, holds_conversations(train))
+    else:
+        check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=holds_conversations(train))
 
 
 def check_models(names: Sequence[str], args: "TrainerConfig") -> None:

@@ -271,7 +271,8 @@ def check_same_tokenizer(
     """
     advice = (
         "MiniLLM compares next-token distributions, so student and teacher must share one tokenizer. Choose models of "
-        "one family, make a student out of the teacher (`minillm-trl shrink`), or distil through text with SeqKD."
+        "one family, make a student out of the teacher (`minillm-trl shrink`), or distil through text with SeqKD. "
+        "`minillm-trl minillm` with cross_tokenizer=True compares spans of text instead (docs/family.md)."
     )
     student_vocab, teacher_vocab = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if student_vocab != teacher_vocab:

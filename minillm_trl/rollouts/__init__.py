@@ -10,6 +10,7 @@ predict each token, and the scores come from these states without another forwar
 - `decoding`: several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
 - `rollout_sampler`: prompts and keys in, completions with their scores out
 - `teacher_replacement`: SKD, in which the teacher replaces improbable tokens of the student
+- `spans`, `cross_tokenizer`: a teacher with another tokenizer, by aligned spans of text
 - `rollout_teacher`: the teacher's hidden states
 - `scores`: log-probs and expected rewards of a rollout under both models
 - `buffer`: the rows of a rollout, and how they are dealt to optimizer steps

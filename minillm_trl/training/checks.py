@@ -23,6 +23,7 @@ from ..models.pickled_weights import refuse_pickled_weights
 from ..models.reference import check_adapters, check_reference
 from ..models.teacher import check_same_tokenizer, tokenizer_source
 from ..models.weight_formats import quantization_settings
+from ..rollouts.cross_tokenizer import check_two_tokenizers
 from ..teacher_server.remote_teacher import ServedTeacher
 from .data_checks import check_columns, check_lm_dataset, check_train_dataset
 from .trained_weights import check_trained_weights
@@ -112,6 +113,11 @@ def _check_weight_files(
 def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
     """Check that nothing that is given needs or makes other completions than the settings ask for."""
     for name in given:
+        if args.cross_tokenizer and name != "reward_funcs":
+            raise UserError(
+                f"cross_tokenizer=True gives the teacher whole texts that the student wrote, which excludes {name}. "
+                "Drop one of them."
+            )
         for setting, is_set in (("lmbda", args.lmbda < 1.0), ("skd_top_k", args.skd_top_k is not None)):
             if is_set:
                 value, off = getattr(args, setting), 1.0 if setting == "lmbda" else None
@@ -331,12 +337,17 @@ def _check_tokenizers(
         teacher_model.check(tokenizer, conversational)
         return None
     teacher_name = _name_of(teacher_model)
+    if not teacher_name and args.cross_tokenizer:
+        raise UserError(
+            "cross_tokenizer=True needs the teacher's tokenizer, but teacher_model was built in process, without a "
+            "folder to load it from. Save both and pass the folder."
+        )
     if not teacher_name:  # built in process: only its vocabulary size can be checked, later
         return None
     try:
         teacher_tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(teacher_name))
     except (OSError, ValueError) as error:
-        if isinstance(teacher_model, str):
+        if isinstance(teacher_model, str) or args.cross_tokenizer:
             raise UserError(f"teacher_model={teacher_name!r}: its tokenizer could not be loaded: {error}") from error
         logger.warning(
             f"The teacher's tokenizer could not be loaded from {teacher_name!r}, so it was not compared with the "
@@ -345,7 +356,10 @@ def _check_tokenizers(
         return None
     if tokenizer is None:
         raise UserError(no_tokenizer)
-    check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=conversational)
+    if args.cross_tokenizer:
+        check_two_tokenizers(tokenizer, teacher_tokenizer, conversational)
+    else:
+        check_same_tokenizer(tokenizer, teacher_tokenizer, conversational=conversational)
     return teacher_tokenizer
 
 

@@ -16,6 +16,8 @@ def check_family(args: "MiniLLMConfig") -> None:
     Raises:
         ValueError: with the field, its value and the fix.
     """
+    if args.cross_tokenizer:
+        _check_cross_tokenizer(args)
     _check_divergence(args)
     _check_positions(args)
     _check_text(args)
@@ -109,4 +111,36 @@ def _refuse_trl_decoding(args: "MiniLLMConfig", setting: str, way_out: str) -> N
         raise UserError(
             f"{setting} changes rollouts of our own decoding, but {name}={getattr(args, name)!r} samples with TRL's. "
             f"Drop one of them, {way_out}."
+        )
+
+
+# With another tokenizer of the teacher: the fields that need one vocabulary, the values that do not, and the reason
+_ONE_VOCABULARY: dict[str, tuple[Any, str]] = {
+    "single_step_decomposition": (False, "the single step compares next-token distributions over one vocabulary"),
+    "teacher_mixed_alpha": (0.0, "the teacher cannot draw tokens of the student"),
+    "rkl_advantage": (True, "only the returns of the teacher's rewards are left to learn from it"),
+    "include_current_reward": (True, "without the single step, the return needs a token's own reward"),
+    "reward_estimator": ("sampled", "an expected reward compares next-token distributions over one vocabulary"),
+    "lmbda": (1.0, "returns need the probabilities of whoever wrote the given texts"),
+    "skd_top_k": (None, "the teacher cannot replace tokens of the student"),
+    "lm_kd_ratio": (0.0, "its forward KL compares next-token distributions over one vocabulary"),
+    "iw_opd_gamma": (0.0, "rewards belong to spans, and not to the tokens that it weighs"),
+    "teacher_server_url": (None, "a server scores tokens of the student"),
+    "teacher_shares_base": (False, "models with one base have one tokenizer"),
+    "teacher_hidden_states": ("device", "no hidden states of the teacher are kept"),
+}
+
+
+def _check_cross_tokenizer(args: "MiniLLMConfig") -> None:
+    for name, (needed, reason) in _ONE_VOCABULARY.items():
+        value = getattr(args, name)
+        if value != needed:
+            raise UserError(
+                f"{name}={value!r} does not work with cross_tokenizer=True: {reason}. Set {name}={needed!r}, or drop "
+                "cross_tokenizer and choose a teacher with the student's tokenizer."
+            )
+    if args.gamma == 0.0:
+        raise UserError(
+            "gamma=0.0 keeps only the reward at a token itself, but with cross_tokenizer=True the reward of a span is "
+            "credited to the token after it. Set gamma=1.0."
         )

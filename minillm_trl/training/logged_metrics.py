@@ -85,11 +85,12 @@ def loss_totals(
     tokens = mask.sum()
     per_token = {
         "objective/long_term": terms.long_term,
-        "objective/single_step": terms.single_step,
         "objective/reverse_kl_per_token": terms.reverse_kl,
         "objective/advantage": advantages,
         "entropy": entropy,
     }
+    if terms.single_step is not None:
+        per_token["objective/single_step"] = terms.single_step
     if terms.reference_kl is not None:
         per_token["kl"] = terms.reference_kl
     sums: dict[str, Fraction] = {

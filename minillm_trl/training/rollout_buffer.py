@@ -29,6 +29,7 @@ _MADE_BY = (
     *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
     *("reward_estimator", "advantage_baseline"),
     *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
+    "cross_tokenizer",
     "teacher_server_top_k",
 )
 

@@ -1,5 +1,6 @@
 """`RolloutScoring`: the training batch of a rollout, from the scores of student and teacher."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..config import MiniLLMConfig
+from ..models.encoding import Prompt
 from ..models.fused_head import ScoreRequest
 from ..models.init_kwargs import parsed_kwargs
 from ..objectives import importance_weights, mixture_logps, token_rewards
 from ..rollouts.buffer import Batch, assemble_fields, parts_by_length, sequences
+from ..rollouts.cross_tokenizer import CrossTokenizerScorer
 from ..rollouts.rollout_sampler import ScoredRows
 from ..rollouts.rollout_teacher import Teacher
 from ..rollouts.scores import RolloutRequest, RolloutScorer, RolloutScores, TeacherStates
@@ -45,6 +48,9 @@ class RolloutScoring:
         scorer ([`RolloutScorer`]): computes scores from hidden states.
         advantages ([`RolloutAdvantages`]): computes advantages from rewards.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): names the tokens of faults.
+
+    Attributes:
+        spans ([`CrossTokenizerScorer`], *optional*): scores the teacher instead if it has another tokenizer.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class RolloutScoring:
         self.scorer = scorer
         self.advantages = advantages
         self.tokenizer = tokenizer
+        self.spans: CrossTokenizerScorer | None = None
 
     def training_batch(
         self,
@@ -71,6 +78,7 @@ class RolloutScoring:
         behavior_logps: torch.Tensor | None = None,
         baseline: str = "none",
         sampled: ScoredRows | None = None,
+        prompts: Sequence[Prompt] | None = None,
     ) -> ScoredBatch:
         """Compute rewards, advantages and importance weights of completions.
 
@@ -81,9 +89,15 @@ class RolloutScoring:
             behavior_logps (`torch.Tensor` of shape `(B, T)`, *optional*): log-probs under another policy that sampled.
             baseline (`str`): "none", "position" or "group".
             sampled ([`ScoredRows`], *optional*): scores that sampling computed.
+            prompts (`Sequence`, *optional*): the prompts, for a teacher with another tokenizer.
         """
-        mask = sequences(batch)[2]
+        mask, spans = sequences(batch)[2], None
         scores = self.of_rollout(model, batch, ScoredRows() if sampled is None else sampled)
+        if self.spans is not None:
+            assert scores.student_kd_logps is not None
+            spans = self.spans.score(batch, scores.student_kd_logps, prompts)
+            scores = scores._replace(teacher_logps=spans.teacher, teacher_kd_logps=spans.teacher)
+            scores = scores._replace(student_kd_logps=spans.student)
         assert scores.student_logps is not None  # as the other log-probs: scores of both models have them
         assert scores.teacher_logps is not None
         assert scores.student_kd_logps is not None
@@ -99,6 +113,8 @@ class RolloutScoring:
         faults = explain_faults(
             *kd_logps, long_term_weights, mask, batch["completion_ids"], self.tokenizer, scores.expected_rewards
         )
+        if spans is not None:
+            faults |= spans.faults
         faulty = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         faulty[list(faults)] = True
         advantages, of_baseline = self.advantages.of_teacher(rewards, scores.expected_rewards, mask, faulty, baseline)
@@ -112,6 +128,8 @@ class RolloutScoring:
             "single_step_weights": single_step_weights,
             **self.advantages.token_weights(rewards, scores.entropy, mask, faulty),
         }
+        if spans is not None:
+            batch["sampled_reverse_kl"] = (spans.student - spans.teacher).masked_fill(faulty[:, None], 0.0)
         if scores.teacher_hidden_states is not None:
             batch["teacher_hidden_states"] = scores.teacher_hidden_states
         return ScoredBatch(batch, faults, of_baseline)
@@ -128,7 +146,7 @@ class RolloutScoring:
         scores = sampled.assemble(mask.shape)
         if scores.student_logps is None:
             scores = self.of_student(model, input_ids, attention_mask, mask)
-        if scores.teacher_logps is None:
+        if scores.teacher_logps is None and self.spans is None:
             states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
             with self.accelerator.autocast():
                 teacher = self.scorer.score(
@@ -140,6 +158,10 @@ class RolloutScoring:
                 teacher_hidden_states=self.teacher.keep(states),
             )
         return scores
+
+    def teacher_states(self, batch: Batch) -> torch.Tensor | None:
+        """Return the teacher's states of a batch's completions `(B, T, H)`; None if it has other tokens."""
+        return self.teacher.hidden_states_of(batch) if self.spans is None else None
 
     def of_student(
         self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor

@@ -46,7 +46,7 @@ from .rollout_metrics import CompletionTable, RolloutMetrics
 from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
 from .rollout_scoring import RolloutScoring
 from .run_settings import describe_dataset, describe_model
-from .teacher_setup import use_local_teacher, use_served_teacher
+from .teacher_setup import use_local_teacher, use_own_tokenizer, use_served_teacher
 
 
 class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
@@ -98,7 +98,11 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # replaced for each rollout
         self._add_parts(described)
         self._add_teacher(teacher_model)
-        settle_ends(self, getattr(self.teacher_model or teacher_model, "generation_config", None), teacher_tokenizer)
+        ends = getattr(self.teacher_model or teacher_model, "generation_config", None), teacher_tokenizer
+        settle_ends(self, *(ends if not self.args.cross_tokenizer else (None, None)))
+        if self.args.cross_tokenizer:
+            assert teacher_tokenizer is not None  # checked before
+            self.scoring.spans = use_own_tokenizer(self, teacher_tokenizer)
         kwargs = parsed_kwargs(self.chat_template_kwargs)
         self._lm_batches = lm_batches(lm_dataset, self.args, self._tokenizer, self.max_context, kwargs)
 

@@ -1,7 +1,7 @@
 """The teacher of a run, in this process or on servers, and what it shares with the student."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +11,18 @@ from ..config import MiniLLMConfig
 from ..errors import UserError
 from ..hardware.precision import half_precision
 from ..models.context import max_context, name_context
+from ..models.encoding import holds_conversations
 from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import LMHead, check_head
 from ..models.teacher import TeacherOffload, adapter_on_base, is_sharded, place_new_teacher, shared_vocab_size
 from ..models.weight_formats import refuse_8bit_teacher
+from ..rollouts.cross_tokenizer import CrossTokenizerScorer, TwoTokenizers
 from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
+from ..rollouts.scores import RolloutScorer
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
+
+if TYPE_CHECKING:
+    from .teacher_mixed_trainer import TeacherMixedTrainer
 
 
 class TeacherSetup(NamedTuple):
@@ -65,7 +71,9 @@ def use_local_teacher(
     is_8bit = getattr(teacher, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
     refuse_8bit_teacher(is_8bit, args.teacher_mixed_alpha)
     check_head(teacher, "teacher")
-    vocab_size = shared_vocab_size(student, teacher, tokenizer)
+    # with cross_tokenizer, the teacher reads its own tokens, see `use_own_tokenizer`
+    reader = student if args.cross_tokenizer else teacher
+    vocab_size = shared_vocab_size(student, reader, tokenizer)
     _check_replacement(args.skd_top_k, vocab_size, is_sharded(teacher))
     of_rollouts = RolloutTeacher(
         teacher,
@@ -75,7 +83,23 @@ def use_local_teacher(
         kept_on=args.teacher_hidden_states,
     )
     phase = TeacherOffload(teacher) if args.offload_teacher else nullcontext()
-    return TeacherSetup(of_rollouts, vocab_size, max_context(student, teacher), name_context(student, teacher), phase)
+    return TeacherSetup(of_rollouts, vocab_size, max_context(student, reader), name_context(student, reader), phase)
+
+
+def use_own_tokenizer(trainer: "TeacherMixedTrainer", tokenizer: PreTrainedTokenizerBase) -> CrossTokenizerScorer:
+    """Let the teacher of a trainer read completions with its own tokenizer, once its end tokens are settled."""
+    teacher, scorer = trainer._teacher, trainer.scoring.scorer
+    assert isinstance(teacher, RolloutTeacher), "a teacher on a server is refused with cross_tokenizer"
+    vocab_size = shared_vocab_size(teacher.model, teacher.model, tokenizer)
+    return CrossTokenizerScorer(
+        TwoTokenizers(trainer._tokenizer, tokenizer),
+        teacher,
+        RolloutScorer(scorer.temperature, scorer.kd_temperature, vocab_size),
+        trainer.eos_token_ids,
+        trainer.train_dataset is None or holds_conversations(trainer.train_dataset),
+        max_context(teacher.model),
+        parsed_kwargs(trainer.chat_template_kwargs),
+    )
 
 
 def _check_replacement(skd_top_k: int | None, vocab_size: int, sharded: bool) -> None:
