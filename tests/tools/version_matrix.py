@@ -21,14 +21,21 @@ RESULTS = ROOT / "docs" / "version_matrix.json"
 PINNED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 SHOWN = (*PINNED, "tokenizers", "huggingface_hub", "numpy", "aiohttp")
 PYTHONS = {"lowest": "python3.11", "newest": "python3.13"}
-# Tests of what TRL and transformers must keep, and of a training as a whole
-TESTS = (
-    *(
-        f"tests/method/test_{name}.py"
-        for name in ("trl_contract", "trl_version", "config", "trainer_gradient", "drop_in", "language_modeling")
-    ),
-    *("tests/models/test_fused_head.py", "tests/rollouts/test_sampling.py", "tests/teacher_server/test_top_k.py"),
-)
+# Tests that use other packages: private names, models, data, whole runs and how they resume, the command line
+_FILES = {
+    "baselines": "kd seqkd",
+    "cli": "cli errors merge options push startup",
+    "data": "conversations data input_files mixtures",
+    "evaluation": "divergence evaluate_command evaluation",
+    "method": "config drop_in language_modeling mixed_precision reference trained_weights trainer trainer_gradient "
+    "trainer_options trl_contract trl_version",
+    "models": "adapters chat_commands encoding end_tokens families fused_head multimodal safety shrink teacher "
+    "weight_formats",
+    "rollouts": "logits_processor rollout_sampler rollout_scores sampling speculative tool_scores",
+    "teacher_server": "protocol remote_teacher serve_teacher top_k",
+    "training": "ends_of_run reliable_runs resumed_settings rollout_buffer run_record",
+}
+TESTS = tuple(f"tests/{folder}/test_{name}.py" for folder, names in _FILES.items() for name in names.split())
 
 
 def lower_bounds() -> dict[str, str]:
