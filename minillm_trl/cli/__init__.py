@@ -52,6 +52,10 @@ _SHARED = ("sft", "kd", "seqkd", "minillm", "evaluate")
 # convert the weights and sends it the user's token.
 _SWITCHED_OFF = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_SAFETENSORS_CONVERSION")
 
+# TRL's configurations import transformers, PEFT and with it bitsandbytes. On CPUs with AVX512-BF16, bitsandbytes then
+# warns of a faster 4-bit kernel that could be installed, in every command and in each of its processes.
+_KERNEL_ADVICE = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community")
+
 _END = 1900  # characters kept at both ends of a message whose middle is left out
 
 _USAGE = """\
@@ -67,6 +71,11 @@ subcommands:
 `accelerate launch --config_file FILE -m minillm_trl SUBCOMMAND ...`, or hand themselves over to it with
 `--accelerate_config NAME` (a file, or a name from recipes/accelerate_configs) and `--num_processes N`.
 """
+
+
+def is_wanted(record: logging.LogRecord) -> bool:
+    """Return whether a log record is not bitsandbytes' advice to install a faster kernel: a filter of its logger."""
+    return not str(record.msg).startswith(_KERNEL_ADVICE[1])
 
 
 class AboveProgressBars(logging.Handler):
@@ -100,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minillm-trl {__version__}")
         return 0
     logging.lastResort = AboveProgressBars(logging.WARNING)
+    logging.getLogger(_KERNEL_ADVICE[0]).addFilter(is_wanted)
     name, *rest = arguments
     if name not in SUBCOMMANDS:
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)

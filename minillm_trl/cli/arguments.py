@@ -46,6 +46,16 @@ class DataArguments:
     test_split_size: float | None = field(
         default=None, metadata={"help": "Share of `datasets` that is kept for evaluation, drawn with seed 0."}
     )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training examples of `dataset_name` while training instead of loading them first. Needs "
+            "max_steps."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "The same for `datasets`, one after another; not with fractions."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(
@@ -76,8 +86,21 @@ class DataArguments:
                     )
         if self.datasets is None and self.test_split_size is not None:
             raise UserError("test_split_size belongs to `datasets`. For dataset_name, set dataset_test_split.")
+        if self.streaming and self.datasets is None:
+            raise UserError("streaming belongs to `datasets`. For dataset_name, set dataset_streaming.")
+        if self.dataset_streaming and self.datasets is not None:
+            raise UserError("dataset_streaming belongs to dataset_name. For datasets, set streaming.")
+        if self.streaming and self.test_split_size is not None:
+            raise UserError(
+                "test_split_size draws from all rows, which a stream does not have. Name other data with eval_dataset."
+            )
         if self.test_split_size is not None and not 0.0 < self.test_split_size < 1.0:
             raise UserError(f"test_split_size must lie between 0 and 1, got {self.test_split_size}.")
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the training examples are read while training."""
+        return self.dataset_streaming or self.streaming
 
     @property
     def source(self) -> str:

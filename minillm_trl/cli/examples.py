@@ -5,17 +5,18 @@ from collections.abc import Callable
 from functools import partial
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-from ..data.load import has_splits, load_examples, unique_prompts
+from ..data.load import Columns, has_splits, load_examples, unique_prompts
 from ..data.mixtures import load_mixture, parse_parts
+from ..data.streams import load_stream, load_streamed_mixture
 from ..errors import UserError
 from .arguments import DataArguments
 
 
 def load_splits(
     data: DataArguments, eval_strategy: str, require_completion: bool, text_column: str | None = None
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load and check the training examples and, if configured, the evaluation examples.
 
     Args:
@@ -27,6 +28,9 @@ def load_splits(
     Raises:
         ValueError: if evaluation is configured without data, or on a split of data that has no splits: a single
             file, or the folder of a single saved `Dataset`.
+
+    Returns:
+        The training examples, a stream if `data` asks for one, and the evaluation examples.
     """
     wants_evaluation = any(
         value is not None for value in (data.dataset_test_split, data.eval_dataset, data.test_split_size)
@@ -41,19 +45,22 @@ def load_splits(
         require_completion=require_completion,
         text_column=text_column,
     )
+    columns = Columns(
+        data.prompt_column, data.completion_column, data.references_column, require_completion, text_column
+    )
     if data.dataset_name is None:
-        return _load_mixture(data, load)
+        return _load_mixture(data, load, columns)
     if data.eval_dataset is None and data.dataset_test_split is not None and not has_splits(data.dataset_name):
         raise UserError(
             f"dataset_test_split={data.dataset_test_split!r}: {data.dataset_name} has no splits, so this would "
             "evaluate on the training data. Name other data with eval_dataset."
         )
-    train = load(
-        data.dataset_name,
-        split=data.dataset_train_split,
-        max_rows=data.max_train_rows,
-        dataset_config=data.dataset_config,
-    )
+    reading = {"split": data.dataset_train_split, "dataset_config": data.dataset_config}
+    train: Dataset | IterableDataset
+    if data.dataset_streaming:
+        train = load_stream(data.dataset_name, columns, max_rows=data.max_train_rows, **reading)
+    else:
+        train = load(data.dataset_name, max_rows=data.max_train_rows, **reading)
     return train, _load_evaluation(data, load) if wants_evaluation else None
 
 
@@ -67,7 +74,9 @@ def _load_evaluation(data: DataArguments, load: Callable[..., Dataset]) -> Datas
     )
 
 
-def _load_mixture(data: DataArguments, load: Callable[..., Dataset]) -> tuple[Dataset, Dataset | None]:
+def _load_mixture(
+    data: DataArguments, load: Callable[..., Dataset], columns: Columns
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load `datasets`, and the evaluation data from `eval_dataset` or split off by `test_split_size`."""
     if data.dataset_test_split is not None and data.eval_dataset is None:
         raise UserError(
@@ -75,6 +84,9 @@ def _load_mixture(data: DataArguments, load: Callable[..., Dataset]) -> tuple[Da
         )
     if data.eval_dataset is not None and data.test_split_size is not None:
         raise UserError("eval_dataset and test_split_size are both given. Drop one of them.")
+    if data.streaming:
+        stream = load_streamed_mixture(parse_parts(data.datasets), columns, data.max_train_rows)
+        return stream, None if data.eval_dataset is None else _load_evaluation(data, load)
     # rows that are split off are drawn from all of them, which shuffles the rest
     max_rows = data.max_train_rows if data.test_split_size is None else None
     train, evaluation = load_mixture(parse_parts(data.datasets), load, max_rows), None
@@ -88,6 +100,16 @@ def _load_mixture(data: DataArguments, load: Callable[..., Dataset]) -> tuple[Da
 
 def _first(examples: Dataset, max_rows: int | None) -> Dataset:
     return examples if max_rows is None else examples.select(range(min(max_rows, len(examples))))
+
+
+def check_stream_ends(examples: Dataset | IterableDataset, max_steps: int) -> None:
+    """Check that a run over a stream, whose length is unknown, has its own end.
+
+    Raises:
+        UserError: for a stream without `max_steps`.
+    """
+    if isinstance(examples, IterableDataset) and max_steps <= 0:
+        raise UserError("A stream of examples has no known length, which ends a run. Set max_steps.")
 
 
 def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = False) -> Dataset:

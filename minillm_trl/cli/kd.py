@@ -31,12 +31,13 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from ..baselines import KDTrainer
     from ..models import loading as models
     from . import recording, training
-    from .examples import load_splits
+    from .examples import check_stream_ends, load_splits
 
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, KD)
     train, evaluation = load_splits(data, args.eval_strategy.value, True, args.dataset_text_field)
+    check_stream_ends(train, args.max_steps)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_teacher_tokenizer(teacher.teacher_model_name_or_path, args, tokenizer, train)

@@ -119,7 +119,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from ..trainer import MiniLLMTrainer
     from ..training.data_checks import check_fills_rollout
     from . import recording, training
-    from .examples import describe_repeats, distinct_prompts, load_splits
+    from .examples import check_stream_ends, describe_repeats, distinct_prompts, load_splits
 
     _, data, teacher, corpus, stopping, degeneration, args, model = parsed
     teacher.check(args)
@@ -127,18 +127,23 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     learns_given = args.lmbda < 1.0
     rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
     source, eval_source = data.source, data.eval_source
-    train = distinct_prompts(rows, source, keep_completion=learns_given)
-    train = train.select_columns([name for name in ("prompt", "completion") if name in train.column_names])
+    check_stream_ends(rows, args.max_steps)
+    train = rows if data.is_streamed else distinct_prompts(rows, source, keep_completion=learns_given)
+    wanted = ("prompt", "completion") if learns_given else ("prompt",)
+    train = train.select_columns([name for name in wanted if name in next(iter(train))])
     evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source)
     _check_metric(args, evaluation, eval_source)
-    check_fills_rollout(train, args, source, describe_repeats(rows, train))
+    if not data.is_streamed:
+        check_fills_rollout(train, args, source, describe_repeats(rows, train))
     lm_dataset = corpus.load()
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
     tokenizer = models.load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
     if teacher_name is not None:  # the trainer compares the tokenizer of a server
         training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
-    tasks = [(source, train)] if evaluation is None else [(source, train), (eval_source, evaluation)]
+    # the prompts of a stream are checked while it is read
+    tasks = [] if data.is_streamed else [(source, train)]
+    tasks += [] if evaluation is None else [(eval_source, evaluation)]
     length, names = args.max_completion_length, [name for name in (student_name, teacher_name) if name is not None]
     readers = names[:1] if args.cross_tokenizer else names  # of the student's tokens
     models.check_room(readers, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)

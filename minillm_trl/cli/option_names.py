@@ -95,7 +95,7 @@ ELSEWHERE = {
 }
 # Advice for names without an equivalent option
 _NOTES = {
-    "dataset_streaming": "Examples are read whole; only the corpus of minillm can be streamed, with lm_streaming.",
+    "ignore_bias_buffers": "TRL's script declares it and does not read it. Drop it.",
     "max_prompt_length": "Prompts are never cut: `minillm-trl prepare-data --max_prompt_length` drops longer ones.",
     "messages_column": "Name the column of whole conversations with prompt_column.",
     "teacher": "Teachers are for kd, seqkd, minillm and evaluate.",

@@ -11,6 +11,7 @@ from trl import ModelConfig
 
 from ..baselines import SeqKDConfig
 from ..data import DataError
+from ..errors import UserError
 from ..models.encoding import holds_conversations
 from ..models.init_kwargs import parsed_kwargs
 from ..training.metric_names import FINE_TUNING, check_metric_name
@@ -49,6 +50,11 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
 
     data, teacher, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
+    if data.is_streamed:
+        raise UserError(
+            "seqkd answers all prompts before it trains, so it does not read them as a stream. Drop dataset_streaming "
+            "and streaming, or set max_train_rows."
+        )
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, require_completion=False)
     if evaluation is not None:

@@ -12,7 +12,7 @@ from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parse
 from .launch import hand_over
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -35,12 +35,13 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from ..baselines import FineTuningTrainer
     from ..models import loading as models
     from . import recording, training
-    from .examples import load_splits
+    from .examples import check_stream_ends, load_splits
 
     data, stopping, model, args = parsed
     callbacks = stopping.callbacks(args)
     check_metric_name(args.metric_for_best_model, FINE_TUNING)
     train, evaluation = load_splits(data, args.eval_strategy.value, True, args.dataset_text_field)
+    check_stream_ends(train, args.max_steps)
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     tokenizer = models.load_tokenizer(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     training.check_models([model.model_name_or_path], args)
@@ -59,7 +60,7 @@ def trainer_arguments(
     model: ModelConfig,
     args: FineTuningConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    train: "Dataset",
+    train: "Dataset | IterableDataset",
     evaluation: "Dataset | None",
 ) -> dict[str, Any]:
     """Return the arguments common to all trainers that learn from prompts and completions.
@@ -80,7 +81,9 @@ def trainer_arguments(
         )
     return {
         "model": model.model_name_or_path,
-        "train_dataset": train.select_columns(["prompt", "completion"]) if "prompt" in train.column_names else train,
+        "train_dataset": train.select_columns(
+            ["prompt", "completion"] if "prompt" in next(iter(train)) else [args.dataset_text_field]
+        ),
         "eval_dataset": evaluation,
         "processing_class": tokenizer,
         "peft_config": get_peft_config(model),

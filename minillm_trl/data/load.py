@@ -1,7 +1,8 @@
 """Load examples from a file, a folder or the hub, and pool their prompts for sampling and evaluation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ from .files import EXTENSIONS, Table, plain_texts, read_file
 # raised by `load_from_disk` if state.json or dataset_info.json were changed
 _DAMAGE = (AttributeError, IndexError, KeyError, RecursionError, TypeError)
 _REFERENCES = List(Value("string"))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns in a source, as arguments of [`load_examples`], and whether every row needs a completion."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    references: str = "references"
+    require_completion: bool = False
+    text: str | None = None
+
+    def renamed(self, names: Mapping[str, str]) -> "Columns":
+        """Return the columns with the names of a part of a mixture, such as `{"prompt_column": "question"}`."""
+        return replace(self, **{role.removesuffix("_column"): name for role, name in names.items()})
 
 
 def load_examples(
@@ -75,16 +91,27 @@ def load_examples(
     if max_rows is not None and max_rows < 1:
         raise DataError(f"max_rows={max_rows} leaves no rows. Set it to at least 1, or to None for all rows.")
     table = read_table(str(source), split, dataset_config, max_rows)
-    if prompt_column == "prompt" and "prompt" not in table.columns:
+    columns = Columns(prompt_column, completion_column, references_column, require_completion, text_column)
+    return examples_of(table, columns)
+
+
+def examples_of(table: Table, columns: Columns) -> Dataset:
+    """Check the rows of a table, and give their columns the standard names, as [`load_examples`] returns them.
+
+    Raises:
+        DataError: at the first bad row, or for missing columns.
+    """
+    prompt, completion, is_required = columns.prompt, columns.completion, columns.require_completion
+    if prompt == "prompt" and "prompt" not in table.columns:
         if MESSAGES in table.columns:
-            prompt_column = MESSAGES
-        elif text_column is not None and text_column in table.columns:
-            return plain_texts(table, text_column)
-    if holds_whole_conversations(table, prompt_column, completion_column):
-        table = split_conversations(table, prompt_column, require_completion)
-        completion_column = "completion"
-    found = find_columns(table, prompt_column, completion_column, references_column, require_completion)
-    return make_examples(table, found, require_completion)
+            prompt = MESSAGES
+        elif columns.text is not None and columns.text in table.columns:
+            return plain_texts(table, columns.text)
+    if holds_whole_conversations(table, prompt, completion):
+        table = split_conversations(table, prompt, is_required)
+        completion = "completion"
+    found = find_columns(table, prompt, completion, columns.references, is_required)
+    return make_examples(table, found, is_required)
 
 
 def make_examples(table: Table, found: dict[str, str], require_completion: bool) -> Dataset:
@@ -195,10 +222,22 @@ def read_table(source: str, split: str, dataset_config: str | None, max_rows: in
         return read_file(path, max_rows)
     if path.is_dir():
         return _read_folder(path, split, max_rows)
-    if _looks_like_path(source):
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{source[:1000]}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
+    _refuse_missing(path, source)
     return _read_hub(source, split, dataset_config, max_rows)
+
+
+def find_file(source: str, split: str, dataset_config: str | None) -> Path | None:
+    """Return the file of a split of a local source other than `"e2e"` and saved datasets; None for a hub dataset.
+
+    Raises:
+        DataError: if there is no such file or folder.
+    """
+    path = local_path(source)
+    if not path.exists():
+        _refuse_missing(path, source)
+        return None
+    refuse_configuration(source, dataset_config)
+    return path if path.is_file() else split_file(path, split, EXTENSIONS)
 
 
 def local_path(source: str) -> Path:
@@ -245,7 +284,7 @@ def local_files(source: str, split: str, extensions: Sequence[str] = EXTENSIONS)
         return []
     if path.is_file():
         return [path]
-    if _is_saved(path):
+    if is_saved(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [split_file(path, split, extensions)]
 
@@ -270,13 +309,21 @@ def split_file(folder: Path, split: str, extensions: Sequence[str]) -> Path:
     return files[0]
 
 
-def _is_saved(folder: Path) -> bool:
+def is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` of a `Dataset` or `DatasetDict` wrote the folder."""
     return (folder / "dataset_dict.json").exists() or _is_single(folder)
 
 
 def _is_single(folder: Path) -> bool:
     """Return whether `Dataset.save_to_disk` wrote the folder, which then has no splits."""
     return (folder / "state.json").exists() and not (folder / "dataset_dict.json").exists()
+
+
+def _refuse_missing(path: Path, source: str) -> None:
+    """Refuse a missing source that cannot be the name of a dataset on the hub."""
+    if _looks_like_path(source):
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{source[:1000]}: no such file or folder.{nearest(path.name, siblings)} Check the path.")
 
 
 def _looks_like_path(source: str) -> bool:
@@ -291,7 +338,7 @@ def _choose_split(source: str, splits: DatasetDict, split: str) -> Dataset:
 
 
 def _read_folder(path: Path, split: str, max_rows: int | None) -> Table:
-    if _is_saved(path):
+    if is_saved(path):
         try:
             saved = load_from_disk(path)
             for dataset in saved.values() if isinstance(saved, DatasetDict) else [saved]:

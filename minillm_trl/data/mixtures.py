@@ -114,17 +114,8 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: 
     datasets = [
         load(part.source, split=part.split, dataset_config=part.dataset_config, **part.columns) for part in parts
     ]
-    shared = [name for name in (*_ROLES, "text") if all(name in dataset.column_names for dataset in datasets)]
-    if not shared:
-        raise DataError(f"datasets: {' and '.join(part.source for part in parts)} have no column in common.")
+    shared = check_same_kinds(parts, [dataset[0] for dataset in datasets])
     datasets = [dataset.select_columns(shared) for dataset in datasets]
-    for part, dataset in zip(parts, datasets, strict=True):
-        for name in shared:
-            if type(dataset[0][name]) is not type(datasets[0][0][name]):
-                raise DataError(
-                    f"datasets: {name} is a conversation in one of {parts[0].source} and {part.source}, and text in "
-                    "the other. Convert one of them (prepare-data --template chat makes conversations)."
-                )
     lengths = [len(dataset) for dataset in datasets]
     fractions = [
         length if part.fraction is None else part.fraction for part, length in zip(parts, lengths, strict=True)
@@ -139,6 +130,25 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: 
     return concatenate_datasets(
         [dataset.select(range(count)) for dataset, count in zip(datasets, counts, strict=True)]
     )
+
+
+def check_same_kinds(parts: Sequence[Part], firsts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Check that the first rows of the parts have columns in common, of the same kind, and return these columns.
+
+    Raises:
+        DataError: naming the parts.
+    """
+    shared = [name for name in (*_ROLES, "text") if all(name in first for first in firsts)]
+    if not shared:
+        raise DataError(f"datasets: {' and '.join(part.source for part in parts)} have no column in common.")
+    for part, first in zip(parts, firsts, strict=True):
+        for name in shared:
+            if type(first[name]) is not type(firsts[0][name]):
+                raise DataError(
+                    f"datasets: {name} is a conversation in one of {parts[0].source} and {part.source}, and text in "
+                    "the other. Convert one of them (prepare-data --template chat makes conversations)."
+                )
+    return shared
 
 
 def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float], max_rows: int | None = None) -> list[int]:

@@ -1,5 +1,7 @@
 """Checks of the datasets that a trainer is given."""
 
+from typing import Any
+
 from datasets import Dataset, IterableDataset
 
 from ..config import MiniLLMConfig
@@ -7,10 +9,20 @@ from ..errors import UserError
 
 
 def check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLMConfig) -> None:
-    """Check that there are prompts, enough for one rollout, and with `lmbda` below 1 a completion for each."""
-    if dataset is None or next(iter(dataset), None) is None:
+    """Check that there are prompts, enough for one rollout, and with `lmbda` below 1 a completion for each.
+
+    Raises:
+        TypeError: if `dataset` is neither a `Dataset` nor an `IterableDataset`, as GRPO does.
+        UserError: for missing prompts or completions, and for a stream without `max_steps`.
+    """
+    if dataset is not None and not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"train_dataset must be a Dataset or IterableDataset, got {type(dataset).__name__}.")
+    first = None if dataset is None else next(iter(dataset), None)
+    if dataset is None or first is None:
         raise UserError("train_dataset is missing or empty: MiniLLM needs prompts to sample completions.")
-    check_columns(dataset, "train_dataset")
+    check_columns(dataset, "train_dataset", first)
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise UserError("train_dataset is a stream, which has no known length to end the run. Set max_steps.")
     if args.lmbda < 1.0:
         rows = dataset["completion"] if isinstance(dataset, Dataset) and "completion" in dataset.column_names else []
         if "completion" not in next(iter(dataset)) or not all(rows):
@@ -45,11 +57,13 @@ def check_fills_rollout(prompts: Dataset, args: MiniLLMConfig, source: str, repe
         )
 
 
-def check_columns(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Check that there are rows with a column `prompt`."""
+def check_columns(dataset: Dataset | IterableDataset, name: str, first: dict[str, Any] | None = None) -> None:
+    """Check that there are rows with a column `prompt`; `first` is the first row, if known."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise UserError(f"{name} is empty.")
     columns = dataset.column_names  # None for a stream with unknown features
+    if columns is None and first is not None:
+        columns = list(first)
     if columns is not None and "prompt" not in columns:
         raise UserError(
             f"{name} has no column 'prompt'; its columns are {columns}. Rename the column with the prompts."

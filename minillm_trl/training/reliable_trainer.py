@@ -1,6 +1,7 @@
 """`ReliableTrainer`: the overrides of transformers' `Trainer` that all trainers of this package need."""
 
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 from ..hardware.processes import check_processes
 from ..models.activation_checkpointing import ignore_old_names
 from .checkpoint_folder import CheckpointFolder
-from .checkpoints import STATE, UNFINISHED, record_files
+from .checkpoints import STATE, UNFINISHED, record_files, replace_folder
 from .evaluation_rows import FilledDataset
 from .exact_resume import EpochOrder, ExactResume, LoopState, RestoreOnTrainBegin
 from .finite_steps import StepGuard
@@ -190,8 +191,11 @@ class ReliableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             for path in sorted((target / UNFINISHED).iterdir()):
-                os.replace(path, target / path.name)
-            (target / UNFINISHED).rmdir()
+                if path.is_dir():  # such as the folder of a tokenizer's further chat templates
+                    replace_folder(path, target / path.name)
+                else:
+                    os.replace(path, target / path.name)
+            shutil.rmtree(target / UNFINISHED)
 
     # Metrics
 

@@ -127,7 +127,6 @@ class TestRightName:
             ("minillm", "--lr", "'learning_rate'"),
             ("minillm", "--max_new_tokens", "'max_completion_length'"),
             ("minillm", "--teacher_model", "'teacher_model_name_or_path'"),
-            ("minillm", "--dataset_streaming", "lm_streaming"),
             ("sft", "--max_seq_length", "'max_length'"),
             ("sft", "--teacher", "kd, seqkd, minillm and evaluate"),
             ("sft", "--evaluation_strategy", "'eval_strategy'"),

@@ -1,12 +1,13 @@
 """What the command line imports before it has work to do; what takes seconds is imported where it is used."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
 from evaluation_results import write_results
 
-from minillm_trl.cli import SUBCOMMANDS
+from minillm_trl.cli import SUBCOMMANDS, main
 
 pytestmark = [pytest.mark.cli, pytest.mark.smoke]  # the point is what a fresh process imports
 
@@ -77,3 +78,17 @@ else:
         assert "datasets" in imported(code, HEAVY)
     else:
         exec(code, {})
+
+
+def test_advice_of_bitsandbytes_to_install_a_kernel_is_not_shown():
+    """Its other warnings are."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert main(["no such command"]) == 2
+
+    def passes(message: str) -> bool:
+        return bool(
+            logger.filter(logger.makeRecord(logger.name, logging.WARNING, "ops.py", 1, message, ("why",), None))
+        )
+
+    assert not passes("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please install it")
+    assert passes("Failed to load something else: %s")

@@ -10,7 +10,7 @@ import torch
 import trl.trainer.grpo_trainer
 import trl.trainer.utils
 from conftest import WORDS, build_model, build_tokenizer
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig, PromptLearningConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, ProcessorMixin, TrainerCallback
 from trl import GRPOConfig
@@ -19,6 +19,7 @@ from trl.kernels import chunked_divergence, chunked_logprob
 import minillm_trl.rollouts.rollout_sampler
 import minillm_trl.training.checks
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.errors import UserError
 from minillm_trl.hardware.machine import GPU, Machine
 from minillm_trl.rollouts.keyed_random import EVAL_TOKENS, TRAIN_TOKENS
 from minillm_trl.rollouts.sampling import sample_prompts
@@ -480,3 +481,39 @@ class TestRefusals:
         before = weights(trainer)
         trainer.train()
         assert not torch.equal(weights(trainer), before)
+
+
+class TestStreams:
+    """Prompts from an `IterableDataset`, as GRPO takes them."""
+
+    @pytest.mark.parametrize("known_columns", [True, False])
+    def test_unshuffled_stream_trains_like_the_dataset(self, tmp_path, known_columns: bool):
+        stream = DATASET.to_iterable_dataset()
+        if not known_columns:
+            stream = IterableDataset.from_generator(lambda: iter(DATASET.to_list()))
+            assert stream.column_names is None
+        runs = [
+            make_trainer(tmp_path / str(number), dataset=data, shuffle_dataset=False, num_generations=2)
+            for number, data in enumerate((DATASET, stream))
+        ]
+        for run in runs:
+            run.train()
+        assert torch.equal(weights(runs[0]), weights(runs[1]))
+
+    def test_stopped_run_resumes_at_its_place_in_a_shuffled_stream(self, tmp_path):
+        options = {"dataset": DATASET.to_iterable_dataset(), "max_steps": 10, "num_iterations": 1}
+        options |= {"save_strategy": "steps", "save_steps": 5}
+        whole = make_trainer(tmp_path / "whole", **options)
+        whole.train()  # 40 rows: the stream of 32 starts again
+        resumed = make_trainer(tmp_path / "resumed", **options)
+        resumed.train(tmp_path / "whole" / "checkpoint-5")
+        assert torch.equal(weights(whole), weights(resumed))
+
+    def test_what_is_no_stream_of_prompts_is_refused(self, tmp_path):
+        with pytest.raises(UserError, match="Set max_steps"):
+            make_trainer(tmp_path, dataset=DATASET.to_iterable_dataset(), max_steps=-1)
+        other = IterableDataset.from_generator(lambda: iter([{"question": "a"}]))
+        with pytest.raises(UserError, match="no column 'prompt'; its columns are \\['question'\\]"):
+            make_trainer(tmp_path, dataset=other)
+        with pytest.raises(TypeError, match="must be a Dataset or IterableDataset, got list"):
+            make_trainer(tmp_path, dataset=DATASET.to_list())

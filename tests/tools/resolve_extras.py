@@ -1,46 +1,89 @@
-"""Check that pip finds versions for the package and each extra: `python tests/tools/resolve_extras.py [EXTRA ...]`.
+"""Check that pip finds versions for the package and each extra: `make resolve`, or `resolve_extras.py [EXTRA ...]`.
 
-Nothing is installed. pip reads the metadata of packages, and downloads those that have none on the index.
+Each is resolved for an empty environment, with the lowest and with the newest transformers that pyproject.toml
+accepts. Then the package is resolved for two environments that have TRL and one of these versions of transformers,
+neither of which may change. All of these are dry runs: pip reads the metadata of packages, and downloads those that
+have none on the index. The results are in `docs/resolved_versions.json`, and docs/versions.md has a table of them,
+which a test compares.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import tomllib
+import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from packaging.version import Version
+from version_matrix import ROOT, lower_bounds
+
+RESULTS = ROOT / "docs" / "resolved_versions.json"
 SHOWN = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "deepspeed", "aiohttp", "openai")
+NO_EXTRA = "no extra"
 
 
-def resolve(extra: str) -> dict[str, str] | None:
-    """Return the versions that pip would install into an empty environment; None if there are none."""
-    target = f"{ROOT}[{extra}]" if extra else str(ROOT)
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    result = subprocess.run([*command, target], capture_output=True, text=True)
+def resolve(python: Path, target: str, *more: str) -> dict[str, str] | None:
+    """Return the versions that pip would install; None, with pip's words on stderr, if there are none."""
+    command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *more, target]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        print(result.stderr, file=sys.stderr)
+        words = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        print(target, *more, *words, sep="\n", file=sys.stderr)
         return None
     packages = [item["metadata"] for item in json.loads(result.stdout)["install"]]
     return {package["name"].lower(): package["version"] for package in packages}
 
 
+def newest_transformers(python: Path) -> str:
+    """Return the newest version that the package accepts, as pip chooses it."""
+    found = resolve(python, str(ROOT), "--ignore-installed")
+    assert found is not None, "the package cannot be resolved"
+    return found["transformers"]
+
+
+def resolve_extra(extra: str, transformers: str) -> dict[str, object]:
+    """Return how many packages an extra needs with a version of transformers, and the versions of the main ones."""
+    target = str(ROOT) if extra == NO_EXTRA else f"{ROOT}[{extra}]"
+    found = resolve(Path(sys.executable), target, "--ignore-installed", f"transformers=={transformers}")
+    if found is None:
+        return {"packages": None}
+    return {"packages": len(found), **{name: found[name] for name in SHOWN if name in found}}
+
+
+def resolve_beside_trl(transformers: str) -> dict[str, object]:
+    """Return what pip would add to an environment with TRL and a version of transformers."""
+    trl = lower_bounds()["trl"]
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        # without their dependencies, whose versions no one has chosen
+        wanted = [f"trl=={trl}", f"transformers=={transformers}"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *wanted], check=True)
+        found = resolve(python, str(ROOT))
+    changed = None if found is None else sorted(found.keys() & {"trl", "transformers"})
+    return {"trl": trl, "changed": changed, "added": None if found is None else len(found)}
+
+
 def main() -> int:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("extras", nargs="*", default=["", *project["optional-dependencies"]])
-    failed = []
-    for extra in parser.parse_args().extras:
-        found = resolve(extra)
-        if found is None:
-            failed.append(extra)
-        else:
-            versions = ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
-            print(f"{extra or 'no extra'}: {len(found)} packages, {versions}", flush=True)
-    if failed:
-        print(f"cannot be resolved: {', '.join(name or 'no extra' for name in failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("extras", nargs="*", default=[NO_EXTRA, *extras])
+    chosen = parser.parse_args().extras
+    lowest = ".".join(map(str, (*Version(lower_bounds()["transformers"]).release, 0)[:3]))
+    ends = [lowest, newest_transformers(Path(sys.executable))]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"extras": {}}
+    good = True
+    for extra in chosen:
+        results["extras"][extra] = found = {version: resolve_extra(extra, version) for version in ends}
+        print(extra, found, flush=True)
+        good = good and any(entry["packages"] for entry in found.values())
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results["beside_trl"] = {version: resolve_beside_trl(version) for version in ends}
+    print(results["beside_trl"])
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if good and all(entry["changed"] == [] for entry in results["beside_trl"].values()) else 1
 
 
 if __name__ == "__main__":

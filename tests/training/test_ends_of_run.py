@@ -182,6 +182,18 @@ def test_adapter_is_saved_with_what_it_ends_with_and_keeps_it_when_merged(tmp_pa
     assert not (adapter / "config.json").exists()
 
 
+def test_second_save_replaces_the_folder_of_further_chat_templates(tmp_path):
+    tokenizer = build_chat_tokenizer(TEXT_END)
+    template = tokenizer.chat_template
+    trainer = fine_tuner(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 0))
+    for text in ("first", "second"):
+        trainer.processing_class.chat_template = {"default": template, "tool": text}
+        trainer.save_whole_model()
+    assert (tmp_path / "additional_chat_templates" / "tool.jinja").read_text() == "second"
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template["default"] == template
+    assert not list(tmp_path.glob("unfinished"))
+
+
 class TestFineTuning:
     def test_texts_end_with_the_eos_of_the_tokenizer(self, tmp_path, warnings):
         tokenizer = build_chat_tokenizer(TEXT_END)
