@@ -55,12 +55,13 @@ def load_splits(
             f"dataset_test_split={data.dataset_test_split!r}: {data.dataset_name} has no splits, so this would "
             "evaluate on the training data. Name other data with eval_dataset."
         )
-    reading = {"split": data.dataset_train_split, "dataset_config": data.dataset_config}
-    train: Dataset | IterableDataset
-    if data.dataset_streaming:
-        train = load_stream(data.dataset_name, columns, max_rows=data.max_train_rows, **reading)
-    else:
-        train = load(data.dataset_name, max_rows=data.max_train_rows, **reading)
+    read = partial(load_stream, columns=columns) if data.dataset_streaming else load
+    train: Dataset | IterableDataset = read(
+        data.dataset_name,
+        split=data.dataset_train_split,
+        max_rows=data.max_train_rows,
+        dataset_config=data.dataset_config,
+    )
     return train, _load_evaluation(data, load) if wants_evaluation else None
 
 

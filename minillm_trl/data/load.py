@@ -35,7 +35,12 @@ class Columns:
 
     def renamed(self, names: Mapping[str, str]) -> "Columns":
         """Return the columns with the names of a part of a mixture, such as `{"prompt_column": "question"}`."""
-        return replace(self, **{role.removesuffix("_column"): name for role, name in names.items()})
+        return replace(
+            self,
+            prompt=names.get("prompt_column", self.prompt),
+            completion=names.get("completion_column", self.completion),
+            references=names.get("references_column", self.references),
+        )
 
 
 def load_examples(
