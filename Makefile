@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Tests never download; one thread each, since pytest-xdist runs two of them side by side
 TEST_ENV := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-all test-trl test-matrix resolve package mutation-sweep lint docs clean
+.PHONY: help demo test test-all test-trl test-matrix test-vllm resolve package mutation-sweep lint docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-all  lint and all tests, the slow ones too"
 	@echo "make test-trl  the tests that depend on TRL, on every release of the tested line (TRL_VERSIONS='1.16.0' for some)"
 	@echo "make test-matrix  the tests that depend on other packages, with their lowest and newest versions"
+	@echo "make test-vllm  the tests that need vLLM, with its build for CPUs in an environment of its own (4 GB)"
 	@echo "make resolve   whether pip finds versions for the package and each extra, installing nothing"
 	@echo "make package   wheel and sdist in dist/, checked, installed elsewhere, and the demo run from there"
 	@echo "make lint      ruff, the ban list of the style guide, and mypy"
@@ -47,6 +48,9 @@ test-trl: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python tests/tools/version_matrix.py
+
+test-vllm: $(INSTALLED)
+	$(BIN)/python tests/tools/vllm_environment.py
 
 resolve: $(INSTALLED)
 	$(BIN)/python tests/tools/resolve_extras.py

@@ -78,9 +78,14 @@ class ServedTeacher:
         """Check that the tokenizers are the same, and that the servers can answer.
 
         Raises:
-            UserError: with the first difference between the tokenizers.
+            UserError: with the first difference between the tokenizers, or for more tokens than vLLM can list.
             TeacherServerError: if the servers refuse a small request.
         """
+        if self.pool.has_vllm and self.top_k > len(tokenizer):
+            raise UserError(
+                f"teacher_server_top_k={self.top_k}, but the vocabulary has {len(tokenizer)} tokens. A request for "
+                f"more stops vLLM. Set teacher_server_top_k={len(tokenizer)} or less."
+            )
         url = self.pool.urls[0]
         if self.identity.tokenizer is not None:
             check_tokenizer(tokenizer, self.identity.tokenizer, url, conversational)

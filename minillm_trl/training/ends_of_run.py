@@ -52,7 +52,6 @@ def settle_ends(
         ValueError: if no token ends a completion.
     """
     tokenizer, student = trainer._tokenizer, trainer._student
-    before = {*trainer.eos_token_ids}
     ends = settle_tokenizer(
         tokenizer,
         conversational=trainer.train_dataset is None or holds_conversations(trainer.train_dataset),
@@ -70,6 +69,6 @@ def settle_ends(
         for name, value in (("eos_token_id", ends.ids), ("pad_token_id", tokenizer.pad_token_id)):
             setattr(trainer.generation_config, name, value)
             trainer.generation_kwargs[name] = value
-    elif {*ends.ids} != before:  # by default, vLLM reads the end tokens from the student's folder
+    else:  # by default, vLLM ends completions with the end tokens of the folder that it loads, and adds these
         given = trainer.vllm_generation.generation_kwargs
-        trainer.vllm_generation.generation_kwargs = {"stop_token_ids": ends.ids, **given}
+        trainer.vllm_generation.generation_kwargs = {"stop_token_ids": ends.ids, "ignore_eos": True, **given}

@@ -9,7 +9,19 @@ import pytest
 from conftest import marks
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("baselines", "cli", "data", "evaluation", "method", "models", "project", "rollouts", "tools", "training")
+TESTS = (
+    "baselines",
+    "cli",
+    "data",
+    "engines",
+    "evaluation",
+    "method",
+    "models",
+    "project",
+    "rollouts",
+    "tools",
+    "training",
+)
 FOLDERS = (
     "tests",
     *(f"tests/{name}" for name in TESTS),

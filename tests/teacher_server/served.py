@@ -46,22 +46,34 @@ def own_app(teacher: PreTrainedModel, api_key: str | None = None, batch_size: in
 def vllm_app(
     teacher: PreTrainedModel, max_logprobs: int = 20, tokenize: Callable[[str], list[int]] | None = None
 ) -> web.Application:
-    """Return a stand-in for vLLM's server, with the answers of its `/v1/models`, `/tokenize` and `/v1/completions`."""
+    """Return a stand-in for vLLM's server, with the answers of its `/v1/models`, `/tokenize` and `/v1/completions`.
+
+    They are those of vLLM 0.32, also in that a request for more log-probs than there are tokens stops the engine.
+    """
+    context, running = 128, [True]
+
+    def refusal(text: str, status: int = 400) -> web.Response:
+        return web.json_response({"error": {"message": text, "code": status}}, status=status)
 
     async def models(request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "the-teacher", "max_model_len": 128}]})
+        return web.json_response({"object": "list", "data": [{"id": "the-teacher", "max_model_len": context}]})
 
     async def encode(request: web.Request) -> web.Response:
         body = await request.json()
-        return web.json_response({"tokens": tokenize(body["prompt"]), "max_model_len": 128})
+        return web.json_response({"tokens": tokenize(body["prompt"]), "max_model_len": context})
 
     async def completions(request: web.Request) -> web.Response:
         body = await request.json()
         assert body["max_tokens"] == 1, body
         k = body["prompt_logprobs"]
         if k > max_logprobs:
-            text = f"Requested prompt logprobs of {k}, which is greater than max allowed: {max_logprobs}"
-            return web.json_response({"error": {"message": text, "code": 400}}, status=400)
+            return refusal(f"Requested prompt logprobs of {k}, which is greater than max allowed: {max_logprobs}")
+        if any(len(ids) >= context for ids in body["prompt"]):
+            return refusal("max_tokens must be at least 1, got 0.")
+        if k > teacher.config.vocab_size:
+            running.clear()
+        if not running:
+            return refusal("EngineCore encountered an issue.", 500)
         choices = [
             {"index": index, "text": "x", "prompt_logprobs": prompt_logprobs(teacher, ids, k)}
             for index, ids in enumerate(body["prompt"])
@@ -77,17 +89,20 @@ def vllm_app(
 
 @torch.no_grad()
 def prompt_logprobs(teacher: PreTrainedModel, ids: list[int], k: int) -> list[dict | None]:
-    """Return what vLLM returns for a prompt: nothing for its first token, then the k largest and the actual one."""
+    """Return what vLLM returns for a prompt: nothing for its first token, then the actual one and the k largest."""
     log_probs = torch.log_softmax(teacher(torch.tensor([ids])).logits[0].float(), dim=-1)
     positions: list[dict | None] = [None]
     for place, token in enumerate(ids[1:]):
-        values, names = log_probs[place].topk(k)
-        listed = dict(zip(names.tolist(), values.tolist(), strict=True))
-        listed.setdefault(token, float(log_probs[place, token]))
+        ranks = log_probs[place].argsort(descending=True).argsort() + 1
+        listed = dict.fromkeys([token, *log_probs[place].topk(k).indices.tolist()])
         positions.append(
             {
-                str(name): {"logprob": max(value, -9999.0), "rank": rank + 1, "decoded_token": "x"}
-                for rank, (name, value) in enumerate(listed.items())
+                str(name): {
+                    "logprob": max(float(log_probs[place, name]), -9999.0),
+                    "rank": int(ranks[name]),
+                    "decoded_token": "x",
+                }
+                for name in listed
             }
         )
     return positions

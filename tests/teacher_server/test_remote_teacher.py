@@ -229,6 +229,13 @@ class TestVllm:
             with pytest.raises(UserError, match="temperature"):
                 make_trainer(tmp_path, teacher_server_url=url, teacher_server_top_k=20, temperature=0.5)
 
+    def test_more_tokens_than_there_are_would_stop_the_server(self, tmp_path, teacher):
+        options = {"teacher_server_retries": 0, "max_steps": 1}
+        with serving(vllm_app(teacher, max_logprobs=400)) as url:
+            with pytest.raises(UserError, match=f"teacher_server_top_k={VOCAB + 1}, .* {VOCAB} tokens"):
+                make_trainer(tmp_path, teacher_server_url=url, teacher_server_top_k=VOCAB + 1, **options)
+            make_trainer(tmp_path, teacher_server_url=url, teacher_server_top_k=VOCAB, **options).train()
+
 
 class TestRefusals:
     @pytest.mark.parametrize(

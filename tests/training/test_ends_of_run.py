@@ -144,10 +144,8 @@ class TestMiniLLM:
         assert any(ids[-1] == 2 for ids in rows)
         assert not any({0, 2} & {*ids[:-1]} for ids in rows)
 
-    @pytest.mark.parametrize(
-        ("data", "expected"), [(CHATS, {"stop_token_ids": [0, 2], "seed": 1}), (TEXTS, {"seed": 1})]
-    )
-    def test_vllm_is_told_of_ends_that_it_does_not_know(self, tmp_path, monkeypatch, data, expected):
+    @pytest.mark.parametrize(("data", "ends"), [(CHATS, [0, 2]), (TEXTS, [0])])
+    def test_vllm_ends_with_them_and_nothing_else(self, tmp_path, monkeypatch, data, ends):
         class VLLM:
             def __init__(self, *, generation_kwargs, **unused):
                 self.generation_kwargs = generation_kwargs
@@ -157,6 +155,7 @@ class TestMiniLLM:
         models = build_chat_model(tokenizer, 0), build_chat_model(tokenizer, 0)
         options = {"use_vllm": True, "teacher_mixed_alpha": 0.0, "generation_kwargs": {"seed": 1}}
         trainer = minillm(tmp_path, data, tokenizer, *models, **options)
+        expected = {"stop_token_ids": ends, "ignore_eos": True, "seed": 1}
         assert trainer.vllm_generation.generation_kwargs == expected
 
     def test_trained_student_is_saved_with_them(self, tmp_path):

@@ -1,0 +1,103 @@
+"""vLLM on a CPU: when its tests run, a tiny vocabulary, and weights that can be updated."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from conftest import build_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# `make test-vllm` sets it to the file of the numbers that the tests measure, and the settings of vLLM with it
+RESULTS = "MINILLM_VLLM_RESULTS"
+WORDS = ["<eos>", "<pad>", "a", "b", "c", "d", "e", "f"]
+needs_vllm = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(RESULTS not in os.environ, reason="needs an environment with vLLM: make test-vllm"),
+]
+
+
+def record(name: str, numbers: dict[str, object]) -> None:
+    """Add numbers to the file of results."""
+    path = Path(os.environ[RESULTS])
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**found, name: numbers}))
+
+
+def build_word_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of eight tokens."""
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def build_word_model(seed: int) -> PreTrainedModel:
+    """Build a model of the eight tokens; vLLM's attention on CPUs needs heads of at least 32 dimensions."""
+    return build_model("llama", len(WORDS), seed, width=64)
+
+
+def save_student(folder: Path) -> str:
+    """Save a student of the eight tokens, from which vLLM starts."""
+    build_word_model(0).save_pretrained(folder)
+    build_word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def updatable_weights() -> Iterator[None]:
+    """Let TRL update weights in place, as on a GPU.
+
+    On a CPU, vLLM packs the weights of linear layers for its kernels and drops the originals, so TRL, which loads one
+    parameter after another into the running model, finds no weight to load into. Without these kernels vLLM falls
+    back to torch's linear layers, whose weights stay where they are.
+    """
+    import vllm._custom_ops as kernels
+    from vllm.model_executor.layers import utils
+
+    with (
+        mock.patch.object(kernels, "_supports_onednn", False),
+        mock.patch.object(utils, "check_cpu_sgl_kernel", return_value=False),
+    ):
+        yield
+
+
+@torch.no_grad()
+def law(model: PreTrainedModel, prompt: list[int], horizon: int, ends: set[int]) -> dict[tuple[int, ...], float]:
+    """Return the probability of every completion of at most `horizon` tokens, by enumeration."""
+    open_, closed = {(): 1.0}, {}
+    for _ in range(horizon):
+        rows = torch.tensor([[*prompt, *prefix] for prefix in open_])
+        next_ = torch.softmax(model(rows).logits[:, -1].double(), dim=-1)
+        grown = {
+            (*prefix, token): probability * float(row[token])
+            for (prefix, probability), row in zip(open_.items(), next_, strict=True)
+            for token in range(len(WORDS))
+        }
+        closed |= {prefix: probability for prefix, probability in grown.items() if prefix[-1] in ends}
+        open_ = {prefix: probability for prefix, probability in grown.items() if prefix[-1] not in ends}
+    return closed | open_
+
+
+def surprise(samples: list[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]) -> float:
+    """Return how far the samples are from a law: chi-square of the counts, in standard deviations from its mean.
+
+    Completions that are expected less than five times count as one.
+    """
+    counts = dict.fromkeys(probabilities, 0)
+    for sample in samples:
+        counts[sample] += 1
+    expected = {name: len(samples) * probability for name, probability in probabilities.items()}
+    rare = [name for name in expected if expected[name] < 5]
+    cells = [(counts[name], expected[name]) for name in expected if expected[name] >= 5]
+    if rare:
+        cells.append((sum(counts[name] for name in rare), sum(expected[name] for name in rare)))
+    chi_square = sum((count - mean) ** 2 / mean for count, mean in cells)
+    freedom = len(cells) - 1
+    return (chi_square - freedom) / (2 * freedom) ** 0.5
