@@ -52,6 +52,11 @@ class FamilyConfig(GRPOConfig):
             SKD's K (arXiv 2410.11325): a token that the student samples outside the teacher's K likeliest tokens is
             replaced by a sample of the teacher, see `rollouts/teacher_replacement.py`. Importance weights and returns
             of such samples are not defined here, so it requires what `lmbda` below 1 requires. The authors use 25.
+        offline_teacher (`str`, *optional*):
+            Folder of `minillm-trl offline-teacher` with the teacher's scores of the dataset's completions, in place of
+            `teacher_model` (Lightning OPD, arXiv 2604.13010). Requires `lmbda=0.0` and no evaluation during training,
+            since only given completions have scores. As with `teacher_server_url`, the single step is a lower bound
+            from the teacher's most likely tokens.
         cross_tokenizer (`bool`, *optional*, defaults to `False`):
             Whether the teacher may have another tokenizer. It then reads the texts of prompts and completions with its
             own tokenizer and chat template, and rewards are those of aligned spans of text, see `rollouts/spans.py`.
@@ -96,6 +101,10 @@ class FamilyConfig(GRPOConfig):
         metadata={"help": "Replace sampled tokens outside the teacher's K likeliest by the teacher's samples (SKD)."},
     )
 
+    offline_teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder with a teacher's stored scores (offline-teacher), instead of a teacher."},
+    )
     cross_tokenizer: bool = field(
         default=False,
         metadata={"help": "The teacher has another tokenizer: rewards are those of aligned spans of text."},

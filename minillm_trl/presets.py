@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mixed_kl": {**_SINGLE_STEP, "single_step_divergence": "mixed_kl", "forward_kl_share": 0.5},
     # 2306.13649
     "gkd": {**_SINGLE_STEP, "single_step_divergence": "generalized_jsd", "jsd_beta": 0.5, "lmbda": 0.5},
+    # 2604.13010; the scores of an absent teacher are in `offline_teacher`
+    "lightning_opd": {**_SINGLE_STEP, "single_step_divergence": "reverse_kl", "lmbda": 0.0},
     # 2402.03898
     "distillm": {**_SINGLE_STEP, "single_step_divergence": "skewed_reverse_kl", "skew_alpha": 0.1},
     "distillm_forward": {**_SINGLE_STEP, "single_step_divergence": "skewed_forward_kl", "skew_alpha": 0.1},

@@ -6,8 +6,8 @@ A subcommand is a module of its name with `build_parser()` and `run(argv) -> int
   their data, `recording` writes the run's record.
 - `evaluate`, `benchmark`, `compare`, `judge`: measuring. `evaluate_options` has the parser and the checks of
   `evaluate`, `task_results` decides which tasks are done.
-- `recipe` runs `stages`; `prepare_data`, `shrink`, `serve_teacher`, `merge`, `push`, `generate`, `doctor` and `demo`
-  are a command each.
+- `recipe` runs `stages`; `prepare_data`, `shrink`, `serve_teacher`, `offline_teacher`, `merge`, `push`, `generate`,
+  `doctor` and `demo` are a command each.
 
 Options: `arguments` parses the command line and YAML, `option_values` checks values and reports the YAML line of a bad
 one, `option_names` maps aliases and offers the right name for a wrong one, `chat` adds the options for chat models,
@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "seqkd": "fine-tuning on the teacher's completions (baseline)",
     "minillm": "distil a teacher into a student with MiniLLM",
     "serve-teacher": "serve a teacher's log-probs to training runs over HTTP",
+    "offline-teacher": "store a teacher's log-probs of given completions, to train without the teacher",
     "merge": "merge an adapter into its base model",
     "push": "write a model card with the evaluation, and upload a model to the hub",
     "generate": "sample completions from a model",

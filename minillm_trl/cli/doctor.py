@@ -268,7 +268,8 @@ def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
     teacher.check(args)
     if teacher.teacher_model_name_or_path is None:
         raise UserError(
-            f"{path}: doctor cannot check a teacher on a server (teacher_server_url). Start the training, which "
-            "compares the server's tokenizer and model with the student before its first step."
+            f"{path}: doctor cannot check a teacher on a server (teacher_server_url) or stored scores "
+            "(offline_teacher). Start the training, which compares tokenizer and model with the student before its "
+            "first step."
         )
     return model, TeacherArguments(teacher.teacher_model_name_or_path), args

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServableTeacherArguments:
-    """The teacher; `teacher_server_url` instead if it runs on servers."""
+    """The teacher; `teacher_server_url` if it runs on servers, `offline_teacher` if its scores are stored."""
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Name or folder of the teacher model.", "aliases": ["--teacher"]}
@@ -32,12 +32,14 @@ class ServableTeacherArguments:
             UserError: if there is none, or two.
         """
         name = self.teacher_model_name_or_path
-        if name is None and args.teacher_server_url is None:
-            raise UserError("--teacher_model_name_or_path is missing: name a teacher, or set --teacher_server_url.")
-        if name is not None and args.teacher_server_url is not None:
+        others = [field for field in ("teacher_server_url", "offline_teacher") if getattr(args, field) is not None]
+        if name is None and not others:
             raise UserError(
-                f"--teacher_model_name_or_path {name} and --teacher_server_url are both given. Drop one of them."
+                "--teacher_model_name_or_path is missing: name a teacher, or set --teacher_server_url or "
+                "--offline_teacher."
             )
+        if name is not None and others:
+            raise UserError(f"--teacher_model_name_or_path {name} and --{others[0]} are both given. Drop one of them.")
 
 
 @dataclass

@@ -14,6 +14,8 @@ from .option_values import json_object
 if TYPE_CHECKING:
     import torch
 
+    from ..teacher_server.service import TeacherService
+
 SECONDS_TO_STOP = 5.0  # for requests in flight
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -63,30 +65,37 @@ def run(argv: list[str]) -> int:
     return _serve(arguments)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    # these take seconds to import, and `--help` does not need them
+def load_service(arguments: argparse.Namespace, name: str) -> "TeacherService":
+    """Load the teacher `name` with its tokenizer, as the options `dtype`, `revision` and so on say."""
     import torch
-    from aiohttp import web
 
     from ..models.loading import load_tokenizer
     from ..models.teacher import load_teacher, place_teacher
-    from ..teacher_server.server import make_app
     from ..teacher_server.service import TeacherService
 
-    tokenizer = load_tokenizer(arguments.model, arguments.revision, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(name, arguments.revision, arguments.trust_remote_code)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     init_kwargs = dict(arguments.model_init_kwargs or {})
     if arguments.revision is not None:
         init_kwargs["revision"] = arguments.revision
     model = load_teacher(
-        arguments.model,
+        name,
         init_kwargs,
         _dtype(arguments.dtype, device),
         arguments.trust_remote_code,
         arguments.allow_pickled_weights,
     )
     model = place_teacher(model, device)
-    service = TeacherService(model, tokenizer, arguments.model, arguments.batch_size)
+    return TeacherService(model, tokenizer, name, arguments.batch_size)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    # these take seconds to import, and `--help` does not need them
+    from aiohttp import web
+
+    from ..teacher_server.server import make_app
+
+    service = load_service(arguments, arguments.model)
     listen = arguments.host, arguments.port
     size = service.identity.vocab_size
     if not os.environ.get(API_KEY) and arguments.host not in ("127.0.0.1", "localhost", "::1"):
@@ -95,7 +104,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"{API_KEY} here and for the training runs.",
             file=sys.stderr,
         )
-    print(f"Serving {service.identity.name} in {model.dtype} with {size} tokens on http://{listen[0]}:{listen[1]}")
+    print(
+        f"Serving {service.identity.name} in {service.model.dtype} with {size} tokens on http://{listen[0]}:{listen[1]}"
+    )
     try:
         app = make_app(service, os.environ.get(API_KEY))
         web.run_app(app, host=listen[0], port=listen[1], print=None, shutdown_timeout=SECONDS_TO_STOP)

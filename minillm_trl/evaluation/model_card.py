@@ -24,7 +24,7 @@ _MEASURES = (
     "length",
     "eos_rate",
 )
-_PRIVATE = ("output_dir", "teacher_server_url", "env")  # of the machine and its network
+_PRIVATE = ("output_dir", "teacher_server_url", "offline_teacher", "env")  # of the machine and its network
 _METHODS = {
     "minillm": "distilled with MiniLLM",
     "kd": "trained with word-level KD",

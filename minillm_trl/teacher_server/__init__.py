@@ -10,6 +10,7 @@ probability of all other tokens. Rewards are exact. The single step treats all o
 - `scoring_server`, `vllm_server`: the two kinds of server, as the trainer sees them
 - `server_pool`: several servers share the rows of a rollout; retries
 - `remote_teacher`: the teacher of `MiniLLMTrainer`
+- `stored`: the same scores in a folder, for training without a teacher or a server
 - `failed_rollout`: the checkpoint of a run whose servers fail
 - `settings`, `addresses`: the checks of the fields `teacher_server_*`
 """

@@ -36,12 +36,15 @@ class MessageError(ValueError):
 
 def encode_rows(rows: Sequence[Row]) -> bytes:
     """Return the body of a request."""
-    return save(
-        {
-            "tokens": torch.tensor([token for row in rows for part in row for token in part], dtype=torch.int32),
-            "lengths": torch.tensor([[len(row.prompt), len(row.completion)] for row in rows], dtype=torch.int32),
-        }
-    )
+    return save(_row_tensors(rows))
+
+
+def _row_tensors(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    lengths = [[len(row.prompt), len(row.completion)] for row in rows]
+    return {
+        "tokens": torch.tensor([token for row in rows for part in row for token in part], dtype=torch.int32),
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+    }
 
 
 def decode_rows(body: bytes) -> list[Row]:
@@ -62,13 +65,20 @@ def decode_rows(body: bytes) -> list[Row]:
 
 def encode_answer(top: TopK) -> bytes:
     """Return the body of an answer: ids and log-probs `(N, K)`, and those of the rest `(N,)`, for N tokens."""
-    return save(
-        {
-            "ids": top.ids.int().cpu().contiguous(),
-            "logps": top.logps.float().cpu().contiguous(),
-            "rest": top.rest.float().cpu().contiguous(),
-        }
-    )
+    return save(_answer_tensors(top))
+
+
+def encode_scored_rows(rows: Sequence[Row], top: TopK) -> bytes:
+    """Return rows together with the answer to them, for a file."""
+    return save(_row_tensors(rows) | _answer_tensors(top))
+
+
+def _answer_tensors(top: TopK) -> dict[str, torch.Tensor]:
+    return {
+        "ids": top.ids.int().cpu().contiguous(),
+        "logps": top.logps.float().cpu().contiguous(),
+        "rest": top.rest.float().cpu().contiguous(),
+    }
 
 
 def decode_answer(body: bytes, rows: Sequence[Row]) -> list[torch.Tensor]:

@@ -198,10 +198,16 @@ def choose_teacher(
         UserError: if there is no teacher, or two.
         TeacherServerError: if a server does not answer, or they serve different models.
     """
-    if getattr(args, "teacher_server_url", None) is None:  # other configurations, which have none, are refused later
+    # other configurations, which have none of these fields, are refused later
+    given = [name for name in ("teacher_server_url", "offline_teacher") if getattr(args, name, None) is not None]
+    if not given:
         if teacher_model is None:
-            raise UserError("teacher_model is missing. Pass it, or set teacher_server_url in args.")
+            raise UserError("teacher_model is missing. Pass it, or set teacher_server_url or offline_teacher in args.")
         return teacher_model
     if teacher_model is not None:
-        raise UserError("teacher_model and teacher_server_url are both given. Drop one of them.")
+        raise UserError(f"teacher_model and {given[0]} are both given. Drop one of them.")
+    if given == ["offline_teacher"]:
+        from .stored import OfflineTeacher  # builds on this module
+
+        return OfflineTeacher.open(args)
     return ServedTeacher.connect(args)

@@ -46,6 +46,8 @@ def check_server_settings(args: "MiniLLMConfig") -> None:
     Raises:
         UserError: with the field, its value and the fix.
     """
+    if args.offline_teacher is not None:
+        _check_offline(args)
     if args.teacher_server_url is None:
         for name, default in SERVER_FIELDS.items():
             if getattr(args, name) != default:
@@ -60,12 +62,28 @@ def check_server_settings(args: "MiniLLMConfig") -> None:
             raise UserError(f"{name} must be positive, got {getattr(args, name)}.")
     if args.teacher_server_retries < 0:
         raise UserError(f"teacher_server_retries must not be negative, got {args.teacher_server_retries}.")
-    for name, (neutral, reason) in _REFUSED.items():
+    _refuse(args, "teacher_server_url", _REFUSED)
+
+
+def _refuse(args: "MiniLLMConfig", because: str, refused: dict[str, tuple[tuple, str]]) -> None:
+    for name, (neutral, reason) in refused.items():
         value = getattr(args, name)
         if value not in neutral:
-            raise UserError(f"{name}={value!r} does not work with teacher_server_url: {reason}.")
+            raise UserError(f"{name}={getattr(value, 'value', value)!r} does not work with {because}: {reason}.")
     if args.kd_temperature not in (None, args.temperature):
         raise UserError(
-            f"kd_temperature={args.kd_temperature} does not work with teacher_server_url: scores are requested at the "
-            f"sampling temperature ({args.temperature}) only. Drop kd_temperature."
+            f"kd_temperature={args.kd_temperature} does not work with {because}: scores are those at the sampling "
+            f"temperature ({args.temperature}) only. Drop kd_temperature."
         )
+
+
+def _check_offline(args: "MiniLLMConfig") -> None:
+    """Check the fields that stored scores of given completions cannot follow."""
+    given = "only given completions have scores"
+    own = {
+        "teacher_server_url": ((None,), "the scores are in the folder: drop one of them"),
+        "lmbda": ((0.0,), f"{given}: set lmbda=0.0 (preset lightning_opd)"),
+        "horizon_start": ((None,), "completions are scored with max_completion_length: drop it"),
+        "eval_strategy": (("no",), f"{given}, and evaluation samples: set it to 'no', and evaluate checkpoints later"),
+    }
+    _refuse(args, "offline_teacher", own | _REFUSED)

@@ -126,6 +126,7 @@ _ONE_VOCABULARY: dict[str, tuple[Any, str]] = {
     "lm_kd_ratio": (0.0, "its forward KL compares next-token distributions over one vocabulary"),
     "iw_opd_gamma": (0.0, "rewards belong to spans, and not to the tokens that it weighs"),
     "teacher_server_url": (None, "a server scores tokens of the student"),
+    "offline_teacher": (None, "stored scores are those of tokens of the student"),
     "teacher_shares_base": (False, "models with one base have one tokenizer"),
     "teacher_hidden_states": ("device", "no hidden states of the teacher are kept"),
 }

@@ -29,7 +29,7 @@ _MADE_BY = (
     *("reward_scale", "reward_clip", "whiten_advantages", "reward_weights", "scale_rewards"),
     *("reward_estimator", "advantage_baseline"),
     *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
-    "cross_tokenizer",
+    *("cross_tokenizer", "offline_teacher"),
     "teacher_server_top_k",
 )
 
@@ -148,7 +148,7 @@ class RolloutBuffer:
         """Return the settings that the rollout buffer depends on."""
         values = {name: plain(getattr(self.args, name)) for name in _MADE_BY}
         # a server's states are no hidden states, even those of a teacher with the same digest
-        is_served = self.args.teacher_server_url is not None
+        is_served = self.args.teacher_server_url is not None or self.args.offline_teacher is not None
         return {**values, "teacher_model": self._teacher, "teacher_is_served": is_served}
 
     def _unpack(self, batch: Batch) -> Batch:

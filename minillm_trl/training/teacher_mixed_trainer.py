@@ -32,6 +32,7 @@ from ..rollouts.rollout_sampler import RolloutSampler
 from ..rollouts.scores import RolloutScorer
 from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
+from ..teacher_server.stored import OfflineTeacher
 from .checks import check_model
 from .ends_of_run import settle_ends
 from .given_completions import choose_given
@@ -104,6 +105,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             assert teacher_tokenizer is not None  # checked before
             self.scoring.spans = use_own_tokenizer(self, teacher_tokenizer)
         kwargs = parsed_kwargs(self.chat_template_kwargs)
+        if isinstance(teacher_model, OfflineTeacher) and isinstance(self.train_dataset, Dataset):
+            teacher_model.check_data(self.train_dataset, self._tokenizer, self.max_completion_length, kwargs)
         self._lm_batches = lm_batches(lm_dataset, self.args, self._tokenizer, self.max_context, kwargs)
 
     def _add_parts(self, described: dict[str, Any]) -> None:

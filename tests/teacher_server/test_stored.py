@@ -1,0 +1,237 @@
+"""Stored scores of a teacher: what is in the folder, that it resumes, and training from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_trainer import PROMPTS, make_config, weights
+
+from minillm_trl import MiniLLMTrainer
+from minillm_trl.cli import main
+from minillm_trl.errors import UserError
+from minillm_trl.models.encoding import encode_after_prompt
+from minillm_trl.presets import preset
+from minillm_trl.teacher_server import stored
+from minillm_trl.teacher_server.protocol import Row
+from minillm_trl.teacher_server.service import TeacherService
+from minillm_trl.teacher_server.stored import StoredScores, given_rows, store_scores
+from minillm_trl.teacher_server.top_k import TopK
+
+LIMIT = 10
+DATA = Dataset.from_dict(
+    {"prompt": PROMPTS, "completion": [f"a cheap pub {'by the mill ' * (i % 3)}{i}" for i in range(len(PROMPTS))]}
+)
+VOCAB = len(build_tokenizer())
+
+
+def teacher(seed: int = 1) -> torch.nn.Module:
+    return build_model("gpt2", VOCAB, seed=seed, width=48)
+
+
+def store(folder: Path, seed: int = 1, top_k: int = VOCAB, data: Dataset = DATA, **options) -> TeacherService:
+    service = TeacherService(teacher(seed), build_tokenizer(), "the-teacher", batch_size=4)
+    rows = list(given_rows(list(data), build_tokenizer(), LIMIT))
+    settings = {"temperature": 1.0, "vocab_size": VOCAB, "max_completion_length": LIMIT, **options}
+    store_scores(service, rows, folder, top_k=top_k, **settings)
+    return service
+
+
+def make_trainer(folder: Path, scores: Path | None, data: Dataset = DATA, student=None, **options) -> MiniLLMTrainer:
+    defaults = {**preset("lightning_opd"), "max_completion_length": LIMIT, "max_steps": 6}
+    given = {} if scores is None else {"offline_teacher": str(scores)}
+    return MiniLLMTrainer(
+        student or build_model("gpt2", VOCAB, seed=0),
+        teacher() if scores is None else None,
+        args=make_config(folder, **{**defaults, **given, **options}),
+        train_dataset=data,
+        processing_class=build_tokenizer(),
+    )
+
+
+class TestFolder:
+    def test_scores_are_those_of_a_plain_forward_pass(self, tmp_path: Path):
+        service = store(tmp_path / "scores", top_k=5)
+        pool = StoredScores(tmp_path / "scores")
+        for number in (0, 3, len(DATA) - 1):
+            start, ids = encode_after_prompt(build_tokenizer(), DATA[number]["prompt"], DATA[number]["completion"])
+            row = Row(ids[:start], ids[start:][:LIMIT])
+            (packed,) = pool.score([row], None)
+            top, whole = TopK.unpack(packed), torch.tensor([row.prompt + row.completion])
+            with torch.no_grad():
+                log_probs = torch.log_softmax(service.model(whole).logits[0, start - 1 : -1], -1)
+            torch.testing.assert_close(top.logps[:, :5], log_probs.topk(5).values, atol=1e-5, rtol=1e-5)
+            sampled = log_probs.gather(1, torch.tensor(row.completion)[:, None])[:, 0]
+            torch.testing.assert_close(top.logps[:, -1], sampled, atol=1e-5, rtol=1e-5)
+            assert top.ids[:, -1].tolist() == row.completion
+
+    def test_interrupted_command_computes_only_what_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(stored, "ROWS_OF_FILE", 8)
+        scored: list[int] = []
+        score = TeacherService.score
+
+        def counting(self, rows, *arguments):
+            if len(scored) == 2:
+                raise KeyboardInterrupt
+            scored.append(len(rows))
+            return score(self, rows, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TeacherService, "score", counting)
+            with pytest.raises(KeyboardInterrupt):
+                store(tmp_path / "scores")
+        with pytest.raises(UserError, match="incomplete: scores-00000016"):
+            StoredScores(tmp_path / "scores")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+        store(tmp_path / "scores")
+        files = sorted((tmp_path / "scores").glob("*.safetensors"))
+        assert len(files) == len(DATA) // 8
+        assert all(path.stat().st_mtime_ns == before[path] for path in files[:2])
+        store(tmp_path / "whole")
+        for path in files:
+            for name, tensor in load_file(path).items():
+                assert torch.equal(tensor, load_file(tmp_path / "whole" / path.name)[name])
+
+    @pytest.mark.parametrize(
+        ("changed", "named"),
+        [
+            ({"top_k": 3}, "top_k"),
+            ({"seed": 2}, "teacher"),
+            ({"temperature": 0.7}, "temperature"),
+            ({"data": DATA.select(range(31))}, "data"),
+        ],
+    )
+    def test_folder_of_other_scores_is_refused(self, tmp_path: Path, changed: dict, named: str):
+        store(tmp_path / "scores", top_k=5)
+        with pytest.raises(UserError, match=named):
+            store(tmp_path / "scores", **{"top_k": 5, **changed})
+
+    def test_damaged_file_is_named(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=5)
+        (path,) = (tmp_path / "scores").glob("*.safetensors")
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(UserError, match="damaged"):
+            StoredScores(tmp_path / "scores")
+
+    def test_row_that_does_not_fit_the_context_is_named(self, tmp_path: Path):
+        data = Dataset.from_dict({"prompt": ["a", "pub " * 200], "completion": ["b", "c"]})
+        with pytest.raises(UserError, match="row 1 has"):
+            store(tmp_path / "scores", data=data)
+
+    def test_row_without_a_completion_is_named(self, tmp_path: Path):
+        with pytest.raises(UserError, match="the mill"):
+            store(tmp_path / "scores", data=Dataset.from_dict({"prompt": ["the mill"], "completion": [""]}))
+
+
+class TestTraining:
+    @pytest.mark.parametrize("divergence", ["reverse_kl", "generalized_jsd"])
+    def test_it_ends_with_the_weights_of_a_run_with_the_teacher(self, tmp_path: Path, divergence: str):
+        store(tmp_path / "scores")
+        options = {"single_step_divergence": divergence, "learning_rate": 0.05, "optim": "sgd"}
+        found, expected, start = (
+            make_trainer(tmp_path / name, scores, **options)
+            for name, scores in (("a", tmp_path / "scores"), ("b", None), ("c", None))
+        )
+        found.train()
+        expected.train()
+        torch.testing.assert_close(weights(found), weights(expected), rtol=1e-4, atol=1e-5)
+        assert (weights(expected) - weights(start)).abs().max() > 1e-3
+        assert found.teacher_model is None
+
+    def test_reverse_kl_falls_and_fewer_tokens_give_a_lower_bound(self, tmp_path: Path):
+        store(tmp_path / "all")
+        store(tmp_path / "few", top_k=4)
+        losses = {}
+        for name in ("all", "few"):
+            trainer = make_trainer(tmp_path / "run", tmp_path / name, max_steps=12, learning_rate=3e-3)
+            trainer.train()
+            history = trainer.state.log_history
+            losses[name] = [row["objective/reverse_kl_per_token"] for row in history if "loss" in row]
+        assert losses["all"][-1] < 0.7 * losses["all"][0]
+        assert losses["few"][0] < losses["all"][0]
+
+    def test_resumed_run_has_the_weights_of_a_whole_one(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=8)
+        options = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}
+        whole = make_trainer(tmp_path / "run", tmp_path / "scores", **options)
+        whole.train()
+        resumed = make_trainer(tmp_path / "run", tmp_path / "scores", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+        torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("lmbda", 0.5),
+            ("eval_strategy", "steps"),
+            ("horizon_start", 3),
+            ("kd_temperature", 2.0),
+            ("single_step_divergence", "entropy_aware_kl"),
+            ("teacher_hidden_states", "recompute"),
+            ("lm_kd_ratio", 0.5),
+            ("offload_teacher", True),
+            ("teacher_server_url", "http://127.0.0.1:1"),
+        ],
+    )
+    def test_setting_that_scores_cannot_follow(self, tmp_path: Path, name: str, value: object):
+        with pytest.raises(UserError, match=f"^{name}=.*offline_teacher"):
+            make_config(tmp_path, **{**preset("lightning_opd"), "offline_teacher": "scores", name: value})
+
+    @pytest.mark.parametrize(
+        ("options", "named"), [({"temperature": 0.5}, "temperature=0.5"), ({"max_completion_length": 4}, "length=4")]
+    )
+    def test_scores_of_other_settings(self, tmp_path: Path, options: dict, named: str):
+        store(tmp_path / "scores", top_k=4)
+        with pytest.raises(UserError, match=named):
+            make_trainer(tmp_path, tmp_path / "scores", **options)
+
+    def test_scores_of_other_data(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=4)
+        data = DATA.map(
+            lambda row, i: {"completion": "another pub" if i == 7 else row["completion"]}, with_indices=True
+        )
+        with pytest.raises(UserError, match=r"row 7 .*the punter near"):
+            make_trainer(tmp_path, tmp_path / "scores", data)
+
+    def test_another_vocabulary(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=4, vocab_size=VOCAB - 1)
+        with pytest.raises(UserError, match=f"share {VOCAB} rows"):
+            make_trainer(tmp_path, tmp_path / "scores")
+
+    def test_folder_without_scores_and_two_teachers(self, tmp_path: Path):
+        with pytest.raises(UserError, match=r"no settings\.json"):
+            make_trainer(tmp_path, tmp_path / "nothing")
+        args = make_config(tmp_path, **preset("lightning_opd"), offline_teacher="scores")
+        with pytest.raises(UserError, match="both given"):
+            MiniLLMTrainer(build_model("gpt2", VOCAB), teacher(), args=args, train_dataset=DATA)
+
+
+@pytest.mark.slow  # a dozen seconds
+def test_commands(tmp_path: Path, model_dir, capsys: pytest.CaptureFixture):
+    """Score a file twice, and train on it without a teacher."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in DATA))
+    words = ["--model", model_dir("gpt2", 0), "--dataset", str(rows), "--max_completion_length", "12"]
+    score = [
+        "offline-teacher",
+        *words,
+        "--teacher",
+        model_dir("gpt2", 1, 48),
+        "--output_dir",
+        str(tmp_path / "scores"),
+    ]
+    assert main([*score, "--top_k", "8"]) == 0
+    assert main([*score, "--top_k", "8"]) == 0
+    assert f"scores of {len(DATA)} completions" in capsys.readouterr().err
+    assert main([*score, "--top_k", "9"]) == 2
+    train = ["minillm", "--preset", "lightning_opd", "--model_name_or_path", model_dir("gpt2", 0)]
+    train += ["--dataset_name", str(rows), "--offline_teacher", str(tmp_path / "scores"), "--max_completion_length"]
+    train += ["12", "--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--steps_per_generation", "2"]
+    train += ["--per_device_train_batch_size", "4", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    assert main([*train, "--eval_strategy", "no"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
