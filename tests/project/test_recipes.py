@@ -109,7 +109,7 @@ def test_commands_of_a_page_are_parsed(page: Path):
         if words[0] in ("minillm-trl", "accelerate"):
             parse_command(words)
         else:  # a program that this package does not bring, or a script whose own test runs it
-            assert words[0] in ("make", "pip", "python", "git", "cd", "mkdir", "export", "ollama"), words
+            assert words[0] in ("make", "pip", "python", "git", "cd", "mkdir", "export", "ollama", "grep"), words
 
 
 @pytest.mark.parametrize(
