@@ -96,10 +96,9 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
             mean = np.mean([record["cpu_seconds"] for record in records["minillm"]])
             rows[name]["cpu_time_over_minillm"] = rows[name]["cpu_seconds"] / float(mean)
     for name in rates:
-        rivals = FAMILY_RIVALS if name in FAMILY else COMPARED
         rows[name]["minus"] = {
             rival: _differences(frontiers[name], frontiers[rival], rows[name], rows[rival])
-            for rival in rivals
+            for rival in (*COMPARED, "single_step_cool")
             if rival in rates and rival != name
         }
     order = ("teacher", "sft_student", *MAIN, *FAMILY)
@@ -255,6 +254,8 @@ def differences_table(summary: dict[str, Any]) -> str:
     rows = summary["rows"]
     for name in ("minillm", "low_variance_normalised", "low_variance_normalised_cool", "low_variance_cool"):
         for rival, found in rows.get(name, {}).get("minus", {}).items():
+            if rival not in COMPARED:
+                continue
             cells = [rows[name]["label"], rows[rival]["label"]]
             cells += [format_interval(found[key], 1, sign=True) for key in columns]
             lines.append("| " + " | ".join(cells) + " |")
