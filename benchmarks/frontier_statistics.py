@@ -5,6 +5,7 @@ itself. The same draws serve all methods, so that differences are paired by trai
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class Frontier:
             for decoding in tests[0]
         }
         self.seeds, self.prompts = self.values[temperatures[0]]["rouge_l"].shape
+        self._at_entropies: dict[str, np.ndarray] = {}
 
     def replicates(self, decoding: str, measure: str) -> np.ndarray:
         """Return the mean of every training seed, `(replicates + 1, seeds)`; the first row is the sample itself."""
@@ -38,6 +40,11 @@ class Frontier:
 
         Beyond the temperatures tried, the value of the nearest one counts.
         """
+        if measure not in self._at_entropies:
+            self._at_entropies[measure] = self._interpolate(measure)
+        return self._at_entropies[measure]
+
+    def _interpolate(self, measure: str) -> np.ndarray:
         entropies, values = (
             np.stack([self.replicates(temperature, name) for temperature in self.temperatures], axis=-1)
             for name in ("entropy_per_token", measure)
@@ -49,6 +56,7 @@ class Frontier:
         return found
 
 
+@cache
 def prompt_weights(prompts: int) -> np.ndarray:
     """Return weights of the prompts, `(replicates + 1, prompts)`: equal in the first row, else drawn."""
     draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES)
