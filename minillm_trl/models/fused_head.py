@@ -266,6 +266,7 @@ class _LossThroughHead(torch.autograd.Function):
             head,
             weight=weight.detach()[:vocab_size].to(dtype),
             bias=None if bias is None else bias.detach()[:vocab_size].to(dtype),
+            packed=None,
         )
         inputs = {"hidden": hidden, "weight": weight, "bias": bias}
         gradients = {

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+from .packed_weights import multiply_packed, takes_packed
 
 
 class TeacherHead(Protocol):
@@ -35,12 +36,14 @@ class LMHead:
         bias (`torch.Tensor` of shape `(V,)`, *optional*): bias.
         scale (`float`): factor on the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         softcap (`float`, *optional*): c in c tanh(z / c) (Gemma's `final_logit_softcapping`).
+        packed (`torch.Tensor`, *optional*): the same weight, packed by [`~packed_weights.packed_weights`].
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: float = 1.0
     softcap: float | None = None
+    packed: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "LMHead":
@@ -61,15 +64,18 @@ class LMHead:
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         weight, bias = _projection(module)
-        return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(weight, bias, scale, softcap, getattr(module, "packed_weight", None))
 
     def frozen(self, device: torch.device) -> "LMHead":
         """Return the head on `device`, detached."""
         bias = None if self.bias is None else self.bias.detach().to(device)
-        return replace(self, weight=self.weight.detach().to(device), bias=bias)
+        return replace(self, weight=self.weight.detach().to(device), bias=bias, packed=None)
 
     def project(self, hidden_states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Return W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
+        if self.packed is not None and takes_packed(hidden_states):
+            return multiply_packed(hidden_states, self.packed, self.bias)[..., :vocab_size]
         bias = None if self.bias is None else self.bias[:vocab_size]
         weight = self.weight[:vocab_size]
         return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)

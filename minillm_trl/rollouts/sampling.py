@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..models.attention import without_cudnn_attention
 from ..models.context import check_longrope
+from ..models.packed_weights import packed_weights
 from .coins import Coins, given_coins, row_coin_keys, tossed_coins
 from .decoding import CompiledDecoding, LazyDecoder
 from .draws import draw_tokens
@@ -118,6 +119,7 @@ def sample_completions(
             raise ValueError("teacher_coins choose the steps of a teacher, but teacher is None. Pass both or neither.")
         shared = len(teacher_coins) == 1
         coins = given_coins(teacher_coins if shared else teacher_coins[order], shared)
+    packable = _packable(student, None if coins is None else teacher, on_every_process, compiled)
     finished = _decode(
         student,
         [prompts[row] for row in order],
@@ -135,8 +137,22 @@ def sample_completions(
         compiled=compiled,
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
-    rows = [row._replace(row=order[row.row]) for row in finished]
+    with packed_weights(packable, max_new_tokens):
+        rows = [row._replace(row=order[row.row]) for row in finished]
     return _pad_rows(sorted(rows, key=lambda row: row.row), pad_token_id)
+
+
+def _packable(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    on_every_process: Callable[[bool], bool] | None,
+    compiled: CompiledDecoding | None,
+) -> list[PreTrainedModel]:
+    """Return the models whose weights may be packed: those that are not sharded, and whose steps are not compiled."""
+    if on_every_process is not None:
+        return []
+    models = [student] if compiled is None else []
+    return models if teacher is None else [*models, teacher]
 
 
 def _decode(
@@ -258,40 +274,42 @@ def sample_prompts(
     refills = compiled is None and on_every_process is None and not shares
     batches = iter([order] if order else []) if refills else _batches(order, size, on_every_process)
     completions: list[list[int]] = [[] for _ in order]
-    for number, rows in enumerate(batches):
-        own_keys = [None if keys is None else keys[row] for row in rows]
-        coins = speculation = None
-        if alpha > 0 and mixing == "speculative":
-            tosses, replacements = speculative_numbers(row_coin_keys(None, number, own_keys), max_new_tokens)
-            speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements}
-        elif alpha > 0:
-            coins = tossed_coins(alpha, coin_key, number, own_keys, shared_coins, max_new_tokens)
-        finished = _decode(
-            student,
-            [prompt_ids[row] for row in rows] or [[]],
-            slots=min(size, len(rows)) or 1,
-            uniforms=_row_numbers(keys, rows, max_new_tokens),
-            coins=coins,
-            teacher=teacher,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            keep_states=keep_states,
-            on_every_process=on_every_process,
-            compiled=compiled,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            speculation=speculation,
-        )
-        for group in _groups(finished, size):
-            if not rows:  # of a process that only took part in the calls of others
-                continue
-            numbers = [rows[row.row] for row in group]
-            for row, found in zip(numbers, group, strict=True):
-                completions[row] = found.tokens.tolist()
-            if on_batch is not None:
-                on_batch(numbers, _pad_rows(group, pad_token_id))
+    packable = _packable(student, teacher if alpha > 0 else None, on_every_process, compiled)
+    with packed_weights(packable, max_new_tokens):
+        for number, rows in enumerate(batches):
+            own_keys = [None if keys is None else keys[row] for row in rows]
+            coins = speculation = None
+            if alpha > 0 and mixing == "speculative":
+                tosses, replacements = speculative_numbers(row_coin_keys(None, number, own_keys), max_new_tokens)
+                speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements}
+            elif alpha > 0:
+                coins = tossed_coins(alpha, coin_key, number, own_keys, shared_coins, max_new_tokens)
+            finished = _decode(
+                student,
+                [prompt_ids[row] for row in rows] or [[]],
+                slots=min(size, len(rows)) or 1,
+                uniforms=_row_numbers(keys, rows, max_new_tokens),
+                coins=coins,
+                teacher=teacher,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+                pad_token_id=pad_token_id,
+                temperature=temperature,
+                vocab_size=vocab_size,
+                keep_states=keep_states,
+                on_every_process=on_every_process,
+                compiled=compiled,
+                no_repeat_ngram_size=no_repeat_ngram_size,
+                speculation=speculation,
+            )
+            for group in _groups(finished, size):
+                if not rows:  # of a process that only took part in the calls of others
+                    continue
+                numbers = [rows[row.row] for row in group]
+                for row, found in zip(numbers, group, strict=True):
+                    completions[row] = found.tokens.tolist()
+                if on_batch is not None:
+                    on_batch(numbers, _pad_rows(group, pad_token_id))
     return completions
 
 

@@ -1,0 +1,97 @@
+"""Packed weights compute the same products, in the layers that can be packed, and leave no trace."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from minillm_trl.models.fused_head import add_scoring
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.models.packed_weights import packed_weights, packs_weights
+from minillm_trl.rollouts.sampling import sample_prompts
+
+pytestmark = pytest.mark.skipif(not packs_weights(), reason="packs weights on x86 CPUs only")
+
+IDS = torch.arange(20).view(2, 10)
+
+
+def make_model(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt2":  # Conv1D with biases
+        return GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=192, n_layer=2, n_head=2)).eval()
+    config = LlamaConfig(
+        vocab_size=600,
+        hidden_size=160,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def packed_modules(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if hasattr(module, "packed_weight")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_logits_are_equal_within_rounding(kind):
+    model = make_model(kind)
+    with torch.no_grad():
+        expected, states = model(IDS).logits, model.base_model(IDS).last_hidden_state
+        with packed_weights([model], tokens=16):
+            assert "lm_head" in packed_modules(model)
+            found, head = model(IDS).logits, LMHead.of(model)
+            assert head.packed is not None
+            of_head = head.logits(states, 500)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_head, expected[..., :500], rtol=1e-4, atol=1e-5)
+
+
+def test_small_layers_and_other_precisions_stay_as_they_are():
+    model = make_model("llama")
+    with packed_weights([model], tokens=16):
+        names = packed_modules(model)
+    assert any("mlp" in name for name in names)
+    assert not any("k_proj" in name for name in names)  # 80 x 160
+    with packed_weights([model], tokens=15):
+        assert packed_modules(model) == []
+    with packed_weights([model.bfloat16()], tokens=16):
+        assert packed_modules(model) == []
+
+
+def test_gradients_and_autocast_use_the_weights_themselves():
+    model = make_model("llama")
+    expected = torch.autograd.grad(model(IDS).logits.square().sum(), model.lm_head.weight)[0]
+    with packed_weights([model], tokens=16):
+        found = torch.autograd.grad(model(IDS).logits.square().sum(), model.lm_head.weight)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert model(IDS).logits.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_weights_are_unpacked_at_the_end_even_after_an_error():
+    model = make_model("gpt2")
+    add_scoring(model, 600)  # replaces `forward` of the model and its head
+    scored = model.lm_head.forward
+    with pytest.raises(KeyError), packed_weights([model], tokens=16):
+        assert model.lm_head.forward is not scored
+        raise KeyError
+    assert packed_modules(model) == []
+    assert model.lm_head.forward == scored
+    assert "forward" not in vars(model.transformer.h[0].mlp.c_fc)
+
+
+def test_samples_are_those_of_the_current_weights():
+    """Weights that change between two rollouts, as in training, are packed again."""
+    model = make_model("llama")
+    options = {"keys": [(0,)], "max_new_tokens": 16, "eos_token_ids": [], "pad_token_id": 0, "keep_states": True}
+    first = sample_prompts(model, [[1, 2, 3]], **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    second = sample_prompts(model, [[1, 2, 3]], **options)
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert sample_prompts(model, [[1, 2, 3]], **options) == second != first
+    finally:
+        torch.backends.mkldnn.enabled = True
