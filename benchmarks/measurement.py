@@ -49,14 +49,14 @@ def parameter_ratio(teacher: PreTrainedModel, student: PreTrainedModel) -> float
     return teacher.num_parameters() / student.num_parameters()
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     if ON_GPU:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if ON_GPU:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes() -> int:
@@ -82,13 +82,24 @@ def in_own_process(measure: Callable[..., Any], *words: object) -> Any:
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def alternate(functions: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, float]]:
+def alternate(
+    functions: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, float]]:
     """Return seconds of each function in each round. They alternate, so that noise affects all of them equally.
 
-    A warm-up round comes first and is not returned.
+    A warm-up round comes first and is not returned. On a busy machine, `clock=time.process_time` with a single thread
+    counts the seconds of this process alone.
     """
-    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(repeats + 1)]
+    rounds = [{name: seconds(function, clock) for name, function in functions.items()} for _ in range(repeats + 1)]
     return rounds[1:]
+
+
+def cpu_clock() -> Callable[[], float]:
+    """Return the clock for [`alternate`]: of this process, limited to one thread, on a CPU; the wall's on a GPU."""
+    if ON_GPU:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
 
 
 def percentiles(values: Sequence[float]) -> list[float]:

@@ -4,9 +4,9 @@
 
 samples 64 completions of natural lengths up to 256 tokens, at a temperature of 0.7, for the first prompts of a JSONL
 of conversations (`prepare-data --task dolly`), without mixing and with alpha = 0.2. `--before` is a checkout of the
-commit before slots. Each checkout runs in its own process with one thread. The ways of sampling alternate, the order changes
-from round to round, and times are CPU-seconds of the process, which other jobs on the machine hardly change. Hidden
-states are kept, as in a rollout. Results are ratios of tokens per CPU-second within a round.
+commit before slots. Each checkout runs in its own process with one thread. The ways of sampling alternate, the order
+changes from round to round, and times are CPU-seconds of the process, which other jobs on the machine change little.
+Hidden states are kept, as in a rollout. Results are ratios of tokens per CPU-second within a round.
 
 Rounding differs between the two loops, and a token whose random number lies within rounding of the border between two
 tokens becomes the other one. So the script counts the completions that are equal token for token. `--exact` runs a few

@@ -14,7 +14,7 @@ import argparse
 from typing import Any
 
 import torch
-from measurement import DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
+from measurement import DTYPE, SHAPES, alternate, build, cpu_clock, parameter_ratio, percentiles, write_record
 from transformers import PreTrainedModel
 
 from minillm_trl.rollouts.sampling import sample_prompts
@@ -61,7 +61,8 @@ def measure(
         sample(**options)
         passes[name] = len(calls)
     hook.remove()
-    rounds = alternate({name: lambda options=options: sample(**options) for name, options in ways.items()}, repeats)
+    functions = {name: lambda options=options: sample(**options) for name, options in ways.items()}
+    rounds = alternate(functions, repeats, cpu_clock())
     return {
         "slots": slots,
         "alpha": alpha,

@@ -8,7 +8,9 @@ samples with alpha = 0.2 from GPT-2 shapes with random weights, whose teachers a
 busy machine slows all of them; results are ratios within a round. No completion ends early, and hidden states are
 kept, as in a rollout. How often the teacher keeps a draft depends on how far the student is from it, which random
 weights do not tell. So the verdicts are set: each of the shares in `--kept` is measured. The models still compute all
-that a verdict needs. The calls of each model a token are counted as well; they do not depend on the machine.
+that a verdict needs. The calls of each model a token are counted as well; they do not depend on the machine. On a CPU,
+times are CPU-seconds of one thread. `mixing: auto` then measures shared coins and speculation as a run does at its
+first rollout; `auto_over_shared_coins` is the time of its choice over that of shared coins.
 Writes `results/speculative.json` (`results/speculative_small.json`).
 """
 
@@ -16,11 +18,17 @@ import argparse
 from typing import Any
 
 import torch
-from measurement import DEVICE, DTYPE, SHAPES, alternate, build, parameter_ratio, percentiles, write_record
+from accelerate import Accelerator
+from measurement import DEVICE, DTYPE, SHAPES, alternate, build, cpu_clock, parameter_ratio, percentiles, write_record
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import minillm_trl.rollouts.speculative as speculative
+from minillm_trl.models.lm_head import LMHead
+from minillm_trl.rollouts.rollout_sampler import RolloutSampler
+from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
 from minillm_trl.rollouts.sampling import sample_prompts
+from minillm_trl.rollouts.scores import RolloutScorer
+from minillm_trl.training.mixing_choice import measure_mixing
 
 ALPHA, PROMPT = 0.2, 32
 SMALL = {
@@ -50,6 +58,14 @@ def keep_share(share: float) -> None:
         return verdicts < share, tokens
 
     speculative.judge_drafts = judge_as_set
+
+
+def choose(student: PreTrainedModel, teacher: PreTrainedModel, prompts: list[list[int]], new_tokens: int) -> str:
+    """Return the way of mixing that `mixing: auto` chooses at the first rollout."""
+    of_rollouts = RolloutTeacher(teacher, LMHead.of(teacher).frozen(DEVICE), Accelerator(), len(prompts), "device")
+    scorer = RolloutScorer(1.0, 1.0, student.config.vocab_size)
+    seconds = measure_mixing(RolloutSampler(of_rollouts, scorer, ALPHA, [], 0), student, prompts, new_tokens)
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def measure(
@@ -86,13 +102,22 @@ def measure(
         counts[name] = {model: len(found) / new_tokens for model, found in calls.items()}
     for hook in hooks:
         hook.remove()
-    rounds = alternate({name: lambda name=name: sample(name) for name in WAYS}, repeats)
+    rounds = alternate({name: lambda name=name: sample(name) for name in WAYS}, repeats, cpu_clock())
     speedups = {
         f"speedup_over_{name}": percentiles([times[name] / times["speculative"] for times in rounds])
         for name in WAYS
         if name != "speculative"
     }
-    return {"batch_size": batch_size, **speedups, "calls_per_step": counts}
+    choice = choose(student, teacher, prompts, new_tokens)
+    chosen = "shared_coins" if choice == "coins" else choice
+    loss = percentiles([times[chosen] / times["shared_coins"] for times in rounds])
+    return {
+        "batch_size": batch_size,
+        **speedups,
+        "auto": choice,
+        "auto_over_shared_coins": loss,
+        "calls_per_step": counts,
+    }
 
 
 def main() -> None:
@@ -120,7 +145,7 @@ def main() -> None:
                 shared, own = (result[f"speedup_over_{way}"][1] for way in ("shared_coins", "own_coins"))
                 print(
                     f"{name} ({ratio:.1f}x), {kept:.0%} kept, batch {batch_size}: {shared:.2f}x as fast as shared "
-                    f"coins, {own:.2f}x as coins of each row",
+                    f"coins, {own:.2f}x as coins of each row; auto: {result['auto']}",
                     flush=True,
                 )
         del teacher

@@ -90,16 +90,19 @@ def measure_mixing(
 ) -> dict[str, float]:
     """Return the seconds that a token takes with each way of mixing, the least of a few rounds.
 
-    The ways alternate. Their samples are dropped; nothing that a rollout draws depends on them.
+    The ways alternate. Their samples are dropped; nothing that a rollout draws depends on them. On a CPU, seconds are
+    those of this process, so that other jobs do not decide.
     """
+    on_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if on_gpu else time.process_time
     prompt_ids = prompt_ids[:_ROWS]
     keys = [(*_KEY, row) for row in range(len(prompt_ids))]
     found: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(_ROUNDS):
         for name, seconds in found.items():
-            start = time.perf_counter()
+            start = clock()
             turn = replace(sampler, mixing=name).sample(student, prompt_ids, keys, _KEY, length)
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / sum(map(len, turn.completions)))
+            seconds.append((clock() - start) / sum(map(len, turn.completions)))
     return {name: min(seconds) for name, seconds in found.items()}
