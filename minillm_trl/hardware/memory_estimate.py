@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..models.fused_head import CHUNK_ELEMENTS
+from ..models.fused_head import chunk_elements
 
 # Bytes per weight: full and half precision, and NF4 with its scales
 _FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
@@ -210,7 +210,8 @@ def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
 
 def _head_bytes(text: PreTrainedConfig) -> float:
     """Return the bytes of a head in chunks: about four float32 tensors of one chunk, and the head's gradient."""
-    return 4 * CHUNK_ELEMENTS * 4.0 + text.vocab_size * text.hidden_size * 4.0
+    gradient = text.vocab_size * text.hidden_size
+    return 4 * chunk_elements(gradient) * 4.0 + gradient * 4.0
 
 
 def _cache_width(config: PreTrainedConfig) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..divergences import reverse_kl
 from .divergence_gradients import Divergence
 from .forward_methods import override_forward
+from .head_gradients import add_gradients, cast_gradient
 from .lm_head import LMHead, TeacherHead, completion_hidden_states
 from .token_scores import TokenLoss, TokenScores, score_logits, score_logits_in_place
 
@@ -26,8 +27,8 @@ from .token_scores import TokenLoss, TokenScores, score_logits, score_logits_in_
 # fragments to gigabytes.
 CHUNK_ELEMENTS = 2**24
 
-# float16 holds numbers below 2^16. A chunk's gradient is scaled so that its largest entry is just below 2^15.
-_FLOAT16_EXPONENT = 15
+# Chunks that have as many logits together as a large head's gradient has elements
+_CHUNKS_A_GRADIENT = 4
 
 
 class ScoreRequest(NamedTuple):
@@ -75,12 +76,26 @@ class ScoreRequest(NamedTuple):
         return score_hidden_states(hidden_states, head, self, vocab_size, teacher_head)
 
 
-def token_chunks(num_tokens: int, vocab_size: int) -> list[slice]:
-    """Return the parts of `num_tokens` tokens that are projected together, of at most `CHUNK_ELEMENTS` logits each.
+def chunk_elements(gradient_elements: int = 0) -> int:
+    """Return the number of logits of a chunk.
+
+    Each chunk reads and writes the whole gradient of the head, which is much more than its own logits if the
+    vocabulary is large. So a chunk may have a fourth of the gradient's elements: its few tensors of that size then
+    take about as much memory as the gradient, which exists anyway.
+
+    Args:
+        gradient_elements (`int`, *optional*, defaults to `0`): elements of the gradient of the head's weight, V * H; 0
+            for a head that is not trained.
+    """
+    return max(CHUNK_ELEMENTS, gradient_elements // _CHUNKS_A_GRADIENT)
+
+
+def token_chunks(num_tokens: int, vocab_size: int, gradient_elements: int = 0) -> list[slice]:
+    """Return the parts of `num_tokens` tokens that are projected together, of at most [`chunk_elements`] logits each.
 
     No tokens make one empty chunk, whose scores are empty but have a graph.
     """
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    size = max(1, chunk_elements(gradient_elements) // vocab_size)
     return [slice(start, start + size) for start in range(0, max(num_tokens, 1), size)]
 
 
@@ -108,7 +123,12 @@ class _MaskedTokens:
 
     @classmethod
     def of(
-        cls, hidden_states: torch.Tensor, request: ScoreRequest, vocab_size: int, teacher_head: TeacherHead | None
+        cls,
+        hidden_states: torch.Tensor,
+        request: ScoreRequest,
+        vocab_size: int,
+        teacher_head: TeacherHead | None,
+        gradient_elements: int,
     ) -> "_MaskedTokens":
         rows = request.completion_mask.flatten().nonzero().squeeze(1)
         hidden = hidden_states.flatten(0, 1)[rows]
@@ -116,9 +136,8 @@ class _MaskedTokens:
         teacher_hidden = request.teacher_hidden_states
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)[rows]
-        return cls(
-            rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, token_chunks(len(rows), vocab_size)
-        )
+        chunks = token_chunks(len(rows), vocab_size, gradient_elements)
+        return cls(rows, hidden, targets, teacher_hidden, teacher_head, vocab_size, chunks)
 
     def teacher_logits(self, part: slice, student_logits: torch.Tensor) -> torch.Tensor | None:
         """Return the teacher's logits `(n, V)` of a chunk; None without the teacher's hidden states."""
@@ -152,11 +171,14 @@ def score_hidden_states(
             gradient.
 
     Returns:
-        [`TokenScores`]. Memory beyond the inputs is bounded by `CHUNK_ELEMENTS`, not by B * T * V.
+        [`TokenScores`]. Memory beyond the inputs and their gradients is bounded by [`chunk_elements`], not by
+        B * T * V.
     """
-    tokens = _MaskedTokens.of(hidden_states, request, vocab_size, teacher_head)
     loss = term_gradients = None
-    if request.loss is not None and torch.is_grad_enabled():
+    is_trained = request.loss is not None and torch.is_grad_enabled()
+    gradient_elements = head.weight.numel() if is_trained and head.weight.requires_grad else 0
+    tokens = _MaskedTokens.of(hidden_states, request, vocab_size, teacher_head, gradient_elements)
+    if request.loss is not None and is_trained:
         scores = _score_with_loss(tokens, head, request, request.loss)
         loss, term_gradients = scores.loss, scores.term_gradients
     else:
@@ -281,8 +303,8 @@ class _LossThroughHead(torch.autograd.Function):
                 logits = head.transform(head.project(states, vocab_size))
                 capped = None if head.softcap is None else logits.clone()
                 loss, scores, gradient = loss_of_chunk(part, logits)
-                of_logits, scale = _cast_gradient(head.transform_gradient(gradient, capped), dtype)
-                _add_gradients(gradients, of_logits, states, head, part, scale)
+                of_logits, scale = cast_gradient(head.transform_gradient(gradient, capped), dtype)
+                add_gradients(gradients, of_logits, states, head, part, scale)
                 losses.append(loss.detach())
                 scored.append(TokenScores._make(None if value is None else value.detach() for value in scores))
         ctx.names, ctx.dtypes = list(inputs), {name: inputs[name].dtype for name in gradients}
@@ -299,63 +321,6 @@ class _LossThroughHead(torch.autograd.Function):
         found = {name: total.mul_(grad_loss).to(ctx.dtypes[name]) for name, total in ctx.gradients.items()}
         ctx.gradients = None
         return *(found.get(name) for name in ctx.names), None, None, None, None
-
-
-def _cast_gradient(gradient: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradient of a chunk's logits `(n, V)` in `dtype`, and the power of two that scales it in float16.
-
-    Importance weights and advantages reach a thousand, and gradients of improbable tokens are tiny: together they
-    exceed float16's range. So the largest entry decides the scale. bfloat16 has the range of float32 and needs no
-    scale.
-    """
-    if dtype != torch.float16:
-        return gradient.to(dtype), None
-    largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
-    # The clamp keeps the scale finite for a gradient of zeros
-    exponent = (_FLOAT16_EXPONENT - torch.frexp(largest).exponent).clamp(max=100)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return gradient.mul_(scale).to(dtype), scale
-
-
-def _add_gradients(
-    gradients: dict[str, torch.Tensor],
-    of_logits: torch.Tensor,
-    states: torch.Tensor,
-    head: LMHead,
-    part: slice,
-    scale: torch.Tensor | None,
-) -> None:
-    """Add a chunk's contribution to the gradients of hidden states and head.
-
-    Args:
-        gradients (`dict`): totals for `hidden` `(N, H)`, `weight` `(V, H)` and `bias` `(V,)`; changed in place.
-        of_logits (`torch.Tensor` of shape `(n, V)`): gradient of the chunk's logits, times `scale`.
-        states (`torch.Tensor` of shape `(n, H)`): the chunk's hidden states.
-        head ([`LMHead`]): the head.
-        part (`slice`): the chunk's place among the N tokens.
-        scale (`torch.Tensor`, *optional*): scalar from [`_cast_gradient`].
-    """
-
-    def add(total: torch.Tensor, scaled: torch.Tensor) -> None:
-        total += scaled if scale is None else scaled / scale
-
-    if "hidden" in gradients:
-        add(gradients["hidden"][part], _product(of_logits, head.weight))
-    if "weight" in gradients:  # in blocks of rows, so that the product never takes a second (V, H)
-        size, width = head.weight.shape
-        rows = max(1, CHUNK_ELEMENTS // width)
-        for start in range(0, size, rows):
-            block = slice(start, min(start + rows, size))
-            add(gradients["weight"][block], _product(of_logits[:, block].T, states))
-    if "bias" in gradients:
-        add(gradients["bias"][: of_logits.shape[1]], of_logits.sum(dim=0, dtype=gradients["bias"].dtype))
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b, for float16 and on GPUs in at least float32: sums over a chunk's tokens may overflow float16."""
-    if a.is_cuda and a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
 
 
 def add_scoring(model: PreTrainedModel, vocab_size: int, teacher_head: TeacherHead | None = None) -> None:

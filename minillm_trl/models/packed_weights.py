@@ -16,15 +16,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # Smaller weights stay as they are: their products are dominated by the call
-_LEAST_ELEMENTS = 2**16
+LEAST_ELEMENTS = 2**16
 
 # Packing reads and writes each weight once, which takes as long as a few steps of one row
 _LEAST_TOKENS = 16
 
 
+@functools.cache
+def _machine() -> str:
+    return platform.machine()
+
+
 def packs_weights() -> bool:
     """Return whether this machine has oneDNN with float32 kernels that take packed weights."""
-    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.enabled
+    return _machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.enabled
 
 
 @contextmanager
@@ -55,18 +60,19 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
                 module.forward = forward
 
 
-def multiply_packed(states: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return W h + b for a weight that was packed, `(..., H) -> (..., V)`."""
-    return torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return W h + b with oneDNN, `(..., H) -> (..., V)`, for a weight `(V, H)` that may be packed."""
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def takes_packed(states: torch.Tensor) -> bool:
-    """Return whether a product of these inputs can use packed weights: in float32, without autocast or gradients."""
+def suits_onednn(states: torch.Tensor) -> bool:
+    """Return whether [`multiply`] takes these inputs: in float32 on a CPU, without autocast or gradients."""
     return (
         states.dtype == torch.float32
         and states.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and packs_weights()
     )
 
 
@@ -79,7 +85,7 @@ def _is_packable(module: torch.nn.Module) -> bool:
         and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and weight.dim() == 2  # a sharded weight may be empty or flat
-        and weight.numel() >= _LEAST_ELEMENTS
+        and weight.numel() >= LEAST_ELEMENTS
     )
 
 
@@ -100,6 +106,6 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    if args or kwargs or not takes_packed(states):
+    if args or kwargs or not suits_onednn(states):
         return replaced(states, *args, **kwargs)
-    return multiply_packed(states, packed, bias)
+    return multiply(states, packed, bias)

@@ -14,6 +14,7 @@ from minillm_trl.divergences import DIVERGENCES, choose_divergence, forward_kl, 
 from minillm_trl.models.divergence_gradients import divergence_of
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead, check_head, completion_hidden_states, position_ids
+from minillm_trl.models.token_scores import TokenScores
 from minillm_trl.rollouts.decoding import check_decoding
 
 
@@ -440,3 +441,22 @@ def test_head_reproduces_the_logits_of_the_family(model):
     ids = torch.randint(40, (2, 6))
     hidden = completion_hidden_states(model, ids, torch.ones_like(ids), 5)
     torch.testing.assert_close(LMHead.of(model).logits(hidden, 40), model(ids).logits[:, :-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("is_trained", "tokens"), [(True, 10), (False, 2)])
+def test_chunks_of_a_large_head_that_is_trained_grow_with_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, is_trained: bool, tokens: int
+):
+    """A fourth of (V, H) = (50, 40) are 500 logits: ten tokens of 50."""
+    monkeypatch.setattr(minillm_trl.models.fused_head, "CHUNK_ELEMENTS", 100)
+    sizes = []
+
+    def loss_of(scores: TokenScores, rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return scores.logps
+
+    hidden, weight = torch.randn(2, 12, 40, requires_grad=True), torch.randn(50, 40, requires_grad=is_trained)
+    ids, mask = torch.randint(50, (2, 12)), torch.ones(2, 12, dtype=torch.bool)
+    request = ScoreRequest(ids, mask, mask, loss=loss_of)
+    score_hidden_states(hidden, LMHead(weight, None), request, 50).loss.backward()
+    assert sizes == [tokens] * (24 // tokens) + [24 % tokens] * (24 % tokens > 0)

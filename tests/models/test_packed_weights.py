@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from minillm_trl.models.fused_head import add_scoring
+from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.packed_weights import packed_weights, packs_weights
 from minillm_trl.rollouts.sampling import sample_prompts
@@ -91,8 +91,24 @@ def test_samples_are_those_of_the_current_weights():
         for parameter in model.parameters():
             parameter.mul_(1.5)
     second = sample_prompts(model, [[1, 2, 3]], **options)
-    torch.backends.mkldnn.enabled = False
-    try:
+    with torch.backends.mkldnn.flags(enabled=False):
         assert sample_prompts(model, [[1, 2, 3]], **options) == second != first
-    finally:
-        torch.backends.mkldnn.enabled = True
+
+
+def test_heads_that_are_trained_have_the_gradients_of_plain_products():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 30, 160, requires_grad=True), torch.randn(600, 160, requires_grad=True)
+    ids, mask = torch.randint(600, (2, 30)), torch.ones(2, 30, dtype=torch.bool)
+    request = ScoreRequest(ids, mask, mask, loss=lambda scores, _: scores.logps.square())
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        loss = score_hidden_states(hidden, LMHead(weight, None), request, 600).loss
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    found = gradients()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not packs_weights()
+        expected = gradients()
+    assert not torch.equal(found[0], expected[0])  # other kernels, other roundings
+    for actual, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
