@@ -182,6 +182,7 @@ def choose_strategy(
     """Choose the strategy with the least communication that fits the GPUs; return it with its memory estimate."""
     from ..hardware.memory_estimate import Workload, estimate_memory
     from ..models.loading import load_config
+    from ..models.packed_weights import packs_weights
 
     configs = [load_config(name, args.trust_remote_code) for name, _ in _sources(model, teacher, args)]
     assert args.steps_per_generation is not None  # set by GRPOConfig
@@ -208,6 +209,7 @@ def choose_strategy(
         teacher_shares_base=args.teacher_shares_base,
         mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
         half_precision_rollouts=bool(machine.gpus or args.half_precision_rollouts),
+        packs_weights=not machine.gpus and packs_weights(),
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:

@@ -30,6 +30,7 @@ class Workload:
         shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
         mixed_precision: whether teacher, caches and activations are in half precision; otherwise they are in float32.
         half_precision_rollouts: whether rollouts are sampled from a half-precision copy of the student.
+        packs_weights: whether float32 weights are packed while sampling, as on x86 CPUs.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Workload:
     teacher_shares_base: bool = False
     mixed_precision: bool = True
     half_precision_rollouts: bool = True
+    packs_weights: bool = False
 
     @property
     def width(self) -> float:
@@ -92,7 +94,14 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
         "activations of a micro-batch": _activation_bytes(student, load),
         "heads in chunks": _head_bytes(student),
     }
-    parts["while sampling"] = held + copied + teacher_bytes + caches + states
+    packed = {"student": not load.student_4bit, "teacher": not load.teacher_4bit}
+    if load.packs_weights and load.width == _FULL:
+        parts["weights packed while sampling"] = _FULL * sum(
+            sizes[name] for name, is_packed in packed.items() if is_packed
+        )
+    parts["while sampling"] = (
+        held + copied + teacher_bytes + caches + states + parts.get("weights packed while sampling", 0.0)
+    )
     parts["while updating"] = (
         trained
         + (0.0 if _is_sharded(load) else copied)

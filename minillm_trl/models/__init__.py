@@ -11,7 +11,9 @@ for a chunk of tokens at a time, so that the logits of a whole batch never exist
 - `encoding`, `end_tokens`: text to token ids, and what ends a completion; `token_bytes`: the bytes of each token
 - `lm_head`: the head of any family, with its bias, scale and soft cap
 - `fused_head`: log-probs, entropy and KL from hidden states, in chunks of `CHUNK_ELEMENTS`; `token_scores`: those of
-  one chunk, with the gradient of the logits in closed form; `divergence_gradients`: the choices of the KL
+  one chunk, with the gradient of the logits in closed form; `divergence_gradients`: the choices of the KL;
+  `head_gradients`: from the gradient of a chunk's logits to those of hidden states and head
+- `packed_weights`: products with oneDNN on x86 CPUs, and the layout of weights for them
 - `student_copy`: the copy of the student that samples rollouts
 - `reference`: checks of the reference model of `beta`; `fingerprints`: digests of models and datasets
 - `dropout`: switches off dropout that modules keep as a float instead of an `nn.Dropout`

@@ -55,9 +55,11 @@ def token_logps(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch
     return found
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])  # with 2, GRPO asks for the old log-probs by itself
-def test_scores_after_tool_turns_are_those_of_the_whole_completion(tmp_path, accumulation: int):
+# with 2 accumulation steps, GRPO asks for the old log-probs by itself
+@pytest.mark.parametrize(("accumulation", "mixing"), [(1, "coins"), (2, "coins"), (1, "speculative")])
+def test_scores_after_tool_turns_are_those_of_the_whole_completion(tmp_path, accumulation: int, mixing: str):
     options = {"gradient_accumulation_steps": accumulation, "gamma": 0.0, "include_current_reward": True}
+    options["mixing"] = mixing
     trainer = build_trainer(tmp_path, teacher_mixed_alpha=0.3, **options)
     student, teacher = trainer.model, trainer.teacher_model
     trainer.model.train()

@@ -6,35 +6,56 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_model
+from peft import LoraConfig
 from test_rollout_sampler import PROMPTS, build_sampler
 from test_trainer import make_trainer, weights
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import minillm_trl.training.mixing_choice
 from minillm_trl import MiniLLMConfig
 from minillm_trl.training.mixing_choice import MixingChoice, measure_mixing
 
 
+def recorded_completions(trainer) -> list[list[list[int]]]:
+    """Train; return the completions of each rollout, whose scores must be those of plain forward passes."""
+    score, batches = trainer.scoring.training_batch, []
+
+    def recorded(model, batch, *args):
+        scored = score(model, batch, *args)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        again = score(model, {name: batch[name] for name in names}, 0.5)
+        behavior = [each.batch["old_per_token_logps"] for each in (scored, again)]
+        torch.testing.assert_close(*behavior, rtol=1e-4, atol=1e-4)
+        batches.append(batch["completion_ids"].tolist())
+        return scored
+
+    trainer.scoring.training_batch = recorded
+    trainer.train()
+    return batches
+
+
+SPECULATIVE = {"mixing": "speculative", "teacher_mixed_alpha": 0.5, "max_steps": 2, "num_iterations": 1}
+
+
 def test_speculative_rollouts_do_not_depend_on_the_batch_and_are_scored_as_the_mixture(tmp_path):
-    found = []
-    for options in ({}, {"sampling_batch_size": 3}):
-        trainer = make_trainer(
-            tmp_path, mixing="speculative", teacher_mixed_alpha=0.5, max_steps=2, num_iterations=1, **options
-        )
-        score, batches = trainer.scoring.training_batch, []
-
-        def recorded(model, batch, *args, score=score, batches=batches):
-            scored = score(model, batch, *args)
-            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-            again = score(model, {name: batch[name] for name in names}, 0.5)  # by plain forward passes
-            behavior = [each.batch["old_per_token_logps"] for each in (scored, again)]
-            torch.testing.assert_close(*behavior, rtol=1e-4, atol=1e-4)
-            batches.append(batch["completion_ids"].tolist())
-            return scored
-
-        trainer.scoring.training_batch = recorded
-        trainer.train()
-        found.append(batches)
+    trainers = [make_trainer(tmp_path, **SPECULATIVE, **options) for options in ({}, {"sampling_batch_size": 3})]
+    found = [recorded_completions(trainer) for trainer in trainers]
     assert found[0][0] == found[1][0]
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_speculation_drafts_with_the_adapter_of_the_student(tmp_path, model_dir, bits: int):
+    options = {}
+    if bits == 4:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
+    student = AutoModelForCausalLM.from_pretrained(model_dir("llama"), **options)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = make_trainer(
+        tmp_path, family="llama", student=student, peft_config=adapter, learning_rate=0.05, **SPECULATIVE
+    )
+    rollouts = recorded_completions(trainer)  # the second one after an update of the adapter
+    assert len(rollouts) == 2
 
 
 class TestAuto:
