@@ -51,9 +51,8 @@ def test_speculation_drafts_with_the_adapter_of_the_student(tmp_path, model_dir,
         options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head"])
     student = AutoModelForCausalLM.from_pretrained(model_dir("llama"), **options)
     adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    trainer = make_trainer(
-        tmp_path, family="llama", student=student, peft_config=adapter, learning_rate=0.05, **SPECULATIVE
-    )
+    settings = SPECULATIVE | {"max_steps": 4, "learning_rate": 0.05}
+    trainer = make_trainer(tmp_path, family="llama", student=student, peft_config=adapter, **settings)
     rollouts = recorded_completions(trainer)  # the second one after an update of the adapter
     assert len(rollouts) == 2
 
