@@ -29,7 +29,7 @@ def _machine() -> str:
 
 def packs_weights() -> bool:
     """Return whether this machine has oneDNN with float32 kernels that take packed weights."""
-    return _machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.enabled
+    return _machine() in ("x86_64", "AMD64") and bool(torch.backends.mkldnn.enabled)
 
 
 @contextmanager
