@@ -44,11 +44,15 @@ class MiniLLMConfig(FamilyConfig):
         teacher_server_url (`str` or `list[str]`, *optional*):
             Address of a server with the teacher, or of several with the same teacher, in place of `teacher_model`:
             `minillm-trl serve-teacher`, or vLLM's OpenAI-compatible server. Needs `teacher_mixed_alpha=0.0`. Rewards
-            are exact. The single step and expected rewards treat all tokens but the sampled one and the teacher's
-            `teacher_server_top_k` most likely ones as a single token, so the reverse KL is a lower bound.
+            are exact. The single step and expected rewards treat all tokens but the sampled one and
+            `teacher_server_top_k` listed ones as a single token, so the reverse KL is a lower bound.
         teacher_server_top_k (`int`, *optional*, defaults to `64`):
-            The teacher's most likely tokens that a server returns for each token. The size of the vocabulary makes
-            everything exact. vLLM returns at most `--max-logprobs` (20 by default).
+            The tokens that are listed for each token. The size of the vocabulary makes everything exact. vLLM returns
+            at most `--max-logprobs` (20 by default).
+        teacher_server_tokens (`str`, *optional*):
+            Whose most likely tokens are listed: the `"student"`'s, as it was when the rollout was sampled, or the
+            `"teacher"`'s. By default the student's, which keeps more of the gradient, and with vLLM the teacher's, as
+            its protocol can list no others.
         teacher_server_batch_size (`int`, *optional*, defaults to `16`):
             Completions of one request.
         teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
@@ -191,6 +195,13 @@ class MiniLLMConfig(FamilyConfig):
     )
     teacher_server_top_k: int = field(
         default=64, metadata={"help": "The teacher's most likely tokens that a server returns for each token."}
+    )
+    teacher_server_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose most likely tokens are listed; by default the student's, with vLLM the teacher's.",
+            "choices": ["student", "teacher"],
+        },
     )
     teacher_server_batch_size: int = field(default=16, metadata={"help": "Completions of one request to a server."})
     teacher_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server's answer."})

@@ -175,17 +175,19 @@ class RolloutSampler:
         self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
     ) -> RolloutScores:
         """Score a batch from its hidden states; sampling without coins leaves none of the teacher."""
-        states = sampled.teacher_hidden_states
+        states, own = sampled.teacher_hidden_states, None
+        if sampled.student_hidden_states is not None:
+            own = HeadStates(sampled.student_hidden_states, LMHead.of(student))
         if states is None and self.scorer.expected_reward is not None:  # a function of both models' states
             prompts = [part.to(sampled.ids.device) for part in left_pad(prompt_ids, self.pad_token_id)]
             ids, mask = (torch.cat(pair, dim=1) for pair in zip(prompts, sampled[:2], strict=True))
-            states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1])
-        own = sampled.student_hidden_states
+            top_ids = None
+            if self.teacher.student_top_k:
+                lister = replace(self.scorer, expected_reward=None, measure_entropy=False)
+                top_ids = lister.score(sampled.ids, sampled.mask, own).student_top_ids
+            states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1], top_ids)
         scores = self.scorer.score(
-            sampled.ids,
-            sampled.mask,
-            None if own is None else HeadStates(own, LMHead.of(student)),
-            None if states is None else TeacherStates(states, self.teacher.head),
+            sampled.ids, sampled.mask, own, None if states is None else TeacherStates(states, self.teacher.head)
         )
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))
 

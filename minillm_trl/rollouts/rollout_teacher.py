@@ -20,6 +20,7 @@ class Teacher(Protocol):
         model ([`~transformers.PreTrainedModel`], *optional*): the teacher; None on servers.
         head ([`TeacherHead`]): turns states into logits.
         is_sharded (`bool`): whether all processes must call the model together.
+        student_top_k (`int`): number of the student's most likely tokens that [`hidden_states`] needs; 0 for none.
     """
 
     @property
@@ -31,8 +32,23 @@ class Teacher(Protocol):
     @property
     def is_sharded(self) -> bool: ...
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-        """Return the states `(B, T, H)` of the last `length` tokens of sequences `(B, P+T)`."""
+    @property
+    def student_top_k(self) -> int: ...
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        length: int,
+        student_top_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the states `(B, T, H)` of the last `length` tokens of sequences `(B, P+T)`.
+
+        `student_top_ids` `(B, T, K)` are the student's most likely tokens, where `student_top_k` asks for them.
+        """
+
+    def raise_failures(self) -> None:
+        """Raise what kept a process from getting states, on all processes; each calls this once a rollout."""
 
     def hidden_states_of(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch's completions `(B, T, H)`."""
@@ -59,13 +75,20 @@ class RolloutTeacher:
     accelerator: Accelerator
     batch_size: int
     kept_on: str
+    student_top_k: int = 0
 
     @property
     def is_sharded(self) -> bool:
         """Whether its weights are sharded over processes."""
         return is_sharded(self.model)
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        length: int,
+        student_top_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens."""
         with self.accelerator.autocast():
             return teacher_hidden_states(self.model, input_ids, attention_mask, length, self.batch_size)
@@ -82,3 +105,6 @@ class RolloutTeacher:
         if hidden_states is None or self.kept_on == "recompute":
             return None
         return hidden_states.cpu() if self.kept_on == "cpu" else hidden_states
+
+    def raise_failures(self) -> None:
+        """Do nothing: an error of the teacher's own forward pass is raised where it occurs."""

@@ -23,6 +23,8 @@ class RolloutScores(NamedTuple):
             if rewards are sampled.
         entropy (`torch.Tensor` of shape `(B, T)`): the student's entropy at the sampling temperature; None unless the
             scorer measures it.
+        student_top_ids (`torch.Tensor` of shape `(B, T, K)`, int32): the student's most likely tokens, the likeliest
+            first; None unless the scorer lists them.
         teacher_hidden_states (`torch.Tensor` of shape `(B, T, H)`): the teacher's last hidden states, from which every
             inner pass computes the single-step term without running the teacher; None if it recomputes them.
 
@@ -35,6 +37,7 @@ class RolloutScores(NamedTuple):
     teacher_kd_logps: torch.Tensor | None = None
     expected_rewards: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    student_top_ids: torch.Tensor | None = None
     teacher_hidden_states: torch.Tensor | None = None
 
 
@@ -64,6 +67,7 @@ class RolloutScorer:
             KD temperature, and of the student at the sampling temperature, to expected rewards `(n,)`, see
             [`~minillm_trl.objectives.expected_rewards`]. None if rewards are sampled.
         measure_entropy (`bool`, *optional*, defaults to `False`): whether to score the student's entropy.
+        student_top_k (`int`, *optional*, defaults to `0`): number of the student's most likely tokens to list.
     """
 
     temperature: float
@@ -71,6 +75,7 @@ class RolloutScorer:
     vocab_size: int
     expected_reward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     measure_entropy: bool = False
+    student_top_k: int = 0
 
     @torch.no_grad()
     def score(
@@ -99,14 +104,15 @@ class RolloutScorer:
             if not known:
                 return None
             flat = torch.cat(known)
-            return flat.new_zeros(completion_mask.numel()).index_put((rows,), flat).view_as(completion_mask)
+            full = flat.new_zeros(completion_mask.numel(), *flat.shape[1:]).index_put((rows,), flat)
+            return full.view(*completion_mask.shape, *flat.shape[1:])
 
         return RolloutScores(*(scatter(parts) for parts in zip(*pieces, strict=True)))
 
     def _score_chunk(
         self, targets: torch.Tensor, part: slice, student: HeadStates | None, teacher: TeacherStates | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Return the first six fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
+        """Return the first seven fields of [`RolloutScores`] for one chunk of the N tokens; states are `(N, H)`."""
         found: list[torch.Tensor | None] = []
         log_probs: list[torch.Tensor] = []
         student_logits = teacher_logits = None
@@ -121,13 +127,15 @@ class RolloutScorer:
             sampling, kd = self._log_probs(logits)
             found += [logps.gather(1, targets[:, None]).squeeze(1) for logps in (sampling, kd)]
             log_probs += [sampling, kd]
-        expected = entropy = None
+        expected = entropy = top_ids = None
         if self.expected_reward is not None and len(log_probs) == 4:
             student_sampling, student_kd, _, teacher_kd = log_probs
             expected = self.expected_reward(teacher_kd, student_kd, student_sampling)
         if self.measure_entropy and student is not None:
             entropy = -torch.linalg.vecdot(log_probs[0].exp(), log_probs[0])
-        return *found, expected, entropy
+        if self.student_top_k and student is not None:
+            top_ids = log_probs[0].topk(self.student_top_k, dim=-1).indices.int()
+        return *found, expected, entropy, top_ids
 
     def _log_probs(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sampling = torch.log_softmax(logits / self.temperature, dim=-1)

@@ -56,6 +56,7 @@ class ServerIdentity:
         max_context (`int`, *optional*): longest sequence; None without a limit.
         tokenizer ([`TokenizerIdentity`], *optional*): None if the server does not describe it.
         eos_token_ids (`list[int]`): ids that end a completion, by its generation config and its tokenizer.
+        protocol (`int`): version of our server's messages; the first one was not named.
     """
 
     model: str
@@ -64,6 +65,7 @@ class ServerIdentity:
     max_context: int | None = None
     tokenizer: TokenizerIdentity | None = None
     eos_token_ids: list[int] = field(default_factory=list)
+    protocol: int = 1
 
     @property
     def name(self) -> str:
@@ -92,16 +94,19 @@ class Scoring:
     """What to compute for each token.
 
     Args:
-        top_k (`int`): number of the teacher's most likely tokens.
+        top_k (`int`): number of listed tokens.
         temperature (`float`): temperature of the log-probs.
         vocab_size (`int`): leading vocabulary rows that student and teacher share.
         identity ([`ServerIdentity`]): the teacher that must answer.
+        tokens (`str`): whose most likely tokens are listed, the `"student"`'s, which the rows name, or the
+            `"teacher"`'s.
     """
 
     top_k: int
     temperature: float
     vocab_size: int
     identity: ServerIdentity
+    tokens: str = "teacher"
 
 
 def check_tokenizer(

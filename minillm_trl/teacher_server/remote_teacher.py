@@ -1,6 +1,7 @@
 """The teacher of `MiniLLMTrainer` on servers: connecting to it, and its states of a rollout."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +32,16 @@ class ServedTeacher:
     Args:
         pool ([`ServerPool`]): the servers.
         identity ([`ServerIdentity`]): what they serve.
-        top_k (`int`): number of the teacher's most likely tokens in an answer.
+        top_k (`int`): number of tokens that are listed for each token.
         temperature (`float`): temperature of rewards and single step.
+        tokens (`str`): whose most likely tokens are listed, the `"student"`'s or the `"teacher"`'s.
     """
 
     pool: "ServerPool"
     identity: ServerIdentity
     top_k: int
     temperature: float
+    tokens: str
 
     @classmethod
     def connect(cls, args: "MiniLLMConfig") -> "ServedTeacher":
@@ -46,7 +49,7 @@ class ServedTeacher:
 
         Raises:
             TeacherServerError: if a server does not answer, or they serve different models.
-            UserError: for a temperature that vLLM's log-probs do not have.
+            UserError: for a temperature that vLLM's log-probs do not have, and tokens that it cannot list.
         """
         from .server_pool import ServerPool  # needs aiohttp, an optional package
 
@@ -63,7 +66,13 @@ class ServedTeacher:
                 f"temperature={args.temperature}: the prompt_logprobs of vLLM are at temperature 1. Set "
                 "temperature=1.0, or serve the teacher with minillm-trl serve-teacher."
             )
-        return cls(pool, identity, args.teacher_server_top_k, args.temperature)
+        if pool.has_vllm and args.teacher_server_tokens == "student":
+            raise UserError(
+                f"teacher_server_tokens='student': {pool.urls[0]} is vLLM, whose prompt_logprobs list the teacher's "
+                "most likely tokens only. Drop it, or serve the teacher with minillm-trl serve-teacher."
+            )
+        tokens = args.teacher_server_tokens or ("teacher" if pool.has_vllm else "student")
+        return cls(pool, identity, args.teacher_server_top_k, args.temperature, tokens)
 
     def describe(self) -> dict[str, Any]:
         """Return name and digest, as [`~minillm_trl.training.run_settings.describe_model`] does for local models."""
@@ -102,12 +111,13 @@ class ServedTeacher:
                     f"{theirs[:8]} and {own[:8]}. Serve a teacher with the student's tokenizer: MiniLLM compares "
                     "next-token distributions."
                 )
-        limit = self.identity.max_context or len(own)
-        self.pool.score([Row(own[:1], own[1 : min(limit, 8)])], self.scoring(len(tokenizer)))
+        scoring, completion = self.scoring(len(tokenizer)), own[1 : min(self.identity.max_context or len(own), 8)]
+        listed = torch.zeros(len(completion), scoring.top_k, dtype=torch.int32) if self.tokens == "student" else None
+        self.pool.score([Row(own[:1], completion, listed)], scoring)
 
     def scoring(self, vocab_size: int) -> Scoring:
         """Return what to request for each token."""
-        return Scoring(self.top_k, self.temperature, vocab_size, self.identity)
+        return Scoring(min(self.top_k, vocab_size), self.temperature, vocab_size, self.identity, self.tokens)
 
     def shared_vocab_size(self, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
         """Return the number of leading vocabulary rows that both models have; the student's, if vLLM does not say.
@@ -153,32 +163,54 @@ class RemoteTeacher:
 
     def __post_init__(self) -> None:
         self.head = TopKHead(self.scoring.temperature)
+        self._failure: TeacherServerError | None = None
 
-    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    @property
+    def student_top_k(self) -> int:
+        """Number of the student's most likely tokens that a request lists."""
+        return self.scoring.top_k if self.scoring.tokens == "student" else 0
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        length: int,
+        student_top_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Request the states `(B, T, 2K + 1)` of the last `length` tokens of sequences `(B, P+T)`.
 
-        All processes call this together, so that all stop if the servers of one process fail.
+        If the servers give no scores, the states are zeros until [`raise_failures`] is called.
+        """
+        listed: Sequence[torch.Tensor | None] = [None] * len(input_ids)
+        if self.scoring.tokens == "student":
+            assert student_top_ids is not None, "the scorer was not asked for the student's tokens"
+            listed = list(student_top_ids.cpu())
+        rows, lengths = [], attention_mask[:, -length:].sum(dim=1).tolist()
+        for ids, real, count, names in zip(input_ids.cpu(), attention_mask.bool().cpu(), lengths, listed, strict=True):
+            tokens = ids[real].tolist()
+            own = None if names is None else names[:count]
+            rows.append(Row(tokens[: len(tokens) - count], tokens[len(tokens) - count :], own))
+        states = torch.zeros(len(rows), length, 2 * (self.scoring.top_k + 1) + 1)
+        if self._failure is None:
+            try:
+                for state, answer in zip(states, self.served.pool.score(rows, self.scoring), strict=True):
+                    state[: len(answer)] = answer
+            except TeacherServerError as error:
+                self._failure = error
+        return states.to(self.accelerator.device)
+
+    def raise_failures(self) -> None:
+        """Stop all processes if the servers of one have failed since the last call.
+
+        All processes call this once a rollout; they may send different numbers of requests before.
 
         Raises:
-            TeacherServerError: if the servers give no scores.
+            TeacherServerError: if the servers gave no scores.
         """
-        rows, lengths = [], attention_mask[:, -length:].sum(dim=1).tolist()
-        for ids, real, count in zip(input_ids.cpu(), attention_mask.bool().cpu(), lengths, strict=True):
-            tokens = ids[real].tolist()
-            rows.append(Row(tokens[: len(tokens) - count], tokens[len(tokens) - count :]))
-        failure: TeacherServerError | None = None
-        answers: list[torch.Tensor] = []
-        try:
-            answers = self.served.pool.score(rows, self.scoring)
-        except TeacherServerError as error:
-            failure = error
+        failure, self._failure = self._failure, None
         failed = torch.tensor(int(failure is not None), device=self.accelerator.device)
         if int(self.accelerator.reduce(failed, reduction="sum")):
             raise failure or TeacherServerError("The teacher's servers of another process failed, see its message.")
-        states = torch.zeros(len(rows), length, answers[0].shape[-1])
-        for state, answer in zip(states, answers, strict=True):
-            state[: len(answer)] = answer
-        return states.to(self.accelerator.device)
 
     def hidden_states_of(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch's completions from the buffer."""

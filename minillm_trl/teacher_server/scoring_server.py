@@ -10,7 +10,7 @@ import torch
 
 from .addresses import API_KEY
 from .identity import Scoring, ServerIdentity, TeacherServerError
-from .protocol import MessageError, Row, decode_answer, encode_rows
+from .protocol import VERSION, MessageError, Row, decode_answer, encode_rows
 
 _TRANSIENT = (408, 429)  # and every status from 500
 _MAX_SHOWN = 300  # characters of a server's message in an error
@@ -50,23 +50,33 @@ class MinillmServer:
     url: str
 
     async def identity(self, session: aiohttp.ClientSession) -> ServerIdentity:
-        """Ask the server what it serves."""
+        """Ask the server what it serves.
+
+        Raises:
+            TeacherServerError: if it is of another version of the package, whose messages differ.
+        """
+        advice = "Install the same version of minillm-trl on both sides."
         try:
-            return ServerIdentity.from_json(await request_json(session, "GET", f"{self.url}/info"))
+            identity = ServerIdentity.from_json(await request_json(session, "GET", f"{self.url}/info"))
         except TypeError as error:
+            raise TeacherServerError(f"{self.url} describes itself in an unknown way ({error}). {advice}") from error
+        if identity.protocol != VERSION:
+            which = "an older" if identity.protocol < VERSION else "a newer"
             raise TeacherServerError(
-                f"{self.url} describes itself in an unknown way ({error}). Install the same version of minillm-trl on "
-                "both sides."
-            ) from error
+                f"{self.url} runs {which} version of minillm-trl: its protocol is {identity.protocol}, this run's is "
+                f"{VERSION}. {advice}"
+            )
+        return identity
 
     async def score(self, session: aiohttp.ClientSession, rows: Sequence[Row], scoring: Scoring) -> list[torch.Tensor]:
         """Send the rows, and read the answer."""
         options = {
-            "top_k": scoring.top_k,
             "temperature": repr(scoring.temperature),
             "vocab_size": scoring.vocab_size,
             "model": str(scoring.identity.fingerprint),
         }
+        if scoring.tokens == "teacher":
+            options["top_k"] = scoring.top_k
         body = await request(session, "POST", f"{self.url}/score", params=options, data=encode_rows(rows))
         try:
             return decode_answer(body, rows)

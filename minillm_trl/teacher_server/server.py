@@ -45,16 +45,19 @@ def make_app(service: TeacherService, api_key: str | None = None) -> web.Applica
         body = await request.read()
         try:
             options = {
-                "top_k": _positive(request, "top_k", int),
                 "temperature": _positive(request, "temperature", float),
                 "vocab_size": _positive(request, "vocab_size", int),
             }
             rows = decode_rows(body)
+            lists_tokens = any(row.listed is not None for row in rows)
+            options["top_k"] = None if lists_tokens else _positive(request, "top_k", int)
             service.check(rows, options["vocab_size"])
         except MessageError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(one_at_a_time, lambda: encode_answer(service.score(rows, **options)))
+        answer = await loop.run_in_executor(
+            one_at_a_time, lambda: encode_answer(service.score(rows, **options), with_ids=not lists_tokens)
+        )
         return web.Response(body=answer, content_type=CONTENT_TYPE)
 
     async def stop(app: web.Application) -> None:

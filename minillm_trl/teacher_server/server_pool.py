@@ -72,7 +72,7 @@ class ServerPool:
 
     @property
     def has_vllm(self) -> bool:
-        """Whether one of the servers is vLLM, which knows one temperature."""
+        """Whether one of the servers is vLLM, which knows one temperature and lists its own tokens."""
         return any(isinstance(server, VllmServer) for server in self._servers)
 
     def encodings(self, model: str, text: str) -> list[tuple[str, list[int] | None]]:
@@ -90,7 +90,8 @@ class ServerPool:
         Raises:
             TeacherServerError: if a server refuses a request, or no server is left.
         """
-        order = sorted(range(len(rows)), key=lambda row: -sum(map(len, rows[row])))  # similar lengths together
+        lengths = [len(row.prompt) + len(row.completion) for row in rows]
+        order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # similar lengths together
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         answers = self._run(lambda session: self._score(session, rows, batches, scoring))
         found = dict(zip((row for batch in batches for row in batch), (x for a in answers for x in a), strict=True))

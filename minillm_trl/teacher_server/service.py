@@ -1,4 +1,4 @@
-"""What `minillm-trl serve-teacher` computes: the top-k log-probs of the tokens of completions."""
+"""What `minillm-trl serve-teacher` computes: log-probs of listed tokens, or of its own likeliest, in completions."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from ..models.lm_head import LMHead, check_head
 from ..models.teacher import teacher_hidden_states
 from ..rollouts.sampling import left_pad
 from .identity import ServerIdentity, TokenizerIdentity
-from .protocol import MessageError, Row
-from .top_k import TopK, largest_log_probs
+from .protocol import VERSION, MessageError, Row
+from .top_k import TopK, listed_log_probs, most_likely_tokens
 
 
 class TeacherService:
@@ -45,6 +45,7 @@ class TeacherService:
             max_context=max_context(model),
             tokenizer=TokenizerIdentity.of(tokenizer),
             eos_token_ids=sorted(ends),
+            protocol=VERSION,
         )
 
     def check(self, rows: Sequence[Row], vocab_size: int) -> None:
@@ -64,23 +65,29 @@ class TeacherService:
                 raise MessageError(f"row {number} has {length} tokens, but the model's context has {limit}")
             if not all(0 <= token < vocab_size for token in row.completion):
                 raise MessageError(f"row {number} has a completion token outside the first {vocab_size} tokens")
+            listed = row.listed
+            if listed is not None and listed.numel() and not (listed.min() >= 0 and listed.max() < vocab_size):
+                raise MessageError(f"row {number} lists a token outside the first {vocab_size} tokens")
             if not all(0 <= token < size for token in row.prompt):
                 raise MessageError(f"row {number} has a prompt token outside the {size} tokens of the model")
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row], top_k: int, temperature: float, vocab_size: int) -> TopK:
+    def score(self, rows: Sequence[Row], top_k: int | None, temperature: float, vocab_size: int) -> TopK:
         """Return the [`TopK`] `(N, K)` of the N completion tokens, in the order of the rows.
 
         Args:
             rows (`Sequence[Row]`): rows that [`check`] accepts.
-            top_k (`int`): number of most likely tokens; each completion token is added to its own.
+            top_k (`int`, *optional*): number of the model's most likely tokens; None for the listed tokens of the
+                rows. Each completion token is added to its own.
             temperature (`float`): temperature of the distribution.
             vocab_size (`int`): leading vocabulary rows to normalise over, those that the student has too.
         """
         device = self.model.device
         length = max((len(row.completion) for row in rows), default=0)
+        listed = None if top_k is not None else torch.cat([row.listed for row in rows if row.listed is not None])
         if length == 0:
-            return TopK(torch.zeros(0, top_k + 1).long(), torch.zeros(0, top_k + 1), torch.zeros(0))
+            width = 1 + (listed.shape[1] if listed is not None else top_k or 0)
+            return TopK(torch.zeros(0, width).long(), torch.zeros(0, width), torch.zeros(0))
         prompt_ids, prompt_mask = left_pad([row.prompt for row in rows], 0)
         completion_ids = torch.zeros(len(rows), length, dtype=torch.long)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -95,8 +102,9 @@ class TeacherService:
             self.batch_size,
         )
         hidden, targets = states[mask.to(device)], completion_ids[mask].to(device)
-        pieces = [
-            largest_log_probs(self.head.logits(hidden[part], vocab_size), targets[part], top_k, temperature)
-            for part in token_chunks(len(targets), vocab_size)
-        ]
+        pieces = []
+        for part in token_chunks(len(targets), vocab_size):
+            logits = self.head.logits(hidden[part], vocab_size)
+            wanted = most_likely_tokens(logits, top_k or 0) if listed is None else listed[part].to(device)
+            pieces.append(listed_log_probs(logits, wanted, targets[part], temperature))
         return TopK(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))

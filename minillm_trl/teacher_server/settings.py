@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Fields that only apply with servers, and their defaults
 SERVER_FIELDS = {
     "teacher_server_top_k": 64,
+    "teacher_server_tokens": None,
     "teacher_server_batch_size": 16,
     "teacher_server_timeout": 600.0,
     "teacher_server_retries": 10,
@@ -60,6 +61,8 @@ def check_server_settings(args: "MiniLLMConfig") -> None:
     for name in ("teacher_server_top_k", "teacher_server_batch_size", "teacher_server_timeout"):
         if not getattr(args, name) > 0:
             raise UserError(f"{name} must be positive, got {getattr(args, name)}.")
+    if args.teacher_server_tokens not in (None, "student", "teacher"):
+        raise UserError(f"teacher_server_tokens must be student or teacher, got {args.teacher_server_tokens!r}.")
     if args.teacher_server_retries < 0:
         raise UserError(f"teacher_server_retries must not be negative, got {args.teacher_server_retries}.")
     _refuse(args, "teacher_server_url", _REFUSED)

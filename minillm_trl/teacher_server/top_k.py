@@ -1,7 +1,7 @@
-r"""The k largest log-probs of a teacher, and its next-token distribution completed from them.
+r"""Log-probs of a teacher at k listed tokens, and its next-token distribution completed from them.
 
-With the set S of listed tokens and the probability $P_R$ of the rest, the teacher is completed by the student's own
-shape outside S:
+Listed are the k most likely tokens of the teacher, or of the student. With the set S of listed tokens and the
+probability $P_R$ of the rest, the teacher is completed by the student's own shape outside S:
 
 $$ \tilde p(v) = p(v) \text{ for } v \in S, \qquad
    \tilde p(v) = P_R\, q_\theta(v) \Big/ \sum_{u \notin S} q_\theta(u) \text{ for } v \notin S $$
@@ -12,9 +12,9 @@ $$ \mathrm{KL}(q_\theta \| \tilde p) = \sum_{v \in S} q_\theta(v) \log \frac{q_\
    + Q_R \log \frac{Q_R}{P_R}, \qquad Q_R = \sum_{u \notin S} q_\theta(u) $$
 
 Merging outcomes never increases a KL (data-processing inequality), so it is a lower bound of the KL over the
-vocabulary, and equal to it if S is the whole vocabulary. Its gradient is the one that the full-vocabulary formula
-gives for a constant $\tilde p$, since the derivative with respect to q(v) is $\log(Q_R / P_R) + 1$ outside S in both.
-So the trainer's formulas stay as they are; only the teacher's logits come from here. All this holds for any
+vocabulary for any S, and equal to it if S is the whole vocabulary. Its gradient is the one that the full-vocabulary
+formula gives for a constant $\tilde p$, since the derivative with respect to q(v) is $\log(Q_R / P_R) + 1$ outside S
+in both. So the trainer's formulas stay as they are; only the teacher's logits come from here. All this holds for any
 f-divergence, which covers every `single_step_divergence` but the one that needs the teacher's entropy.
 """
 
@@ -64,11 +64,28 @@ def largest_log_probs(logits: torch.Tensor, targets: torch.Tensor, k: int, tempe
     Returns:
         [`TopK`] with K = k + 1.
     """
+    return listed_log_probs(logits, most_likely_tokens(logits, k), targets, temperature)
+
+
+def listed_log_probs(logits: torch.Tensor, listed: torch.Tensor, targets: torch.Tensor, temperature: float) -> TopK:
+    """Return the log-probs of the listed tokens and, as the last one, of the target, and of all others.
+
+    Args:
+        logits, targets, temperature: see [`largest_log_probs`].
+        listed (`torch.Tensor` of shape `(n, k)`): token ids.
+
+    Returns:
+        [`TopK`] with K = k + 1.
+    """
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
-    most_likely = log_probs.topk(min(k, logits.shape[-1]), dim=-1).indices
-    ids = torch.cat([most_likely, targets[:, None]], dim=-1)
+    ids = torch.cat([listed.long(), targets[:, None]], dim=-1)
     rest = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=-1)
     return TopK(ids, log_probs.gather(1, ids), rest)
+
+
+def most_likely_tokens(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the ids of the k most likely tokens, or of all if there are fewer, `(n, V) -> (n, k)`."""
+    return logits.topk(min(k, logits.shape[-1]), dim=-1).indices
 
 
 def complete(top: TopK, student_logits: torch.Tensor, temperature: float) -> torch.Tensor:

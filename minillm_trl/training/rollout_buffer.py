@@ -30,7 +30,7 @@ _MADE_BY = (
     *("reward_estimator", "advantage_baseline"),
     *("horizon_start", "horizon_steps", "iw_opd_gamma", "top_entropy_quantile", "lmbda", "skd_top_k"),
     *("cross_tokenizer", "offline_teacher"),
-    "teacher_server_top_k",
+    *("teacher_server_top_k", "teacher_server_tokens"),
 )
 
 

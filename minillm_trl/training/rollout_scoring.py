@@ -1,6 +1,7 @@
 """`RolloutScoring`: the training batch of a rollout, from the scores of student and teacher."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,8 @@ class RolloutScoring:
         if scores.student_logps is None:
             scores = self.of_student(model, input_ids, attention_mask, mask)
         if scores.teacher_logps is None and self.spans is None:
-            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
+            top_ids = scores.student_top_ids
+            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1], top_ids)
             with self.accelerator.autocast():
                 teacher = self.scorer.score(
                     batch["completion_ids"], mask, teacher=TeacherStates(states, self.teacher.head)
@@ -157,6 +159,7 @@ class RolloutScoring:
                 teacher_kd_logps=teacher.teacher_kd_logps,
                 teacher_hidden_states=self.teacher.keep(states),
             )
+        self.teacher.raise_failures()
         return scores
 
     def teacher_states(self, batch: Batch) -> torch.Tensor | None:
@@ -170,7 +173,12 @@ class RolloutScoring:
         check_completion_ids(input_ids[:, -mask.shape[1] :], mask, self.scorer.vocab_size)
         states = None
         if self.scorer.expected_reward is not None:
-            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1])
+            top_ids = None
+            if self.teacher.student_top_k:  # the student has to list its tokens before the teacher can be asked
+                lister = replace(self.scorer, expected_reward=None, measure_entropy=False)
+                listing = RolloutRequest(input_ids, attention_mask, mask, lister)
+                top_ids = self.without_gradient(model, listing).student_top_ids
+            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1], top_ids)
         request = RolloutRequest(input_ids, attention_mask, mask, self.scorer, states)
         scores = self.without_gradient(model, request)
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))

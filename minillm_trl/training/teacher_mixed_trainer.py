@@ -197,7 +197,14 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             expected_reward = partial(expected_rewards, scale=self.args.reward_scale, clip=self.args.reward_clip)
         kd_temperature = self.args.kd_temperature or self.temperature
         entropy = self.args.top_entropy_quantile < 1.0
-        return RolloutScorer(self.temperature, kd_temperature, self.vocab_size, expected_reward, entropy)
+        return RolloutScorer(
+            self.temperature,
+            kd_temperature,
+            self.vocab_size,
+            expected_reward,
+            entropy,
+            self._teacher.student_top_k,
+        )
 
     @property
     def _student(self) -> PreTrainedModel:

@@ -19,6 +19,13 @@ from minillm_trl.teacher_server.server_pool import ServerPool
 
 VOCAB = 300
 
+GIVEN = {
+    "prompt_ids": torch.tensor([[1, 5, 6], [7, 8, 9]]),
+    "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+    "completion_ids": torch.tensor([[10, 11, 0], [12, 0, 1]]),
+    "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+}
+
 
 @pytest.fixture(scope="module")
 def teacher():
@@ -58,13 +65,17 @@ def log_of(trainer) -> list[dict[str, float]]:
     "options",
     [
         {},
+        {"teacher_server_tokens": "teacher"},
         {"reward_estimator": "expected", "advantage_baseline": "position"},
         {"temperature": 0.7, "teacher_hidden_states": "cpu", "num_iterations": 2, "sampling_batch_size": 3},
     ],
-    ids=["plain", "expected", "temperature"],
+    ids=["plain", "teacher's tokens", "expected", "temperature"],
 )
 def test_the_whole_vocabulary_gives_the_run_of_a_local_teacher(tmp_path, teacher, server, options):
-    local = make_trainer(tmp_path / "local", teacher, **options)
+    of_server = {"teacher_server_tokens"} & options.keys()
+    local = make_trainer(
+        tmp_path / "local", teacher, **{name: value for name, value in options.items() if name not in of_server}
+    )
     remote = make_trainer(
         tmp_path / "remote",
         teacher_server_url=server,
@@ -97,18 +108,73 @@ def test_a_part_of_the_vocabulary_keeps_rewards_and_bounds_the_single_step(tmp_p
 
 
 def test_evaluation_and_given_rollouts_are_scored_by_the_server(tmp_path, teacher, server):
-    batch = {
-        "prompt_ids": torch.tensor([[1, 5, 6], [7, 8, 9]]),
-        "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
-        "completion_ids": torch.tensor([[10, 11, 0], [12, 0, 1]]),
-        "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
-    }
-    local = make_trainer(tmp_path / "local", teacher).score_rollouts(**batch)
+    local = make_trainer(tmp_path / "local", teacher).score_rollouts(**GIVEN)
     trainer = make_trainer(tmp_path / "remote", teacher_server_url=server, teacher_server_top_k=5)
-    remote = trainer.score_rollouts(**batch)
+    remote = trainer.score_rollouts(**GIVEN)
     torch.testing.assert_close(remote["advantages"], local["advantages"], rtol=1e-4, atol=1e-5)
     metrics = trainer.evaluate(DATASET.select(range(4)))
     assert metrics["eval_objective/single_step"] > 0
+
+
+def plain_logits(model, row: int) -> torch.Tensor:
+    """Return the logits that predict each token of a completion of GIVEN, by a plain forward pass without padding."""
+    prompt, length = GIVEN["prompt_ids"][row][GIVEN["prompt_mask"][row].bool()], GIVEN["completion_mask"][row].sum()
+    ids = torch.cat([prompt, GIVEN["completion_ids"][row][:length]])
+    with torch.no_grad():
+        return model.eval()(ids[None]).logits[0, len(prompt) - 1 : -1].double()
+
+
+def merged_kl(student, teacher, listed: list[list[list[int]]]) -> float:
+    """Return the mean over tokens of the reverse KL in which all tokens that are not listed are one outcome."""
+    totals = []
+    for row, tokens in enumerate(listed):
+        for place, names in enumerate(tokens):
+            q, p = (plain_logits(model, row)[place].softmax(-1) for model in (student, teacher))
+            names = sorted({*names, int(GIVEN["completion_ids"][row, place])})
+            others = [token for token in range(len(q)) if token not in names]
+            q, p = (torch.cat([each[names], each[others].sum()[None]]) for each in (q, p))
+            totals.append(float((q * (q / p).log()).sum()))
+    return sum(totals) / len(totals)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "expected"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_listed_tokens_are_those_of_the_student_that_sampled_or_of_the_teacher(
+    tmp_path, teacher, server, whose, estimator
+):
+    options = {"teacher_server_url": server, "teacher_server_top_k": 5, "teacher_server_tokens": whose}
+    trainer = make_trainer(tmp_path, reward_estimator=estimator, **options)
+    source = trainer.model if whose == "student" else teacher
+    listed = [[names.topk(5).indices.tolist() for names in plain_logits(source, row)] for row in range(2)]
+    batch = trainer.score_rollouts(**GIVEN)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # as the updates of a buffer do, which keep the list
+        for values in trainer.model.parameters():
+            values += 0.3 * values.abs().mean() * torch.randn(values.shape, generator=generator)
+    loss = trainer.compute_loss(trainer.model, {**batch, "advantages": torch.zeros_like(batch["advantages"])})
+    assert loss.item() == pytest.approx(merged_kl(trainer.model, teacher, listed), rel=1e-4)
+    assert plain_logits(trainer.model, 0).topk(5).indices.tolist() != listed[0]
+
+
+def test_the_students_tokens_are_listed_by_default(tmp_path, teacher, server):
+    assert make_trainer(tmp_path, teacher_server_url=server)._teacher.student_top_k == 64
+    with serving(vllm_app(teacher, tokenize=build_tokenizer().encode)) as url:
+        vllm = {"teacher_server_url": url, "teacher_server_top_k": 5}
+        assert make_trainer(tmp_path, **vllm)._teacher.student_top_k == 0
+        with pytest.raises(UserError, match=r"teacher_server_tokens='student'.*vLLM"):
+            make_trainer(tmp_path, teacher_server_tokens="student", **vllm)
+
+
+@pytest.mark.parametrize("protocol", [None, 3])
+def test_a_server_of_another_version_is_refused(tmp_path, teacher, protocol):
+    async def info(request: web.Request) -> web.Response:
+        versions = {} if protocol is None else {"protocol": protocol}
+        return web.json_response({"server": "minillm-trl", "model": "the-teacher", "vocab_size": VOCAB, **versions})
+
+    app = web.Application()
+    app.add_routes([web.get("/info", info)])
+    with serving(app) as url, pytest.raises(TeacherServerError, match="same version of minillm-trl"):
+        make_trainer(tmp_path, teacher_server_url=url)
 
 
 class TestSeveralServers:
@@ -211,7 +277,7 @@ class TestVllm:
         with serving(vllm_app(teacher, tokenize=encode)) as url:
             vllm = make_trainer(tmp_path / "vllm", teacher_server_url=f"{url}/v1/", **options)
             vllm.train()
-        ours = make_trainer(tmp_path / "ours", teacher_server_url=server, **options)
+        ours = make_trainer(tmp_path / "ours", teacher_server_url=server, teacher_server_tokens="teacher", **options)
         ours.train()
         torch.testing.assert_close(weights(vllm), weights(ours), rtol=1e-3, atol=1e-5)
 
@@ -252,6 +318,7 @@ class TestRefusals:
             ("teacher_model_init_kwargs", {"dtype": "float32"}),
             ("kd_temperature", 0.5),
             ("teacher_server_top_k", 0),
+            ("teacher_server_tokens", "nobody"),
             ("teacher_server_retries", -1),
             ("teacher_server_url", ["http://a:1", "http://a:1/"]),
             ("teacher_server_url", ["ftp://a:1"]),

@@ -12,7 +12,14 @@ from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.objectives import expected_rewards
 from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, TeacherStates
-from minillm_trl.teacher_server.top_k import TopK, TopKHead, complete, largest_log_probs
+from minillm_trl.teacher_server.top_k import (
+    TopK,
+    TopKHead,
+    complete,
+    largest_log_probs,
+    listed_log_probs,
+    most_likely_tokens,
+)
 
 VOCAB, TOKENS = 11, 6
 
@@ -24,13 +31,14 @@ def pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return student, teacher, torch.randint(VOCAB, (TOKENS,), generator=generator)
 
 
-def bucket_kl(student_logits, teacher_logits, targets, k, temperature=1.0, divergence=reverse_kl):
+def bucket_kl(student_logits, teacher_logits, targets, k, temperature=1.0, divergence=reverse_kl, whose="teacher"):
     """Merge all unlisted tokens into one outcome, token by token, and compare the merged distributions."""
     q = torch.softmax(student_logits / temperature, dim=-1)
     p = torch.softmax(teacher_logits / temperature, dim=-1)
     totals = []
     for row in range(len(targets)):
-        listed = sorted({*p[row].topk(k).indices.tolist(), int(targets[row])})
+        likely = (p if whose == "teacher" else q)[row].topk(k).indices.tolist()
+        listed = sorted({*likely, int(targets[row])})
         others = [token for token in range(q.shape[1]) if token not in listed]
         merged = [torch.cat([each[row, listed], each[row, others].sum()[None]]) for each in (q, p)]
         totals.append(divergence(*(each[: len(listed) + bool(others)].log() for each in merged)))
@@ -48,22 +56,28 @@ DIVERGENCES = {
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("k", [1, 3, VOCAB - 1, VOCAB])
-def test_single_step_is_the_divergence_with_the_rest_as_one_token(pair, k, temperature, divergence):
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_single_step_is_the_divergence_with_the_rest_as_one_token(pair, whose, k, temperature, divergence):
     student, teacher, targets = pair
     student = student.requires_grad_()
-    expected = bucket_kl(student, teacher, targets, k, temperature, divergence)
+    expected = bucket_kl(student, teacher, targets, k, temperature, divergence, whose)
     (gradient,) = torch.autograd.grad(expected.sum(), student)
-    completed = complete(largest_log_probs(teacher, targets, k, temperature), student, temperature)
+    if whose == "teacher":
+        top = largest_log_probs(teacher, targets, k, temperature)
+    else:
+        top = listed_log_probs(teacher, most_likely_tokens(student.detach(), k), targets, temperature)
+    completed = complete(top, student, temperature)
     found = divergence(torch.log_softmax(student / temperature, -1), torch.log_softmax(completed / temperature, -1))
     (found_gradient,) = torch.autograd.grad(found.sum(), student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found_gradient, gradient)
 
 
-def test_it_is_a_lower_bound_that_grows_to_the_kl(pair):
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_it_is_a_lower_bound_that_grows_to_the_kl(pair, whose):
     student, teacher, targets = pair
     full = reverse_kl(torch.log_softmax(student, -1), torch.log_softmax(teacher, -1))
-    values = [bucket_kl(student, teacher, targets, k) for k in range(1, VOCAB + 1)]
+    values = [bucket_kl(student, teacher, targets, k, whose=whose) for k in range(1, VOCAB + 1)]
     for smaller, larger in itertools.pairwise(values):
         assert (smaller <= larger + 1e-12).all()
     assert (values[0] < full - 1e-3).any()
