@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--max_new_tokens", type=int, default=48)
-    parser.add_argument("--updates", type=int, default=16, help="updates on the samples; 0 for none")
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    parser.add_argument("--updates", type=int, default=4, help="updates on the samples; 0 for none")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -41,6 +41,11 @@ class MiniLLMConfig(FamilyConfig):
     Args:
         teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` for a teacher given as a name or folder.
+        teachers (`dict[str, str]`, *optional*):
+            Several teachers in place of `teacher_model`: for each value of `teacher_column` a name, a folder, the
+            address of a server, or a list of addresses.
+        teacher_column (`str`, *optional*, defaults to `"teacher"`):
+            Column of the prompts that chooses the teacher of a row, if there are several.
         teacher_server_url (`str` or `list[str]`, *optional*):
             Address of a server with the teacher, or of several with the same teacher, in place of `teacher_model`:
             `minillm-trl serve-teacher`, or vLLM's OpenAI-compatible server. Needs `teacher_mixed_alpha=0.0`. Rewards
@@ -186,6 +191,15 @@ class MiniLLMConfig(FamilyConfig):
 
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher, as JSON."}
+    )
+    teachers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers: a name, a folder or addresses of servers for each value of teacher_column."
+        },
+    )
+    teacher_column: str = field(
+        default="teacher", metadata={"help": "Column that chooses the teacher of a row, if there are several."}
     )
     teacher_server_url: list[str] | None = field(
         default=None,
@@ -341,6 +355,7 @@ class MiniLLMConfig(FamilyConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # TRL's own annotation forgets ClassVar
         *GRPOConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
+        "teachers",
     ]
 
     def __post_init__(self) -> None:

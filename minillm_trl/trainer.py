@@ -49,14 +49,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from .config import MiniLLMConfig
-from .errors import UserError
 from .loss import LOSS_INPUTS, LOSS_OPTIONS, loss_of_tokens, loss_terms
 from .masking import normalize_loss
 from .models.encoding import added_tokens, without_extra_tokens
 from .models.fused_head import ScoreRequest
 from .rollouts.buffer import Batch, sequences
-from .teacher_server.remote_teacher import choose_teacher
-from .training.checks import check_arguments, check_machine, check_prompt_ids, check_rollout_logps
+from .training.checks import check_arguments, check_groups, check_machine, check_prompt_ids, check_rollout_logps
 from .training.evaluation_rows import fill_rows
 from .training.language_modeling import language_modeling_request
 from .training.model_card import PAPER
@@ -64,6 +62,7 @@ from .training.nonfinite_rows import explain_empty_step, explain_loss, explain_v
 from .training.prompt_order import EpochRepeatSampler, mark_filler, split_columns
 from .training.rollout_buffer import loss_normalizer
 from .training.rollout_in_progress import RolloutInProgress
+from .training.teacher_choice import choose_teacher, given_teachers, index_entry, row_teachers
 from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
 
@@ -79,9 +78,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], or a `dict` of them, *optional*):
             The teacher, with the student's tokenizer or `cross_tokenizer`. It is frozen and put in eval mode. Settings
-            that quantise or wrap the student do not apply to it. None with `teacher_server_url`.
+            that quantise or wrap the student do not apply to it. A `dict` has a teacher for each value of the
+            dataset's `teacher_column`. None with `teacher_server_url` or `teachers`.
         reward_funcs (*optional*):
             Reward functions as in [`~trl.GRPOTrainer`], with relative weights `reward_weights`. Their advantage is
             added to the teacher's at every token, with weight 1. It is relative to the other completions of the
@@ -117,7 +117,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel",
-        teacher_model: "str | PreTrainedModel | None" = None,
+        teacher_model: "str | PreTrainedModel | dict[str, str | PreTrainedModel] | None" = None,
         reward_funcs: Any = None,
         args: MiniLLMConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -137,7 +137,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = MiniLLMConfig(f"{name.rstrip('/').split('/')[-1]}-MiniLLM")
         teacher = choose_teacher(teacher_model, args)
-        teacher_tokenizer = check_arguments(
+        teacher_tokenizers = check_arguments(
             model,
             teacher,
             reward_funcs,
@@ -155,7 +155,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         super().__init__(
             model=model,
             teacher_model=teacher,
-            teacher_tokenizer=teacher_tokenizer,
+            teacher_tokenizers=teacher_tokenizers,
             lm_dataset=lm_dataset,
             reward_funcs=reward_funcs,
             args=args,
@@ -181,6 +181,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
         behavior_logps: torch.Tensor | None = None,
+        teachers: list[str] | None = None,
     ) -> Batch:
         r"""Make a training batch from token ids, whether this trainer sampled them or not.
 
@@ -190,6 +191,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 non-zero up to and including the end-of-sequence token.
             behavior_logps (`torch.Tensor` of shape `(B, T)`, *optional*): log-probs under the policy that sampled, at
                 the sampling temperature; by default under the mixture with `teacher_mixed_alpha`.
+            teachers (`list[str]`, *optional*): the name of each row's teacher, if there are several.
 
         Returns:
             `dict` of detached tensors for `compute_loss`: the inputs; `advantages` (returns of the teacher's rewards,
@@ -203,18 +205,14 @@ class MiniLLMTrainer(TeacherMixedTrainer):
             FloatingPointError: if the teacher or the student gives a sampled token probability zero or NaN, or an
                 importance weight overflows. Training leaves such rows out of the update.
         """
-        rows, group = len(prompt_ids), self.num_generations
-        if self.args.advantage_baseline == "group" and rows * self.accelerator.num_processes % group:
-            raise UserError(
-                f"advantage_baseline='group' is a mean over groups of num_generations={group} rows, got {rows} rows. "
-                f"Score a multiple of {group} rows, the completions of a prompt next to each other."
-            )
+        check_groups(self.args, len(prompt_ids), self.accelerator.num_processes)
         batch = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
             "completion_ids": completion_ids,
             "completion_mask": completion_mask,
         }
+        batch |= index_entry(given_teachers(teachers, self._teacher_names, len(prompt_ids)), prompt_ids.device)
         with self._teacher_phase:
             scored = self.scoring.training_batch(
                 self.model, batch, self.args.teacher_mixed_alpha, behavior_logps, self.args.advantage_baseline
@@ -295,11 +293,13 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         counts = torch.tensor(are_real, device=self.accelerator.device)
         self._rollout = rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
         rollout.given = self._given_completions(inputs)
+        rollout.teacher_index = row_teachers(inputs, self.args.teacher_column, self._teacher_names)
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
         batch["completion_mask"] = batch["completion_mask"] * counts[:, None]
         batch["completion_mask"][rollout.empty_rows] = 0
+        batch |= index_entry(rollout.teacher_index, counts.device)
         alpha = self.args.teacher_mixed_alpha if training else 0.0
         # evaluation has no baseline: values would depend on the other rows of the batch
         baseline = self.args.advantage_baseline if training else "none"

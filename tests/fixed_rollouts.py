@@ -51,12 +51,14 @@ def train(
     teacher: str = "",
     corpus: bool = True,
     fsdp_on_cpu: bool = False,
+    several_teachers: bool = False,
     resume_from_checkpoint: str | None = None,
     **options,
 ) -> MiniLLMTrainer:
     """Train a few steps on a buffer of three optimizer steps, and save to `output`.
 
-    With `teacher_mixed_alpha`, the rollouts are sampled instead of fixed. `student` and `teacher` may be folders.
+    With `teacher_mixed_alpha`, the rollouts are sampled instead of fixed. `student` and `teacher` may be folders. With
+    `several_teachers`, a third of the rows has another teacher.
     """
     tokenizer = build_tokenizer()
     # before the configuration: under ZeRO-3, transformers shards models that are built later
@@ -87,13 +89,17 @@ def train(
     if fsdp_on_cpu:  # accelerate allows FSDP only on GPUs; torch supports it on CPUs too
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     reward_funcs = late if options.get("scale_rewards") else None
+    rows, teachers = {"prompt": PROMPTS}, teacher or models[1]
+    if several_teachers:
+        rows["teacher"] = ["b" if number % 3 == 1 else "a" for number in range(len(PROMPTS))]
+        teachers = {"a": teachers, "b": build_model("gpt2", len(tokenizer), 2, width=16)}
     trainer = MiniLLMTrainer(
         student or models[0],
-        teacher or models[1],
+        teachers,
         reward_funcs=reward_funcs,
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:8]}) if "eval_strategy" in options else None,
+        train_dataset=Dataset.from_dict(rows),
+        eval_dataset=Dataset.from_dict(rows).select(range(8)) if "eval_strategy" in options else None,
         processing_class=tokenizer,
         rollout_func=None if args.teacher_mixed_alpha else rollout,
         lm_dataset=CORPUS if corpus else None,

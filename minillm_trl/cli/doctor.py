@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from trl import ModelConfig
 from ..errors import UserError
 from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import quantization_settings
+from ..teacher_server.addresses import served_names
 from ..training.trl_version import TESTED
 from .arguments import PlainParser, TeacherArguments, parse, parse_plain
 from .shrink import read_settings
@@ -54,12 +56,18 @@ def run(argv: list[str]) -> int:
     found, strategy = problems(machine), "ddp"
     if options.config is not None:
         try:
-            settings = _read(options.config)
+            teachers = _read(options.config)
         except UserError as error:  # TrainingArguments refuses some settings on a machine without a GPU
             found.append(str(error))
         else:
-            found = check(machine, *settings) + check_pair(*settings)
-            strategy, parts = choose_strategy(machine, *settings, prompt_tokens=options.prompt_tokens)
+            settings = next(iter(teachers.values()))
+            found = check(machine, *settings)
+            for name, pair in teachers.items():
+                found += [problem if name is None else f"Teacher {name!r}: {problem}" for problem in check_pair(*pair)]
+            estimates = [
+                choose_strategy(machine, *pair, prompt_tokens=options.prompt_tokens) for pair in teachers.values()
+            ]
+            strategy, parts = with_all_teachers(estimates, offloads=settings[2].offload_teacher)
             print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
             print("\n" + "\n".join(describe_ends(*settings)))
     print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
@@ -222,6 +230,22 @@ def choose_strategy(
     return chosen, estimates[chosen]
 
 
+def with_all_teachers(
+    estimates: Sequence[tuple[str, dict[str, float]]], offloads: bool
+) -> tuple[str, dict[str, float]]:
+    """Return the estimate with the largest of several teachers, and the weights of the others added to it.
+
+    Args:
+        estimates (`Sequence[tuple[str, dict]]`): strategy and estimate with each teacher alone.
+        offloads (`bool`): whether the device holds one of them at a time.
+    """
+    ordered = sorted(estimates, key=lambda estimate: -estimate[1]["teacher"])
+    (strategy, parts), *others = ordered
+    added = 0.0 if offloads else sum(other["teacher"] for _, other in others)
+    phases = ("teacher", "while sampling", "while updating")
+    return strategy, {name: value + (added if name in phases else 0.0) for name, value in parts.items()}
+
+
 def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) -> list[str]:
     """Return the memory estimate, line by line, compared with the smallest GPU or, without one, the machine."""
     place = f"each GPU in mixed precision under {strategy}" if machine.gpus else "the process on this CPU"
@@ -262,16 +286,17 @@ def _peak(parts: dict[str, float]) -> float:
     return max(parts["while sampling"], parts["while updating"])
 
 
-def _read(path: str) -> "tuple[ModelConfig, TeacherArguments, MiniLLMConfig]":
+def _read(path: str) -> "dict[str | None, tuple[ModelConfig, TeacherArguments, MiniLLMConfig]]":
+    """Return the settings of a run with each of its teachers, by name; the only one of a run has the name None."""
     from . import minillm
 
     with contextlib.redirect_stdout(io.StringIO()):  # parsing may announce devices
         (_, _, teacher, *_, args, model), _ = parse(minillm.build_parser(), ["--config", path])
     teacher.check(args)
-    if teacher.teacher_model_name_or_path is None:
+    if args.teacher_server_url is not None or args.offline_teacher is not None or served_names(args):
         raise UserError(
-            f"{path}: doctor cannot check a teacher on a server (teacher_server_url) or stored scores "
+            f"{path}: doctor cannot check a teacher on a server (teacher_server_url, teachers) or stored scores "
             "(offline_teacher). Start the training, which compares tokenizer and model with the student before its "
             "first step."
         )
-    return model, TeacherArguments(teacher.teacher_model_name_or_path), args
+    return {name: (model, TeacherArguments(folder), args) for name, folder in teacher.local(args).items()}

@@ -15,7 +15,11 @@ from .arguments import DataArguments
 
 
 def load_splits(
-    data: DataArguments, eval_strategy: str, require_completion: bool, text_column: str | None = None
+    data: DataArguments,
+    eval_strategy: str,
+    require_completion: bool,
+    text_column: str | None = None,
+    teacher_column: str | None = None,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load and check the training examples and, if configured, the evaluation examples.
 
@@ -24,6 +28,7 @@ def load_splits(
         eval_strategy (`str`): `"no"`, `"steps"` or `"epoch"`.
         require_completion (`bool`): whether each row must have a completion.
         text_column (`str`, *optional*): column of plain text that may replace prompts and completions.
+        teacher_column (`str`, *optional*): column with the teacher of a row, which a mixture keeps.
 
     Raises:
         ValueError: if evaluation is configured without data, or on a split of data that has no splits: a single
@@ -49,7 +54,7 @@ def load_splits(
         data.prompt_column, data.completion_column, data.references_column, require_completion, text_column
     )
     if data.dataset_name is None:
-        return _load_mixture(data, load, columns)
+        return _load_mixture(data, load, columns, teacher_column)
     if data.eval_dataset is None and data.dataset_test_split is not None and not has_splits(data.dataset_name):
         raise UserError(
             f"dataset_test_split={data.dataset_test_split!r}: {data.dataset_name} has no splits, so this would "
@@ -76,7 +81,7 @@ def _load_evaluation(data: DataArguments, load: Callable[..., Dataset]) -> Datas
 
 
 def _load_mixture(
-    data: DataArguments, load: Callable[..., Dataset], columns: Columns
+    data: DataArguments, load: Callable[..., Dataset], columns: Columns, teacher_column: str | None
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Load `datasets`, and the evaluation data from `eval_dataset` or split off by `test_split_size`."""
     if data.dataset_test_split is not None and data.eval_dataset is None:
@@ -90,7 +95,7 @@ def _load_mixture(
         return stream, None if data.eval_dataset is None else _load_evaluation(data, load)
     # rows that are split off are drawn from all of them, which shuffles the rest
     max_rows = data.max_train_rows if data.test_split_size is None else None
-    train, evaluation = load_mixture(parse_parts(data.datasets), load, max_rows), None
+    train, evaluation = load_mixture(parse_parts(data.datasets), load, max_rows, teacher_column), None
     if data.test_split_size is not None:
         parts = train.train_test_split(data.test_split_size, seed=0)
         train, evaluation = parts["train"], _first(parts["test"], data.max_eval_rows)
@@ -113,7 +118,7 @@ def check_stream_ends(examples: Dataset | IterableDataset, max_steps: int) -> No
         raise UserError("A stream of examples has no known length, which ends a run. Set max_steps.")
 
 
-def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = False) -> Dataset:
+def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = False, by: str | None = None) -> Dataset:
     """Keep each prompt once, see [`unique_prompts`], and print how many rows became how many prompts.
 
     Args:
@@ -121,8 +126,9 @@ def distinct_prompts(examples: Dataset, source: str, keep_completion: bool = Fal
         source (`str`): name of the data, as the user gave it.
         keep_completion (`bool`, *optional*, defaults to `False`): whether to keep the completion of the prompt's first
             row.
+        by (`str`, *optional*): a column, such as the one with the teacher: prompts with different values differ.
     """
-    prompts = unique_prompts(examples, keep_completion)
+    prompts = unique_prompts(examples, keep_completion, by)
     if (counts := describe_repeats(examples, prompts)) and PartialState().is_main_process:
         print(f"{source}: {counts}. Each prompt is used once.", file=sys.stderr)
     return prompts

@@ -46,7 +46,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     with recording.record_run("kd", argv, parser, parsed, checkpoint) as record:
         record.add_data("train", data.source, train)
         record.add_data("evaluation", data.eval_source, evaluation)
-        recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
+        recording.add_models(record, args, model.model_name_or_path, {None: teacher.teacher_model_name_or_path})
         trainer = KDTrainer(
             teacher_model=teacher.teacher_model_name_or_path,
             args=args,

@@ -7,7 +7,8 @@ from trl import ModelConfig
 
 from ..config import MiniLLMConfig
 from ..errors import UserError
-from ..training.metric_names import MINILLM, check_metric_name
+from ..teacher_server.addresses import served_names
+from ..training.metric_names import BY_TEACHER, MINILLM, check_metric_name
 from .arguments import DataArguments, EarlyStoppingArguments, Parser, make_parser, parse
 from .launch import hand_over
 from .presets import PresetArguments
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServableTeacherArguments:
-    """The teacher; `teacher_server_url` if it runs on servers, `offline_teacher` if its scores are stored."""
+    """The teacher; `teacher_server_url` if it runs on servers, `offline_teacher` if its scores are stored, `teachers` if
+    there are several."""
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Name or folder of the teacher model.", "aliases": ["--teacher"]}
@@ -32,14 +34,28 @@ class ServableTeacherArguments:
             UserError: if there is none, or two.
         """
         name = self.teacher_model_name_or_path
-        others = [field for field in ("teacher_server_url", "offline_teacher") if getattr(args, field) is not None]
-        if name is None and not others:
+        others = ("teacher_server_url", "offline_teacher", "teachers")
+        given = [other for other in others if getattr(args, other) is not None]
+        if name is None and not given:
             raise UserError(
-                "--teacher_model_name_or_path is missing: name a teacher, or set --teacher_server_url or "
-                "--offline_teacher."
+                "--teacher_model_name_or_path is missing: name a teacher, or set --teacher_server_url, "
+                "--offline_teacher or --teachers."
             )
-        if name is not None and others:
-            raise UserError(f"--teacher_model_name_or_path {name} and --{others[0]} are both given. Drop one of them.")
+        if name is not None and given:
+            raise UserError(f"--teacher_model_name_or_path {name} and --{given[0]} are both given. Drop one of them.")
+
+    def local(self, args: MiniLLMConfig) -> dict[str | None, str]:
+        """Return the teachers that this process loads, by name; the only one of a run has the name None."""
+        if self.teacher_model_name_or_path is not None:
+            return {None: self.teacher_model_name_or_path}
+        served = served_names(args)
+        return {name: teacher for name, teacher in teachers_of(args).items() if name not in served}
+
+
+def teachers_of(args: MiniLLMConfig) -> dict[str, Any]:
+    """Return the teachers of `teachers`, which its `__post_init__` has parsed; nothing for a single teacher."""
+    assert not isinstance(args.teachers, str)
+    return args.teachers or {}
 
 
 @dataclass
@@ -120,6 +136,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     from ..models import loading as models
     from ..trainer import MiniLLMTrainer
     from ..training.data_checks import check_fills_rollout
+    from ..training.teacher_choice import naming_teacher
     from . import recording, training
     from .examples import check_stream_ends, describe_repeats, distinct_prompts, load_splits
 
@@ -127,26 +144,32 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     teacher.check(args)
     callbacks = [*stopping.callbacks(args), *degeneration.callbacks()]
     learns_given = args.lmbda < 1.0
-    rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False)
+    by = args.teacher_column if args.teachers is not None else None
+    if by is not None and data.is_streamed:
+        raise UserError(
+            "Streamed rows cannot be checked for their teachers before training. Drop streaming, or teachers."
+        )
+    rows, eval_rows = load_splits(data, args.eval_strategy.value, require_completion=False, teacher_column=by)
     source, eval_source = data.source, data.eval_source
     check_stream_ends(rows, args.max_steps)
-    train = rows if data.is_streamed else distinct_prompts(rows, source, keep_completion=learns_given)
-    wanted = ("prompt", "completion") if learns_given else ("prompt",)
+    train = rows if data.is_streamed else distinct_prompts(rows, source, keep_completion=learns_given, by=by)
+    wanted = ["prompt", *(["completion"] if learns_given else []), *([] if by is None else [by])]
     train = train.select_columns([name for name in wanted if name in next(iter(train))])
-    evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source)
+    evaluation = None if eval_rows is None else distinct_prompts(eval_rows, eval_source, by=by)
     _check_metric(args, evaluation, eval_source)
     if not data.is_streamed:
         check_fills_rollout(train, args, source, describe_repeats(rows, train))
     lm_dataset = corpus.load()
     checkpoint = training.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-    student_name, teacher_name = model.model_name_or_path, teacher.teacher_model_name_or_path
+    student_name, local = model.model_name_or_path, teacher.local(args)
     tokenizer = models.load_tokenizer(student_name, model.model_revision, args.trust_remote_code)
-    if teacher_name is not None:  # the trainer compares the tokenizer of a server
-        training.check_teacher_tokenizer(teacher_name, args, tokenizer, train)
+    for name, folder in local.items():  # the trainer compares the tokenizer of a server
+        with naming_teacher(name):
+            training.check_teacher_tokenizer(folder, args, tokenizer, train)
     # the prompts of a stream are checked while it is read
     tasks = [] if data.is_streamed else [(source, train)]
     tasks += [] if evaluation is None else [(eval_source, evaluation)]
-    length, names = args.max_completion_length, [name for name in (student_name, teacher_name) if name is not None]
+    length, names = args.max_completion_length, [student_name, *local.values()]
     readers = names[:1] if args.cross_tokenizer else names  # of the student's tokens
     models.check_room(readers, tasks, tokenizer, "max_completion_length", length, args.trust_remote_code)
     training.check_models(names, args)
@@ -155,10 +178,10 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
         record.add_data("train", source, train)
         record.add_data("evaluation", eval_source, evaluation)
         record.add_data("corpus", corpus.lm_dataset, lm_dataset)
-        recording.add_models(record, args, student_name, teacher_name)
+        recording.add_models(record, args, student_name, local)
         trainer = MiniLLMTrainer(
             model=student_name,
-            teacher_model=teacher_name,
+            teacher_model=teacher.teacher_model_name_or_path,
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
@@ -174,7 +197,8 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
 
 def _check_metric(args: MiniLLMConfig, evaluation: "Dataset | None", source: str) -> None:
     metric = args.metric_for_best_model
-    check_metric_name(metric, MINILLM if args.beta > 0 else MINILLM - {"kl"})
+    known = MINILLM | {f"{name}/{teacher}" for name in BY_TEACHER for teacher in teachers_of(args)}
+    check_metric_name(metric, known if args.beta > 0 else known - {"kl"})
     if evaluation is None or metric is None or metric.removeprefix("eval_") != "rouge_l":
         return
     if "references" not in evaluation.column_names or not any(evaluation["references"]):

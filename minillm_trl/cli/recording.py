@@ -1,7 +1,7 @@
 """Record the run of a training subcommand, with the YAML that repeats it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,22 @@ def record_run(
     return RunRecord(subcommand, argv, repeating_options(parser, argv), parsed, checkpoint)
 
 
-def add_models(record: RunRecord, args: "TrainerConfig", student: str, teacher: str | None = None) -> None:
-    """Record the models of a run, with the revisions that its arguments name."""
+def add_models(
+    record: RunRecord, args: "TrainerConfig", student: str, teachers: Mapping[str | None, str] | None = None
+) -> None:
+    """Record the models of a run, with the revisions that its arguments name.
+
+    Args:
+        record ([`RunRecord`]): the record.
+        args: the arguments of the trainer.
+        student (`str`): name or folder of the student.
+        teachers (`Mapping`, *optional*): names or folders of the teachers in this process; the key of a single one is
+            None.
+    """
     record.add_model("student", student, (parsed_kwargs(args.model_init_kwargs) or {})["revision"])
-    if teacher is not None:
+    for name, teacher in (teachers or {}).items():
         record.add_model(
-            "teacher",
+            "teacher" if name is None else f"teacher {name}",
             teacher,
             (parsed_kwargs(getattr(args, "teacher_model_init_kwargs", None)) or {}).get("revision"),
         )

@@ -67,7 +67,7 @@ def _train(argv: list[str], parser: Parser, parsed: tuple[Any, ...]) -> int:
     with recording.record_run("seqkd", argv, parser, parsed, checkpoint) as record:
         record.add_data("prompts", data.source, prompts)
         record.add_data("evaluation", data.eval_source, evaluation)
-        recording.add_models(record, args, model.model_name_or_path, teacher.teacher_model_name_or_path)
+        recording.add_models(record, args, model.model_name_or_path, {None: teacher.teacher_model_name_or_path})
         with record.timing("teacher_answers"):
             folder = generate_teacher_data(teacher.teacher_model_name_or_path, args, prompts, data.source)
         if args.generate_only:

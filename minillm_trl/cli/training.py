@@ -58,7 +58,7 @@ def check_teacher_tokenizer(
 
 
 def check_models(names: Sequence[str], args: "TrainerConfig") -> None:
-    """Check the local files of the student and, if any, of the teacher before a trainer loads them.
+    """Check the local files of the student and, if any, of the teachers before a trainer loads them.
 
     Raises:
         ValueError: names the file that is damaged or may not be loaded, or the model that is not a text model.
@@ -68,8 +68,9 @@ def check_models(names: Sequence[str], args: "TrainerConfig") -> None:
             f"--model_name_or_path {student} is an adapter, but training starts from a whole model. Merge it first "
             f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
         )
-    loaded_with = map(parsed_kwargs, (args.model_init_kwargs, getattr(args, "teacher_model_init_kwargs", None)))
-    for name, init_kwargs in zip(names, loaded_with, strict=False):
+    teacher_kwargs = parsed_kwargs(getattr(args, "teacher_model_init_kwargs", None))
+    for number, name in enumerate(names):
+        init_kwargs = teacher_kwargs if number else parsed_kwargs(args.model_init_kwargs)
         if not Path(name).is_dir():
             continue
         if not args.allow_pickled_weights:

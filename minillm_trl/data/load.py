@@ -140,12 +140,13 @@ def make_examples(table: Table, found: dict[str, str], require_completion: bool)
     return dataset.select_columns(first + [name for name in dataset.column_names if name not in first])
 
 
-def unique_prompts(dataset: Dataset, keep_completion: bool = False) -> Dataset:
+def unique_prompts(dataset: Dataset, keep_completion: bool = False, by: str | None = None) -> Dataset:
     """Keep each prompt once, for training on the student's own samples and for evaluation.
 
     Args:
         dataset ([`~datasets.Dataset`]): the result of [`load_examples`].
         keep_completion (`bool`, *optional*, defaults to `False`): whether to keep the first row's `completion`.
+        by (`str`, *optional*): a column, if the dataset has it: prompts with different values of it differ.
 
     Returns:
         [`~datasets.Dataset`] with one row per distinct prompt, in order of first appearance: the prompt's first row
@@ -153,6 +154,8 @@ def unique_prompts(dataset: Dataset, keep_completion: bool = False) -> Dataset:
         in order.
     """
     keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    if by is not None and by in dataset.column_names:
+        keys = [f"{value} {key}" for value, key in zip(dataset[by], keys, strict=True)]
     first_rows: dict[str, int] = {}
     for row, key in enumerate(keys):
         first_rows.setdefault(key, row)

@@ -24,6 +24,7 @@ class Part:
         dataset_config (`str`, *optional*): its configuration on the hub.
         columns (`dict[str, str]`): names in the source, as arguments of [`~load.load_examples`]: `prompt_column`, ...
         fraction (`float`, *optional*): relative share of the rows of the mixture.
+        teacher (`str`, *optional*): name of the teacher of all rows, which becomes a column of the mixture.
     """
 
     source: str
@@ -31,10 +32,12 @@ class Part:
     dataset_config: str | None
     columns: dict[str, str]
     fraction: float | None
+    teacher: str | None = None
 
 
 def parse_parts(entries: Any) -> list[Part]:
-    """Read the entries of `datasets`: `path`, and optionally `name`, `split`, `data_files`, `columns` and `fraction`.
+    """Read the entries of `datasets`: `path`, and optionally `name`, `split`, `data_files`, `columns`, `fraction` and,
+    for one of several teachers, `teacher`.
 
     As in TRL, `path: json` (`csv`, `parquet`) takes the file from `data_files`, and `columns` may list the columns to
     keep. It may also map roles (`prompt`, `completion`, `references`) to the names in the source.
@@ -54,7 +57,7 @@ def parse_parts(entries: Any) -> list[Part]:
 def _parse_part(entry: Any, place: str) -> Part:
     if not isinstance(entry, Mapping):
         raise DataError(f"{place}: expected `path` and other keys, got {shortened(entry)}.")
-    known = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+    known = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction", "teacher")
     for key in entry:
         if key not in known:
             raise DataError(f"{place}: unknown key {key!r}.{nearest(str(key), known)} There are {listing(known)}.")
@@ -75,12 +78,16 @@ def _parse_part(entry: Any, place: str) -> Part:
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool) and math.isfinite(fraction)
     if fraction is not None and not (is_number and fraction > 0):
         raise DataError(f"{place}: fraction must be a positive number, got {shortened(fraction)}.")
+    teacher = entry.get("teacher")
+    if teacher is not None and (not isinstance(teacher, str) or not teacher):
+        raise DataError(f"{place}: teacher must be the name of a teacher, got {shortened(teacher)}.")
     return Part(
         path,
         str(entry.get("split", "train")),
         entry.get("name"),
         _parse_columns(entry.get("columns"), place),
         fraction,
+        teacher,
     )
 
 
@@ -97,7 +104,12 @@ def _parse_columns(columns: Any, place: str) -> dict[str, str]:
     return {f"{role}_column": str(name) for role, name in columns.items()}
 
 
-def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: int | None = None) -> Dataset:
+def load_mixture(
+    parts: Sequence[Part],
+    load: Callable[..., Dataset],
+    max_rows: int | None = None,
+    teacher_column: str | None = None,
+) -> Dataset:
     """Load the parts and concatenate them.
 
     With fractions, each part gives its first rows, so many that the shares hold and no row repeats. `max_rows` keeps
@@ -107,6 +119,8 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: 
         parts (`Sequence[Part]`): from [`parse_parts`].
         load (`Callable`): [`~load.load_examples`], with the arguments that all parts share.
         max_rows (`int`, *optional*): limit of the rows of the mixture.
+        teacher_column (`str`, *optional*): column that the parts have, or get from their `teacher`, besides the roles;
+            None with a single teacher.
 
     Raises:
         DataError: if the parts differ in the kind of a column, have no column in common, or one gives no row.
@@ -114,7 +128,9 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: 
     datasets = [
         load(part.source, split=part.split, dataset_config=part.dataset_config, **part.columns) for part in parts
     ]
-    shared = check_same_kinds(parts, [dataset[0] for dataset in datasets])
+    datasets = [_with_teacher(part, dataset, teacher_column) for part, dataset in zip(parts, datasets, strict=True)]
+    further = [] if teacher_column is None else [teacher_column]
+    shared = check_same_kinds(parts, [dataset[0] for dataset in datasets], further)
     datasets = [dataset.select_columns(shared) for dataset in datasets]
     lengths = [len(dataset) for dataset in datasets]
     fractions = [
@@ -132,13 +148,17 @@ def load_mixture(parts: Sequence[Part], load: Callable[..., Dataset], max_rows: 
     )
 
 
-def check_same_kinds(parts: Sequence[Part], firsts: Sequence[Mapping[str, Any]]) -> list[str]:
+def check_same_kinds(
+    parts: Sequence[Part], firsts: Sequence[Mapping[str, Any]], further: Sequence[str] = ()
+) -> list[str]:
     """Check that the first rows of the parts have columns in common, of the same kind, and return these columns.
+
+    They are those of the roles, and `further` ones.
 
     Raises:
         DataError: naming the parts.
     """
-    shared = [name for name in (*_ROLES, "text") if all(name in first for first in firsts)]
+    shared = [name for name in (*_ROLES, "text", *further) if all(name in first for first in firsts)]
     if not shared:
         raise DataError(f"datasets: {' and '.join(part.source for part in parts)} have no column in common.")
     for part, first in zip(parts, firsts, strict=True):
@@ -149,6 +169,19 @@ def check_same_kinds(parts: Sequence[Part], firsts: Sequence[Mapping[str, Any]])
                     "the other. Convert one of them (prepare-data --template chat makes conversations)."
                 )
     return shared
+
+
+def _with_teacher(part: Part, dataset: Dataset, column: str | None) -> Dataset:
+    """Return the rows of a part with the name of its teacher as a column, if the part names one."""
+    if part.teacher is None:
+        return dataset
+    if column is None:
+        raise DataError(f"datasets: {part.source} names the teacher {part.teacher!r}, but there are no `teachers`.")
+    if column in dataset.column_names:
+        raise DataError(
+            f"datasets: {part.source} has a column {column!r} already. Drop `teacher` from its entry, or the column."
+        )
+    return dataset.add_column(column, [part.teacher] * len(dataset))
 
 
 def rows_of_parts(lengths: Sequence[int], fractions: Sequence[float], max_rows: int | None = None) -> list[int]:

@@ -59,6 +59,11 @@ def load_streamed_mixture(parts: Sequence[Part], columns: Columns, max_rows: int
             TRL.
     """
     for part in parts:
+        if part.teacher is not None:
+            raise DataError(
+                f"datasets: {part.source} names the teacher {part.teacher!r}, but streams have one teacher. Drop "
+                "teacher, or streaming."
+            )
         if part.fraction is not None:
             raise DataError(
                 f"datasets: {part.source} has a fraction, which needs the lengths of the datasets; streams have none. "

@@ -24,7 +24,8 @@ _MEASURES = (
     "length",
     "eos_rate",
 )
-_PRIVATE = ("output_dir", "teacher_server_url", "offline_teacher", "env")  # of the machine and its network
+# of the machine and its network
+_PRIVATE = ("output_dir", "teacher_server_url", "offline_teacher", "teachers", "env")
 _METHODS = {
     "minillm": "distilled with MiniLLM",
     "kd": "trained with word-level KD",
@@ -67,7 +68,8 @@ def build_card(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        base_model=[model for role, model in models.items() if role != "teacher" and "/" in model] or None,
+        base_model=[model for role, model in models.items() if not role.startswith("teacher") and "/" in model]
+        or None,
         datasets=sorted({source for sources in data.values() for source in sources if "/" in source}) or None,
         model_name=name.split("/")[-1],
         eval_results=[] if evaluation is None else list(_eval_results(evaluation)),
@@ -96,6 +98,9 @@ def _introduction(subcommand: str | None, models: Mapping[str, str], data: Mappi
     text = f"This model was {_METHODS.get(subcommand or '', 'trained')} with [minillm_trl](https://pypi.org/project/minillm-trl)."
     if "teacher" in models:
         text += f" Its teacher is `{models['teacher']}`."
+    several = {role.removeprefix("teacher "): name for role, name in models.items() if role.startswith("teacher ")}
+    if several:
+        text += " Its teachers are " + " and ".join(f"`{name}` ({rows})" for rows, name in several.items()) + "."
     if "student" in models:
         text += f" Training started from `{models['student']}`."
     if "train" in data:

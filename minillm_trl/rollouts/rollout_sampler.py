@@ -13,6 +13,7 @@ from .decoding import CompiledDecoding
 from .rollout_teacher import RolloutTeacher, Teacher
 from .sampling import Completions, left_pad, sample_prompts
 from .scores import HeadStates, RolloutScorer, RolloutScores, TeacherStates
+from .several_teachers import SeveralTeachers
 from .teacher_replacement import sample_with_replacement
 
 
@@ -94,6 +95,7 @@ class RolloutSampler:
         max_new_tokens: int,
         with_scores: bool = True,
         given: Sequence[list[int] | None] = (),
+        teacher_index: Sequence[int] = (),
     ) -> SampledTurn:
         """Sample one completion for each prompt without a given one.
 
@@ -108,18 +110,39 @@ class RolloutSampler:
                 conversation are scored together after the last one.
             given (`Sequence[list[int] | None]`, *optional*): the completion of each prompt, cut at `max_new_tokens`;
                 None for prompts to sample for. With a given completion, the turn is not scored.
+            teacher_index (`Sequence[int]`): number of each prompt's teacher, if there are several.
         """
-        scores = ScoredRows()
         if any(completion is not None for completion in given):
             with_scores = False
             rows = [row for row, completion in enumerate(given) if completion is None]
             prompt_ids, keys = [prompt_ids[row] for row in rows], [keys[row] for row in rows]
+            teacher_index = [teacher_index[row] for row in rows] if teacher_index else ()
+        turn = self._sample(student, prompt_ids, keys, coin_key, max_new_tokens, with_scores, teacher_index)
+        return turn._replace(completions=_fill(given, turn.completions, max_new_tokens))
+
+    def _sample(
+        self,
+        student: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Sequence[tuple[int, ...]],
+        coin_key: tuple[int, ...],
+        max_new_tokens: int,
+        with_scores: bool,
+        teacher_index: Sequence[int] = (),
+    ) -> SampledTurn:
+        """Sample one completion for each prompt."""
+        scores = ScoredRows()
+        if isinstance(self.teacher, SeveralTeachers) and (self.alpha > 0 or self.skd_top_k is not None):
+            return self._sample_by_teacher(
+                self.teacher, student, prompt_ids, keys, coin_key, max_new_tokens, with_scores, teacher_index
+            )
         if self.skd_top_k is not None:
-            corrected = self._correct(student, prompt_ids, keys, coin_key, max_new_tokens)
-            return SampledTurn(_fill(given, corrected, max_new_tokens), scores)
+            return SampledTurn(self._correct(student, prompt_ids, keys, coin_key, max_new_tokens), scores)
 
         def score(rows: list[int], sampled: Completions) -> None:
-            scores.parts.append((rows, self._score(student, [prompt_ids[row] for row in rows], sampled)))
+            numbers = [teacher_index[row] for row in rows] if teacher_index else []
+            found = self._score(student, [prompt_ids[row] for row in rows], sampled, numbers)
+            scores.parts.append((rows, found))
 
         completions = sample_prompts(
             student,
@@ -141,7 +164,47 @@ class RolloutSampler:
             on_every_process=self.on_every_process,
             on_batch=score if with_scores else None,
         )
-        return SampledTurn(_fill(given, completions, max_new_tokens), scores)
+        return SampledTurn(completions, scores)
+
+    def _sample_by_teacher(
+        self,
+        teachers: SeveralTeachers,
+        student: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        keys: Sequence[tuple[int, ...]],
+        coin_key: tuple[int, ...],
+        max_new_tokens: int,
+        with_scores: bool,
+        teacher_index: Sequence[int],
+    ) -> SampledTurn:
+        """Sample the rows of one teacher after those of another, since each row mixes with its own teacher.
+
+        A row's completion is what a run with its teacher alone would sample from the same key, if it has coins of its
+        own; rows that share their coins share them with rows of their teacher.
+        """
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        scores = ScoredRows()
+        for number, (name, member) in enumerate(teachers.members.items()):
+            rows = [row for row, own in enumerate(teacher_index) if own == number]
+            if not rows:
+                continue
+            coins = (*coin_key, number) if self.shared_coins else coin_key
+            with teachers.phases[name]:
+                turn = replace(self, teacher=member)._sample(
+                    student,
+                    [prompt_ids[row] for row in rows],
+                    [keys[row] for row in rows],
+                    coins,
+                    max_new_tokens,
+                    with_scores,
+                )
+            for row, ids in zip(rows, turn.completions, strict=True):
+                completions[row] = ids
+            for part, found in turn.scores.parts:
+                states = found.teacher_hidden_states
+                tagged = None if states is None else teachers.tag(states, number)
+                scores.parts.append(([rows[row] for row in part], found._replace(teacher_hidden_states=tagged)))
+        return SampledTurn(completions, scores)
 
     def _correct(
         self,
@@ -172,7 +235,11 @@ class RolloutSampler:
         )
 
     def _score(
-        self, student: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], sampled: Completions
+        self,
+        student: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        sampled: Completions,
+        teacher_index: Sequence[int],
     ) -> RolloutScores:
         """Score a batch from its hidden states; sampling without coins leaves none of the teacher."""
         states, own = sampled.teacher_hidden_states, None
@@ -185,7 +252,8 @@ class RolloutSampler:
             if self.teacher.student_top_k:
                 lister = replace(self.scorer, expected_reward=None, measure_entropy=False)
                 top_ids = lister.score(sampled.ids, sampled.mask, own).student_top_ids
-            states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1], top_ids)
+            numbers = torch.tensor(teacher_index, device=ids.device) if teacher_index else None
+            states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1], top_ids, numbers)
         scores = self.scorer.score(
             sampled.ids, sampled.mask, own, None if states is None else TeacherStates(states, self.teacher.head)
         )

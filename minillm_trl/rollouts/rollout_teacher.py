@@ -13,18 +13,35 @@ from .buffer import Batch, sequences
 
 
 class Teacher(Protocol):
-    """The teacher of rollouts and updates: [`RolloutTeacher`] in this process, or on servers
-    [`~minillm_trl.teacher_server.remote_teacher.RemoteTeacher`].
+    """The teacher of rollouts and updates: [`RolloutTeacher`] in this process, on servers
+    [`~minillm_trl.teacher_server.remote_teacher.RemoteTeacher`], or
+    [`~minillm_trl.rollouts.several_teachers.SeveralTeachers`].
 
     Attributes:
-        model ([`~transformers.PreTrainedModel`], *optional*): the teacher; None on servers.
+        model ([`~transformers.PreTrainedModel`], *optional*): the teacher; None on servers, and if there are several.
+        models (`list[PreTrainedModel]`): all teachers in this process.
+        is_served (`bool`): whether a teacher is on servers.
         head ([`TeacherHead`]): turns states into logits.
         is_sharded (`bool`): whether all processes must call the model together.
         student_top_k (`int`): number of the student's most likely tokens that [`hidden_states`] needs; 0 for none.
+        state_width (`int`): H.
+        state_dtype (`torch.dtype`): holds the states without loss.
     """
 
     @property
     def model(self) -> PreTrainedModel | None: ...
+
+    @property
+    def models(self) -> list[PreTrainedModel]: ...
+
+    @property
+    def is_served(self) -> bool: ...
+
+    @property
+    def state_width(self) -> int: ...
+
+    @property
+    def state_dtype(self) -> torch.dtype: ...
 
     @property
     def head(self) -> TeacherHead: ...
@@ -41,10 +58,12 @@ class Teacher(Protocol):
         attention_mask: torch.Tensor,
         length: int,
         student_top_ids: torch.Tensor | None = None,
+        teacher_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the states `(B, T, H)` of the last `length` tokens of sequences `(B, P+T)`.
 
-        `student_top_ids` `(B, T, K)` are the student's most likely tokens, where `student_top_k` asks for them.
+        `student_top_ids` `(B, T, K)` are the student's most likely tokens, where `student_top_k` asks for them, and
+        `teacher_index` `(B,)` is the number of each row's teacher, if there are several.
         """
 
     def raise_failures(self) -> None:
@@ -76,6 +95,22 @@ class RolloutTeacher:
     batch_size: int
     kept_on: str
     student_top_k: int = 0
+    is_served: bool = False
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The teacher."""
+        return [self.model]
+
+    @property
+    def state_width(self) -> int:
+        """Width of the hidden states."""
+        return self.head.weight.shape[1]
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The head's dtype, to which it converts the hidden states."""
+        return self.head.weight.dtype
 
     @property
     def is_sharded(self) -> bool:
@@ -88,6 +123,7 @@ class RolloutTeacher:
         attention_mask: torch.Tensor,
         length: int,
         student_top_ids: torch.Tensor | None = None,
+        teacher_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens."""
         with self.accelerator.autocast():

@@ -44,8 +44,8 @@ class ServedTeacher:
     tokens: str
 
     @classmethod
-    def connect(cls, args: "MiniLLMConfig") -> "ServedTeacher":
-        """Connect to the servers of a configuration.
+    def connect(cls, args: "MiniLLMConfig", urls: Sequence[str]) -> "ServedTeacher":
+        """Connect to the servers at `urls`, with the settings of a configuration.
 
         Raises:
             TeacherServerError: if a server does not answer, or they serve different models.
@@ -53,9 +53,8 @@ class ServedTeacher:
         """
         from .server_pool import ServerPool  # needs aiohttp, an optional package
 
-        assert args.teacher_server_url, "the configuration names no server"
         pool = ServerPool(
-            args.teacher_server_url,
+            urls,
             args.teacher_server_batch_size,
             args.teacher_server_timeout,
             args.teacher_server_retries,
@@ -160,10 +159,26 @@ class RemoteTeacher:
     kept_on: str
     model: None = None
     is_sharded: bool = False
+    is_served: bool = True
 
     def __post_init__(self) -> None:
         self.head = TopKHead(self.scoring.temperature)
         self._failure: TeacherServerError | None = None
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """No model in this process."""
+        return []
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of a packed [`~minillm_trl.teacher_server.top_k.TopK`]: of the listed tokens and the sampled one."""
+        return 2 * (self.scoring.top_k + 1) + 1
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """float32, which holds token ids exactly."""
+        return torch.float32
 
     @property
     def student_top_k(self) -> int:
@@ -176,6 +191,7 @@ class RemoteTeacher:
         attention_mask: torch.Tensor,
         length: int,
         student_top_ids: torch.Tensor | None = None,
+        teacher_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Request the states `(B, T, 2K + 1)` of the last `length` tokens of sequences `(B, P+T)`.
 
@@ -190,7 +206,7 @@ class RemoteTeacher:
             tokens = ids[real].tolist()
             own = None if names is None else names[:count]
             rows.append(Row(tokens[: len(tokens) - count], tokens[len(tokens) - count :], own))
-        states = torch.zeros(len(rows), length, 2 * (self.scoring.top_k + 1) + 1)
+        states = torch.zeros(len(rows), length, self.state_width)
         if self._failure is None:
             try:
                 for state, answer in zip(states, self.served.pool.score(rows, self.scoring), strict=True):
@@ -219,27 +235,3 @@ class RemoteTeacher:
     def keep(self, states: torch.Tensor | None) -> torch.Tensor | None:
         """Return the states as the buffer keeps them."""
         return states if states is None or self.kept_on == "device" else states.cpu()
-
-
-def choose_teacher(
-    teacher_model: str | PreTrainedModel | None, args: "MiniLLMConfig"
-) -> str | PreTrainedModel | ServedTeacher:
-    """Return the teacher of a run: the given model, or the one on the servers of the configuration.
-
-    Raises:
-        UserError: if there is no teacher, or two.
-        TeacherServerError: if a server does not answer, or they serve different models.
-    """
-    # other configurations, which have none of these fields, are refused later
-    given = [name for name in ("teacher_server_url", "offline_teacher") if getattr(args, name, None) is not None]
-    if not given:
-        if teacher_model is None:
-            raise UserError("teacher_model is missing. Pass it, or set teacher_server_url or offline_teacher in args.")
-        return teacher_model
-    if teacher_model is not None:
-        raise UserError(f"teacher_model and {given[0]} are both given. Drop one of them.")
-    if given == ["offline_teacher"]:
-        from .stored import OfflineTeacher  # builds on this module
-
-        return OfflineTeacher.open(args)
-    return ServedTeacher.connect(args)

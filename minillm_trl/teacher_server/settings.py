@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ..divergences import DIVERGENCES
 from ..errors import UserError
-from .addresses import base_url
+from .addresses import base_urls, served_names
 
 if TYPE_CHECKING:
     from ..config import MiniLLMConfig
@@ -49,15 +49,13 @@ def check_server_settings(args: "MiniLLMConfig") -> None:
     """
     if args.offline_teacher is not None:
         _check_offline(args)
-    if args.teacher_server_url is None:
+    if args.teacher_server_url is None and not served_names(args):
         for name, default in SERVER_FIELDS.items():
             if getattr(args, name) != default:
                 raise UserError(f"{name}={getattr(args, name)} has no effect without teacher_server_url. Drop it.")
         return
-    urls = [args.teacher_server_url] if isinstance(args.teacher_server_url, str) else args.teacher_server_url
-    args.teacher_server_url = [base_url(url) for url in urls]
-    if not urls or len(set(args.teacher_server_url)) < len(urls):
-        raise UserError(f"teacher_server_url={urls} must name one server or several different ones.")
+    if args.teacher_server_url is not None:
+        args.teacher_server_url = base_urls(args.teacher_server_url, "teacher_server_url")
     for name in ("teacher_server_top_k", "teacher_server_batch_size", "teacher_server_timeout"):
         if not getattr(args, name) > 0:
             raise UserError(f"{name} must be positive, got {getattr(args, name)}.")
@@ -65,7 +63,8 @@ def check_server_settings(args: "MiniLLMConfig") -> None:
         raise UserError(f"teacher_server_tokens must be student or teacher, got {args.teacher_server_tokens!r}.")
     if args.teacher_server_retries < 0:
         raise UserError(f"teacher_server_retries must not be negative, got {args.teacher_server_retries}.")
-    _refuse(args, "teacher_server_url", _REFUSED)
+    field = "teacher_server_url" if args.teacher_server_url is not None else "a server's address in teachers"
+    _refuse(args, field, _REFUSED)
 
 
 def _refuse(args: "MiniLLMConfig", because: str, refused: dict[str, tuple[tuple, str]]) -> None:

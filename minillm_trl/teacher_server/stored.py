@@ -220,7 +220,7 @@ class OfflineTeacher(ServedTeacher):
                     f"{name}={wanted}, but the scores in offline_teacher={args.offline_teacher!r} were computed with "
                     f"{name}={stored}. Set {name}={stored}, or compute them again."
                 )
-        return cls(pool, pool.identity, pool.settings["top_k"], args.temperature)
+        return cls(pool, pool.identity, pool.settings["top_k"], args.temperature, "teacher")
 
     def check(self, tokenizer: PreTrainedTokenizerBase, conversational: bool) -> None:
         """Check that the tokenizers are the same.

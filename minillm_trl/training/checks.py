@@ -26,6 +26,7 @@ from ..models.weight_formats import quantization_settings
 from ..rollouts.cross_tokenizer import check_two_tokenizers
 from ..teacher_server.remote_teacher import ServedTeacher
 from .data_checks import check_columns, check_lm_dataset, check_train_dataset
+from .teacher_choice import GivenTeachers, by_name, check_several_teachers, naming_teacher
 from .trained_weights import check_trained_weights
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def check_arguments(
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel | ServedTeacher,
+    teacher_model: GivenTeachers,
     reward_funcs: Any,
     args: MiniLLMConfig,
     train_dataset: Dataset | IterableDataset | None,
@@ -47,11 +48,11 @@ def check_arguments(
     has_environment: bool = False,
     peft_config: PeftConfig | None = None,
     tools: Sequence[Callable] | None = None,
-) -> PreTrainedTokenizerBase | None:
-    """Check the arguments of [`MiniLLMTrainer`] against each other, and return the teacher's tokenizer.
+) -> list[PreTrainedTokenizerBase]:
+    """Check the arguments of [`MiniLLMTrainer`] against each other, and return the tokenizers of the teachers.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerBase`]; None if the teacher was built in process or has no tokenizer.
+        `list[PreTrainedTokenizerBase]`: without teachers that were built in process or have no tokenizer.
 
     Raises:
         TypeError: if `args` is not a [`MiniLLMConfig`].
@@ -64,13 +65,17 @@ def check_arguments(
     loads_reference = args.beta > 0 and not adapters  # an adapter's reference is the model without it
     if not args.allow_pickled_weights:
         _check_weight_files(model, teacher_model, reward_funcs, args, loads_reference)
-    if not isinstance(teacher_model, ServedTeacher):
-        check_apart(model, teacher_model)
+    for name, teacher in by_name(teacher_model).items():
+        with naming_teacher(name):
+            if not isinstance(teacher, ServedTeacher):
+                check_apart(model, teacher)
     if not (has_environment and train_dataset is None):  # an environment can provide the prompts
         check_train_dataset(train_dataset, args)
     for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
         if dataset is not None:
             check_columns(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+    if isinstance(teacher_model, dict):
+        check_several_teachers(list(teacher_model), args, train_dataset, eval_dataset, has_turns=bool(tools))
     if not (args.rkl_advantage or args.single_step_decomposition or reward_funcs or has_environment):
         raise UserError(
             "rkl_advantage=False, single_step_decomposition=False and no reward_funcs leave nothing to train on."
@@ -90,12 +95,16 @@ def check_arguments(
             "built in process. Save it and pass the folder, or set beta=0.0."
         )
     conversational = train_dataset is None or holds_conversations(train_dataset)
-    return _check_tokenizers(model, teacher_model, processing_class, conversational, args)
+    found = []
+    for name, teacher in by_name(teacher_model).items():
+        with naming_teacher(name):
+            found.append(_check_tokenizers(model, teacher, processing_class, conversational, args))
+    return [tokenizer for tokenizer in found if tokenizer is not None]
 
 
 def _check_weight_files(
     model: str | PreTrainedModel,
-    teacher_model: str | PreTrainedModel | ServedTeacher,
+    teacher_model: GivenTeachers,
     reward_funcs: Any,
     args: MiniLLMConfig,
     loads_reference: bool,
@@ -104,8 +113,9 @@ def _check_weight_files(
     names = [model, *(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
     if loads_reference and not isinstance(model, str) and model.config._name_or_path:
         names.append(model.config._name_or_path)
-    loaded = [(name, args.model_init_kwargs) for name in names]
-    for name, init_kwargs in (*loaded, (teacher_model, args.teacher_model_init_kwargs)):
+    loaded: list[tuple[Any, Any]] = [(name, args.model_init_kwargs) for name in names]
+    loaded += [(teacher, args.teacher_model_init_kwargs) for teacher in by_name(teacher_model).values()]
+    for name, init_kwargs in loaded:
         if isinstance(name, str):
             refuse_pickled_weights(name, parsed_kwargs(init_kwargs))
 
@@ -276,6 +286,21 @@ def check_prompt_ids(
                 f"{context_name} of {max_context}. Shorten or drop the prompt that begins with {str(prompt)[:80]!r}, "
                 "or lower max_completion_length."
             )
+
+
+def check_groups(args: MiniLLMConfig, rows: int, processes: int) -> None:
+    """Check that rows to score are whole groups of `num_generations`, if the baseline averages over groups.
+
+    Raises:
+        ValueError: with the number of rows.
+    """
+    group = args.num_generations
+    assert group is not None  # set by GRPOConfig
+    if args.advantage_baseline == "group" and rows * processes % group:
+        raise UserError(
+            f"advantage_baseline='group' is a mean over groups of num_generations={group} rows, got {rows} rows. "
+            f"Score a multiple of {group} rows, the completions of a prompt next to each other."
+        )
 
 
 def check_completion_ids(completion_ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:

@@ -1,7 +1,8 @@
 """Checks of a `MiniLLMConfig`: values, combinations that have no effect, and fields of GRPO that do not apply."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
@@ -9,6 +10,7 @@ from ..errors import UserError
 from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from ..objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
+from ..teacher_server.addresses import base_urls, is_address
 from ..teacher_server.settings import check_server_settings
 from .family_checks import check_family
 
@@ -103,6 +105,8 @@ def check_config(args: "MiniLLMConfig") -> None:
     check_family(args)
     _check_weights(args)
     _check_memory(args)
+    if args.teachers is not None:
+        _check_teachers(args)
     check_server_settings(args)
     _check_mixing(args)
     _check_sampling(args)
@@ -200,6 +204,53 @@ def _check_memory(args: "MiniLLMConfig") -> None:
                 "offload_teacher=True keeps the teacher on the CPU during the inner passes, but "
                 f"{name}={value!r} runs it in them. Drop one of them."
             )
+
+
+def check_teacher_names(teachers: Mapping[str, Any], field: str) -> None:
+    """Check the names of several teachers, which are values of a column and parts of the names of metrics.
+
+    Raises:
+        UserError: naming the field and the name.
+    """
+    if not teachers:
+        raise UserError(f"{field} is empty. Give a teacher for each value of teacher_column.")
+    for name in teachers:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise UserError(f"{field}: the name {name!r} must be a text without '/', the value of teacher_column.")
+
+
+def refuse_with_several_teachers(args: "MiniLLMConfig") -> None:
+    """Refuse settings that need a single teacher.
+
+    Raises:
+        UserError: with the field, its value and the fix.
+    """
+    refused: dict[str, tuple[Any, str]] = {
+        "cross_tokenizer": (False, "it is for one teacher with another tokenizer"),
+        "lm_kd_ratio": (0.0, "the rows of the corpus of L_PT have no teacher"),
+        "shard_teacher": (False, "processes would need a sharded teacher for different numbers of rows"),
+    }
+    for name, (neutral, reason) in refused.items():
+        if (value := getattr(args, name)) != neutral:
+            raise UserError(f"{name}={value} does not work with several teachers: {reason}. Set it to {neutral}.")
+    if args.mixing == "auto":
+        raise UserError(
+            "mixing='auto' measures a single teacher. With several teachers, set mixing to 'coins' or 'speculative'."
+        )
+
+
+def _check_teachers(args: "MiniLLMConfig") -> None:
+    assert isinstance(args.teachers, dict)  # parsed by GRPOConfig
+    for name in ("teacher_server_url", "offline_teacher"):
+        if getattr(args, name) is not None:
+            raise UserError(f"teachers and {name} are both given. Drop one of them.")
+    check_teacher_names(args.teachers, "teachers")
+    for name, teacher in args.teachers.items():
+        if is_address(teacher):
+            args.teachers[name] = base_urls(teacher, "teachers")
+        elif not isinstance(teacher, str):
+            raise UserError(f"teachers[{name!r}] must be a name, a folder, or addresses of servers, got {teacher!r}.")
+    refuse_with_several_teachers(args)
 
 
 def _check_mixing(args: "MiniLLMConfig") -> None:

@@ -13,8 +13,10 @@ from ..masking import masked_sum
 _MEAN, _MAX, _MEAN_SQUARE, _SHARE = (
     f"importance_weight/{name}" for name in ("mean", "max", "mean_square", "effective_sample_size")
 )
-_ROUGE_L = "rouge_l"
 _EXPLAINED = "objective/baseline_explained_variance"
+_REVERSE_KL, _SINGLE_STEP = "objective/reverse_kl", "objective/single_step"
+# Left out without values, as 0 would say something: Rouge-L, and what belongs to one of several teachers
+_OPTIONAL = ("rouge_l", f"{_REVERSE_KL}/", f"{_REVERSE_KL}_per_token/", f"{_SINGLE_STEP}/")
 _LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
 _SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
@@ -107,6 +109,38 @@ def loss_totals(
 
 
 @torch.no_grad()
+def teacher_totals(
+    terms: LossTerms,
+    mask: torch.Tensor,
+    teacher_index: torch.Tensor,
+    counts: torch.Tensor | None,
+    names: Sequence[str],
+) -> Totals:
+    """Sum up the reverse KL and the single step of the rows of each of several teachers.
+
+    Args:
+        terms ([`LossTerms`]): terms of the loss at each token.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
+        teacher_index (`torch.Tensor` of shape `(B,)`): number of each row's teacher.
+        counts (`torch.Tensor` of shape `(B,)`, *optional*): whether a row counts, or is a filler; None if all do.
+        names (`Sequence[str]`): names of the teachers.
+    """
+    assert terms.single_step is not None  # cross_tokenizer is refused with several teachers
+    sums: dict[str, Fraction] = {}
+    for number, name in enumerate(names):
+        own = teacher_index == number
+        tokens = mask & own[:, None]
+        rows = own.sum() if counts is None else (own & counts).sum()
+        reverse_kl, single_step = (
+            masked_sum(values.double(), tokens) for values in (terms.reverse_kl, terms.single_step)
+        )
+        sums[f"{_REVERSE_KL}/{name}"] = (reverse_kl, rows)
+        sums[f"{_REVERSE_KL}_per_token/{name}"] = (reverse_kl, tokens.sum())
+        sums[f"{_SINGLE_STEP}/{name}"] = (single_step, tokens.sum())
+    return make_totals(sums, mask.device)
+
+
+@torch.no_grad()
 def token_totals(per_token: Mapping[str, torch.Tensor], mask: torch.Tensor) -> Totals:
     """Sum up tensors `(B, L)` over the tokens where `mask` is True, for means over tokens."""
     tokens = mask.sum()
@@ -156,8 +190,8 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
         sums over tokens. Its states come from the behavior policy; in evaluation this is the student, which makes it
         an unbiased estimate of the objective. `importance_weight/effective_sample_size` is the share
         sum^2 / (n * sum of squares). `objective/baseline_explained_variance` is
-        1 - var(returns - baseline) / var(returns) over tokens. Metrics without values are 0, except `rouge_l`, which
-        is left out.
+        1 - var(returns - baseline) / var(returns) over tokens. Metrics without values are 0, except Rouge-L and
+        those of one of several teachers, which are left out.
     """
     numerators, denominators = gathered.sum(dim=0).unbind(dim=1)
     metrics = dict(zip(names, (numerators / denominators.clamp(min=1.0)).tolist(), strict=True))
@@ -177,8 +211,9 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
             for of in ("returns", "advantages")
         )
         metrics[_EXPLAINED] = 1.0 - after / before if before > 0 else 0.0
-    if _ROUGE_L in metrics and denominators[names.index(_ROUGE_L)] == 0:
-        del metrics[_ROUGE_L]
+    for name in [name for name in metrics if name.startswith(_OPTIONAL)]:
+        if denominators[names.index(name)] == 0:
+            del metrics[name]
     return metrics
 
 

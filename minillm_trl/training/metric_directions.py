@@ -9,13 +9,14 @@ import re
 from ..errors import UserError
 
 _LARGER = (
-    *("rouge_l", "mean_token_accuracy", "objective/advantage", "rollout/eos_rate"),
+    *("rouge_l", "rouge_l/[^/]+", "mean_token_accuracy", "objective/advantage", "rollout/eos_rate"),
     *("importance_weight/effective_sample_size", "reward", "rewards/[^/]*/mean"),
     *("samples_per_second", "steps_per_second"),
 )
 _SMALLER = (
     *("loss", "objective/reverse_kl", "objective/reverse_kl_per_token", "objective/single_step"),
     *("objective/reverse_kl_median", "objective/reverse_kl_max"),
+    "objective/(reverse_kl|reverse_kl_per_token|single_step)/[^/]+",
     *("kd/cross_entropy", "kd/forward_kl", "kl", "rollout/repeated_4grams", "completions/clipped_ratio"),
     *("aux_loss", "runtime"),
 )

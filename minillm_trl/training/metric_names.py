@@ -24,6 +24,9 @@ MINILLM = frozenset(
     )
 )
 
+# The metrics that exist for each of several teachers too, with a slash and its name
+BY_TEACHER = ("rouge_l", *(f"objective/{name}" for name in ("reverse_kl", "reverse_kl_per_token", "single_step")))
+
 
 def check_metric_name(metric: str | None, known: Collection[str]) -> None:
     """Check that evaluations log the metric that chooses the checkpoint. Otherwise, the first of them would fail.

@@ -14,6 +14,7 @@ from ..config import MiniLLMConfig
 from ..hardware.precision import OverflowCounter
 from ..rollouts.buffer import Batch, by_length, deal_rows, trim, window_counts
 from ..rollouts.keyed_random import ROLLOUT_ORDER
+from ..teacher_server.addresses import served_names
 from .nonfinite_rows import leave_out_faulty
 from .run_settings import plain
 
@@ -148,7 +149,8 @@ class RolloutBuffer:
         """Return the settings that the rollout buffer depends on."""
         values = {name: plain(getattr(self.args, name)) for name in _MADE_BY}
         # a server's states are no hidden states, even those of a teacher with the same digest
-        is_served = self.args.teacher_server_url is not None or self.args.offline_teacher is not None
+        stored = self.args.offline_teacher is not None
+        is_served = self.args.teacher_server_url is not None or stored or served_names(self.args) or False
         return {**values, "teacher_model": self._teacher, "teacher_is_served": is_served}
 
     def _unpack(self, batch: Batch) -> Batch:

@@ -22,6 +22,7 @@ class RolloutInProgress:
         turn (`int`): calls of the sampler so far, several with tools.
         given (`list[list[int] | None]`): completions from the dataset, None for rows to sample; empty without any.
         scores ([`ScoredRows`]): scores of completions computed so far.
+        teacher_index (`list[int]`): number of each row's teacher; empty if there is one teacher.
         empty_rows (`list[int]`): rows that the rollout function left empty.
         rewards ([`FunctionRewards`]): rewards of each function for the rows of all processes.
     """
@@ -31,5 +32,10 @@ class RolloutInProgress:
     turn: int = 0
     given: list[list[int] | None] = field(default_factory=list)
     scores: ScoredRows = field(default_factory=ScoredRows)
+    teacher_index: list[int] = field(default_factory=list)
     empty_rows: list[int] = field(default_factory=list)
     rewards: FunctionRewards = field(default_factory=lambda: FunctionRewards(torch.empty(0), torch.empty(0)))
+
+    def teacher_tensor(self) -> torch.Tensor | None:
+        """Return the number of each row's teacher `(B,)`; None if there is one teacher."""
+        return torch.tensor(self.teacher_index, device=self.counts.device) if self.teacher_index else None

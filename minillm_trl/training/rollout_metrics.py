@@ -1,5 +1,6 @@
 """`RolloutMetrics`: metrics of rollouts and updates, as means over all completions since the last log."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .logged_metrics import (
     loss_totals,
     reward_metrics,
     rouge_l_to_references,
+    teacher_totals,
 )
 from .nonfinite_rows import explain_losses
 from .run_metrics import RunMetrics
@@ -82,6 +84,7 @@ class RolloutMetrics:
         reward_names (`Sequence[str]`): names of the reward functions.
         reward_weights (`torch.Tensor` of shape `(F,)`): their weights.
         of_sequences (`bool`): whether the loss is a mean over sequences, and not over tokens.
+        teacher_names (`Sequence[str]`): names of the teachers, if there are several.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class RolloutMetrics:
         reward_names: Sequence[str],
         reward_weights: torch.Tensor,
         of_sequences: bool,
+        teacher_names: Sequence[str] = (),
     ):
         self.means = means
         self.logged = logged
@@ -105,6 +109,7 @@ class RolloutMetrics:
         self.reward_names = list(reward_names)
         self.reward_weights = reward_weights
         self.of_sequences = of_sequences
+        self.teacher_names = list(teacher_names)
         self._eval_rewards: list[torch.Tensor] = []
         self._term_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []  # of this step's micro-batches
 
@@ -134,6 +139,10 @@ class RolloutMetrics:
         if mode == "eval":
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             values["rouge_l"] = rouge_l_to_references(texts, rows)
+            for number, name in enumerate(self.teacher_names):
+                own = (batch["teacher_index"] == number).tolist()
+                pairs = zip(values["rouge_l"], own, strict=True)
+                values[f"rouge_l/{name}"] = [value if is_own else math.nan for value, is_own in pairs]
         ended = self._ended(batch, eos_token_ids)
         for name in [name for name in self.logged[mode] if name.startswith("completions/")]:
             del self.logged[mode][name]  # GRPO's means of per-rollout means
@@ -196,6 +205,13 @@ class RolloutMetrics:
             # a faulty row became padding; both would distort the means
             totals = totals._replace(values=torch.zeros_like(totals.values))
         self.means.add(mode, totals)
+        if self.teacher_names:
+            of_teachers = teacher_totals(
+                terms, mask, inputs["teacher_index"], inputs.get("counts"), self.teacher_names
+            )
+            if not totals.values.any():  # a faulty row, see above
+                of_teachers.values.zero_()
+            self.means.add(mode, of_teachers)
         if scores.term_gradients is not None:
             self._add_gradients(scores.term_gradients, inputs["half"], mask)
         if "prompt_index" in inputs:  # not in batches of `score_rollouts`, which may differ in size between processes

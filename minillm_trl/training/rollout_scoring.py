@@ -146,10 +146,11 @@ class RolloutScoring:
         input_ids, attention_mask, mask = sequences(batch)
         scores = sampled.assemble(mask.shape)
         if scores.student_logps is None:
-            scores = self.of_student(model, input_ids, attention_mask, mask)
+            scores = self.of_student(model, input_ids, attention_mask, mask, batch.get("teacher_index"))
         if scores.teacher_logps is None and self.spans is None:
-            top_ids = scores.student_top_ids
-            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1], top_ids)
+            states = self.teacher.hidden_states(
+                input_ids, attention_mask, mask.shape[1], scores.student_top_ids, batch.get("teacher_index")
+            )
             with self.accelerator.autocast():
                 teacher = self.scorer.score(
                     batch["completion_ids"], mask, teacher=TeacherStates(states, self.teacher.head)
@@ -167,7 +168,12 @@ class RolloutScoring:
         return self.teacher.hidden_states_of(batch) if self.spans is None else None
 
     def of_student(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
+        teacher_index: torch.Tensor | None = None,
     ) -> RolloutScores:
         """Score by a pass of the student, after a pass of the teacher if the rewards need both distributions."""
         check_completion_ids(input_ids[:, -mask.shape[1] :], mask, self.scorer.vocab_size)
@@ -178,7 +184,7 @@ class RolloutScoring:
                 lister = replace(self.scorer, expected_reward=None, measure_entropy=False)
                 listing = RolloutRequest(input_ids, attention_mask, mask, lister)
                 top_ids = self.without_gradient(model, listing).student_top_ids
-            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1], top_ids)
+            states = self.teacher.hidden_states(input_ids, attention_mask, mask.shape[1], top_ids, teacher_index)
         request = RolloutRequest(input_ids, attention_mask, mask, self.scorer, states)
         scores = self.without_gradient(model, request)
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))

@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = re.compile(
     r"include_for_metrics|batch_eval_metrics|load_best_model_at_end|hub_.*|push_to_hub.*|resume_from_checkpoint|"
     r"restore_callback_states_from_checkpoint|ignore_data_skip|dataloader_(?!drop_last).*|dataset_num_proc|"
     r"num_completions_to_print|skip_memory_metrics|ddp_.*|max_nonfinite_steps|allow_pickled_weights|"
-    r"teacher_server_(?!top_k|tokens).*|trust_remote_code|use_cpu|torch_empty_cache_steps"
+    r"teacher_server_(?!top_k|tokens).*|teachers|trust_remote_code|use_cpu|torch_empty_cache_steps"
 )
 # Taken from the optimizer's parameter groups instead, which also hold for an optimizer that the user created
 _OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -80,6 +80,22 @@ def describe_model(model: str | torch.nn.Module | ServedTeacher) -> dict[str, An
         return {"is": model, _DIGEST: model_fingerprint(Path(model))}
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return {"is": name, _DIGEST: weights_fingerprint(model)}
+
+
+def describe_teachers(
+    teachers: "str | torch.nn.Module | ServedTeacher | Mapping[str, Any]",
+) -> dict[str, Any]:
+    """Return what [`describe_model`] returns for the teacher or, by name, for several ones."""
+    if isinstance(teachers, Mapping):
+        return {name: describe_model(teacher) for name, teacher in teachers.items()}
+    return describe_model(teachers)
+
+
+def teacher_digest(described: Mapping[str, Any]) -> str:
+    """Return the digest or the name of the teacher, or those of several ones, from [`describe_teachers`]."""
+    if _is_described(described):
+        return described[_DIGEST] or described["is"]
+    return ", ".join(f"{name}: {teacher_digest(teacher)}" for name, teacher in described.items())
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,6 @@ from ..rollouts.keyed_random import COINS, GIVEN, turn_keys
 from ..rollouts.rollout_sampler import RolloutSampler
 from ..rollouts.scores import RolloutScorer
 from ..teacher_server.failed_rollout import saving_checkpoint
-from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
 from ..teacher_server.stored import OfflineTeacher
 from .checks import check_model
 from .ends_of_run import settle_ends
@@ -46,8 +45,9 @@ from .rollout_in_progress import RolloutInProgress
 from .rollout_metrics import CompletionTable, RolloutMetrics
 from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
 from .rollout_scoring import RolloutScoring
-from .run_settings import describe_dataset, describe_model
-from .teacher_setup import use_local_teacher, use_own_tokenizer, use_served_teacher
+from .run_settings import describe_dataset, describe_teachers, teacher_digest
+from .teacher_choice import GivenTeachers, declared_by
+from .teacher_setup import use_own_tokenizer, use_teachers
 
 
 class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
@@ -56,13 +56,14 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
     [`MiniLLMTrainer`] is this trainer with the methods of TRL that call the ones here.
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`ServedTeacher`]): the teacher.
-        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): its tokenizer, if known.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`ServedTeacher`], or a `dict` of them): the teacher
+            or, by name, several ones.
+        teacher_tokenizers (`list[PreTrainedTokenizerBase]`): the tokenizers of the teachers, as far as known.
         lm_dataset (*optional*): corpus of the language-modelling loss.
         reward_funcs, train_dataset, arguments: as in [`~trl.GRPOTrainer`].
     """
 
-    # GRPOTrainer takes these from its arguments, which annotate them as optional and fill them in
+    # GRPOTrainer fills these in from its arguments, which annotate them as optional
     args: MiniLLMConfig
     num_generations: int
     num_generations_eval: int
@@ -73,8 +74,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
     def __init__(
         self,
         *,
-        teacher_model: str | PreTrainedModel | ServedTeacher,
-        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        teacher_model: GivenTeachers,
+        teacher_tokenizers: list[PreTrainedTokenizerBase],
         lm_dataset: Dataset | IterableDataset | None,
         reward_funcs: Any,
         train_dataset: Dataset | IterableDataset | None,
@@ -93,17 +94,18 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         check_model(self, has_corpus=lm_dataset is not None)
         if self.args.disable_dropout:
             disable_dropout(self.model)
-        described = {"teacher_model": describe_model(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
+        described = {"teacher_model": describe_teachers(teacher_model), "lm_dataset": describe_dataset(lm_dataset)}
+        self._teacher_names = list(teacher_model) if isinstance(teacher_model, dict) else []
         self._rollout_copy: RolloutCopy | None = None
         self._compiled_decoding: CompiledDecoding | None = None
         self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # replaced for each rollout
         self._add_parts(described)
         self._add_teacher(teacher_model)
-        ends = getattr(self.teacher_model or teacher_model, "generation_config", None), teacher_tokenizer
-        settle_ends(self, *(ends if not self.args.cross_tokenizer else (None, None)))
-        if self.args.cross_tokenizer:
-            assert teacher_tokenizer is not None  # checked before
-            self.scoring.spans = use_own_tokenizer(self, teacher_tokenizer)
+        if self.args.cross_tokenizer:  # ends of the teacher are no ids of the student
+            settle_ends(self, None, None)
+            self.scoring.spans = use_own_tokenizer(self, *teacher_tokenizers)
+        else:
+            settle_ends(self, *declared_by(self._teacher, teacher_model, teacher_tokenizers))
         kwargs = parsed_kwargs(self.chat_template_kwargs)
         if isinstance(teacher_model, OfflineTeacher) and isinstance(self.train_dataset, Dataset):
             teacher_model.check_data(self.train_dataset, self._tokenizer, self.max_completion_length, kwargs)
@@ -118,8 +120,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             overflows = OverflowCounter(self.accelerator, lambda: self.guard.skipped_in_row > 0)
             self.add_callback(overflows)
         self.counts = RolloutCounts(self.accelerator, overflows)
-        teacher = described["teacher_model"]
-        self.buffer = RolloutBuffer(self.args, self.accelerator, teacher["digest"] or teacher["is"])
+        self.buffer = RolloutBuffer(self.args, self.accelerator, teacher_digest(described["teacher_model"]))
         self.advantages = RolloutAdvantages(self.args, self.accelerator)
         self.table = CompletionTable(self._logs, self.accelerator, self.log_completions)
         self.rollout_metrics = RolloutMetrics(
@@ -132,11 +133,12 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             self.reward_func_names,
             self.reward_weights,
             of_sequences=self.args.loss_reduction == "sequence_sum",
+            teacher_names=self._teacher_names,
         )
         self.settings.inputs |= {**described, "reward_funcs": list(self.reward_func_names)}
         self.resume.parts += [self.buffer, self.counts, self.table]
 
-    def _add_teacher(self, teacher_model: str | PreTrainedModel | ServedTeacher) -> None:
+    def _add_teacher(self, teacher_model: GivenTeachers) -> None:
         """Load and place the teacher, and prepare both models for sampling and for scoring in their forward passes.
 
         Raises:
@@ -153,11 +155,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
             self._rollout_copy = RolloutCopy(self._student, half, sharded)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
-        if isinstance(teacher_model, ServedTeacher):
-            found = use_served_teacher(teacher_model, student, self.args, self._tokenizer, self.accelerator)
-        else:
-            base = self.accelerator.unwrap_model(self.model)
-            found = use_local_teacher(teacher_model, student, base, self.args, self._tokenizer, self.accelerator)
+        base = self.accelerator.unwrap_model(self.model)
+        found = use_teachers(teacher_model, student, base, self.args, self._tokenizer, self.accelerator)
         self._teacher, self._teacher_phase = found.teacher, found.phase
         self.teacher_model = found.teacher.model
         self.vocab_size, self.max_context, self._context_name = found.vocab_size, found.max_context, found.context_name
@@ -184,8 +183,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
             static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
             check_decoding(student, "student", static)
-            if self.args.teacher_mixed_alpha > 0 and self.teacher_model is not None:
-                check_decoding(self.teacher_model, "teacher")
+            for teacher in self._teacher.models if self.args.teacher_mixed_alpha > 0 else []:
+                check_decoding(teacher, "teacher")
         if self.args.compile_rollouts:
             self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
         elif self._rollout_copy is not None:  # compiled code would need the copy's weights at their addresses
@@ -252,6 +251,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         keys, coin_key = self._turn_keys(prompt_ids, rollout.turn)
         first_turn = rollout.turn == 0  # later turns follow answers of tools
         rollout.turn += 1
+        numbers = rollout.teacher_index if first_turn else []  # later turns have other rows
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -262,7 +262,9 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             self._sampling_model() as student,
         ):
             sampler = self._mixing.applied_to(sampler, student, prompt_ids, max_new_tokens)
-            sampled = sampler.sample(student, prompt_ids, keys, coin_key, max_new_tokens, first_turn, rollout.given)
+            sampled = sampler.sample(
+                student, prompt_ids, keys, coin_key, max_new_tokens, first_turn, rollout.given, numbers
+            )
         rollout.scores = sampled.scores
         return sampled.completions
 
@@ -324,9 +326,9 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
 
     def _make_rollout(self, rows: list[dict[str, Any]]) -> Batch:
         """Return the scored rollout of a training; if the teacher's servers fail, save the run as it was before."""
-        is_remote, is_resumed = isinstance(self._teacher, RemoteTeacher), self.buffer.batches is None
+        is_resumed = self.buffer.batches is None
         # without its buffer, a run has just started or resumed, and there is nothing to save
-        with saving_checkpoint(self) if is_remote and not is_resumed else nullcontext():
+        with saving_checkpoint(self) if self._teacher.is_served and not is_resumed else nullcontext():
             batch: Any = self._generate_and_score_completions(rows)
         return self.counts.leave_out_faulty(batch)
 
@@ -338,7 +340,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         """Return the student's log-probs of the rollout in progress, and keep them for scoring it."""
         scores = self._rollout.scores
         if not scores.parts:
-            of_student = self.scoring.of_student(self.model, input_ids, attention_mask, mask)
+            numbers = self._rollout.teacher_tensor()
+            of_student = self.scoring.of_student(self.model, input_ids, attention_mask, mask, numbers)
             scores.parts.append((list(range(len(mask))), of_student))
         return scores.field("student_logps", mask.shape)
 

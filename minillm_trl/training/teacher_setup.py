@@ -1,6 +1,7 @@
-"""The teacher of a run, in this process or on servers, and what it shares with the student."""
+"""The teachers of a run, in this process or on servers, and what they share with the student."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from ..models.weight_formats import refuse_8bit_teacher
 from ..rollouts.cross_tokenizer import CrossTokenizerScorer, TwoTokenizers
 from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
 from ..rollouts.scores import RolloutScorer
+from ..rollouts.several_teachers import SeveralTeachers
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
+from .teacher_choice import GivenTeachers, OneTeacher, naming_teacher
 
 if TYPE_CHECKING:
     from .teacher_mixed_trainer import TeacherMixedTrainer
@@ -41,6 +44,61 @@ class TeacherSetup(NamedTuple):
     max_context: int | None
     context_name: str
     phase: AbstractContextManager
+
+
+def use_teachers(
+    given: GivenTeachers,
+    student: PreTrainedModel,
+    base: Any,
+    args: MiniLLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> TeacherSetup:
+    """Load and place the teacher of a run, or several teachers by name; a folder named twice is loaded once.
+
+    Args:
+        given: a teacher or, by name, several ones.
+        student ([`~transformers.PreTrainedModel`]): the student.
+        base: with `teacher_shares_base`, the student whose base the teachers' adapters share.
+        args ([`MiniLLMConfig`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]),
+            accelerator ([`~accelerate.Accelerator`]): those of the trainer.
+
+    Raises:
+        ValueError: if a teacher and the student do not match, or a head cannot be reproduced.
+    """
+
+    def use(teacher: OneTeacher) -> TeacherSetup:
+        if isinstance(teacher, ServedTeacher):
+            return use_served_teacher(teacher, student, args, tokenizer, accelerator)
+        return use_local_teacher(teacher, student, base, args, tokenizer, accelerator)
+
+    if not isinstance(given, dict):
+        return use(given)
+    setups: dict[str, TeacherSetup] = {}
+    loaded: dict[str, TeacherSetup] = {}
+    for name, teacher in given.items():
+        with naming_teacher(name):
+            if isinstance(teacher, str):
+                setups[name] = loaded.setdefault(teacher, loaded.get(teacher) or use(teacher))
+            else:
+                setups[name] = use(teacher)
+            if setups[name].teacher.is_sharded:
+                raise UserError(
+                    "it is sharded over processes, which would need it for different numbers of rows. Pass its name "
+                    "or folder instead."
+                )
+    vocab_size = min(setup.vocab_size for setup in setups.values())
+    members = {name: _of_vocabulary(setup.teacher, vocab_size) for name, setup in setups.items()}
+    several = SeveralTeachers(members, {name: setup.phase for name, setup in setups.items()})
+    tightest = min(setups.values(), key=lambda setup: setup.max_context or float("inf"))
+    return TeacherSetup(several, vocab_size, tightest.max_context, tightest.context_name, nullcontext())
+
+
+def _of_vocabulary(teacher: Teacher, vocab_size: int) -> Teacher:
+    """Return the teacher with the vocabulary that all teachers share, over which a server has to normalise."""
+    if not isinstance(teacher, RemoteTeacher):
+        return teacher
+    return replace(teacher, scoring=teacher.served.scoring(vocab_size))
 
 
 def use_local_teacher(

@@ -23,6 +23,11 @@ CASES = [
     ),
     pytest.param({"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2}, id="mixed, own coins"),
     pytest.param(
+        {"teacher_mixed_alpha": 0.3, "shared_coins": False, "num_iterations": 2, "several_teachers": True},
+        id="mixed, several teachers",
+    ),
+    pytest.param({"reward_estimator": "expected", "several_teachers": True}, id="expected, several teachers"),
+    pytest.param(
         {"reward_estimator": "expected", "advantage_baseline": "position", "length_normalization": False},
         id="expected rewards, baseline by position",
     ),

@@ -13,7 +13,15 @@ from trl import ModelConfig
 from minillm_trl import MiniLLMConfig
 from minillm_trl.cli import main
 from minillm_trl.cli.arguments import TeacherArguments
-from minillm_trl.cli.doctor import check, choose_strategy, describe, describe_memory, launch_line
+from minillm_trl.cli.doctor import (
+    _read,
+    check,
+    choose_strategy,
+    describe,
+    describe_memory,
+    launch_line,
+    with_all_teachers,
+)
 from minillm_trl.hardware.machine import GPU, Machine, best_precision, probe, problems, runs_on
 from minillm_trl.hardware.memory_estimate import (
     Workload,
@@ -325,6 +333,30 @@ class TestDoctor:
         options = {"teacher_model_name_or_path": None, "teacher_mixed_alpha": 0.0, **served}
         assert main(["doctor", "--config", self.write(tmp_path, model_dir, **options)]) == 1
         assert message in capsys.readouterr().out
+
+    def test_memory_of_several_teachers_adds_up_unless_they_are_offloaded(self, tmp_path, capsys, model_dir):
+        first, second = str(model_dir("gpt2", seed=1, width=48)), str(model_dir("gpt2", seed=2))
+        estimates = {}
+        for name, options in {
+            "first": {"teacher_model_name_or_path": first},
+            "second": {"teacher_model_name_or_path": second},
+            "both": {"teachers": {"a": second, "b": first}},
+            "offloaded": {"teachers": {"a": second, "b": first}, "offload_teacher": True},
+        }.items():
+            options = {"teacher_model_name_or_path": None, **options}
+            pairs = _read(self.write(tmp_path, model_dir, **options))
+            found = [choose_strategy(machine(V100), *pair, prompt_tokens=8) for pair in pairs.values()]
+            estimates[name] = with_all_teachers(found, offloads=name == "offloaded")[1]
+        both, offloaded = estimates["both"], estimates["offloaded"]
+        assert both["teacher"] == estimates["first"]["teacher"] + estimates["second"]["teacher"]
+        more = estimates["second"]["teacher"]
+        assert both["while sampling"] == pytest.approx(estimates["first"]["while sampling"] + more)
+        assert offloaded["while sampling"] == estimates["first"]["while sampling"]
+        build_model("gpt2", 280).save_pretrained(tmp_path / "other")
+        build_tokenizer(280).save_pretrained(tmp_path / "other")
+        other = {"teachers": {"a": first, "b": str(tmp_path / "other")}, "teacher_model_name_or_path": None}
+        assert main(["doctor", "--config", self.write(tmp_path, model_dir, **other)]) == 1
+        assert "PROBLEM  Teacher 'b': Student and teacher have different tokenizers" in capsys.readouterr().out
 
     def test_weights_that_the_run_would_refuse_are_told(self, tmp_path, capsys, model_dir):
         pickled = tmp_path / "pickled"
