@@ -412,6 +412,12 @@ def test_too_few_prompts_for_a_rollout_are_told_with_the_rows_that_they_came_fro
     assert "has 3 prompts (12 rows have 3 different prompts), too few for one rollout" in capsys.readouterr().err
 
 
+def test_unique_prompts_keeps_a_prompt_for_each_value_of_a_column():
+    dataset = Dataset.from_dict({"prompt": ["a", "a", "a"], "teacher": ["x", "y", "x"]})
+    assert unique_prompts(dataset, by="teacher").to_list() == dataset.select([0, 1]).to_list()
+    assert len(unique_prompts(dataset)) == len(unique_prompts(dataset, by="topic")) == 1
+
+
 def test_unique_prompts_compares_conversations_message_by_message():
     other = {"role": "user", "content": "Where is the mill?"}
     dataset = Dataset.from_dict({"prompt": [[USER], [other], [USER]]})

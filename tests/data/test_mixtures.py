@@ -140,3 +140,22 @@ def test_yaml_with_a_mixture_is_parsed(tmp_path):
     config.write_text(yaml.safe_dump({"model_name_or_path": "x", "datasets": entries, "output_dir": str(tmp_path)}))
     (data, *_), _ = parse(build_parser(), ["--config", str(config)])
     assert data.datasets == entries
+
+
+def test_a_part_names_the_teacher_of_its_rows(tmp_path):
+    first, second = (write_rows(tmp_path / f"{name}.jsonl", 3, name) for name in ("a", "b"))
+    parts = parse_parts([{"path": first, "teacher": "math"}, {"path": second, "teacher": "code"}])
+    found = load_mixture(parts, load_examples, teacher_column="topic")
+    assert found["topic"][:] == ["math"] * 3 + ["code"] * 3
+    with pytest.raises(UserError, match="no `teachers`"):
+        load_mixture(parts, load_examples)
+    with pytest.raises(UserError, match="column 'completion' already"):
+        load_mixture(parts, load_examples, teacher_column="completion")
+    with pytest.raises(UserError, match="name of a teacher"):
+        parse_parts([{"path": first, "teacher": 5}])
+
+
+def test_a_column_with_the_teacher_is_kept(tmp_path):
+    first, second = (write_rows(tmp_path / f"{name}.jsonl", 2, name, completion="topic") for name in ("a", "b"))
+    found = load_mixture(parse_parts([{"path": first}, {"path": second}]), load_examples, teacher_column="topic")
+    assert found["topic"][:] == ["c0", "c1"] * 2

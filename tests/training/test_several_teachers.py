@@ -16,6 +16,7 @@ from minillm_trl import MiniLLMTrainer
 from minillm_trl.cli import main
 from minillm_trl.errors import UserError
 from minillm_trl.rollouts.buffer import sequences
+from minillm_trl.training.run_record import RECORD
 
 NAMES = [("math", "code")[number % 3 == 1] for number in range(len(PROMPTS))]
 ROWS = Dataset.from_dict({"prompt": PROMPTS, "teacher": NAMES, "references": [["cheap food"]] * len(PROMPTS)})
@@ -285,6 +286,10 @@ def test_a_yaml_names_the_teachers_and_a_mixture_the_teacher_of_each_part(tmp_pa
 teachers: {{math: {model_dir("gpt2", 1, 48)}, code: {model_dir("gpt2", 2)}}}
 datasets:
 {entries}
+test_split_size: 0.25
+eval_strategy: steps
+eval_steps: 1
+metric_for_best_model: eval_objective/reverse_kl/math
 output_dir: {tmp_path / "run"}
 max_steps: 2
 per_device_train_batch_size: 4
@@ -298,12 +303,17 @@ logging_steps: 1
     )
     assert main(["minillm", "--config", str(config)]) == 0
     assert "objective/reverse_kl/code" in capsys.readouterr().out
-    record = json.loads((tmp_path / "run/run.json").read_text())
+    (record,) = json.loads((tmp_path / "run" / RECORD).read_text())["attempts"]
     assert {"student", "teacher math", "teacher code"} <= set(record["models"])
-    assert record["data"]["train"]["rows"] == 16
-    config.write_text(config.read_text().replace("teacher: code", "teacher: poetry"))
-    assert main(["minillm", "--config", str(config), "--output_dir", str(tmp_path / "again")]) == 2
-    assert "row 8 (counting from 0): teacher is 'poetry'" in capsys.readouterr().err
+    assert record["data"]["train"]["rows"] == 12
+    for old, new, message in [
+        ("reverse_kl/math", "reverse_kl/maths", "is no metric of an evaluation here. Did you mean 'eval_objective/r"),
+        ("teacher: code", "teacher: poetry", "(counting from 0): teacher is 'poetry'"),
+    ]:
+        broken = tmp_path / "broken.yaml"
+        broken.write_text(config.read_text().replace(old, new))
+        assert main(["minillm", "--config", str(broken), "--output_dir", str(tmp_path / "again")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def load_recipe():
