@@ -197,12 +197,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         kd_temperature = self.args.kd_temperature or self.temperature
         entropy = self.args.top_entropy_quantile < 1.0
         return RolloutScorer(
-            self.temperature,
-            kd_temperature,
-            self.vocab_size,
-            expected_reward,
-            entropy,
-            self._teacher.student_top_k,
+            self.temperature, kd_temperature, self.vocab_size, expected_reward, entropy, self._teacher.student_top_k
         )
 
     @property
