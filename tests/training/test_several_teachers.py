@@ -349,15 +349,17 @@ def test_an_outcome_reward_adds_to_the_advantage_of_each_rows_teacher(tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_take_turns_and_teach_a_student(tmp_path, model_dir, monkeypatch):
+def test_experts_take_turns_and_teach_a_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--student", str(model_dir("gpt2", 0)), "--output_dir", "experts", "--rounds", "1", "--steps", "1"]
-    load_recipe().main([*options, "--batch_size", "4", "--max_completion_length", "4", "--max_rows", "400"])
+    build_model("gpt2", positions=512).save_pretrained("start")
+    build_tokenizer().save_pretrained("start")
+    options = ["--student", "start", "--output_dir", "experts", "--rounds", "1", "--steps", "1"]
+    load_recipe().main([*options, "--batch_size", "4", "--max_completion_length", "4", "--max_rows", "900"])
     first, second = (load_file(f"experts/round1/{part}/model.safetensors") for part in ("riverside", "elsewhere"))
     assert any((first[name] != second[name]).any() for name in first)
     config = Path(__file__).parents[2] / "recipes/e2e_demo/minillm_several_teachers.yaml"
     teachers = {part: f"experts/round1/{part}" for part in ("riverside", "elsewhere")}
-    words = ["--model_name_or_path", str(model_dir("gpt2", 1)), "--teachers", json.dumps(teachers)]
+    words = ["--model_name_or_path", "start", "--teachers", json.dumps(teachers)]
     words += ["--dataset_name", "experts/data", "--max_steps", "2", "--eval_steps", "1", "--save_steps", "1"]
     words += ["--per_device_train_batch_size", "4", "--max_completion_length", "4", "--max_eval_rows", "8"]
     assert main(["minillm", "--config", str(config), *words, "--output_dir", "student"]) == 0
