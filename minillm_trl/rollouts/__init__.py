@@ -11,7 +11,7 @@ predict each token, and the scores come from these states without another forwar
 - `rollout_sampler`: prompts and keys in, completions with their scores out
 - `teacher_replacement`: SKD, in which the teacher replaces improbable tokens of the student
 - `spans`, `cross_tokenizer`: a teacher with another tokenizer, by aligned spans of text
-- `rollout_teacher`: the teacher's hidden states
+- `rollout_teacher`: the teacher's hidden states; `several_teachers`: those of each row's own teacher
 - `scores`: log-probs and expected rewards of a rollout under both models
 - `buffer`: the rows of a rollout, and how they are dealt to optimizer steps
 - `prompts`: completions of one model for a list of prompts, as evaluation and SeqKD need them

@@ -15,6 +15,7 @@ module of its own:
 - `rollout_buffer`, `prompt_order`: micro-batches of a rollout; the order of prompts
 - `rollout_metrics`, `rollout_in_progress`: metrics of rollouts and updates; the state of one rollout
 - `mixing_choice`: how the mixture is sampled, as configured or measured
+- `teacher_choice`: the teacher that the user gives, or several by name, and the teacher of each row
 
 Besides these: `config_checks` (fields, and those of GRPO that are refused), `family_checks` (of the family of
 methods), `checks` (other arguments), `data_checks` (datasets), `given_completions` (of the dataset, for `lmbda`),
