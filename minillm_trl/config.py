@@ -56,8 +56,8 @@ class MiniLLMConfig(FamilyConfig):
             at most `--max-logprobs` (20 by default).
         teacher_server_tokens (`str`, *optional*):
             Whose most likely tokens are listed: the `"student"`'s, as it was when the rollout was sampled, or the
-            `"teacher"`'s. By default the student's, which keeps more of the gradient, and with vLLM the teacher's, as
-            its protocol can list no others.
+            `"teacher"`'s. By default the student's, which keeps more of the gradient unless the updates on a buffer
+            move the student far, and with vLLM the teacher's, as its protocol can list no others.
         teacher_server_batch_size (`int`, *optional*, defaults to `16`):
             Completions of one request.
         teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
