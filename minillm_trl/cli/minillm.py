@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServableTeacherArguments:
-    """The teacher, or `teacher_server_url` for servers, `offline_teacher` for stored scores, `teachers` for several."""
+    """The teacher, or `teacher_server_url` for servers, `offline_teacher` for stored scores, `teachers` if several."""
 
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Name or folder of the teacher model.", "aliases": ["--teacher"]}
