@@ -163,6 +163,11 @@ def accepts_position_ids(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return under which name the model's forward pass takes the KV cache; transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def without_wrapper(model: PreTrainedModel) -> PreTrainedModel:
     """Return the causal language model inside a `PeftModel`, with its adapters; return other models unchanged.
 

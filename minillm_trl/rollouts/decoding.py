@@ -13,7 +13,14 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.utils import logging
 
 from ..errors import UserError
-from ..models.lm_head import LMHead, accepts_position_ids, position_ids, rounding_tolerance, without_wrapper
+from ..models.lm_head import (
+    LMHead,
+    accepts_position_ids,
+    cache_argument,
+    position_ids,
+    rounding_tolerance,
+    without_wrapper,
+)
 from .slots import SlotCache, Slots
 
 logger = logging.get_logger(__name__)
@@ -167,6 +174,7 @@ class LazyDecoder:
         self._static = None if compiled is None else compiled.start(slots.size, length)
         self.keeps_states = keep_states
         self.takes_positions = accepts_position_ids(model)
+        self._cache_argument = cache_argument(model)
         self._head = LMHead.of(model) if keep_states or compiled is not None else None
 
     def next_logits(self, wanted: np.ndarray) -> torch.Tensor:
@@ -200,7 +208,7 @@ class LazyDecoder:
         inputs = self._inputs(slots.ids[:, columns], slots.mask[:, columns], cache.fed - slots.base)
         cache.fed, is_prompt = end, cache.fed == slots.base
         if self.compiled is not None:
-            inputs["past_key_values"] = self._static
+            inputs[self._cache_argument] = self._static
             hidden_states = self.compiled.hidden_states(inputs, is_prompt)
         elif self._head is None:
             logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits
@@ -232,7 +240,8 @@ class LazyDecoder:
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor, start: int) -> dict[str, Any]:
         """Return the inputs of a forward pass over the columns from `start` on."""
-        inputs = {"input_ids": ids[:, start:], "attention_mask": mask.long(), "past_key_values": self.cache}
+        inputs: dict[str, Any] = {"input_ids": ids[:, start:], "attention_mask": mask.long()}
+        inputs[self._cache_argument] = self.cache
         if self.takes_positions:
             inputs["position_ids"] = position_ids(mask)[:, start:]
         return inputs

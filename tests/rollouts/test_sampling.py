@@ -14,6 +14,7 @@ from transformers import GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreT
 import minillm_trl.rollouts.coins
 import minillm_trl.rollouts.decoding
 import minillm_trl.rollouts.slots
+from minillm_trl.models.lm_head import cache_argument
 from minillm_trl.rollouts.buffer import deal_rows
 from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
 from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms, toss_coins
@@ -605,3 +606,15 @@ class TestDefaultCoins:
         torch.manual_seed(0)
         assert self.coins(monkeypatch, None, shared) == first
         assert len({*first, *second}) == (4 if shared else 8)
+
+
+def test_cache_goes_under_the_name_that_the_model_takes():
+    """transformers 5.24 has renamed the argument, and warns of the old name in each forward pass."""
+
+    class Old(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class New(torch.nn.Module):
+        def forward(self, input_ids, cache=None): ...
+
+    assert [cache_argument(model()) for model in (Old, New)] == ["past_key_values", "cache"]

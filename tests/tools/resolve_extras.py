@@ -3,8 +3,7 @@
 Each is resolved for an empty environment, with the lowest and with the newest transformers that pyproject.toml
 accepts. Then the package is resolved for two environments that have TRL and one of these versions of transformers,
 neither of which may change. All of these are dry runs: pip reads the metadata of packages, and downloads those that
-have none on the index. The results are in `docs/resolved_versions.json`, and docs/versions.md has a table of them,
-which a test compares.
+have none on the index. The results are written to `docs/resolved_versions.json`.
 """
 
 import argparse
@@ -75,14 +74,13 @@ def main() -> int:
     ends = [lowest, newest_transformers(Path(sys.executable))]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"extras": {}}
     good = True
+    results["beside_trl"] = {version: resolve_beside_trl(version) for version in ends}
+    print("beside TRL", results["beside_trl"], flush=True)
     for extra in chosen:
         results["extras"][extra] = found = {version: resolve_extra(extra, version) for version in ends}
         print(extra, found, flush=True)
         good = good and any(entry["packages"] for entry in found.values())
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    results["beside_trl"] = {version: resolve_beside_trl(version) for version in ends}
-    print(results["beside_trl"])
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if good and all(entry["changed"] == [] for entry in results["beside_trl"].values()) else 1
 
 
