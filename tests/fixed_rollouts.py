@@ -57,8 +57,8 @@ def train(
 ) -> MiniLLMTrainer:
     """Train a few steps on a buffer of three optimizer steps, and save to `output`.
 
-    With `teacher_mixed_alpha`, the rollouts are sampled instead of fixed. `student` and `teacher` may be folders. With
-    `several_teachers`, a third of the rows has another teacher.
+    With `teacher_mixed_alpha` or `cross_tokenizer`, the rollouts are sampled instead of fixed. `student` and `teacher`
+    may be folders. With `several_teachers`, a third of the rows has another teacher.
     """
     tokenizer = build_tokenizer()
     # before the configuration: under ZeRO-3, transformers shards models that are built later
@@ -101,7 +101,7 @@ def train(
         train_dataset=Dataset.from_dict(rows),
         eval_dataset=Dataset.from_dict(rows).select(range(8)) if "eval_strategy" in options else None,
         processing_class=tokenizer,
-        rollout_func=None if args.teacher_mixed_alpha else rollout,
+        rollout_func=None if args.teacher_mixed_alpha or args.cross_tokenizer else rollout,
         lm_dataset=CORPUS if corpus else None,
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None,
         peft_config=LoraConfig(r=2, target_modules=["c_attn", "c_fc"], init_lora_weights=False) if lora else None,

@@ -9,6 +9,9 @@ import pytest
 import torch
 from conftest import run_module
 from fixed_rollouts import moved, train
+from test_cross_tokenizer import save_teacher
+
+from minillm_trl.presets import preset
 
 SCRIPT = Path(__file__).parents[1].joinpath("distributed_run.py")
 CASES = [
@@ -40,6 +43,9 @@ CASES = [
     ),
 ]
 
+
+# Another tokenizer: completions are sampled, as the teacher reads their text
+TWO_TOKENIZERS = {**preset("cross_tokenizer"), "num_iterations": 2, "eval_strategy": "steps", "eval_steps": 2}
 
 # What training has of its own under each strategy: both losses in one backward pass, activation checkpointing, inner
 # passes, rollouts sampled with a teacher that is sharded or not.
@@ -135,6 +141,20 @@ def test_micro_batches_do_not_matter(tmp_path: Path, options: dict):
 def test_processes_do_not_matter(tmp_path: Path, options: dict):
     reference = run(tmp_path, 8, 1, **options)
     assert_same(train_distributed(tmp_path, 2, 2, 2, options), reference)
+
+
+def test_micro_batches_do_not_matter_to_a_teacher_with_another_tokenizer(tmp_path: Path):
+    options = {**TWO_TOKENIZERS, "teacher": save_teacher(tmp_path / "teacher")}
+    assert_same(run(tmp_path, 2, 4, **options), run(tmp_path, 8, 1, **options))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("shard_teacher", [False, True], ids=["whole teacher", "sharded teacher"])
+def test_processes_do_not_matter_to_a_teacher_with_another_tokenizer(tmp_path: Path, shard_teacher: bool):
+    options = {**TWO_TOKENIZERS, "teacher": save_teacher(tmp_path / "teacher")}
+    reference = run(tmp_path, 8, 1, **options)
+    result = train_distributed(tmp_path, 2, 2, 2, {**options, "shard_teacher": shard_teacher})
+    assert_same(result, reference)
 
 
 @pytest.mark.distributed

@@ -56,6 +56,39 @@ def rollout(trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
+        {"teacher_mixed_alpha": 0.0},
+        {"teacher_mixed_alpha": 0.0, "reward_estimator": "expected", "sampling_batch_size": 3},
+        {"teacher_mixed_alpha": 0.5},
+        {"teacher_mixed_alpha": 0.0, "rkl_advantage": False, "skd_top_k": 3, "beta": 0.0},
+    ],
+    ids=["sampled", "expected", "mixed", "skd"],
+)
+def test_the_device_holds_one_offloaded_teacher_at_a_time(tmp_path, options):
+    trainer = make_trainer(tmp_path, build_teachers(), offload_teacher=True, max_steps=2, **options)
+    teachers = trainer._teacher
+
+    def on_the_device() -> list[str]:
+        # on a CPU too, an offloaded teacher computes with a copy of its weights
+        weights_of = {name: phase.home[0] for name, phase in teachers.phases.items()}
+        return [name for name, (weight, home) in weights_of.items() if weight.data_ptr() != home.data_ptr()]
+
+    seen: dict[str, list] = {}
+    for name, member in teachers.members.items():
+        seen[name] = []
+        member.model.base_model.register_forward_pre_hook(
+            lambda *_, name=name: seen[name].append(on_the_device())  # it returns None
+        )
+    trainer.train()
+    trainer.evaluate(ROWS.select(range(8)))
+    for name, found in seen.items():
+        assert found, name
+        assert all(names == [name] for names in found), name
+    assert on_the_device() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         {"teacher_mixed_alpha": 0.5},
         {"teacher_mixed_alpha": 0.5, "mixing": "speculative", "sampling_batch_size": 3, "kd_temperature": 0.7},
         {"teacher_mixed_alpha": 0.5, "reward_estimator": "expected", "teacher_hidden_states": "cpu"},
