@@ -112,9 +112,11 @@ def test_rates_follow_the_first_search_or_the_records(tmp_path):
     assert frontier_run.rates_to_try("tip_cool", frontier_run.scores_by_rate(benchmark, "tip_cool")) == [3e-4]
 
 
-@pytest.mark.parametrize(("page", "name"), [(frontier_summary.FAMILY_PAGE, "family")])
-def test_tables_are_those_of_the_results(page, name):
-    results = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]
+@pytest.mark.parametrize("name", ["main", "diversity", "differences", "ablations", "family", "first"])
+def test_tables_are_those_of_the_results(name):
+    page = frontier_summary.FAMILY_PAGE if name == "family" else frontier_summary.README
+    file = "frontier_e2e_first.json" if name == "first" else "frontier_e2e.json"
+    results = json.loads((FRONTIER.parent / "results" / file).read_text())["results"]
     start, end = f"<!-- {name}: made by a script -->\n", f"\n<!-- end of {name} -->"
-    table = getattr(frontier_summary, f"{name}_table")(results)
+    table = getattr(frontier_summary, f"{'main' if name == 'first' else name}_table")(results)
     assert page.read_text().split(start)[1].split(end)[0] == table

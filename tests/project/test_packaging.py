@@ -82,16 +82,31 @@ class TestReadme:
         assert f"Reverse KL is {min(gaps):.1f} to {max(gaps):.1f} nats lower" in line
 
     def test_leads_where_people_decode_are_those_of_the_results(self):
-        rows = json.loads((ROOT / "benchmarks/results/frontier_e2e_first.json").read_text())["results"]["rows"]
-        (line,) = re.findall(r"^\| \*\*wins\*\* where people decode \|.*", self.TEXT, flags=re.MULTILINE)
-        written = re.findall(r"(\d\.\d)(?: Rouge-L)? (\[-?\d\.\d, -?\d\.\d\])", line)
-        pairs = [
-            ("low_variance_cool", "sft"),
-            ("low_variance_cool", "distillation_at_one"),
-            ("single_step_cool", "sft"),
+        rows = json.loads((ROOT / "benchmarks/results/frontier_e2e.json").read_text())["results"]["rows"]
+
+        def lead(rival: str, measure: str, name: str = "low_variance_cool") -> str:
+            mean, low, high = rows[name]["minus"][rival][measure]
+            return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+        def written(row: str) -> str:
+            (line,) = re.findall(rf"^\| {re.escape(row)} \|.*", self.TEXT, flags=re.MULTILINE)
+            return line.replace(" Rouge-L [", " [")
+
+        line = written("**wins** where people decode")
+        assert f"SFT continued by {lead('sft', 'tuned_rouge_l')}" in line
+        assert f"by {lead('distillation_at_one', 'tuned_rouge_l')}. It matches" in line
+        assert f"(the single step alone) by {lead('single_step_cool', 'equal_entropy_rouge_l')}" in line
+        tied = [
+            name for name in rows if name.endswith("_cool") and name not in ("low_variance_cool", "single_step_cool")
         ]
-        leads = [rows[name]["minus"][rival]["tuned_rouge_l"] for name, rival in pairs]
-        assert written == [(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]") for mean, low, high in leads]
+        tied.remove("low_variance_normalised_cool")  # a setting of the same method
+        assert all(rows[name]["minus"]["single_step_cool"]["equal_entropy_rouge_l"][1] <= 0 for name in tied)
+        assert f"[{len(tied)} other methods trained at 0.55]" in line
+        line = written("**level**")
+        assert f"leads by {lead('distillation_cool', 'tuned_rouge_l')} at the best decoding" in line
+        assert f"at equal entropy by {lead('distillation_cool', 'equal_entropy_rouge_l')}" in line
+        line = written("**no difference** at equal entropy")
+        assert f"(+{lead('sft', 'equal_entropy_rouge_l', 'minillm')})" in line
 
     def test_links_lead_to_files(self):
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", self.TEXT) if not link.startswith("http")]
