@@ -34,6 +34,13 @@ def override_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> No
     module.forward = types.MethodType(method, module)
 
 
+def is_replaced_elsewhere(module: torch.nn.Module) -> bool:
+    """Return whether an attribute that [`override_forward`] did not set replaces the `forward` of the module."""
+    own = vars(module).get("forward")
+    is_ours = "_replaced_forwards" in vars(module) and getattr(own, "__self__", None) is module
+    return own is not None and not is_ours
+
+
 def rebind_fused_head(model: PreTrainedModel) -> None:
     """Make deep copies of a model run their own weights after a TRL trainer has given it a fused LM head.
 

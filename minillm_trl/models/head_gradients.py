@@ -3,7 +3,7 @@
 import torch
 
 from .lm_head import LMHead
-from .packed_weights import LEAST_ELEMENTS, multiply, suits_onednn
+from .packed_weights import multiply, suits_onednn
 
 # float16 holds numbers below 2^16. A chunk's gradient is scaled so that its largest entry is just below 2^15.
 _FLOAT16_EXPONENT = 15
@@ -79,6 +79,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype == torch.float16:
         return a.float() @ b.float()
-    if b.numel() >= LEAST_ELEMENTS and b.dtype == a.dtype and len(a) and suits_onednn(a):
+    if suits_onednn(a, b):
         return multiply(a, b.T)
     return a @ b

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
-from .packed_weights import LEAST_ELEMENTS, multiply, suits_onednn
+from .packed_weights import multiply, suits_onednn
 
 
 class TeacherHead(Protocol):
@@ -76,8 +76,7 @@ class LMHead:
         """Return W h + b for the first `vocab_size` rows, `(N, H) -> (N, vocab_size)`."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         weight = self.weight[:vocab_size]
-        is_large = weight.dtype == torch.float32 and weight.numel() >= LEAST_ELEMENTS and len(hidden_states) > 0
-        if is_large and suits_onednn(hidden_states):
+        if suits_onednn(hidden_states, weight):
             if self.packed is not None:
                 return multiply(hidden_states, self.packed, self.bias)[..., :vocab_size]
             return multiply(hidden_states, weight, bias)

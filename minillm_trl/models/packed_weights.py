@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .forward_methods import is_replaced_elsewhere
+
+logger = logging.get_logger(__name__)
 
 # Smaller weights stay as they are: their products are dominated by the call
 LEAST_ELEMENTS = 2**16
@@ -21,15 +26,26 @@ LEAST_ELEMENTS = 2**16
 # Packing reads and writes each weight once, which takes as long as a few steps of one row
 _LEAST_TOKENS = 16
 
-
-@functools.cache
-def _machine() -> str:
-    return platform.machine()
+# Private operators of PyTorch, with which its compiler packs frozen weights too
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight")
 
 
 def packs_weights() -> bool:
     """Return whether this machine has oneDNN with float32 kernels that take packed weights."""
-    return _machine() in ("x86_64", "AMD64") and bool(torch.backends.mkldnn.enabled)
+    return bool(torch.backends.mkldnn.enabled) and _has_kernels()
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Return whether PyTorch has oneDNN's operators on an x86 CPU; log once if it lacks only the operators."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    if missing := [name for name in _OPERATORS if not hasattr(torch.ops.mkldnn, name)]:
+        logger.warning(
+            f"PyTorch {torch.__version__} lacks torch.ops.mkldnn.{missing[0]}. Rollouts and LM heads on the CPU use "
+            "its plain products, which may be slower."
+        )
+    return not missing
 
 
 @contextmanager
@@ -37,7 +53,9 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
     """Pack the linear layers of `models` within a `with` statement, which must not change their weights.
 
     Layers other than `torch.nn.Linear` and GPT-2's `Conv1D` (quantised ones, for example), in other precisions or on
-    other devices stay as they are. The packed weights take as much memory as the weights.
+    other devices stay as they are, and so do layers with a `forward` of their own. A layer that is packed already
+    stays packed until the outer statement ends. The packed weights take as much memory as the weights. Models cannot
+    be copied or pickled meanwhile.
 
     Args:
         models (`Sequence[PreTrainedModel]`): complete models on this process.
@@ -46,17 +64,18 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
     replaced: list[tuple[torch.nn.Module, Any]] = []
     try:
         if tokens >= _LEAST_TOKENS and packs_weights():
-            modules = {id(module): module for model in models for module in model.modules()}
+            modules: dict[int, Any] = {id(module): module for model in models for module in model.modules()}
             for module in filter(_is_packable, modules.values()):
+                packed = _packed(module)
                 replaced.append((module, vars(module).get("forward")))
-                _pack(module)
+                module.packed_weight = packed
+                module.forward = functools.partial(_forward, module.forward, packed, module.bias)
         yield
     finally:
         for module, forward in replaced:
-            del module.packed_weight
-            if forward is None:
-                del module.forward
-            else:
+            for name in ("packed_weight", "forward"):  # an interrupt may have left the last module without them
+                vars(module).pop(name, None)
+            if forward is not None:
                 module.forward = forward
 
 
@@ -65,15 +84,23 @@ def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def suits_onednn(states: torch.Tensor) -> bool:
-    """Return whether [`multiply`] takes these inputs: in float32 on a CPU, without autocast or gradients."""
+def suits_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether [`multiply`] takes these tensors, and pays.
+
+    It takes float32 on a CPU, without autocast or gradients, and pays for weights of at least `LEAST_ELEMENTS`.
+    """
     return (
-        states.dtype == torch.float32
-        and states.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and packs_weights()
+        weight.numel() >= LEAST_ELEMENTS
+        and states.numel() > 0
+        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (states, weight))
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)  # not sharded or quantised
+        and _products_are_plain()
     )
+
+
+def _products_are_plain() -> bool:
+    """Return whether products need neither gradients nor autocast, and oneDNN is on."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and packs_weights()
 
 
 def _is_packable(module: torch.nn.Module) -> bool:
@@ -86,16 +113,17 @@ def _is_packable(module: torch.nn.Module) -> bool:
         and weight.device.type == "cpu"
         and weight.dim() == 2  # a sharded weight may be empty or flat
         and weight.numel() >= LEAST_ELEMENTS
+        and "packed_weight" not in vars(module)
+        and not is_replaced_elsewhere(module)
     )
 
 
-def _pack(module: Any) -> None:
-    """Give a module its packed weight, and a `forward` that uses it."""
+def _packed(module: Any) -> torch.Tensor:
+    """Return the weight of a module in oneDNN's layout."""
     weight = module.weight.detach()
     if type(module) is Conv1D:  # which keeps the transposed weight
         weight = weight.t().contiguous()
-    module.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    module.forward = functools.partial(_forward, module.forward, module.packed_weight, module.bias)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def _forward(
@@ -106,6 +134,7 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    if args or kwargs or not suits_onednn(states):
+    is_float32 = states.dtype == torch.float32 and states.device.type == "cpu" and states.numel() > 0
+    if args or kwargs or not (is_float32 and _products_are_plain()):
         return replaced(states, *args, **kwargs)
     return multiply(states, packed, bias)

@@ -90,11 +90,11 @@ def measure_mixing(
 ) -> dict[str, float]:
     """Return the seconds that a token takes with each way of mixing, the least of a few rounds.
 
-    The ways alternate. Their samples are dropped; nothing that a rollout draws depends on them. On a CPU, seconds are
-    those of this process, so that other jobs do not decide.
+    The ways alternate. Their samples are dropped; nothing that a rollout draws depends on them. For a student on a
+    CPU, seconds are those of this process, so that other jobs do not decide. An accelerator's work counts as elapsed.
     """
-    on_gpu = torch.cuda.is_available()
-    clock = time.perf_counter if on_gpu else time.process_time
+    on_cpu = student.device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
     prompt_ids = prompt_ids[:_ROWS]
     keys = [(*_KEY, row) for row in range(len(prompt_ids))]
     found: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -102,7 +102,7 @@ def measure_mixing(
         for name, seconds in found.items():
             start = clock()
             turn = replace(sampler, mixing=name).sample(student, prompt_ids, keys, _KEY, length)
-            if on_gpu:
-                torch.cuda.synchronize()
+            if not on_cpu:
+                torch.accelerator.synchronize(student.device)
             seconds.append((clock() - start) / sum(map(len, turn.completions)))
     return {name: min(seconds) for name, seconds in found.items()}

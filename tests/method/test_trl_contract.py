@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import platform
 import re
 from dataclasses import fields
 from importlib.metadata import version
@@ -507,3 +508,23 @@ class TestWhatSkippedStepsRelyOn:
 class DeepSpeedPluginStandIn:
     def is_zero3(self) -> bool:
         return True
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
+    reason="products with oneDNN's operators run on x86 CPUs only",
+)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "_linear_pointwise",
+            "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
+        ),
+        ("_reorder_linear_weight", "(Tensor self, int? batch_size=None) -> Tensor Y"),
+    ],
+)
+def test_operators_of_onednn_take_the_arguments_that_packed_weights_give(name: str, expected: str):
+    """minillm_trl/models/packed_weights.py calls these private operators of torch."""
+    schema = str(getattr(torch.ops.mkldnn, name).default._schema)
+    assert schema.replace(f"mkldnn::{name}", "", 1) == expected

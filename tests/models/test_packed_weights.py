@@ -1,9 +1,14 @@
 """Packed weights compute the same products, in the layers that can be packed, and leave no trace."""
 
+import logging
+import types
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from minillm_trl.models import packed_weights as module_under_test
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.packed_weights import packed_weights, packs_weights
@@ -82,6 +87,85 @@ def test_weights_are_unpacked_at_the_end_even_after_an_error():
     assert "forward" not in vars(model.transformer.h[0].mlp.c_fc)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_interrupt_while_packing_keeps_its_type_and_unpacks(monkeypatch, error: type[BaseException]):
+    model, pack, calls = make_model("llama"), module_under_test._packed, iter(range(5))
+
+    def interrupted(module: torch.nn.Module) -> torch.Tensor:
+        if next(calls) == 3:
+            raise error
+        return pack(module)
+
+    monkeypatch.setattr(module_under_test, "_packed", interrupted)
+    with pytest.raises(error), packed_weights([model], tokens=16):
+        pass
+    assert next(calls) == 4
+    assert packed_modules(model) == [name for name, module in model.named_modules() if "forward" in vars(module)] == []
+
+
+def test_nested_packing_ends_with_the_outer_statement():
+    model, other = make_model("llama"), make_model("gpt2")
+    with packed_weights([model], tokens=16):
+        outer = packed_modules(model)
+        with packed_weights([model, other], tokens=16):
+            assert packed_modules(other)
+        assert packed_modules(model) == outer != []
+        assert packed_modules(other) == []
+    assert packed_modules(model) == []
+
+
+def test_forward_of_somebody_else_runs():
+    model = make_model("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = types.MethodType(lambda self, states: torch.zeros(*states.shape[:-1], 512), layer)
+    with torch.no_grad(), packed_weights([model], tokens=16):
+        assert not layer(torch.ones(1, 160)).any()
+        assert "lm_head" in packed_modules(model)
+
+
+@pytest.fixture
+def fresh_check() -> Iterator[None]:
+    """Look at the machine again, during and after a test."""
+    module_under_test._has_kernels.cache_clear()
+    yield
+    module_under_test._has_kernels.cache_clear()
+
+
+def test_without_the_operators_products_are_plain_and_one_warning_says_so(monkeypatch, caplog, fresh_check):
+    monkeypatch.setattr(module_under_test, "_OPERATORS", ("_linear_pointwise", "_no_such_operator"))
+    model = make_model("llama")
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(2):
+            with packed_weights([model], tokens=16):
+                assert packed_modules(model) == []
+                model(IDS)
+    assert caplog.text.count("lacks torch.ops.mkldnn._no_such_operator") == 1
+
+
+def test_builds_without_onednn_and_other_processors_use_plain_products(monkeypatch, fresh_check):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not packs_weights()
+    monkeypatch.undo()
+    module_under_test._has_kernels.cache_clear()
+    monkeypatch.setattr(module_under_test.platform, "machine", lambda: "aarch64")
+    assert not packs_weights()
+
+
+def test_heads_with_a_weight_of_another_type_use_its_own_products():
+    """A sharded or quantised weight is a subclass of a tensor, of which oneDNN's operator knows nothing."""
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            return 2 * found.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else found
+
+    weight, states = torch.randn(600, 160), torch.randn(3, 160)
+    with torch.no_grad():
+        found = LMHead(weight.as_subclass(Doubled), None).project(states, 600)
+    torch.testing.assert_close(found, 2 * states @ weight.T, rtol=1e-4, atol=1e-4)
+
+
 def test_samples_are_those_of_the_current_weights():
     """Weights that change between two rollouts, as in training, are packed again."""
     model = make_model("llama")
@@ -93,6 +177,17 @@ def test_samples_are_those_of_the_current_weights():
     second = sample_prompts(model, [[1, 2, 3]], **options)
     with torch.backends.mkldnn.flags(enabled=False):
         assert sample_prompts(model, [[1, 2, 3]], **options) == second != first
+
+
+def test_samples_do_not_depend_on_batch_and_order():
+    model = make_model("llama")
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    options = {"max_new_tokens": 16, "eos_token_ids": [], "pad_token_id": 0}
+    keys = [(row,) for row in range(4)]
+    together = sample_prompts(model, prompts, keys=keys, **options)
+    assert sample_prompts(model, prompts[::-1], keys=keys[::-1], batch_size=3, **options)[::-1] == together
+    alone = [sample_prompts(model, [prompt], keys=[(row,)], **options)[0] for row, prompt in enumerate(prompts)]
+    assert alone == together
 
 
 def test_heads_that_are_trained_have_the_gradients_of_plain_products():

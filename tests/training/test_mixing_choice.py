@@ -1,6 +1,9 @@
 """How a run mixes: as configured, or as measured at its first rollout and kept from then on."""
 
+import itertools
 import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +60,16 @@ def test_speculation_drafts_with_the_adapter_of_the_student(tmp_path, model_dir,
     assert len(rollouts) == 2
 
 
+@dataclass
+class FakeSampler:
+    """Takes no time and samples three tokens."""
+
+    mixing: str = "coins"
+
+    def sample(self, *args) -> SimpleNamespace:
+        return SimpleNamespace(completions=[[1, 2, 3]])
+
+
 class TestAuto:
     @staticmethod
     def fake(monkeypatch: pytest.MonkeyPatch, faster: str) -> list[int]:
@@ -98,6 +111,20 @@ class TestAuto:
         assert found.keys() == {"coins", "speculative"}
         assert all(value > 0 for value in found.values())
         assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("device", ["cpu", "mps"])
+    def test_time_is_elapsed_unless_the_student_is_on_a_cpu(self, monkeypatch, device: str):
+        """CPU-seconds leave out what an accelerator does; a machine with a GPU may train on its CPU."""
+        synchronised, clocks = [], {"process_time": itertools.count(1), "perf_counter": itertools.count(1)}
+        for name, ticks in clocks.items():
+            monkeypatch.setattr(minillm_trl.training.mixing_choice.time, name, lambda ticks=ticks: next(ticks))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cpu")
+        monkeypatch.setattr(torch.accelerator, "synchronize", synchronised.append)
+        student = SimpleNamespace(device=torch.device(device))
+        measure_mixing(FakeSampler(), student, [[1]], 4)
+        used = {name for name, ticks in clocks.items() if next(ticks) > 1}
+        assert used == ({"process_time"} if device == "cpu" else {"perf_counter"})
+        assert synchronised == ([] if device == "cpu" else [torch.device("mps")] * 4)
 
 
 def test_sharded_teacher_is_refused():
