@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RESULTS = sorted((BENCHMARKS / "results").rglob("*.json"))
+# Records of single runs, from which a result of their task is made
+FRONTIER_RUNS = sorted((BENCHMARKS / "results" / "frontier").rglob("*.json"))
+RESULTS = sorted({*(BENCHMARKS / "results").rglob("*.json")} - {*FRONTIER_RUNS})
 sys.path.insert(0, str(BENCHMARKS))
 
 import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
@@ -64,6 +66,19 @@ def test_result_names_its_command_commit_machine_and_versions(path: Path):
         versions["torch"] for versions in [record.get("versions"), *(run["environment"] for run in runs)] if versions
     )
     assert "versions" in record or runs
+
+
+def test_records_of_the_frontier_name_their_run_and_commit():
+    assert FRONTIER_RUNS
+    for path in FRONTIER_RUNS:
+        record = json.loads(path.read_text())
+        assert record["validation"], path
+        if path.stem.startswith(("teacher", "sft-")):  # models from which the runs start
+            continue
+        run = record["identity"]["run"]
+        assert path.stem == f"{run['method']}-{run['learning_rate']}-{run['seed']}"
+        assert record["identity"]["task"]["name"] == path.parent.name
+        assert len(record["commit"]) == 40
 
 
 def test_aim_is_reached_on_the_right_side():

@@ -218,7 +218,9 @@ def test_metrics_of_each_teacher_make_up_those_of_all(tmp_path):
         parts = [metrics[f"eval_{metric}/{name}"] for name in ("math", "code")]
         assert metrics[f"eval_{metric}"] == pytest.approx(sum(map(float.__mul__, shares, parts)), rel=1e-5)
     only_math = trainer.evaluate(ROWS.filter(lambda row: row["teacher"] == "math").select(range(3)))
-    assert "eval_objective/reverse_kl/code" not in only_math
+    for metric in ("objective/reverse_kl", "rouge_l"):
+        assert f"eval_{metric}/code" not in only_math
+        assert only_math[f"eval_{metric}/math"] == pytest.approx(only_math[f"eval_{metric}"], rel=1e-5)
     alone = make_trainer(tmp_path / "alone", build_teachers()["math"])
     same = alone.evaluate(ROWS.filter(lambda row: row["teacher"] == "math").select(range(3)))
     name = "eval_objective/single_step"
