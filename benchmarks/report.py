@@ -86,6 +86,13 @@ def sampling() -> Iterator[Measured]:
         yield Measured("its time over the least possible", case, "sampling", values, 1.25, at_least=False)
 
 
+def rollouts_real() -> Iterator[Measured]:
+    for case, result in read("rollouts_real").items():
+        what = "rollouts of SmolLM2 and its 64M student against those before slots and packed weights"
+        case = case if case == "alpha 0" else f"alpha 0.2, {case}"
+        yield Measured(what, case, "rollouts_real", result["speedup"], 2.0)
+
+
 def update_phase(folder: Path) -> Iterator[Measured]:
     what = "four inner passes against a teacher forward in each"
     return by_size(folder, "update_phase", what, (2.3, 3.5))
@@ -133,6 +140,7 @@ def measured() -> list[Measured]:
     return [
         *sampling(),
         *by_size(RESULTS, "rollout_phase", "rollout phase against the authors' schedule", (3.0, 4.0)),
+        *rollouts_real(),
         *update_phase(RESULTS),
         *optimizer_step(RESULTS),
         *same_kl(),

@@ -46,6 +46,7 @@ MODULES = (
     *("language_modeling", "evaluation_rows", "exact_resume", "prompt_order"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
     *("divergences", "divergence_gradients", "positions", "given_completions", "teacher_replacement"),
+    *("spans", "cross_tokenizer", "top_k"),
     *("spans", "cross_tokenizer", "token_bytes", "stored"),
 )
 # Tests that run the core in their own process
@@ -58,7 +59,7 @@ TESTS = tuple(
         *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
         *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
         *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
-        *("divergences", "positions", "given_completions", "teacher_replacement"),
+        *("divergences", "positions", "given_completions", "teacher_replacement", "spans", "top_k"),
         *("spans", "cross_tokenizer", "stored"),
     )
 )

@@ -147,6 +147,17 @@ class TestLimits:
     def test_end_of_a_parameter_is_a_plain_kl(self, name: str, parameters: dict, other: str):
         q, p, tokens = pair((5, 6))
         torch.testing.assert_close(value(name, q, p, tokens, **parameters), value(other, q, p, tokens))
+        both = [
+            divergence_in_place(choose_divergence(key, **{**PARAMETERS, **own}), q.clone(), q.exp(), p.clone(), tokens)
+            for key, own in ((name, parameters), (other, {}))
+        ]
+        for found, expected in zip(*both, strict=True):
+            torch.testing.assert_close(found, expected)
+
+    def test_threshold_of_zero_adds_the_forward_kl_everywhere(self):
+        q, p, tokens = pair((5, 6))
+        found = value("entropy_aware_kl", q, p, tokens, teacher_entropy_threshold=0.0)
+        torch.testing.assert_close(found, value("reverse_kl", q, p, tokens) + value("forward_kl", q, p, tokens))
 
     @pytest.mark.parametrize(("beta", "scale", "other"), [(1e-7, 1e7, "forward_kl"), (1 - 1e-7, 1e7, "reverse_kl")])
     def test_jsd_over_its_share_tends_to_the_plain_kl(self, beta: float, scale: float, other: str):

@@ -22,6 +22,9 @@ class TestHorizon:
         assert [rollout_horizon(step, 50, start=5) for step in (0, 9)] == [5, 5]
         assert rollout_horizon(3, 50) == 50
 
+    def test_one_token_and_the_whole_limit_are_starts(self):
+        assert [rollout_horizon(0, 50, start=start) for start in (1, 50)] == [1, 50]
+
     @pytest.mark.parametrize(("options", "message"), [((60, None), "start"), ((0, None), "start"), ((5, 0), "steps")])
     def test_bad_values_are_refused(self, options: tuple, message: str):
         with pytest.raises(ValueError, match=message):
