@@ -242,6 +242,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         if isinstance(prompts[0], str):
             prompt_ids = without_extra_tokens(prompt_ids, *added_tokens(self._tokenizer))
         check_prompt_ids(prompts, prompt_ids, self.max_completion_length, self.max_context, self._context_name)
+        self.scoring.check_prompts(prompts)
         return prompt_ids, images, multimodal_fields
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

@@ -15,6 +15,8 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 def token_bytes(tokenizer: PreTrainedTokenizerBase, who: str) -> list[bytes]:
     r"""Return the bytes of each token by its id; those of an added token, special or not, are its name's.
 
+    Ids that no token has, as some tokenizers leave gaps before their added tokens, have no bytes.
+
     Concatenated, the tokens of a text give its UTF-8 bytes. A single token may end inside a character.
 
     Args:
@@ -33,8 +35,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, who: str) -> list[bytes]:
         )
     codes = _byte_level() if kind == "ByteLevel" else {}
     added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items()}
-    table = [b""] * len(tokenizer)
-    for token, id_ in tokenizer.get_vocab().items():
+    vocab = tokenizer.get_vocab()
+    table = [b""] * (1 + max(vocab.values()))
+    for token, id_ in vocab.items():
         if id_ in added:
             table[id_] = added[id_].encode()
         elif kind == "ByteLevel":

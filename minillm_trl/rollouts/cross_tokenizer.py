@@ -125,7 +125,7 @@ class TwoTokenizers:
         """
         ended = [bool(ids) and ids[-1] in student_ends for ids in completions]
         texts = [
-            read_text([self._bytes_of(id_) for id_ in (ids[:-1] if stops else ids)], stops)
+            read_text([self.bytes_of(id_) for id_ in (ids[:-1] if stops else ids)], stops)
             for ids, stops in zip(completions, ended, strict=True)
         ]
         encoded = self.encode([text.text for text in texts])
@@ -135,7 +135,8 @@ class TwoTokenizers:
             spelled = [self.teacher_bytes[id_] for id_ in teacher_ids]
             teacher_ends = np.cumsum([len(token) for token in spelled], dtype=np.int64)
             cuts = certain_cuts(data, self.pairs)
-            fault = None
+            unknown = next((id_ for id_ in ids if not self.bytes_of(id_)), None)
+            fault = None if unknown is None else f"the token {unknown} has no text that the teacher could read"
             if b"".join(spelled) != data:  # a single span, as no place in one text is known in the other
                 teacher_ends, cuts = np.full(len(teacher_ids), len(data)), cuts[:0]
                 if b"".join(spelled) != self._normalized(text.text):
@@ -148,13 +149,9 @@ class TwoTokenizers:
             readings.append(_Reading(teacher_ids, teachers, students, fault))
         return readings
 
-    def _bytes_of(self, id_: int) -> bytes:
-        if id_ >= len(self.student_bytes):
-            raise UserError(
-                f"A completion has the token {id_}, but the student's tokenizer has {len(self.student_bytes)} tokens, "
-                "so there is no text that the teacher could read. Use the tokenizer that the student was trained with."
-            )
-        return self.student_bytes[id_]
+    def bytes_of(self, id_: int) -> bytes:
+        """Return the bytes of a token of the student; none for a row of its vocabulary that is no token."""
+        return self.student_bytes[id_] if id_ < len(self.student_bytes) else b""
 
     def _normalized(self, text: str) -> bytes:
         normalizer: Any = self.teacher.backend_tokenizer.normalizer
@@ -221,12 +218,28 @@ class CrossTokenizerScorer:
                     f"prompt and completion have {count} tokens of the teacher, its context {self.max_context}"
                 )
                 readings[row] = reading._replace(ids=[], of_teacher=reading.of_teacher[:0])
+                prompt_ids[row] = before[:1]  # the prompt alone may exceed it
+        faults = {row: fault for row, fault in faults.items() if mask[row].any()}  # others repeat a row to fill a batch
         logps = self._teacher_logps(prompt_ids, readings, mask.device)
         teacher = _credit(logps, [reading.of_teacher for reading in readings], mask.shape[1])
         student = _credit(student_logps.masked_fill(~mask, 0.0), [row.of_student for row in readings], mask.shape[1])
         for row in faults:
             teacher[row, mask[row].nonzero()[-1]] = -torch.inf
         return SpanScores(teacher, student, faults)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Check that the teacher can read prompts, and a token of a completion after each.
+
+        Raises:
+            UserError: naming the first prompt for which this is not so.
+        """
+        prompt_ids = encode_prompts(self.tokenizers.teacher, prompts, self.chat_template_kwargs)
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            if self.max_context is not None and len(ids) >= self.max_context:
+                raise UserError(
+                    f"The prompt that begins with {str(prompt)[:80]!r} has {len(ids)} tokens of the teacher, whose "
+                    f"context of {self.max_context} has no room for a completion. Shorten or drop it."
+                )
 
     def _end(self) -> int:
         """Return the token with which the teacher ends a text, or an assistant's turn."""

@@ -163,6 +163,15 @@ class RolloutScoring:
         self.teacher.raise_failures()
         return scores
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Check that a teacher with another tokenizer can read prompts; the others read the student's tokens.
+
+        Raises:
+            UserError: naming the first prompt that it cannot read.
+        """
+        if self.spans is not None:
+            self.spans.check_prompts(prompts)
+
     def teacher_states(self, batch: Batch) -> torch.Tensor | None:
         """Return the teacher's states of a batch's completions `(B, T, H)`; None if it has other tokens."""
         return self.teacher.hidden_states_of(batch) if self.spans is None else None

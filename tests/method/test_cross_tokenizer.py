@@ -157,6 +157,23 @@ def test_text_that_is_too_long_for_the_teacher_is_left_out(tmp_path: Path, caplo
         trainer.score_rollouts(*inputs)
 
 
+def test_prompt_that_is_too_long_for_the_teacher_is_left_out_or_refused(tmp_path: Path):
+    """GPT-2 has no positions beyond its context; the row that fills up a batch has no completion to leave out."""
+    teacher = build_model("gpt2", len(SECOND), seed=1, positions=24)
+    teacher.save_pretrained(tmp_path / "short")
+    SECOND.save_pretrained(tmp_path / "short")
+    prompts = ["the mill", "the mill " * 10]
+    trainer = make_trainer(tmp_path, str(tmp_path / "short"), max_steps=2)
+    tokenizer = trainer.processing_class
+    inputs = batch_of(tokenizer, prompts, [tokenizer("pub")["input_ids"]] * 2)
+    with pytest.raises(FloatingPointError, match=r"Completion 1: .*its context 24"):
+        trainer.score_rollouts(*inputs)
+    inputs[3][1] = 0
+    assert not trainer.score_rollouts(*inputs)["faulty"].any()
+    with pytest.raises(UserError, match="27 tokens of the teacher, whose context of 24"):
+        trainer.train()
+
+
 def test_weights_resume(tmp_path: Path):
     """The buffer of a rollout has the scores, so that a resumed run continues with the same weights."""
     options = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "save_strategy": "steps"}

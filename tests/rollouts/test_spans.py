@@ -1,5 +1,7 @@
 """Alignment of two tokenizers: by hand, for random texts, and the gradient that it gives, by enumeration."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,16 @@ class TestBytes:
 
     def test_name_of_an_added_token_is_its_text(self):
         assert token_bytes(FIRST, "student")[FIRST.eos_token_id] == b"<eos>"
+
+    def test_ids_that_no_token_has_are_a_gap(self):
+        """As before the added tokens of Phi-4-mini, where `len(tokenizer)` is less than the largest id."""
+        saved = json.loads(FIRST.backend_tokenizer.to_str())
+        last = len(FIRST) + 5
+        saved["model"]["vocab"]["<last>"] = last
+        saved["added_tokens"].append({**saved["added_tokens"][0], "id": last, "content": "<last>"})
+        tokenizer = Tokenizer.from_str(json.dumps(saved))
+        table = token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"), "student")
+        assert (len(table), table[last], table[last - 1]) == (last + 1, b"<last>", b"")
 
     def test_pairs_are_those_inside_tokens(self):
         found = inner_pairs([b"abc", b"", b"d", b"ba"])
@@ -187,6 +199,14 @@ class TestCredits:
         words, other = both.read([ids_of(FIRST, "two word"), ids_of(FIRST, "two 12")], [FIRST.eos_token_id], 0)
         assert words.fault is None
         assert "'two 12'" in other.fault
+
+    def test_row_of_the_vocabulary_that_is_no_token_is_a_fault(self):
+        """Models pad their vocabularies, and may sample such a row."""
+        both = TwoTokenizers(FIRST, SECOND)
+        (word,) = [ids_of(FIRST, "hello")]
+        found = both.read([word, [*word, len(FIRST) + 3]], [FIRST.eos_token_id], SECOND.eos_token_id)
+        assert found[0].fault is None
+        assert f"token {len(FIRST) + 3} has no text" in found[1].fault
 
     def test_empty_completions(self):
         both = TwoTokenizers(FIRST, SECOND)
