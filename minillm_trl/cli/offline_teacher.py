@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="of the teacher: branch, tag or commit on the hub")
     parser.add_argument("--model_init_kwargs", type=json_object, help="of the teacher: arguments of from_pretrained")
+    parser.add_argument("--eos_tokens", nargs="+", metavar="TOKEN", help="those of the training, if it sets them")
     parser.add_argument("--chat_template_kwargs", type=json_object, help="arguments of the chat template, as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the models")
     parser.add_argument(
@@ -105,6 +106,7 @@ def _rows(
         conversational=holds_conversations(examples),
         student=read_generation_config(arguments.model, trust_remote_code=arguments.trust_remote_code),
         teacher=GenerationConfig(eos_token_id=service.identity.eos_token_ids or None),
+        eos_tokens=arguments.eos_tokens,
         chat_template_kwargs=arguments.chat_template_kwargs,
     )
     length, kwargs = arguments.max_completion_length, arguments.chat_template_kwargs

@@ -219,7 +219,9 @@ class CrossTokenizerScorer:
                 )
                 readings[row] = reading._replace(ids=[], of_teacher=reading.of_teacher[:0])
                 prompt_ids[row] = before[:1]  # the prompt alone may exceed it
-        faults = {row: fault for row, fault in faults.items() if mask[row].any()}  # others repeat a row to fill a batch
+        faults = {
+            row: fault for row, fault in faults.items() if mask[row].any()
+        }  # others repeat a row to fill a batch
         logps = self._teacher_logps(prompt_ids, readings, mask.device)
         teacher = _credit(logps, [reading.of_teacher for reading in readings], mask.shape[1])
         student = _credit(student_logps.masked_fill(~mask, 0.0), [row.of_student for row in readings], mask.shape[1])

@@ -84,8 +84,11 @@ def _check_offline(args: "MiniLLMConfig") -> None:
     given = "only given completions have scores"
     own = {
         "teacher_server_url": ((None,), "the scores are in the folder: drop one of them"),
+        "teacher_mixed_alpha": ((0.0,), f"{given}: set teacher_mixed_alpha=0.0"),
+        "skd_top_k": ((None,), f"{given}: drop it"),
+        "teacher_model_init_kwargs": ((None, {}), "give them to `minillm-trl offline-teacher --model_init_kwargs`"),
         "lmbda": ((0.0,), f"{given}: set lmbda=0.0 (preset lightning_opd)"),
         "horizon_start": ((None,), "completions are scored with max_completion_length: drop it"),
         "eval_strategy": (("no",), f"{given}, and evaluation samples: set it to 'no', and evaluate checkpoints later"),
     }
-    _refuse(args, "offline_teacher", own | _REFUSED)
+    _refuse(args, "offline_teacher", _REFUSED | own)

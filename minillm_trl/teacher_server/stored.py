@@ -172,7 +172,8 @@ class StoredScores:
             if place is None:
                 raise UserError(
                     f"offline_teacher={str(self.folder)!r} has no scores of a completion of {len(row.completion)} "
-                    f"tokens after a prompt of {len(row.prompt)}. It holds those of other data."
+                    f"tokens after a prompt of {len(row.prompt)}. Only completions of the scored data have any: "
+                    "evaluate checkpoints later, with minillm-trl evaluate."
                 )
             with _opened(place.path) as file:
                 ids, logps, rest = (

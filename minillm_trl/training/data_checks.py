@@ -23,6 +23,11 @@ def check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLM
     check_columns(dataset, "train_dataset", first)
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise UserError("train_dataset is a stream, which has no known length to end the run. Set max_steps.")
+    if isinstance(dataset, IterableDataset) and args.offline_teacher is not None:
+        raise UserError(
+            f"train_dataset is a stream, whose rows cannot be checked for scores in offline_teacher="
+            f"{args.offline_teacher!r} before training. Load the rows, or drop dataset_streaming."
+        )
     if args.lmbda < 1.0:
         rows = dataset["completion"] if isinstance(dataset, Dataset) and "completion" in dataset.column_names else []
         if "completion" not in next(iter(dataset)) or not all(rows):

@@ -12,6 +12,7 @@ from test_trainer import PROMPTS, make_config, weights
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.cli import main
+from minillm_trl.cli.offline_teacher import _rows, build_parser
 from minillm_trl.errors import UserError
 from minillm_trl.models.encoding import encode_after_prompt
 from minillm_trl.presets import preset
@@ -175,11 +176,13 @@ class TestRefusals:
             ("teacher_hidden_states", "recompute"),
             ("lm_kd_ratio", 0.5),
             ("offload_teacher", True),
+            ("skd_top_k", 3),
+            ("teacher_model_init_kwargs", {"dtype": "float16"}),
             ("teacher_server_url", "http://127.0.0.1:1"),
         ],
     )
     def test_setting_that_scores_cannot_follow(self, tmp_path: Path, name: str, value: object):
-        with pytest.raises(UserError, match=f"^{name}=.*offline_teacher"):
+        with pytest.raises(UserError, match=f"^{name}=.*offline_teacher: (?!.*server (samples|loads))"):
             make_config(tmp_path, **{**preset("lightning_opd"), "offline_teacher": "scores", name: value})
 
     @pytest.mark.parametrize(
@@ -198,6 +201,11 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"row 7 .*the punter near"):
             make_trainer(tmp_path, tmp_path / "scores", data)
 
+    def test_stream_whose_rows_cannot_be_checked(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=4)
+        with pytest.raises(UserError, match="is a stream"):
+            make_trainer(tmp_path, tmp_path / "scores", DATA.to_iterable_dataset())
+
     def test_another_vocabulary(self, tmp_path: Path):
         store(tmp_path / "scores", top_k=4, vocab_size=VOCAB - 1)
         with pytest.raises(UserError, match=f"share {VOCAB} rows"):
@@ -209,6 +217,14 @@ class TestRefusals:
         args = make_config(tmp_path, **preset("lightning_opd"), offline_teacher="scores")
         with pytest.raises(UserError, match="both given"):
             MiniLLMTrainer(build_model("gpt2", VOCAB), teacher(), args=args, train_dataset=DATA)
+
+
+def test_completions_end_as_in_a_training_with_eos_tokens(model_dir):
+    folder, tokenizer = model_dir("gpt2", 0), build_tokenizer()
+    words = ["--model", folder, "--teacher", folder, "--dataset", "rows", "--output_dir", "scores"]
+    arguments = build_parser().parse_args([*words, "--eos_tokens", "<pad>"])
+    for row in _rows(arguments, DATA, tokenizer, TeacherService(teacher(), build_tokenizer(), "it", batch_size=4)):
+        assert tokenizer.convert_ids_to_tokens(row.completion)[-1] == "<pad>"
 
 
 @pytest.mark.slow  # a dozen seconds
