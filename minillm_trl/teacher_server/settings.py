@@ -82,7 +82,7 @@ def _refuse(args: "MiniLLMConfig", because: str, refused: dict[str, tuple[tuple,
 def _check_offline(args: "MiniLLMConfig") -> None:
     """Check the fields that stored scores of given completions cannot follow."""
     given = "only given completions have scores"
-    own = {
+    own: dict[str, tuple[tuple, str]] = {
         "teacher_server_url": ((None,), "the scores are in the folder: drop one of them"),
         "teacher_mixed_alpha": ((0.0,), f"{given}: set teacher_mixed_alpha=0.0"),
         "skd_top_k": ((None,), f"{given}: drop it"),
