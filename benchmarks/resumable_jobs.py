@@ -48,19 +48,25 @@ def work(list_jobs: Callable[[], Iterable[Job]], locks: Path) -> None:
     """
     locks.mkdir(parents=True, exist_ok=True)
     failed: set[str] = set()
-    while todo := [(name, function) for name, function in list_jobs() if name not in failed]:
-        if not any(_take(locks, name, function, failed) for name, function in todo):
+    while todo := [name for name, _ in list_jobs() if name not in failed]:
+        if not any(_take(locks, name, list_jobs, failed) for name in todo):
             time.sleep(5)
     if failed:
         raise SystemExit(f"failed: {', '.join(sorted(failed))}; see the tracebacks above")
 
 
-def _take(locks: Path, name: str, function: Callable[[], None], failed: set[str]) -> bool:
-    """Run a job unless another process holds it; return whether it ran. If it fails, add its name to `failed`."""
+def _take(locks: Path, name: str, list_jobs: Callable[[], Iterable[Job]], failed: set[str]) -> bool:
+    """Run a job unless another process holds or has finished it; return whether it ran.
+
+    If it fails, its name is added to `failed`.
+    """
     with (locks / name).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        function = dict(list_jobs()).get(name)
+        if function is None:  # finished since the jobs were listed
             return False
         start = time.process_time()
         try:

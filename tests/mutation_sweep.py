@@ -46,7 +46,7 @@ MODULES = (
     *("language_modeling", "evaluation_rows", "exact_resume", "prompt_order"),
     *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
     *("divergences", "divergence_gradients", "positions", "given_completions", "teacher_replacement"),
-    *("spans", "cross_tokenizer", "top_k"),
+    *("spans", "cross_tokenizer", "top_k", "packed_weights", "head_gradients"),
     *("spans", "cross_tokenizer", "token_bytes", "stored"),
 )
 # Tests that run the core in their own process
