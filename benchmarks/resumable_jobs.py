@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+NUMBERS = re.compile(r"\[[-+.,\de\s]+\]")  # a list of numbers in JSON
 Job = tuple[str, Callable[[], None]]  # name and function
 
 
@@ -29,10 +31,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record_of_run(path: Path, record: dict[str, Any]) -> None:
-    """Write the file as a whole or not at all."""
+    """Write the file as a whole or not at all, each list of numbers on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(record, indent=1) + "\n")
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+    partial_path.write_text(text + "\n")
     partial_path.rename(path)
 
 
