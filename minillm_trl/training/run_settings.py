@@ -102,6 +102,7 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return `field: old -> new` for each field of nested settings that has changed.
 
     Fields that only one side has are left out, since another version of the package may have written the other side.
+    Models by name, such as several teachers, are compared as a whole: one more or one less is a change.
     """
     changes = []
     for name in then.keys() & now.keys():
@@ -110,6 +111,8 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             by = _DIGEST if None not in (old[_DIGEST], new[_DIGEST]) else "is"
             if old[by] != new[by]:
                 changes.append(f"{name}: {_words(old)} -> {_words(new)}")
+        elif (_are_models(old) or _are_models(new)) and _names(old) != _names(new):
+            changes.append(f"{name}: {_words(old)} -> {_words(new)}")
         elif isinstance(old, Mapping) and isinstance(new, Mapping):
             changes += [f"{name}.{change}" for change in find_changes(old, new)]
         elif old != new:
@@ -132,7 +135,18 @@ def _is_described(value: Any) -> bool:
     return isinstance(value, Mapping) and value.keys() == {"is", _DIGEST}
 
 
+def _are_models(value: Any) -> bool:
+    """Return whether the value describes several models by name."""
+    return isinstance(value, Mapping) and bool(value) and all(map(_is_described, value.values()))
+
+
+def _names(value: Any) -> set[str]:
+    return set(value) if _are_models(value) else set()
+
+
 def _words(value: Any) -> str:
+    if _are_models(value):
+        return ", ".join(f"{name}: {_words(model)}" for name, model in value.items())
     if not _is_described(value):
         return json.dumps(value) if isinstance(value, Mapping) else str(value)
     return value["is"] if value[_DIGEST] is None else f"{value['is']} ({value[_DIGEST][:8]})"

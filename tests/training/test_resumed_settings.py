@@ -343,3 +343,15 @@ class TestDescriptions:
 
     def test_field_of_one_side_alone_is_no_change(self):
         assert find_changes({"old": 1, "same": {"a": 1}}, {"new": 2, "same": {"a": 1}}) == []
+
+    def test_another_set_of_teachers_is_a_change(self):
+        one, two = ({"is": name, "digest": None} for name in ("runs/one", "runs/two"))
+        both, swapped = {"math": one, "code": two}, {"math": two, "code": two}
+        assert find_changes({"teacher": both}, {"teacher": both}) == []
+        assert find_changes({"teacher": both}, {"teacher": swapped}) == ["teacher.math: runs/one -> runs/two"]
+        assert find_changes({"teacher": both}, {"teacher": {"math": one}}) == [
+            "teacher: math: runs/one, code: runs/two -> math: runs/one"
+        ]
+        assert find_changes({"teacher": one}, {"teacher": both}) == [
+            "teacher: runs/one -> math: runs/one, code: runs/two"
+        ]
