@@ -154,10 +154,11 @@ def check_eos_tokens(value: str | Sequence[str] | None) -> list[str] | None:
     """
     if value is None:
         return None
-    tokens = [value] if isinstance(value, str) else list(value)
-    if not tokens or not all(isinstance(token, str) and token for token in tokens):
+    tokens = [value] if isinstance(value, str) else value
+    is_list = isinstance(tokens, (list, tuple)) and len(tokens) > 0
+    if not is_list or not all(isinstance(token, str) and token for token in tokens):
         raise UserError(f"eos_tokens must be a list of tokens such as ['<|im_end|>'], got {value!r}.")
-    return tokens
+    return list(tokens)
 
 
 def find_turn_end(

@@ -344,6 +344,7 @@ class FakeVLLM:
     def __init__(self, model, **kwargs):
         self.model = model
         self.synchronised = 0
+        self.generation_kwargs = {}
 
     def sync_weights(self):
         self.synchronised += 1
