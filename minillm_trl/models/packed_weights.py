@@ -1,8 +1,8 @@
 """Linear layers whose weights are laid out for oneDNN once, before a rollout multiplies them with every token.
 
-PyTorch multiplies float32 matrices on a CPU with MKL, which rearranges the weights in each product. On an AMD
-processor with AVX-512, we measured MKL at the rate that AVX2 allows. oneDNN takes weights in the layout of its
-kernels, and its products of a decoding step (few rows, large weights) took less than half the time.
+PyTorch multiplies float32 matrices on a CPU with MKL, which rearranges the weights in each product. oneDNN takes
+weights in the layout of its kernels, and was about twice as fast on the AMD processor that we measured
+(`benchmarks/packed_products.py`).
 """
 
 import functools

@@ -137,7 +137,7 @@ def sample_completions(
         compiled=compiled,
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
-    with packed_weights(packable, max_new_tokens):
+    with packed_weights(packable, max_new_tokens):  # `_decode` is a generator, which samples here
         rows = [row._replace(row=order[row.row]) for row in finished]
     return _pad_rows(sorted(rows, key=lambda row: row.row), pad_token_id)
 

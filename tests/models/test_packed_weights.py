@@ -1,8 +1,10 @@
 """Packed weights compute the same products, in the layers that can be packed, and leave no trace."""
 
+import json
 import logging
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +209,11 @@ def test_heads_that_are_trained_have_the_gradients_of_plain_products():
     assert not torch.equal(found[0], expected[0])  # other kernels, other roundings
     for actual, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_page_has_the_measured_speeds():
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks/results/packed_products.json").read_text())["results"]
+    speeds = [result["speedup"][1] for result in results]
+    page = (root / "docs/memory_and_speed.md").read_text()
+    assert f"are {min(speeds):.1f} to {max(speeds):.1f} times as fast" in page

@@ -16,6 +16,7 @@ sys.path.insert(0, str(FRONTIER))
 
 import frontier_methods  # noqa: E402 - lies in a folder that is no package
 import frontier_run  # noqa: E402
+import frontier_sizes  # noqa: E402
 import frontier_summary  # noqa: E402
 from methods import train  # noqa: E402
 from resumable_jobs import Run, work  # noqa: E402
@@ -120,3 +121,20 @@ def test_tables_are_those_of_the_results(name):
     start, end = f"<!-- {name}: made by a script -->\n", f"\n<!-- end of {name} -->"
     table = getattr(frontier_summary, f"{'main' if name == 'first' else name}_table")(results)
     assert page.read_text().split(start)[1].split(end)[0] == table
+
+
+def test_table_of_the_sizes_has_the_methods_that_all_sizes_have():
+    results = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]
+    small = {
+        "teacher_over_student": 172.2,
+        "rows": {name: results["rows"][name] for name in ("teacher", "sft", "tip_cool")},
+    }
+    lines = frontier_sizes.sizes_table({"e2e_w8": small, "e2e": results}).splitlines()
+    assert lines[0].count("172x") == lines[0].count("14x") == 1
+    (row,) = lines[2:]
+    minus = results["rows"]["tip_cool"]["minus"]["sft"]
+    assert row.startswith("| TIP | ")
+    for key in ("equal_entropy_rouge_l", "equal_entropy_reverse_kl"):
+        assert row.count("{:+.1f} [{:+.1f}, {:+.1f}]".format(*minus[key])) == 2
+    # the page has a place for it
+    assert "<!-- sizes: made by a script -->\n" in frontier_summary.FAMILY_PAGE.read_text()
