@@ -23,8 +23,12 @@ IDS = torch.arange(20).view(2, 10)
 
 def make_model(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    if kind == "gpt2":  # Conv1D with biases
-        return GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=192, n_layer=2, n_head=2)).eval()
+    if kind == "gpt2":  # Conv1D with biases, which start at 0
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=192, n_layer=2, n_head=2)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
+        return model
     config = LlamaConfig(
         vocab_size=600,
         hidden_size=160,
@@ -33,14 +37,17 @@ def make_model(kind: str) -> torch.nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    if kind == "head with a bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(600))
+    return model
 
 
 def packed_modules(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if hasattr(module, "packed_weight")]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "head with a bias"])
 def test_logits_are_equal_within_rounding(kind):
     model = make_model(kind)
     with torch.no_grad():
