@@ -187,20 +187,20 @@ def main() -> None:
     if not (ON_GPU or arguments.try_out):
         parser.error("there is no GPU to measure: --try_out runs tiny shapes without one")
     results: dict[str, Any] = {"new_shapes": [], "decoding": [], "updates": []}
+    settings = {
+        "decoding": {"prompt_tokens": PROMPT, "new_tokens": TOKENS, "dtype": "float16"},
+        "updates": {"rows": ROWS, "tokens": LENGTH, "completion_tokens": LENGTH // 2, "dtype": "bfloat16"},
+        "shapes": {name: SHAPES[name] for name in {*DECODING, *UPDATES}},
+        "repeats": arguments.repeats,
+    }
     for part, result in measure(arguments):
         print(part, result, flush=True)
         if part == "limits":
             results[part] = result
         else:
             results[part].append(result)
-    if not arguments.try_out:
-        settings = {
-            "decoding": {"prompt_tokens": PROMPT, "new_tokens": TOKENS, "dtype": "float16"},
-            "updates": {"rows": ROWS, "tokens": LENGTH, "completion_tokens": LENGTH // 2, "dtype": "bfloat16"},
-            "shapes": {name: SHAPES[name] for name in {*DECODING, *UPDATES}},
-            "repeats": arguments.repeats,
-        }
-        write_record("hardware_limits", ("torch", "transformers", "triton"), settings, results)
+        if not arguments.try_out:  # each as it comes
+            write_record("hardware_limits", ("torch", "transformers", "triton"), settings, results)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     student, teacher = build(arguments.student), build(arguments.teacher)
-    results = []
-    for alpha in (0.0, ALPHA):
-        for slots in arguments.slots:
-            results.append(measure(student, teacher, slots, alpha, arguments.repeats))
-            passes = results[-1]["passes"]
-            print(
-                f"alpha {alpha}, {slots} slots: {results[-1]['speedup'][1]:.2f}x as fast, "
-                f"{passes['batches'] / passes['refilled']:.2f}x fewer passes",
-                flush=True,
-            )
     settings = {
         "student": arguments.student,
         "teacher": arguments.teacher,
@@ -101,7 +91,17 @@ def main() -> None:
         "dtype": str(DTYPE),
         "seeds": {"weights": 0, "prompts": 0, "tokens": 0, "coins": 1},
     }
-    write_record("slots", ("torch", "transformers"), settings, results)
+    results = []
+    for alpha in (0.0, ALPHA):
+        for slots in arguments.slots:
+            results.append(measure(student, teacher, slots, alpha, arguments.repeats))
+            passes = results[-1]["passes"]
+            print(
+                f"alpha {alpha}, {slots} slots: {results[-1]['speedup'][1]:.2f}x as fast, "
+                f"{passes['batches'] / passes['refilled']:.2f}x fewer passes",
+                flush=True,
+            )
+            write_record("slots", ("torch", "transformers"), settings, results)  # each as it comes
 
 
 if __name__ == "__main__":

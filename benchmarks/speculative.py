@@ -133,6 +133,15 @@ def main() -> None:
     names = list(SMALL)[1:] if arguments.small else arguments.teachers
     student = build_small("student") if arguments.small else build(arguments.student)
     judge, results = speculative.judge_drafts, []
+    record = "speculative_small" if arguments.small else "speculative"
+    settings = {
+        "alpha": ALPHA,
+        "prompt_tokens": PROMPT,
+        "new_tokens": arguments.new_tokens,
+        "repeats": arguments.repeats,
+        "dtype": str(DTYPE),
+        "seeds": {"weights": 0, "prompts": 0, "tokens": 0, "coins": 1},
+    }
     for name in names:
         teacher = build_small(name) if arguments.small else build(name)
         for kept in arguments.kept:
@@ -142,6 +151,7 @@ def main() -> None:
                 result = measure(student, teacher, batch_size, arguments.new_tokens, arguments.repeats)
                 ratio = parameter_ratio(teacher, student)
                 results.append({"teacher": name, "parameter_ratio": ratio, "kept": kept, **result})
+                write_record(record, ("torch", "transformers"), settings, results)  # each as it comes
                 shared, own = (result[f"speedup_over_{way}"][1] for way in ("shared_coins", "own_coins"))
                 print(
                     f"{name} ({ratio:.1f}x), {kept:.0%} kept, batch {batch_size}: {shared:.2f}x as fast as shared "
@@ -149,17 +159,6 @@ def main() -> None:
                     flush=True,
                 )
         del teacher
-    settings = {
-        "alpha": ALPHA,
-        "prompt_tokens": PROMPT,
-        "new_tokens": arguments.new_tokens,
-        "repeats": arguments.repeats,
-        "dtype": str(DTYPE),
-        "seeds": {"weights": 0, "prompts": 0, "tokens": 0, "coins": 1},
-    }
-    write_record(
-        "speculative_small" if arguments.small else "speculative", ("torch", "transformers"), settings, results
-    )
 
 
 if __name__ == "__main__":
