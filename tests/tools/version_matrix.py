@@ -1,17 +1,20 @@
 """Run the tests that depend on other packages with their lowest and newest versions: `make test-matrix`.
 
 Each environment has a Python and a virtual environment of its own. `lowest` pins the packages in `PINNED` to the lower
-bounds of pyproject.toml, `newest` takes what pip finds. The results are in `docs/version_matrix.json`,
-and docs/versions.md has its table, which a test compares.
+bounds of pyproject.toml, `newest` takes what pip finds. Run the same command to resume: files that passed with the
+same versions and the same sources are not run again, unless you pass `--again`. Once all files of an environment have
+run, the results are in `docs/version_matrix.json`, and docs/versions.md has its table, which a test compares.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -67,14 +70,52 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(result.stdout)
 
 
-def run_tests(python: Path, tests: list[str]) -> dict[str, int]:
-    """Run the tests with the sources of this checkout, and return the numbers of pytest's last line."""
+def fingerprint(test: str) -> str:
+    """Return a hash of what the results of a test file depend on: the package, the helpers of tests, and the file."""
+    helpers = (path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith("test_"))
+    paths = [*sorted((ROOT / "minillm_trl").rglob("*.py")), *sorted(helpers), ROOT / test]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def run_tests(python: Path, test: str) -> dict[str, int]:
+    """Run a test file with the sources of this checkout, and return the numbers of pytest's last line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", "--tb=short", *tests]
+    command = [python, "-m", "pytest", "-q", "-m", "not slow", "--tb=short", test]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(result.stdout[-3000:], file=sys.stderr)
-    last = result.stdout.strip().splitlines()[-1]
+    if result.returncode != 0:
+        print(result.stdout[-3000:], result.stderr[-1000:], sep="\n", file=sys.stderr, flush=True)
+    last = (result.stdout.strip().splitlines() or [""])[-1]
     return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+
+
+def passed(counts: dict[str, int]) -> bool:
+    """Return whether tests ran, and none failed."""
+    return counts.get("passed", 0) > 0 and counts.keys() <= {"passed", "skipped"}
+
+
+def total(results: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Return the sum of the numbers of several files."""
+    sums: dict[str, int] = {}
+    for counts in results:
+        for word, number in counts.items():
+            sums[word] = sums.get(word, 0) + number
+    return sums
+
+
+def run_missing(python: Path, tests: list[str], kept: Path, again: bool) -> dict[str, dict[str, int]]:
+    """Run the test files that have not passed yet; keep the result of each at once, so that a killed run resumes."""
+    found = versions(python)
+    done = json.loads(kept.read_text()) if kept.exists() and not again else {}
+    if done.get("versions") != found:
+        done = {"versions": found, "tests": {}}
+    for test in tests:
+        source = fingerprint(test)
+        entry = done["tests"].get(test)
+        if entry is None or entry["source"] != source or not passed(entry["result"]):
+            done["tests"][test] = {"source": source, "result": run_tests(python, test)}
+            kept.write_text(json.dumps(done))
+            print(test, done["tests"][test]["result"], flush=True)
+    return {test: done["tests"][test]["result"] for test in tests}
 
 
 def record(name: str, entry: dict[str, object]) -> None:
@@ -87,17 +128,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(PYTHONS), help="environments")
     parser.add_argument("--work", type=Path, default=ROOT / ".matrix", help="folder of the environments")
-    parser.add_argument("--tests", nargs="+", default=list(TESTS))
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="some files, whose results are only printed")
     parser.add_argument("--installed", action="store_true", help="take the environments as they are")
+    parser.add_argument("--again", action="store_true", help="run files that passed before, too")
     arguments = parser.parse_args()
     good = True
     for name in arguments.names:
         folder = arguments.work / name
         python = folder / "bin" / "python" if arguments.installed else make_environment(name, folder)
-        counts = run_tests(python, arguments.tests)
-        record(name, {"versions": versions(python), "tests": arguments.tests, "result": counts})
-        print(f"{name}: {counts}")
-        good = good and counts.keys() <= {"passed", "skipped"}
+        results = run_missing(python, arguments.tests, arguments.work / f"{name}.json", arguments.again)
+        counts = total(results.values())
+        if {*results} == {*TESTS}:
+            record(name, {"versions": versions(python), "tests": results, "result": counts})
+        print(f"{name}: {counts}", flush=True)
+        good = good and all(map(passed, results.values()))
     return 0 if good else 1
 
 
