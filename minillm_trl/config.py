@@ -94,7 +94,8 @@ class MiniLLMConfig(FamilyConfig):
         reward_scale (`float`, *optional*, defaults to `1.0`):
             Divisor of the teacher's rewards. The authors' scripts: 0.5.
         reward_clip (`float`, *optional*):
-            Maximum absolute value of a scaled reward. The authors' scripts: 100.
+            Maximum absolute value of a scaled reward. The authors' scripts: 100. With `cross_tokenizer`, of the mean
+            over the student's tokens of a span.
         reward_estimator (`str`, *optional*, defaults to `"sampled"`):
             The future rewards in a return. `"sampled"` (the paper's): the rewards of the sampled tokens. `"expected"`:
             their expectation over the student's next token given the tokens before it, -KL(q || p) of that token, see

@@ -50,6 +50,7 @@ def token_rewards(
     mask: torch.Tensor,
     scale: float = 1.0,
     clip: float | None = None,
+    span_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Return the reward of each token (the summand of the return in Eq. 2), by default without scale and clip.
 
@@ -62,6 +63,8 @@ def token_rewards(
         mask (`torch.Tensor` of shape `(B, T)`): True on the completion's tokens.
         scale (`float`, *optional*, defaults to `1.0`): divisor, > 0; 0.5 in the authors' code.
         clip (`float`, *optional*): maximum absolute value of a scaled reward. None does not clip.
+        span_lengths (`torch.Tensor` of shape `(B, T)`, *optional*): number of tokens whose rewards are added up in a
+            log-prob, at least 1; multiplies `clip`, which so bounds their mean. By default 1.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, nats (over `scale`), detached: no gradient flows through a reward. 0 outside
@@ -71,7 +74,8 @@ def token_rewards(
     Raises:
         ValueError: if `scale` or `clip` is not positive.
     """
-    return _scale_and_clip((teacher_logps - student_logps).detach().masked_fill(~mask, 0.0), scale, clip)
+    log_ratio = (teacher_logps - student_logps).detach().masked_fill(~mask, 0.0)
+    return _scale_and_clip(log_ratio, scale, clip, span_lengths)
 
 
 def expected_rewards(
@@ -111,11 +115,16 @@ def expected_rewards(
     return (sampling_log_probs.detach().exp() * _scale_and_clip(log_ratio, scale, clip)).sum(dim=-1)
 
 
-def _scale_and_clip(log_ratio: torch.Tensor, scale: float, clip: float | None) -> torch.Tensor:
+def _scale_and_clip(
+    log_ratio: torch.Tensor, scale: float, clip: float | None, span_lengths: torch.Tensor | None = None
+) -> torch.Tensor:
     if not scale > 0.0 or not (clip is None or clip > 0.0):
         raise ValueError(f"scale and clip must be positive, got scale={scale} and clip={clip}.")
     rewards = log_ratio / scale
-    return rewards if clip is None else rewards.clamp(-clip, clip)
+    if clip is None or span_lengths is None:
+        return rewards if clip is None else rewards.clamp(-clip, clip)
+    bounds = (clip * span_lengths).to(rewards.dtype)
+    return rewards.clamp(-bounds, bounds)
 
 
 def reward_to_go(

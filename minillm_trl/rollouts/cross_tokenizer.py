@@ -52,11 +52,14 @@ class SpanScores(NamedTuple):
     Attributes:
         teacher, student (`torch.Tensor` of shape `(B, T)`): sums over the tokens of the spans that are credited here,
             in nats, detached; 0 at all other tokens. Their difference is the reward.
+        lengths (`torch.Tensor` of shape `(B, T)`, int64): tokens of the student in the spans that are credited here,
+            at least 1.
         faults (`dict[int, str]`): descriptions of the rows that the teacher cannot read, whose log-prob is -inf.
     """
 
     teacher: torch.Tensor
     student: torch.Tensor
+    lengths: torch.Tensor
     faults: dict[int, str]
 
 
@@ -224,10 +227,12 @@ class CrossTokenizerScorer:
         }  # others repeat a row to fill a batch
         logps = self._teacher_logps(prompt_ids, readings, mask.device)
         teacher = _credit(logps, [reading.of_teacher for reading in readings], mask.shape[1])
-        student = _credit(student_logps.masked_fill(~mask, 0.0), [row.of_student for row in readings], mask.shape[1])
+        of_student = [reading.of_student for reading in readings]
+        student = _credit(student_logps.masked_fill(~mask, 0.0), of_student, mask.shape[1])
+        lengths = _credit(torch.ones_like(student_logps), of_student, mask.shape[1]).long().clamp(min=1)
         for row in faults:
             teacher[row, mask[row].nonzero()[-1]] = -torch.inf
-        return SpanScores(teacher, student, faults)
+        return SpanScores(teacher, student, lengths, faults)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Check that the teacher can read prompts, and a token of a completion after each.

@@ -92,19 +92,20 @@ class RolloutScoring:
             sampled ([`ScoredRows`], *optional*): scores that sampling computed.
             prompts (`Sequence`, *optional*): the prompts, for a teacher with another tokenizer.
         """
-        mask, spans = sequences(batch)[2], None
+        mask, spans, lengths = sequences(batch)[2], None, None
         scores = self.of_rollout(model, batch, ScoredRows() if sampled is None else sampled)
         if self.spans is not None:
             assert scores.student_kd_logps is not None
             spans = self.spans.score(batch, scores.student_kd_logps, prompts)
             scores = scores._replace(teacher_logps=spans.teacher, teacher_kd_logps=spans.teacher)
             scores = scores._replace(student_kd_logps=spans.student)
+            lengths = spans.lengths
         assert scores.student_logps is not None  # as the other log-probs: scores of both models have them
         assert scores.teacher_logps is not None
         assert scores.student_kd_logps is not None
         assert scores.teacher_kd_logps is not None
         kd_logps = scores.teacher_kd_logps, scores.student_kd_logps
-        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip)
+        rewards = token_rewards(*kd_logps, mask, self.args.reward_scale, self.args.reward_clip, lengths)
         if behavior_logps is None:
             behavior_logps = mixture_logps(scores.student_logps, scores.teacher_logps, alpha)
         long_term_weights, single_step_weights = importance_weights(

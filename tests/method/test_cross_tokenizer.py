@@ -78,6 +78,33 @@ def test_rewards_add_up_to_the_log_ratio_of_the_whole_text(tmp_path: Path, optio
         assert batch["advantages"][row, 0].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_clip_bounds_a_span_by_the_number_of_its_tokens(tmp_path: Path):
+    """The returns of a completion with a span of many tokens, from the unclipped rewards of its spans."""
+    options = {"length_normalization": False, "loss_reduction": "sequence_sum"}
+    student, teacher = build_model("gpt2", len(build_tokenizer()), seed=0), save_teacher(tmp_path / "teacher")
+    plain, clipped = (
+        make_trainer(tmp_path, teacher, student=student, **options, reward_clip=clip) for clip in (None, 0.5)
+    )
+    tokenizer = plain.processing_class
+    end = tokenizer.eos_token_id
+    completions = [[*tokenizer(text)["input_ids"], end] for text in ("東京 the mill", "serves river")]
+    inputs = batch_of(tokenizer, PROMPTS[:2], completions)
+    rewards = -plain.score_rollouts(*inputs)["sampled_reverse_kl"]
+    lengths = torch.zeros_like(rewards)
+    readings = TwoTokenizers(tokenizer, SECOND).read(completions, [end], SECOND.eos_token_id)
+    for row, reading in enumerate(readings):
+        for place in reading.of_student:
+            lengths[row, place] += 1
+    assert lengths.max() > 3
+    bounded = torch.minimum(torch.maximum(rewards, -0.5 * lengths), 0.5 * lengths)
+    assert ((bounded != rewards) & (lengths > 1)).any()  # a long span is clipped, but not to 0.5
+    expected = bounded.flip(1).cumsum(1).flip(1)
+    found = clipped.score_rollouts(*inputs)
+    mask = inputs[3].bool()
+    torch.testing.assert_close(found["advantages"][mask], expected[mask], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(-found["sampled_reverse_kl"], rewards)  # the metric is not clipped
+
+
 def test_same_tokenizer_gives_the_rewards_of_the_local_teacher_one_span_later(tmp_path: Path):
     """The return at the token after a span is the local one at the span's first token."""
     tokenizer = build_tokenizer()

@@ -113,6 +113,13 @@ class TestTokenRewards:
         rewards = objectives.token_rewards(teacher, student, torch.ones(1, 3, dtype=torch.bool), scale=0.5, clip=5.0)
         assert rewards.tolist() == [[2.0, -5.0, 5.0]]
 
+    def test_clip_bounds_the_mean_over_the_tokens_of_a_span(self):
+        teacher, lengths = torch.tensor([[8.0, -8.0, 8.0, -8.0]]), torch.tensor([[1, 2, 3, 4]])
+        everywhere = torch.ones(1, 4, dtype=torch.bool)
+        options = {"scale": 0.5, "clip": 5.0, "span_lengths": lengths}
+        rewards = objectives.token_rewards(teacher, torch.zeros(1, 4), everywhere, **options)
+        assert rewards.tolist() == [[5.0, -10.0, 15.0, -16.0]]
+
     @pytest.mark.parametrize("options", [{"scale": 0.0}, {"clip": 0.0}])
     def test_scale_and_clip_of_zero_are_refused(self, options: dict):
         one = torch.ones(1, 1)
