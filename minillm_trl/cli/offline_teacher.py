@@ -57,12 +57,14 @@ def run(argv: list[str]) -> int:
         if not getattr(arguments, name) > 0:
             raise UserError(f"--{name} must be positive, got {getattr(arguments, name)}.")
     from ..data import load_examples
+    from ..models.adapters import refuse_adapter
     from ..models.encoding import holds_conversations
     from ..models.loading import load_tokenizer
     from ..models.teacher import check_same_tokenizer
     from ..teacher_server.stored import store_scores
     from .examples import distinct_prompts
 
+    refuse_adapter("--model", arguments.model)
     examples = load_examples(arguments.dataset, split=arguments.split, require_completion=True)
     examples = distinct_prompts(examples, arguments.dataset, keep_completion=True)
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)

@@ -13,7 +13,7 @@ from trl import ModelConfig, get_quantization_config
 
 from ..errors import UserError
 from ..files.json_files import read_json
-from ..models.adapters import is_adapter
+from ..models.adapters import is_adapter, refuse_adapter
 from ..models.encoding import holds_conversations
 from ..models.files import check_weights
 from ..models.init_kwargs import parsed_kwargs
@@ -63,11 +63,8 @@ def check_models(names: Sequence[str], args: "TrainerConfig") -> None:
     Raises:
         ValueError: names the file that is damaged or may not be loaded, or the model that is not a text model.
     """
-    if is_adapter(student := names[0]):
-        raise UserError(
-            f"--model_name_or_path {student} is an adapter, but training starts from a whole model. Merge it first "
-            f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
-        )
+    student = names[0]
+    refuse_adapter("--model_name_or_path", student)
     teacher_kwargs = parsed_kwargs(getattr(args, "teacher_model_init_kwargs", None))
     for number, name in enumerate(names):
         init_kwargs = teacher_kwargs if number else parsed_kwargs(args.model_init_kwargs)

@@ -26,6 +26,23 @@ def is_adapter(name: str) -> bool:
     return _has_adapter(name) and not (Path(name) / "config.json").is_file()
 
 
+def refuse_adapter(option: str, student: str) -> None:
+    """Check that a student is a whole model.
+
+    Args:
+        option (`str`): option that names it.
+        student (`str`): name on the hub or folder.
+
+    Raises:
+        UserError: if it is an adapter.
+    """
+    if is_adapter(student):
+        raise UserError(
+            f"{option} {student} is an adapter, but training starts from a whole model. Merge it first "
+            f"(minillm-trl merge --adapter {student} --output_dir FOLDER) and name FOLDER."
+        )
+
+
 def _has_adapter(name: str) -> bool:
     try:
         return find_adapter_config_file(name) is not None

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import PROMPTS, make_config, weights
+from transformers import AutoModelForCausalLM
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.cli import main
@@ -225,6 +227,18 @@ def test_completions_end_as_in_a_training_with_eos_tokens(model_dir):
     arguments = build_parser().parse_args([*words, "--eos_tokens", "<pad>"])
     for row in _rows(arguments, DATA, tokenizer, TeacherService(teacher(), build_tokenizer(), "it", batch_size=4)):
         assert tokenizer.convert_ids_to_tokens(row.completion)[-1] == "<pad>"
+
+
+def test_adapter_as_student_is_refused_before_anything_is_loaded(
+    tmp_path: Path, model_dir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    student = AutoModelForCausalLM.from_pretrained(model_dir("gpt2", 0))
+    get_peft_model(student, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("minillm_trl.data.load_examples", lambda *given, **options: pytest.fail("read the data"))
+    words = ["offline-teacher", "--model", str(tmp_path / "adapter"), "--teacher", model_dir("gpt2", 1, 48)]
+    assert main([*words, "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "scores")]) == 2
+    assert f"--model {tmp_path / 'adapter'} is an adapter" in capsys.readouterr().err
+    assert not (tmp_path / "scores").exists()
 
 
 @pytest.mark.slow  # a dozen seconds
