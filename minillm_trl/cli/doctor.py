@@ -218,6 +218,7 @@ def choose_strategy(
         mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
         half_precision_rollouts=bool(machine.gpus or args.half_precision_rollouts),
         packs_weights=not machine.gpus and packs_weights(),
+        teacher_samples=args.teacher_mixed_alpha > 0.0,
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:

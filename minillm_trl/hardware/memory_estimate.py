@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from ..models.fused_head import chunk_elements
+from ..models.packed_weights import LEAST_ELEMENTS, LEAST_TOKENS
 
 # Bytes per weight: full and half precision, and NF4 with its scales
 _FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
@@ -31,6 +33,7 @@ class Workload:
         mixed_precision: whether teacher, caches and activations are in half precision; otherwise they are in float32.
         half_precision_rollouts: whether rollouts are sampled from a half-precision copy of the student.
         packs_weights: whether float32 weights are packed while sampling, as on x86 CPUs.
+        teacher_samples: whether the teacher samples tokens (`teacher_mixed_alpha` > 0).
     """
 
     rows: int
@@ -52,6 +55,7 @@ class Workload:
     mixed_precision: bool = True
     half_precision_rollouts: bool = True
     packs_weights: bool = False
+    teacher_samples: bool = True
 
     @property
     def width(self) -> float:
@@ -63,6 +67,14 @@ def count_parameters(config: PreTrainedConfig) -> int:
     """Count the parameters of the causal language model of a configuration, without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def count_packed(config: PreTrainedConfig) -> int:
+    """Count the weights of the linear layers, head included, that [`packed_weights`] packs in float32 on a CPU."""
+    with torch.device("meta"):
+        modules = list(AutoModelForCausalLM.from_config(config).modules())
+    sizes = [module.weight.numel() for module in modules if type(module) in (torch.nn.Linear, Conv1D)]
+    return sum(size for size in sizes if size >= LEAST_ELEMENTS)
 
 
 def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> dict[str, float]:
@@ -80,10 +92,12 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
+    packed = _packed_bytes(student, teacher, load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
     tokens = load.prompt_tokens + load.completion_tokens
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * load.width
-    caches = load.sampled_rows * tokens * (_cache_width(student) + _cache_width(teacher)) * load.width
+    cache_width = _cache_width(student) + (_cache_width(teacher) if load.teacher_samples else 0)
+    caches = load.sampled_rows * tokens * cache_width * load.width
     teacher_bytes = _teacher_bytes(teacher, sizes["teacher"], load)
     parts = {
         "student, gradients and optimizer": trained,
@@ -92,16 +106,11 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
         "key-value caches while sampling": caches,
         "teacher's states of a rollout": states,
         "activations of a micro-batch": _activation_bytes(student, load),
-        "heads in chunks": _head_bytes(student),
+        "heads in chunks": _head_bytes(student, load),
     }
-    packed = {"student": not load.student_4bit, "teacher": not load.teacher_4bit}
-    if load.packs_weights and load.width == _FULL:
-        parts["weights packed while sampling"] = _FULL * sum(
-            sizes[name] for name, is_packed in packed.items() if is_packed
-        )
-    parts["while sampling"] = (
-        held + copied + teacher_bytes + caches + states + parts.get("weights packed while sampling", 0.0)
-    )
+    if packed > 0.0:
+        parts["weights packed while sampling"] = packed
+    parts["while sampling"] = held + copied + teacher_bytes + caches + states + packed
     parts["while updating"] = (
         trained
         + (0.0 if _is_sharded(load) else copied)
@@ -129,7 +138,7 @@ def estimate_fine_tuning_memory(
     teacher_bytes, head = 0.0, 3 * load.rows * tokens * text.vocab_size * 4.0
     if teacher is not None:
         teacher_bytes = _teacher_bytes(teacher.get_text_config(), count_parameters(teacher), load)
-        head = _head_bytes(text)
+        head = _head_bytes(text, load)
     caches = load.sampled_rows * tokens * _cache_width(text) * load.width
     parts = {
         "student, gradients and optimizer": trained,
@@ -184,6 +193,19 @@ def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
     return ends + (whole - ends) / load.processes
 
 
+def _packed_bytes(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Workload) -> float:
+    """Return the bytes of packed weights, which exist while float32 models sample that are not sharded."""
+    is_whole = not (load.shard_teacher or _is_sharded(load))
+    if not (load.packs_weights and is_whole and load.width == _FULL and load.completion_tokens >= LEAST_TOKENS):
+        return 0.0
+    is_wide = load.lora_rank is None or load.base_in_float32
+    packs_student = is_wide and not (load.student_4bit or load.half_precision_rollouts)
+    shares = load.teacher_shares_base and packs_student
+    packs_teacher = load.teacher_samples and not (load.teacher_4bit or shares)
+    models = [(student, packs_student), (teacher, packs_teacher)]
+    return _FULL * sum(count_packed(config) for config, is_packed in models if is_packed)
+
+
 def _nf4_bytes(text: PreTrainedConfig, size: int) -> float:
     """Return the bytes of a model in NF4. bitsandbytes does not quantise embeddings and head."""
     ends = _end_parameters(text)
@@ -217,9 +239,12 @@ def _activation_bytes(text: PreTrainedConfig, load: Workload) -> float:
     return position * (residual * text.num_hidden_layers + layer)
 
 
-def _head_bytes(text: PreTrainedConfig) -> float:
-    """Return the bytes of a head in chunks: about four float32 tensors of one chunk, and the head's gradient."""
-    gradient = text.vocab_size * text.hidden_size
+def _head_bytes(text: PreTrainedConfig, load: Workload) -> float:
+    """Return the bytes of a head in chunks: about four float32 tensors of one chunk, and the gradient of the head.
+
+    A LoRA student's head is frozen: it has no gradient.
+    """
+    gradient = text.vocab_size * text.hidden_size if load.lora_rank is None else 0
     return 4 * chunk_elements(gradient) * 4.0 + gradient * 4.0
 
 

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 LEAST_ELEMENTS = 2**16
 
 # Packing reads and writes each weight once, which takes as long as a few steps of one row
-_LEAST_TOKENS = 16
+LEAST_TOKENS = 16
 
 # Private operators of PyTorch, with which its compiler packs frozen weights too
 _OPERATORS = ("_linear_pointwise", "_reorder_linear_weight")
@@ -54,7 +54,8 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
 
     Layers other than `torch.nn.Linear` and GPT-2's `Conv1D` (quantised ones, for example), in other precisions or on
     other devices stay as they are, and so do layers with a `forward` of their own. A layer that is packed already
-    stays packed until the outer statement ends. The packed weights take as much memory as the weights. Models cannot
+    stays packed until the outer statement ends. The packed weights take as much memory as the weights; a
+    weight that several layers share is packed once. Models cannot
     be copied or pickled meanwhile.
 
     Args:
@@ -62,11 +63,13 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
         tokens (`int`): tokens that each row decodes. For a few, packing would take longer than it saves.
     """
     replaced: list[tuple[torch.nn.Module, Any]] = []
+    by_weight: dict[int, torch.Tensor] = {}  # a teacher that shares the student's base has layers around its weights
     try:
-        if tokens >= _LEAST_TOKENS and packs_weights():
+        if tokens >= LEAST_TOKENS and packs_weights():
             modules: dict[int, Any] = {id(module): module for model in models for module in model.modules()}
             for module in filter(_is_packable, modules.values()):
-                packed = _packed(module)
+                weight = id(module.weight)
+                packed = by_weight[weight] = by_weight[weight] if weight in by_weight else _packed(module)
                 replaced.append((module, vars(module).get("forward")))
                 module.packed_weight = packed
                 module.forward = functools.partial(_forward, module.forward, packed, module.bias)

@@ -73,6 +73,16 @@ def test_small_layers_and_other_precisions_stay_as_they_are():
         assert packed_modules(model) == []
 
 
+def test_weight_of_two_layers_is_packed_once():
+    """A teacher on the student's base has layers of its own around the same weights."""
+    first, second = make_model("llama"), make_model("llama")
+    second.lm_head.weight = first.lm_head.weight
+    with packed_weights([first, second], tokens=16):
+        assert first.lm_head.packed_weight is second.lm_head.packed_weight
+        layers = [model.model.layers[0].mlp.up_proj for model in (first, second)]
+        assert layers[0].packed_weight is not layers[1].packed_weight
+
+
 def test_gradients_and_autocast_use_the_weights_themselves():
     model = make_model("llama")
     expected = torch.autograd.grad(model(IDS).logits.square().sum(), model.lm_head.weight)[0]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from conftest import build_model, build_tokenizer
-from transformers import BitsAndBytesConfig, GPT2Config, Qwen2Config
+from transformers import BitsAndBytesConfig, Qwen2Config
 from trl import ModelConfig
 
 from minillm_trl import MiniLLMConfig
@@ -23,12 +23,6 @@ from minillm_trl.cli.doctor import (
     with_all_teachers,
 )
 from minillm_trl.hardware.machine import GPU, Machine, best_precision, probe, problems, runs_on
-from minillm_trl.hardware.memory_estimate import (
-    Workload,
-    count_parameters,
-    estimate_fine_tuning_memory,
-    estimate_memory,
-)
 
 GIB = 2**30
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -100,106 +94,6 @@ class TestVerdicts:
     )
     def test_architectures(self, capability: tuple[int, int], architectures: tuple[str, ...], expected: bool):
         assert runs_on(GPU("card", capability, GIB), architectures) is expected
-
-
-class TestMemory:
-    LOAD = Workload(rows=8, sampled_rows=32, buffered_rows=32, prompt_tokens=256, completion_tokens=256)
-
-    def test_parameters_are_counted_without_memory(self):
-        assert count_parameters(GPT2Config()) == 124_439_808
-
-    def test_parts_by_hand(self):
-        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
-        parts = estimate_memory(student, teacher, self.LOAD)
-        size = count_parameters(student)
-        assert parts["student, gradients and optimizer"] == 16 * size
-        assert parts["teacher"] == 2 * count_parameters(teacher)
-        assert parts["teacher's states of a rollout"] == 32 * 256 * 128 * 2
-        assert parts["key-value caches while sampling"] == 32 * 512 * 2 * (2 * 2 * 64 + 2 * 3 * 128)
-        assert parts["activations of a micro-batch"] == 8 * 512 * 64 * (4 * 2 + 34 + 15 * 4)
-        sampling = parts["teacher"] + parts["key-value caches while sampling"] + parts["teacher's states of a rollout"]
-        assert parts["while sampling"] == (12 + 2) * size + sampling
-
-    @pytest.mark.parametrize(("strategy", "shares"), [("ddp", 1), ("fsdp", 4)])
-    def test_base_of_a_lora_student_in_float32_is_copied_for_rollouts(self, strategy: str, shares: int):
-        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        half = Workload(**{**vars(self.LOAD), "lora_rank": 4, "strategy": strategy, "processes": shares})
-        wide = Workload(**{**vars(half), "base_in_float32": True})
-        before, after = (estimate_memory(config, config, load) for load in (half, wide))
-        size, name = count_parameters(config), "student, gradients and optimizer"
-        assert after[name] - before[name] == pytest.approx(2 * size / shares)
-        copied = 0 if strategy == "fsdp" else 2 * size  # FSDP's rollouts are sampled from a whole copy in any case
-        assert after["copy for rollouts"] - before["copy for rollouts"] == pytest.approx(copied)
-
-    def test_in_float32_numbers_are_twice_as_wide_and_nothing_is_copied(self):
-        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        load = Workload(**{**vars(self.LOAD), "mixed_precision": False, "half_precision_rollouts": False})
-        for checkpointing in (True, False):
-            parts = estimate_memory(config, config, replace(load, gradient_checkpointing=checkpointing))
-            assert parts["student, gradients and optimizer"] == 16 * count_parameters(config)
-            assert parts["copy for rollouts"] == 0
-            assert parts["teacher"] == 4 * count_parameters(config)
-            assert parts["teacher's states of a rollout"] == 32 * 256 * 64 * 4
-            assert parts["key-value caches while sampling"] == 32 * 512 * 4 * (2 * 2 * 2 * 64)
-        assert parts["activations of a micro-batch"] == 2 * 8 * 512 * 64 * 2 * (34 + 8 * 4)
-
-    def test_activations_by_hand(self):
-        sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model = Qwen2Config(intermediate_size=160, **sizes)
-        layer = 8 * 512 * 64 * (20 + 7 + 8 * 2.5)
-        for change, expected in (
-            ({}, 8 * 512 * 64 * 3 * 4 + layer),
-            ({"lora_rank": 4}, 8 * 512 * 64 * 3 * 2 + layer),
-            ({"lora_rank": 4, "base_in_float32": True}, 8 * 512 * 64 * 3 * 4 + layer),
-            ({"gradient_checkpointing": False}, 3 * layer),
-        ):
-            parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), **change}))
-            assert parts["activations of a micro-batch"] == expected
-
-    def test_without_checkpointing_autocast_keeps_its_copies_of_the_weights(self):
-        model = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        parts = estimate_memory(model, model, Workload(**{**vars(self.LOAD), "gradient_checkpointing": False}))
-        assert parts["student, gradients and optimizer"] == 18 * count_parameters(model)
-
-    def test_parts_of_fine_tuning_and_kd_by_hand(self):
-        student = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        teacher = GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, n_positions=512)
-        size, sharded = count_parameters(student), Workload(**{**vars(self.LOAD), "strategy": "fsdp", "processes": 4})
-        plain = estimate_fine_tuning_memory(student, self.LOAD)
-        assert plain["logits"] == 3 * 8 * 512 * 1000 * 4
-        assert plain["while updating"] == 16 * size + plain["activations of a micro-batch"] + plain["logits"]
-        assert plain["while sampling"] == 12 * size + 32 * 512 * 2 * (2 * 2 * 64)
-        kd = estimate_fine_tuning_memory(student, sharded, teacher)
-        assert kd["teacher"] == 2 * count_parameters(teacher)
-        assert kd["while sampling"] == 3 * size + 2 * size + kd["teacher"] + 32 * 512 * 2 * (2 * 2 * 64)
-
-    def test_embeddings_and_head_stay_in_half_precision_under_nf4(self):
-        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
-        load = Workload(**{**vars(self.LOAD), "teacher_4bit": True})
-        rest = count_parameters(config) - 64 * 1000
-        assert estimate_memory(config, config, load)["teacher"] == pytest.approx(0.56 * rest + 2 * 64 * 1000)
-
-    @pytest.mark.parametrize(
-        ("change", "part"),
-        [
-            ({"lora_rank": 8}, "while updating"),
-            ({"teacher_4bit": True}, "while sampling"),
-            ({"keeps_teacher": False}, "while updating"),
-            ({"keeps_states": False}, "while updating"),
-            ({"sampled_rows": 8}, "while sampling"),
-            ({"rows": 4}, "while updating"),
-            ({"strategy": "zero2", "processes": 4}, "while updating"),
-            ({"strategy": "fsdp", "processes": 4}, "while sampling"),
-            ({"shard_teacher": True, "processes": 4}, "while sampling"),
-            ({"teacher_shares_base": True}, "while sampling"),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
-    )
-    def test_what_saves_memory_lowers_the_estimate(self, change: dict, part: str):
-        config = Qwen2Config(hidden_size=896, num_hidden_layers=4, num_attention_heads=14, num_key_value_heads=2)
-        plain = estimate_memory(config, config, self.LOAD)
-        assert estimate_memory(config, config, Workload(**{**vars(self.LOAD), **change}))[part] < plain[part]
 
 
 class TestDoctor:
