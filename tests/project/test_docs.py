@@ -29,6 +29,16 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+def test_each_tool_that_is_compared_has_a_version_and_a_source():
+    versions, *others = (DOCS / "other_tools.md").read_text().split("\n## ")
+    rows = [line.split(" | ") for line in versions.splitlines() if line.startswith("| ")][1:]
+    listed = {name.removeprefix("TRL ") for row in rows for name in row[0].removeprefix("| ").split(", ")}
+    assert all(len(row) == 3 and row[1] and ("the same" in row[2] or "](https://" in row[2]) for row in rows)
+    named = re.findall(r"^\| (?!\*\*minillm_trl)([^|]+) \| ", "\n".join(others), flags=re.MULTILINE)
+    assert len(named) > 20
+    assert {name.removeprefix("TRL ") for cell in named for name in cell.split(", ")} <= listed
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 class TestPage:
     def test_links_lead_somewhere(self, page: Path):
