@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.student_copy import RolloutCopy
-from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.sampling import sample_completions
 
 PROMPT, TOKENS, VOCAB = 64, 64, 50257

@@ -146,10 +146,12 @@ class MiniLLMConfig(FamilyConfig):
             step would otherwise cast the float32 weights again. The ratio to the behavior policy uses the log-probs of
             this copy.
         compile_rollouts (`str`, *optional*):
-            Backend of `torch.compile` for the student's decoding steps, with a static KV cache: `"inductor"`, or
-            `"cudagraphs"` on devices without Triton (V100). Each shape (rows, length rounded up to a power of two, one
-            to four tokens) is compiled once. Layers with a sliding window cache all positions. By default, nothing is
-            compiled.
+            Backend of `torch.compile` for decoding steps, with a static KV cache: `"inductor"`, `"cudagraphs"` on
+            devices without Triton, or `"auto"`: the former on GPUs from compute capability 8.0 on, the latter on older
+            ones (V100), nothing on a CPU. A step is one graph: body and head of the student or of a teacher in full
+            weights that stays on its device, the draw and the end test. Each shape (rows, length rounded up to a power
+            of two; 1, 4 or 16 tokens at once) is compiled once. Layers with a sliding window cache all positions. By
+            default, nothing is compiled.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where to keep the teacher's hidden states of a rollout for the inner passes. `"device"`: on the device.
             `"cpu"`: in main memory, from which each batch is copied. `"recompute"`: not at all; every inner pass runs
@@ -313,8 +315,8 @@ class MiniLLMConfig(FamilyConfig):
     compile_rollouts: str | None = field(
         default=None,
         metadata={
-            "help": "Compile the student's decoding steps, with a static KV cache, by this backend of torch.compile.",
-            "choices": ["inductor", "cudagraphs"],
+            "help": "Compile decoding steps, with a static KV cache, by this backend of torch.compile.",
+            "choices": ["inductor", "cudagraphs", "auto"],
         },
     )
     teacher_hidden_states: str = field(

@@ -91,9 +91,11 @@ def suits_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether [`multiply`] takes these tensors, and pays.
 
     It takes float32 on a CPU, without autocast or gradients, and pays for weights of at least `LEAST_ELEMENTS`.
+    Compiled code has products of its own.
     """
     return (
-        weight.numel() >= LEAST_ELEMENTS
+        not torch.compiler.is_compiling()
+        and weight.numel() >= LEAST_ELEMENTS
         and states.numel() > 0
         and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (states, weight))
         and type(weight) in (torch.Tensor, torch.nn.Parameter)  # not sharded or quantised

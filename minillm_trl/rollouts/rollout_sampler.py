@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..models.lm_head import LMHead
 from .buffer import assemble_rows
-from .decoding import CompiledDecoding
+from .compiled_steps import CompiledDecoding
 from .rollout_teacher import RolloutTeacher, Teacher
 from .sampling import Completions, left_pad, sample_prompts
 from .scores import HeadStates, RolloutScorer, RolloutScores, TeacherStates

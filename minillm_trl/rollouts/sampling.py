@@ -23,7 +23,9 @@ from ..models.attention import without_cudnn_attention
 from ..models.context import check_longrope
 from ..models.packed_weights import packed_weights
 from .coins import Coins, given_coins, row_coin_keys, tossed_coins
-from .decoding import CompiledDecoding, LazyDecoder
+from .compiled_sampling import CompiledSampling
+from .compiled_steps import CompiledDecoding, StepPlan
+from .decoding import LazyDecoder
 from .draws import draw_tokens
 from .keyed_random import keyed_uniforms
 from .ngram_block import NgramBlock
@@ -100,7 +102,7 @@ def sample_completions(
             process needs at a step is called by all, and all continue until the rows of all have finished. Shared
             coins that are the same on all processes save calls. All processes must call this function equally often,
             with the same `max_new_tokens`.
-        compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
+        compiled ([`CompiledDecoding`], *optional*): runs the steps of its models compiled.
         no_repeat_ngram_size (`int`, *optional*, defaults to `0`): size of the n-grams that no row may repeat, its
             prompt included, see [`NgramBlock`]; 0 allows all.
 
@@ -151,8 +153,9 @@ def _packable(
     """Return the models whose weights may be packed: those that are not sharded, and whose steps are not compiled."""
     if on_every_process is not None:
         return []
-    models = [student] if compiled is None else []
-    return models if teacher is None else [*models, teacher]
+    of_compiled = [] if compiled is None else compiled.models
+    models = [model for model in (student, teacher) if model is not None]
+    return [model for model in models if all(model is not own for own in of_compiled)]
 
 
 def _decode(
@@ -179,17 +182,21 @@ def _decode(
     models = [student, cast(PreTrainedModel, teacher)] if mixes else [student]
     for model in models:
         check_longrope(model, max(map(len, prompts)), max_new_tokens)
-    length = max(map(len, prompts)) + max_new_tokens
-    grid = Slots(slots, student.get_output_embeddings().weight.device, length)
     vocab_size = vocab_size or student.get_output_embeddings().weight.shape[0]
-    decoders = [
-        LazyDecoder(
-            model, vocab_size, grid, keep_states or speculation is not None, None if index else compiled, length
-        )
-        for index, model in enumerate(models)
-    ]
-    block = NgramBlock(no_repeat_ngram_size, prompts) if no_repeat_ngram_size else None
-    options |= {"uniforms": uniforms, "coins": coins, "block": block}
+    options |= {"uniforms": uniforms, "coins": coins}
+    if compiled is not None:
+        if no_repeat_ngram_size:
+            raise UserError(
+                f"no_repeat_ngram_size={no_repeat_ngram_size} does not work with compiled steps, which cannot look up "
+                "the n-grams of a row. Drop one of them."
+            )
+        ends, pad = options.pop("eos_token_ids"), options.pop("pad_token_id")
+        plan = StepPlan(1, False, True, uniforms is None, keep_states, vocab_size, tuple(ends), pad)
+        yield from CompiledSampling(compiled, models, prompts, max_new_tokens, plan, **options).run()
+        return
+    grid = Slots(slots, student.get_output_embeddings().weight.device, max(map(len, prompts)) + max_new_tokens)
+    decoders = [LazyDecoder(model, vocab_size, grid, keep_states or speculation is not None) for model in models]
+    options["block"] = NgramBlock(no_repeat_ngram_size, prompts) if no_repeat_ngram_size else None
     if speculation is None:
         yield from SlotSampling(decoders, grid, prompts, max_new_tokens, **options).run()
         return

@@ -134,8 +134,6 @@ class SlotSampling:
     def _release(self) -> Iterator[FinishedRow]:
         """Yield the rows that have finished, once the hidden states that predict all of their tokens are known."""
         slots = self.slots
-        if self.decoders[0].compiled is not None:  # a CUDA graph computes all rows of its shape anyway
-            return
         last = slots.last[: slots.count]
         ready = ~slots.unfinished
         for decoder in self.decoders:

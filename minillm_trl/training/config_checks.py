@@ -89,7 +89,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "advantage_baseline": ("none", "position", "group"),
     "whiten_advantages": ("none", "tokens", "padding"),
     "teacher_hidden_states": ("device", "cpu", "recompute"),
-    "compile_rollouts": (None, "inductor", "cudagraphs"),
+    "compile_rollouts": (None, "inductor", "cudagraphs", "auto"),
     "mixing": ("coins", "speculative", "auto"),
 }
 

@@ -26,13 +26,14 @@ from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards
 from ..positions import rollout_horizon
 from ..rollouts.buffer import Batch, fill_empty_completions
-from ..rollouts.decoding import CompiledDecoding, check_decoding
+from ..rollouts.compiled_steps import CompiledDecoding
 from ..rollouts.keyed_random import COINS, GIVEN, turn_keys
 from ..rollouts.rollout_sampler import RolloutSampler
 from ..rollouts.scores import RolloutScorer
 from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.stored import OfflineTeacher
 from .checks import check_model
+from .decoding_setup import prepare_decoding
 from .ends_of_run import settle_ends
 from .given_completions import choose_given
 from .language_modeling import lm_batches
@@ -179,16 +180,11 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
 
     def _prepare_decoding(self, student: PreTrainedModel) -> None:
-        """Check that the models can be decoded with a cache, and compile the student's steps on request."""
-        if not self._decodes_with_trl and (self.rollout_func is None or self.tools):
-            static = CompiledDecoding(student, "eager") if self.args.compile_rollouts else None
-            check_decoding(student, "student", static)
-            for teacher in self._teacher.models if self.args.teacher_mixed_alpha > 0 else []:
-                check_decoding(teacher, "teacher")
-        if self.args.compile_rollouts:
-            self._compiled_decoding = CompiledDecoding(student, self.args.compile_rollouts)
-        elif self._rollout_copy is not None:  # compiled code would need the copy's weights at their addresses
-            self._rollout_copy.release()
+        """Check that the models can be decoded with a cache, and compile their steps on request."""
+        decodes = not self._decodes_with_trl and (self.rollout_func is None or bool(self.tools))
+        self._compiled_decoding = prepare_decoding(student, self._teacher, self.args, decodes)
+        if self._compiled_decoding is None and self._rollout_copy is not None:
+            self._rollout_copy.release()  # compiled code would need its weights at their addresses
 
     def _make_scorer(self) -> RolloutScorer:
         expected_reward = None

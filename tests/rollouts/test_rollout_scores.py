@@ -14,7 +14,7 @@ import minillm_trl.training.teacher_mixed_trainer
 from minillm_trl.models.student_copy import RolloutCopy
 from minillm_trl.models.teacher import TeacherOffload
 from minillm_trl.rollouts.buffer import by_length, parts_by_length, sequences, trim
-from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 
 SCORES = ("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights")
 
@@ -74,11 +74,12 @@ NEEDS_COMPILER = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compil
 # "aot_eager" traces and functionalises as "inductor" does, which then compiles for half a minute
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.slow])])
 def test_compiled_rollouts_train_to_the_same_weights(tmp_path, monkeypatch, backend: str):
-    def compiled(model, chosen: str) -> CompiledDecoding:
-        assert chosen in ("eager", "inductor")  # of the check at start, and the option
-        return CompiledDecoding(model, backend if chosen == "inductor" else chosen)
+    def compiled(student, chosen: str, teacher) -> CompiledDecoding:
+        assert chosen == "inductor"
+        assert teacher is not None
+        return CompiledDecoding(student, backend, teacher)
 
-    monkeypatch.setattr(minillm_trl.training.teacher_mixed_trainer, "CompiledDecoding", compiled)
+    monkeypatch.setattr(minillm_trl.training.decoding_setup, "CompiledDecoding", compiled)
     options = {"teacher_mixed_alpha": 0.2, "max_completion_length": 6, "family": "llama"}
     expected = train(tmp_path, **options)
     actual, logged = train_and_log(tmp_path, **options, compile_rollouts="inductor")

@@ -1,8 +1,6 @@
 """The law of sampled completions against enumeration, and what does not change it."""
 
-import gc
 import math
-import weakref
 from itertools import product
 
 import numpy as np
@@ -12,11 +10,10 @@ from conftest import FAMILIES, build_model
 from transformers import GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 import minillm_trl.rollouts.coins
-import minillm_trl.rollouts.decoding
 import minillm_trl.rollouts.slots
 from minillm_trl.models.lm_head import cache_argument
 from minillm_trl.rollouts.buffer import deal_rows
-from minillm_trl.rollouts.decoding import CompiledDecoding, check_decoding
+from minillm_trl.rollouts.decoding import check_decoding
 from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms, toss_coins
 from minillm_trl.rollouts.sampling import draw_tokens, sample_completions, sample_prompts
 from minillm_trl.rollouts.slots import Buffer
@@ -332,109 +329,6 @@ def test_neither_model_reads_a_token_twice():
         keep_states=True,
     )
     assert 7 + 20 - 1 <= min(read.values()) <= max(read.values()) <= 7 + 20
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3"])
-def test_compiled_decoding_samples_the_same_from_batch_to_batch(family: str):
-    model = build_model(family, vocab_size=50, width=16)
-    options = {"alpha": 0.3, "teacher": build_model(family, 50, 1, 24)}
-    compiled = CompiledDecoding(model, "eager")
-    check_decoding(model, "student", compiled)
-    keys = [(7, sum(prompt)) for prompt in LONG_PROMPTS]
-    common = {"keys": keys, "max_new_tokens": 24, "eos_token_ids": [0, 3], "pad_token_id": 1, "batch_size": 4}
-    expected = sample_prompts(model, LONG_PROMPTS, **common, **options)
-    for keep_states in (True, False, True, False):
-        options |= {"keep_states": keep_states, "compiled": compiled}
-        assert sample_prompts(model, LONG_PROMPTS, **common, **options) == expected
-    assert len(compiled._caches) == 2  # of the check, and of every batch
-    steps, all_steps = compiled.take_counts()
-    assert 0 < steps == all_steps
-
-
-def test_compiled_decoding_runs_compiled_but_for_prompts_and_long_runs(monkeypatch: pytest.MonkeyPatch):
-    model = build_model("llama", vocab_size=50, width=16)
-    compiled = CompiledDecoding(model, "eager")
-    widths = []
-    function = compiled._compile()
-
-    def recorded(**inputs):
-        widths.append(inputs["input_ids"].shape[1])
-        return function(**inputs)
-
-    monkeypatch.setattr(compiled, "_compile", lambda: recorded)
-    coins = np.array([[False, False, True, False, *[True] * 5, False, False]])
-    sample_completions(
-        model,
-        torch.tensor([[5, 6, 7]]),
-        torch.ones(1, 3),
-        max_new_tokens=11,
-        eos_token_ids=[],
-        pad_token_id=1,
-        uniforms=None,
-        teacher=build_model("llama", 50, 1, 24),
-        teacher_coins=coins,
-        compiled=compiled,
-    )
-    assert widths == [1, 2, 1]  # after the prompt; the student's tokens at 1, 3, 9 (six at once, not compiled), 10
-
-
-def sample_compiled(compiled: CompiledDecoding | None, student, teacher, rows: int, length: int) -> list[list[int]]:
-    return sample_prompts(
-        student,
-        [[5] * length] * rows,
-        keys=[(3, row) for row in range(rows)],
-        max_new_tokens=24,
-        eos_token_ids=[],
-        pad_token_id=1,
-        teacher=teacher,
-        alpha=0.4,
-        coin_key=(length,),
-        compiled=compiled,
-    )
-
-
-@pytest.fixture
-def long_models() -> list[PreTrainedModel]:
-    return [build_model("llama", 50, seed, width=16, layers=1, positions=1024) for seed in (0, 1)]
-
-
-def test_prompts_of_all_lengths_run_compiled_over_caches_of_bounded_size(long_models):
-    student, teacher = long_models
-    compiled = CompiledDecoding(student, "eager")
-    for length, rows in product((20, 150, 300, 20, 600), (4, 3)):
-        expected = sample_compiled(None, student, teacher, rows, length)
-        assert sample_compiled(compiled, student, teacher, rows, length) == expected
-    steps, all_steps = compiled.take_counts()
-    assert steps == all_steps > 100
-    sizes = [rows * length for rows, length in compiled._caches]
-    assert sum(sizes) < 2 * max(sizes)
-
-
-def test_cache_that_is_not_used_any_more_is_freed(long_models, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(minillm_trl.rollouts.decoding, "_IDLE_BATCHES", 2)
-    student, teacher = long_models
-    compiled = CompiledDecoding(student, "eager")
-    sample_compiled(compiled, student, teacher, 2, 200)
-    ((cache,), (function,)) = compiled._caches.values(), compiled._functions.values()
-    kept = [weakref.ref(thing) for thing in (cache.layers[0].keys, function)]
-    del cache, function
-    for _ in range(3):
-        assert all(reference() is not None for reference in kept)
-        sample_compiled(compiled, student, teacher, 2, 20)
-    gc.collect()
-    assert [reference() for reference in kept] == [None, None]
-    assert list(compiled._caches) == [(2, 128)]
-
-
-def test_step_that_is_not_compiled_is_counted_and_said_once(long_models, caplog):
-    student, teacher = long_models
-    compiled = CompiledDecoding(student, "eager")
-    with torch._dynamo.config.patch(recompile_limit=1):  # of the numbers of tokens, one
-        sample_compiled(compiled, student, teacher, 2, 20)
-    steps, all_steps = compiled.take_counts()
-    assert 0 < steps < all_steps
-    assert compiled.take_counts() == (0, 0)
-    assert caplog.text.count("rollout/compiled_steps") == 1
 
 
 def test_coins_without_a_teacher_are_refused():

@@ -9,7 +9,7 @@ from conftest import FAMILIES, build_model
 from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture_law, tiny
 
 import minillm_trl.rollouts.speculative
-from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.rollouts.slots import Slots
 from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts

@@ -20,7 +20,7 @@ from minillm_trl import MiniLLMTrainer
 from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.rollouts.buffer import sequences
-from minillm_trl.rollouts.decoding import CompiledDecoding
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.sampling import sample_prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
