@@ -7,7 +7,8 @@ predict each token, and the scores come from these states without another forwar
 - `keyed_random`: random numbers as functions of seed, step and row
 - `slots`: rows that decode together, their columns and KV caches; `slot_sampling`: the loop that refills them
 - `coins`: which model draws a token; `speculative`: the student drafts, the teacher corrects; `draws`: inverse CDFs
-- `decoding`: several tokens at a time, compiled on request; `ngram_block`: no repeated n-grams
+- `decoding`: several tokens at a time; `ngram_block`: no repeated n-grams
+- `compiled_steps`: a step as one graph; `compiled_sampling`: the loop that runs a batch in them
 - `rollout_sampler`: prompts and keys in, completions with their scores out
 - `teacher_replacement`: SKD, in which the teacher replaces improbable tokens of the student
 - `spans`, `cross_tokenizer`: a teacher with another tokenizer, by aligned spans of text

@@ -46,6 +46,19 @@ def test_page_on_reliable_runs_says_what_was_counted():
     assert {*lost, *(result.get("answers_that_differ", 0) for result in results)} == {0}
 
 
+def test_page_on_speed_says_what_compiled_steps_measured():
+    results = json.loads((BENCHMARKS / "results" / "compiled_steps.json").read_text())["results"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text().split())
+    share = results["calls"]["compiled_share"]
+    assert share >= 0.99
+    small, small_mixed, large, large_mixed = (row["speedup"][1] for row in results["speed"])
+    assert f"{100 * share:.1f} % of the calls after the prompts ran compiled" in text
+    assert f"a rollout takes {1 / small:.2f} of the time without mixing and {1 / small_mixed:.2f} with" in text
+    assert 0.9 < large < 1.15  # "gains nothing"
+    assert large_mixed < 0.8  # "loses"
+    assert all(row["equal_completions"] == 16 for row in results["speed"])
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12

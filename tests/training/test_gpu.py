@@ -70,14 +70,19 @@ class TestSampling:
             assert sample(*(copy.deepcopy(model).cuda() for model in models), **options) == expected
             assert len({len(completion) for completion in expected}) > 3  # rows finish at different steps
 
+    @pytest.mark.parametrize("with_teacher", [False, True])
     @pytest.mark.parametrize(("family", "backend"), [("gpt2", "cudagraphs"), ("llama", "inductor")])
-    def test_compiled_decoding_samples_the_same_from_batch_to_batch(self, family: str, backend: str):
+    def test_compiled_decoding_samples_the_same_from_batch_to_batch(
+        self, family: str, backend: str, with_teacher: bool
+    ):
         models = [build_model(family, 50, seed, 16).double().cuda() for seed in (0, 1)]
-        options = {"alpha": 0.3, "keep_states": True}
+        options = {"alpha": 0.3, "keep_states": True, "shared_coins": not with_teacher}
         expected = sample(*models, **options)
-        compiled = CompiledDecoding(models[0], backend)
+        compiled = CompiledDecoding(models[0], backend, models[1] if with_teacher else None)
         for _ in range(2):
             assert sample(*models, **options, compiled=compiled) == expected
+        steps, all_steps = compiled.take_counts()
+        assert steps == all_steps > 0
         with torch.no_grad():  # as the copy of the student is brought up to date: in place
             for parameter in models[0].parameters():
                 parameter.mul_(0.9)

@@ -1,0 +1,52 @@
+"""Which models a run compiles, and with which backend."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer import make_trainer
+
+import minillm_trl.training.decoding_setup
+from minillm_trl.training.decoding_setup import compile_backend
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "backend"),
+    [((7, 0), True, "cudagraphs"), ((8, 0), True, "inductor"), ((9, 0), False, "cudagraphs")],
+)
+def test_auto_takes_cuda_graphs_on_older_gpus_and_without_triton(monkeypatch, capability, has_triton, backend):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(minillm_trl.training.decoding_setup, "find_spec", lambda name: has_triton or None)
+    assert compile_backend("auto", GPU) == backend
+    assert compile_backend("inductor", GPU) == "inductor"
+
+
+def test_auto_compiles_nothing_on_a_cpu_and_says_so(caplog):
+    assert compile_backend("auto", torch.device("cpu")) is None
+    assert "compile_rollouts='auto': chose None on cpu" in caplog.text
+    assert compile_backend(None, GPU) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "compiles_teacher"),
+    [({}, True), ({"teacher_mixed_alpha": 0.0}, False), ({"offload_teacher": True}, False)],
+    ids=lambda value: str(value),
+)
+def test_teacher_is_compiled_where_it_draws_and_its_weights_stay(tmp_path, options: dict, compiles_teacher: bool):
+    trainer = make_trainer(tmp_path, compile_rollouts="inductor", **options)
+    teacher = trainer.teacher_model
+    assert any(model is teacher for model in trainer._compiled_decoding.models) == compiles_teacher
+
+
+def test_quantised_teacher_is_not_compiled(tmp_path):
+    trainer = make_trainer(tmp_path)
+    teacher, args = (
+        trainer._teacher,
+        SimpleNamespace(teacher_mixed_alpha=0.2, offload_teacher=False, teacher_shares_base=False),
+    )
+    choose = minillm_trl.training.decoding_setup._teacher_to_compile
+    assert choose(teacher, args) is teacher.model
+    teacher.model.is_quantized = True
+    assert choose(teacher, args) is None
