@@ -69,7 +69,7 @@ class StepTensors:
         ids, positions, mask (`torch.Tensor` of shape `(R, L)`): tokens, their positions, and where they are real.
         uniforms, coins (`torch.Tensor` of shape `(R, L)`): numbers and coins of the first to the last sampled token.
         drawn (`torch.Tensor` of shape `(R,)`): tokens of the step in progress.
-        unfinished, lengths (`torch.Tensor` of shape `(R,)`): rows that have not ended, and their numbers of sampled tokens.
+        unfinished, lengths (`torch.Tensor` of shape `(R,)`): rows without an end, and their sampled tokens.
         end, step (`torch.Tensor`, scalars): the next column, and the number of the step.
         temperature (`torch.Tensor`, scalar): divides the logits.
     """
