@@ -1,4 +1,4 @@
-"""Claim: expected rewards and a baseline lower the variance of the long term to a third.
+"""Claim: expected rewards and a baseline lower the variance of the long term to a half, or a third if normalised.
 
     python benchmarks/term_variance.py [--steps 48]
 

@@ -59,6 +59,22 @@ def test_page_on_speed_says_what_compiled_steps_measured():
     assert all(row["equal_completions"] == 16 for row in results["speed"])
 
 
+def test_page_on_the_method_says_how_variance_falls():
+    rows = json.loads((BENCHMARKS / "results" / "term_variance.json").read_text())["results"]["rows"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "method.md").read_text().split())
+    plain, normalised = (
+        100 * rows[group]["both"]["long_term_variance"][0] / rows[group]["sampled rewards"]["long_term_variance"][0]
+        for group in ("not normalised", "length-normalised")
+    )
+    assert f"falls to {plain:.0f} % with both, and with length normalisation to {normalised:.0f} %" in text
+    rest = rows["not normalised"]["both"]
+    times = rest["long_term_variance"][0] / rest["single_step_variance"][0]
+    assert f"still is {times:.0f} times that of the single step" in text
+    for name, row in rows["not normalised"].items():  # "only with a baseline"
+        signal, error = row["long_term_signal"]
+        assert (signal > 3 * error) == (name in ("baseline", "both"))
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12
