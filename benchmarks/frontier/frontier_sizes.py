@@ -20,6 +20,9 @@ from summarize import format_interval, insert_table
 from tasks import SIZES
 
 
+GAINS = ("tuned_rouge_l", "equal_entropy_rouge_l", "equal_entropy_reverse_kl")
+
+
 def read_summaries() -> dict[str, dict[str, Any]]:
     """Return the results of every size that has a summary, the smallest student first."""
     paths = {task: RESULTS / f"frontier_{task}.json" for _, task in sorted(SIZES.items())}
@@ -27,21 +30,20 @@ def read_summaries() -> dict[str, dict[str, Any]]:
 
 
 def sizes_table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Return the Markdown table: for each method the gains of all sizes."""
+    """Return the Markdown table: the methods of every size, the largest gap first, with their gains."""
+    head = ["teacher / student", "method", "rate", "Rouge-L, best decoding", "– SFT continued"]
+    head += ["at equal entropy: – SFT continued", "reverse KL there: – SFT continued"]
+    lines = ["| " + " | ".join(head) + " |", "|---:|---|" + "---:|" * (len(head) - 2)]
     first, *others = (summary["rows"] for summary in summaries.values())
-    names = [name for name in first if "sft" in first[name].get("minus", {}) and all(name in rows for rows in others)]
-    titles = [
-        f"{summary['teacher_over_student']:.0f}x: Rouge-L, reverse KL at equal entropy"
-        for summary in summaries.values()
-    ]
-    lines = ["| minus SFT continued | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
-    for name in names:
-        cells = [METHODS[name].label]
-        for summary in summaries.values():
-            minus = summary["rows"][name]["minus"]["sft"]
-            gains = (minus["equal_entropy_rouge_l"], minus["equal_entropy_reverse_kl"])
-            cells.append(", ".join(format_interval(gain, 1, sign=True) for gain in gains))
-        lines.append("| " + " | ".join(cells) + " |")
+    names = [name for name in first if "minus" in first[name] and all(name in rows for rows in others)]
+    for summary in summaries.values():
+        for name in names:
+            row = summary["rows"][name]
+            gains = row["minus"].get("sft")
+            cells = [f"{summary['teacher_over_student']:.0f}", METHODS[name].label, f"{row['learning_rate']:g}"]
+            cells.append(format_interval(row["decodings"][row["tuned"]]["rouge_l"], 1))
+            cells += [format_interval(gains[key], 1, sign=True) if gains else "–" for key in GAINS]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -342,7 +342,8 @@ def main() -> None:
         insert_table(README, "ablations", ablations_table(summary))
         insert_table(FAMILY_PAGE, "family", family_table(summary))
     elif task == "dolly":
-        insert_table(README, task, main_table(summary))
+        insert_table(README, "dolly", main_table(summary))
+        insert_table(README, "dolly differences", differences_table(summary))
     print(f"{len(summary['rows']) - 2} rows of {len(MAIN) + len(FAMILY)}, {len(summary['ablations'])} ablations")
 
 
