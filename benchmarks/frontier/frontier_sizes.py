@@ -19,7 +19,6 @@ from frontier_summary import FAMILY_PAGE
 from summarize import format_interval, insert_table
 from tasks import SIZES
 
-
 GAINS = ("tuned_rouge_l", "equal_entropy_rouge_l", "equal_entropy_reverse_kl")
 
 
