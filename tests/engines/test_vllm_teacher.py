@@ -15,9 +15,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from test_remote_teacher import log_of, make_trainer
+from test_trainer import weights
 from vllm_on_cpu import needs_vllm, record
 
-from minillm_trl.teacher_server.identity import Scoring
+from minillm_trl.errors import UserError
+from minillm_trl.teacher_server.identity import Scoring, TeacherServerError
 from minillm_trl.teacher_server.protocol import Row
 from minillm_trl.teacher_server.server_pool import ServerPool
 from minillm_trl.teacher_server.top_k import TopK
@@ -116,3 +119,50 @@ def test_scores_in_bfloat16_differ_by_its_rounding(folder, teacher):
         found = differences(url, copy.deepcopy(teacher).to(torch.bfloat16), VOCAB)
     record("teacher_bfloat16", {"tokens_listed": VOCAB, **found})
     assert max(found.values()) < 0.1
+
+
+def test_a_run_is_that_of_a_local_teacher(tmp_path, server, teacher):
+    """Rewards are exact. The single step is that over the listed tokens, so `serve-teacher` is compared as well."""
+    local = make_trainer(tmp_path / "local", teacher, single_step_decomposition=False)
+    remote = make_trainer(
+        tmp_path / "remote", teacher_server_url=server, teacher_server_top_k=LISTED, single_step_decomposition=False
+    )
+    for trainer in (local, remote):
+        trainer.train()
+    difference = float((weights(remote) - weights(local)).abs().max())
+    moved = float((weights(local) - weights(make_trainer(tmp_path / "new", teacher))).abs().max())
+    rewards = [log["objective/reverse_kl"] for log in log_of(remote) if "objective/reverse_kl" in log]
+    record("teacher_run", {"updates": len(rewards), "weight_difference": difference, "largest_change": moved})
+    assert len(rewards) == 3
+    assert difference < 1e-4 * moved
+
+
+class TestRefusals:
+    def test_more_tokens_than_the_server_lists(self, tmp_path, server):
+        with pytest.raises(TeacherServerError, match=f"greater than max allowed: {LISTED}"):
+            make_trainer(tmp_path, teacher_server_url=server, teacher_server_top_k=LISTED + 1)
+
+    def test_more_tokens_than_there_are(self, tmp_path, server):
+        with pytest.raises(UserError, match="teacher_server_top_k=301"):
+            make_trainer(tmp_path, teacher_server_url=server, teacher_server_top_k=VOCAB + 1)
+
+    def test_another_tokenizer(self, tmp_path, server):
+        with pytest.raises(UserError, match="another tokenizer"):
+            make_trainer(tmp_path, tokenizer=build_tokenizer(280), teacher_server_url=server, teacher_server_top_k=20)
+
+    def test_a_sequence_that_is_too_long(self, server):
+        pool = ServerPool([server])
+        scoring = Scoring(20, 1.0, VOCAB, pool.connect())
+        pool.score([Row([5] * 60, [6] * 67)], scoring)
+        with pytest.raises(TeacherServerError, match="HTTP 400"):
+            pool.score([Row([5] * 60, [6] * 68)], scoring)
+
+    def test_rollouts_by_a_server_need_a_gpu(self, tmp_path, server, teacher):
+        """TRL updates the weights of a server through NCCL alone."""
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server}
+        with pytest.raises(ValueError, match="needs a CUDA device") as refusal:
+            make_trainer(tmp_path, teacher, **options)
+        place = refusal.traceback[-1]
+        assert place.path.name == "vllm_client.py"
+        assert place.name == "init_communicator"
+        record("server_mode", {"file": f"trl/generation/{place.path.name}", "function": place.name})

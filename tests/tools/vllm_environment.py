@@ -54,6 +54,34 @@ def versions(python: Path) -> dict[str, str]:
     return {"python": platform.python_version(), **json.loads(result.stdout)}
 
 
+def markdown_table(results: dict[str, dict[str, object]]) -> str:
+    """Return the table of docs/vllm.md."""
+
+    def gap(name: str) -> str:
+        return f"{results[name]['gap_mean']:.4f}, at most {results[name]['gap_max']:.3f}"
+
+    own, lora, ends, seqkd = (results[name] for name in ("colocate", "lora", "end_tokens", "seqkd"))
+    rows = [
+        (
+            "gap of log-probs between vLLM and the trainer, nats a token",
+            f"{gap('colocate')} ({own['updates']} updates)",
+        ),
+        ("the same with a LoRA student, at temperature 0.7", f"{gap('lora')} ({lora['updates']} updates)"),
+        ("the same if weights are not copied", gap("without_weight_updates")),
+        ("chi-square distance of samples to the student's law", f"{own['distance_to_own_law']:.1f}"),
+        ("the same to the law of the untrained student", f"{own['distance_to_law_before_training']:.0f}"),
+        ("the same with two end tokens other than the folder's", f"{ends['distance_to_own_law']:.1f}"),
+        ("the same for SeqKD's answers and the teacher's law", f"{seqkd['distance_to_own_law']:.1f}"),
+        (
+            "difference of weights between a resumed run and an undisturbed one",
+            f"{own['weight_difference_after_resuming']:g}",
+        ),
+        ("change of the base's weights from merging the adapter", f"{lora['drift_of_the_base']:.1e}"),
+    ]
+    lines = ["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines) + "\n"
+
+
 def commit() -> str:
     """Return the current commit."""
     revision = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
