@@ -217,3 +217,29 @@ def model_dir(tmp_path_factory):
         return folders[key]
 
     return save
+
+
+@pytest.fixture(scope="module")
+def student_folder(tmp_path_factory) -> str:
+    """Save a student of eight tokens for vLLM, and return its folder."""
+    from vllm_on_cpu import save_student
+
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def updatable_weights() -> Iterator[None]:
+    """Let TRL update the weights of vLLM in place, as on a GPU.
+
+    On a CPU, vLLM packs the weights of linear layers for its kernels and drops the originals, so TRL, which loads one
+    parameter after another into the running model, finds no weight to load into. Without these kernels vLLM falls
+    back to torch's linear layers, whose weights stay where they are.
+    """
+    import vllm._custom_ops as kernels
+    from vllm.model_executor.layers import utils
+
+    with (
+        mock.patch.object(kernels, "_supports_onednn", False),
+        mock.patch.object(utils, "check_cpu_sgl_kernel", return_value=False),
+    ):
+        yield

@@ -2,25 +2,15 @@
 
 import pytest
 from peft import LoraConfig
-from vllm_on_cpu import build_word_model, needs_vllm, record, save_student, updatable_weights
+from vllm_on_cpu import build_word_model, needs_vllm, record
 from vllm_runs import UPDATES, distances, gaps, is_fresh, make_trainer, sample
 
-pytestmark = needs_vllm
+pytestmark = [*needs_vllm, pytest.mark.usefixtures("updatable_weights")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def weights_that_can_be_updated():
-    yield from updatable_weights()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return save_student(tmp_path_factory.mktemp("student"))
-
-
-def test_lora_student_at_another_temperature(tmp_path, folder):
+def test_lora_student_at_another_temperature(tmp_path, student_folder):
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
-    trainer = make_trainer(tmp_path, folder, lora, temperature=0.7)
+    trainer = make_trainer(tmp_path, student_folder, lora, temperature=0.7)
     trainer.train()
     gap = gaps(trainer)
     base = build_word_model(0).state_dict()
@@ -37,8 +27,10 @@ def test_lora_student_at_another_temperature(tmp_path, folder):
     assert drift < 1e-5
 
 
-def test_completions_end_with_the_end_tokens_and_nothing_else(tmp_path, folder):
-    trainer = make_trainer(tmp_path, folder, max_steps=4, eos_tokens=["e", "f"])  # not the EOS of the folder, 0
+def test_completions_end_with_the_end_tokens_and_nothing_else(tmp_path, student_folder):
+    trainer = make_trainer(
+        tmp_path, student_folder, max_steps=4, eos_tokens=["e", "f"]
+    )  # not the EOS of the folder, 0
     trainer.train()
     ends = {*trainer.eos_token_ids}
     own, _ = distances(trainer, ends)
@@ -52,6 +44,6 @@ def test_completions_end_with_the_end_tokens_and_nothing_else(tmp_path, folder):
     assert abs(own) < 5
 
 
-def test_a_seed_in_generation_kwargs_gives_all_completions_the_same_numbers(tmp_path, folder):
-    trainer = make_trainer(tmp_path, folder, generation_kwargs={"seed": 1})
+def test_a_seed_in_generation_kwargs_gives_all_completions_the_same_numbers(tmp_path, student_folder):
+    trainer = make_trainer(tmp_path, student_folder, generation_kwargs={"seed": 1})
     assert len({*sample(trainer, "a b", 16, 6)}) == 1

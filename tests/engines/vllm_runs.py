@@ -13,6 +13,7 @@ UPDATES = 20
 # vLLM runs the student in bfloat16, whose rounding is what remains between sampler and trainer
 FRESH = {"mean": 0.02, "max": 0.25}
 GAP = "sampling/sampling_logp_difference"
+REQUEST = 1024  # prompts that vLLM's server takes in one request
 
 
 def make_trainer(tmp_path, student: str, peft_config: LoraConfig | None = None, **options) -> MiniLLMTrainer:
@@ -60,7 +61,9 @@ def sample(trainer: MiniLLMTrainer, prompt: str, count: int, horizon: int) -> li
     """Return completions by vLLM with the weights that it has."""
     trainer.vllm_generation.max_completion_length = horizon
     ids = trainer.processing_class(prompt)["input_ids"]
-    return [tuple(row) for row in trainer.vllm_generation.generate([ids] * count, None, 1)[1]]
+    sizes = [min(REQUEST, count - start) for start in range(0, count, REQUEST)]
+    parts = [trainer.vllm_generation.generate([ids] * size, None, 1)[1] for size in sizes]
+    return [tuple(row) for part in parts for row in part]
 
 
 def distances(trainer: MiniLLMTrainer, ends: set[int]) -> tuple[float, float]:
