@@ -61,14 +61,12 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
     def gap(name: str) -> str:
         return f"{results[name]['gap_mean']:.4f}, at most {results[name]['gap_max']:.3f}"
 
-    names = ("colocate", "lora", "end_tokens", "seqkd", "server")
-    own, lora, ends, seqkd, server = (results[name] for name in names)
+    own, seqkd, server = (results[name] for name in ("colocate", "seqkd", "server"))
     rows = [
         (
             "gap of log-probs between vLLM and the trainer, nats a token, mean",
             f"{gap('colocate')} ({own['updates']} updates)",
         ),
-        ("the same with a LoRA student, at temperature 0.7", f"{gap('lora')} ({lora['updates']} updates)"),
         ("the same if weights are not copied, full training", gap("without_weight_updates")),
         (
             "the same with `vllm_mode: server` and a server in float32",
@@ -80,13 +78,11 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
         ),
         ("the same with the untrained student's distribution", f"{own['distance_to_law_before_training']:.0f}"),
         ("the same with `vllm_mode: server` and the trained student", f"{server['distance_to_own_law']:.1f}"),
-        ("the same for a run with two end tokens, neither of them the folder's", f"{ends['distance_to_own_law']:.1f}"),
         ("the same for SeqKD's answers and the teacher's distribution", f"{seqkd['distance_to_own_law']:.1f}"),
         (
             "largest difference of weights between a resumed run and an undisturbed one",
             f"{own['weight_difference_after_resuming']:g}",
         ),
-        ("largest change of the base's weights from merging the adapter", f"{lora['drift_of_the_base']:.1e}"),
     ]
     lines = ["| measured | result |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines) + "\n"
