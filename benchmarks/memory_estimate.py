@@ -51,7 +51,10 @@ CASES = {
         "openai-community/gpt2", "openai-community/gpt2-xl", "fp16", replace(GPT2, gradient_checkpointing=False)
     ),
     "GPT-2 medium, LoRA": Case(
-        "openai-community/gpt2-medium", "openai-community/gpt2-xl", "fp16", replace(GPT2, lora_rank=16)
+        "openai-community/gpt2-medium",
+        "openai-community/gpt2-xl",
+        "fp16",
+        replace(GPT2, lora_rank=16, merged_rollouts=True),
     ),
     "Qwen2.5": Case("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "bf16", QWEN),
     "Qwen2.5, no checkpointing": Case(

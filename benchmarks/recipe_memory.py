@@ -101,6 +101,7 @@ def estimate(folder: Path, name: str, student: PreTrainedConfig, teacher: PreTra
         strategy=strategy,
         processes=processes,
         shard_teacher=values.get("shard_teacher", False),
+        merged_rollouts=name.startswith("minillm"),
     )
     if name.startswith("minillm"):
         parts = estimate_memory(student, teacher, load)

@@ -145,6 +145,9 @@ class MiniLLMConfig(FamilyConfig):
             updated before each rollout. Used by default on CUDA devices with mixed precision, where every decoding
             step would otherwise cast the float32 weights again. The ratio to the behavior policy uses the log-probs of
             this copy.
+        merged_rollouts (`bool`, *optional*):
+            Whether rollouts are sampled from a copy of the student with its adapters merged into the weights, see
+            `models.merged_adapters`. By default they are, where the weights are not quantised.
         compile_rollouts (`str`, *optional*):
             Backend of `torch.compile` for decoding steps, with a static KV cache: `"inductor"`, `"cudagraphs"` on
             devices without Triton, or `"auto"`: the former on GPUs from compute capability 8.0 on, the latter on older
@@ -311,6 +314,10 @@ class MiniLLMConfig(FamilyConfig):
     half_precision_rollouts: bool | None = field(
         default=None,
         metadata={"help": "Sample from a half-precision copy of the student; by default on GPUs in fp16 or bf16."},
+    )
+    merged_rollouts: bool | None = field(
+        default=None,
+        metadata={"help": "Sample with the adapters merged; by default where the weights are not quantised."},
     )
     compile_rollouts: str | None = field(
         default=None,

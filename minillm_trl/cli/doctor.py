@@ -217,6 +217,7 @@ def choose_strategy(
         teacher_shares_base=args.teacher_shares_base,
         mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
         half_precision_rollouts=bool(machine.gpus or args.half_precision_rollouts),
+        merged_rollouts=args.merged_rollouts is not False and not (args.use_vllm or args.reshaping_fields()),
         packs_weights=not machine.gpus and packs_weights(),
         teacher_samples=args.teacher_mixed_alpha > 0.0,
     )

@@ -32,6 +32,7 @@ class Workload:
         shard_teacher, teacher_shares_base: as in [`MiniLLMConfig`].
         mixed_precision: whether teacher, caches and activations are in half precision; otherwise they are in float32.
         half_precision_rollouts: whether rollouts are sampled from a half-precision copy of the student.
+        merged_rollouts: whether a LoRA student samples with its adapters merged, see [`MiniLLMConfig`].
         packs_weights: whether float32 weights are packed while sampling, as on x86 CPUs.
         teacher_samples: whether the teacher samples tokens (`teacher_mixed_alpha` > 0).
     """
@@ -54,6 +55,7 @@ class Workload:
     teacher_shares_base: bool = False
     mixed_precision: bool = True
     half_precision_rollouts: bool = True
+    merged_rollouts: bool = False
     packs_weights: bool = False
     teacher_samples: bool = True
 
@@ -108,9 +110,11 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
         "activations of a micro-batch": _activation_bytes(student, load),
         "heads in chunks": _head_bytes(student, load),
     }
-    if packed > 0.0:
-        parts["weights packed while sampling"] = packed
-    parts["while sampling"] = held + copied + teacher_bytes + caches + states + packed
+    merged = _merged_bytes(student, sizes["student"], load)
+    for name, value in (("packed", packed), ("merged", merged)):
+        if value > 0.0:
+            parts[f"weights {name} while sampling"] = value
+    parts["while sampling"] = held + copied + teacher_bytes + caches + states + packed + merged
     parts["while updating"] = (
         trained
         + (0.0 if _is_sharded(load) else copied)
@@ -183,6 +187,14 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
 
 
+def _merged_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
+    """Return the bytes of weights with merged adapters, beyond those of the copy for rollouts."""
+    is_copied = _is_sharded(load) or (_has_wide_base(load) and load.half_precision_rollouts)
+    if load.lora_rank is None or load.student_4bit or not load.merged_rollouts or is_copied:
+        return 0.0
+    return (size - _end_parameters(text)) * (_FULL if _has_wide_base(load) else load.width)
+
+
 def _teacher_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
     if load.teacher_shares_base:
         return 0.0
@@ -200,7 +212,8 @@ def _packed_bytes(student: PreTrainedConfig, teacher: PreTrainedConfig, load: Wo
         return 0.0
     is_wide = load.lora_rank is None or load.base_in_float32
     packs_student = is_wide and not (load.student_4bit or load.half_precision_rollouts)
-    shares = load.teacher_shares_base and packs_student
+    merges = load.merged_rollouts and load.lora_rank is not None  # into weights of the student alone
+    shares = load.teacher_shares_base and packs_student and not merges
     packs_teacher = load.teacher_samples and not (load.teacher_4bit or shares)
     models = [(student, packs_student), (teacher, packs_teacher)]
     return _FULL * sum(count_packed(config) for config, is_packed in models if is_packed)

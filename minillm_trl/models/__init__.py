@@ -13,9 +13,10 @@ for a chunk of tokens at a time, so that the logits of a whole batch never exist
 - `fused_head`: log-probs, entropy and KL from hidden states, in chunks of `CHUNK_ELEMENTS`; `token_scores`: those of
   one chunk, with the gradient of the logits in closed form; `divergence_gradients`: the choices of the KL;
   `head_gradients`: from the gradient of a chunk's logits to those of hidden states and head
-- `packed_weights`: products with oneDNN on x86 CPUs, and the layout of weights for them
-- `student_copy`: the copy of the student that samples rollouts
+- `packed_weights`: products with oneDNN on x86 CPUs, and the layout of weights for them; `trained_products`: those of
+  updates, with their gradients
+- `student_copy`: the copy of the student that samples rollouts; `merged_adapters`: adapters merged into its weights
 - `reference`: checks of the reference model of `beta`; `fingerprints`: digests of models and datasets
 - `dropout`: switches off dropout that modules keep as a float instead of an `nn.Dropout`
-- `forward_methods`, `activation_checkpointing`, `attention`: replaced `forward` methods, attention kernels
+- `forward_methods`, `activation_checkpointing`, `attention`: replaced `forward` methods, attention while decoding
 """

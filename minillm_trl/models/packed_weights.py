@@ -93,14 +93,16 @@ def suits_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
     It takes float32 on a CPU, without autocast or gradients, and pays for weights of at least `LEAST_ELEMENTS`.
     Compiled code has products of its own.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and weight.numel() >= LEAST_ELEMENTS
-        and states.numel() > 0
-        and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in (states, weight))
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)  # not sharded or quantised
-        and _products_are_plain()
-    )
+    if torch.compiler.is_compiling():
+        return False
+    is_large = weight.numel() >= LEAST_ELEMENTS and states.numel() > 0
+    return is_large and is_plain_float32(states) and is_plain_float32(weight) and _products_are_plain()
+
+
+def is_plain_float32(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is in float32 on a CPU, and neither sharded nor quantised."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return is_plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _products_are_plain() -> bool:

@@ -1,14 +1,20 @@
 """Copy a model's modules around shared or replaced tensors, as for the student copy that samples rollouts."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..hardware.precision import half_precision
+from .merged_adapters import AdaptedLayer, MergedLayer, adapted_layers, merge_layers, whole_tensor
+
+if TYPE_CHECKING:
+    from ..config import MiniLLMConfig
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -50,32 +56,54 @@ def copy_modules(model: Module, replaced: Mapping[int, torch.Tensor] | None = No
 class RolloutCopy:
     """A complete copy of the student on each process, for sampling.
 
-    It is needed in two cases. Under mixed precision every forward pass casts the float32 weights, which moves six
-    bytes per weight, while the product with a few tokens reads two. And sharded weights (ZeRO-3, FSDP) would be
-    gathered for every token, by all processes at once.
+    It is needed in three cases. Under mixed precision every forward pass casts the float32 weights, which moves six
+    bytes per weight, while the product with a few tokens reads two. Sharded weights (ZeRO-3, FSDP) would be
+    gathered for every token, by all processes at once. And adapters take two more products for each layer and token,
+    unless they are merged into the weights.
 
-    Weights that are neither sharded nor in float32 (the frozen base of a LoRA student, quantised or not) are shared
-    with the model. All other weights are copied, and `refresh` updates them. The model's own tensors are never
-    written to.
+    Weights that are neither sharded, nor in float32, nor merged (the frozen base of a LoRA student, quantised or not)
+    are shared with the model. With a `dtype`, those in float32 are copied; without one, only sharded and merged ones.
+    `refresh` updates copied and merged weights. The model's own tensors are never written to.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the trained model, not wrapped, before it is sharded.
         dtype (`torch.dtype`, *optional*): dtype of copied weights; by default each weight's own.
         sharded (`bool`): whether the model is, or will be, sharded. The copy then takes memory only between `refresh`
             and `release`.
+        merged (`Sequence[AdaptedLayer]`): layers of the model whose adapters are merged. They too take memory only
+            between `refresh` and `release`.
+
+    Attributes:
+        model ([`~transformers.PreTrainedModel`]): the copy, in eval mode.
+        casts (`bool`): whether the copy has a `dtype` of its own. Otherwise it needs autocast, as the model does.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None, sharded: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        sharded: bool = False,
+        merged: Sequence[AdaptedLayer] = (),
+    ):
         self._sharded = sharded
+        self._merged: list[MergedLayer] = []
         self._copies: dict[str, torch.nn.Parameter] = {}
+        self.casts = dtype is not None
         replaced: dict[int, torch.Tensor] = {}
+        adapters = {id(parameter) for layer in merged for parameter in layer.adapters(model)}
         for name, parameter in model.named_parameters():
-            if sharded or parameter.dtype == torch.float32:
-                own = parameter.new_empty(0, dtype=dtype or parameter.dtype)
+            is_adapter = id(parameter) in adapters  # merged in its own precision, and rounded afterwards
+            if sharded or (dtype is not None and parameter.dtype == torch.float32 and not is_adapter):
+                own = parameter.new_empty(0, dtype=parameter.dtype if is_adapter else dtype or parameter.dtype)
                 # empty until `refresh`, which allocates on the device of the trained weights
                 self._copies[name] = replaced[id(parameter)] = torch.nn.Parameter(own, requires_grad=False)
         self.model = copy_modules(model, replaced)
         self.refresh(model)
+        if merged:
+            self._merged = merge_layers(model, self.model, dtype, merged)
+            used = {id(parameter) for parameter in self.model.parameters()}
+            self._copies = {name: own for name, own in self._copies.items() if id(own) in used}
+            self.refresh(model)
 
     @torch.no_grad()
     def refresh(self, model: PreTrainedModel) -> None:
@@ -83,28 +111,53 @@ class RolloutCopy:
         # FSDP's activation checkpointing changes the names
         trained = fsdp2_canonicalize_names(dict(model.named_parameters()))
         for name, own in self._copies.items():
-            if hasattr(trained[name], "ds_id"):
-                import deepspeed  # an optional dependency
-
-                with deepspeed.zero.GatheredParameters([trained[name]]):
-                    _assign(own, trained[name])
-            else:
-                _assign(own, trained[name])
+            with whole_tensor(trained[name]) as values:
+                _assign(own, values)
+        for layer in self._merged:
+            layer.refresh(trained)
         device = next(model.parameters()).device
         # DeepSpeed moves the model after it was copied
         if any(buffer.device != device for buffer in self.model.buffers()):
             self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
     def release(self) -> None:
-        """Free the memory of a sharded model's copy until the next `refresh`."""
+        """Free the memory of merged layers, and of a sharded model's copy, until the next `refresh`."""
+        for layer in self._merged:
+            layer.release()
         if self._sharded:
             for own in self._copies.values():
                 own.data = own.data.new_empty(0)
 
 
-def _assign(own: torch.nn.Parameter, trained: torch.Tensor) -> None:
-    whole = trained.full_tensor() if isinstance(trained, DTensor) else trained.data
-    if own.shape == whole.shape and own.device == whole.device:
-        own.copy_(whole)  # in place, since compiled code and CUDA graphs keep its address
+def _assign(own: torch.nn.Parameter, values: torch.Tensor) -> None:
+    if own.shape == values.shape and own.device == values.device:
+        own.copy_(values)  # in place, since compiled code and CUDA graphs keep its address
     else:
-        own.data = whole.to(own.dtype, copy=True)
+        own.data = values.to(own.dtype, copy=True)
+
+
+def rollout_copy(
+    student: PreTrainedModel, args: "MiniLLMConfig", accelerator: Accelerator, merges: bool
+) -> RolloutCopy | None:
+    """Return the copy that samples, or None if the student itself does.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): the student, not wrapped, before it is sharded.
+        args ([`MiniLLMConfig`]): with `half_precision_rollouts` and `merged_rollouts`.
+        accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        merges (`bool`): whether adapters may be merged: not for a copy that does not sample.
+
+    Raises:
+        ValueError: if adapters must be merged, and none can be.
+    """
+    sharded = shards_student(accelerator)
+    # under DeepSpeed, the student is in half precision already
+    casts = sharded or (args.half_precision_rollouts and accelerator.state.deepspeed_plugin is None)
+    layers = adapted_layers(student) if merges and args.merged_rollouts is not False else []
+    if args.merged_rollouts and not layers:
+        raise UserError(
+            "merged_rollouts=True, but the student has no adapters on weights that are not quantised. Drop it."
+        )
+    if not (casts or layers):
+        return None
+    return RolloutCopy(student, half_precision(accelerator) if casts else None, sharded, layers)

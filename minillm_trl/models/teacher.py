@@ -25,6 +25,7 @@ from .lm_head import completion_hidden_states, without_wrapper
 from .pickled_weights import refuse_pickled_weights
 from .reference import check_teacher_adapter
 from .student_copy import copy_modules
+from .trained_products import use_onednn_products
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -198,6 +199,7 @@ def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedM
         return teacher
     movable: torch.nn.Module = teacher  # transformers' own annotation of `to` hides its arguments
     movable.to(device)
+    use_onednn_products(teacher)
     return teacher
 
 

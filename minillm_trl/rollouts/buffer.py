@@ -84,6 +84,17 @@ def trim(batch: Batch) -> Batch:
     }
 
 
+def pin_states(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with teacher states that are kept on the CPU in pinned memory, if the updates run on CUDA.
+
+    From pinned memory the device copies by itself, while the process continues; other memory is copied twice.
+    """
+    states = batch.get("teacher_hidden_states")
+    if states is None or states.device.type != "cpu" or device.type != "cuda":
+        return batch
+    return {**batch, "teacher_hidden_states": states.pin_memory()}
+
+
 def parts_by_length(attention_mask: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, slice]]:
     """Split rows `(B, L)` by length: yield the row numbers of each part, and its columns that are not all padding."""
     for rows in attention_mask.sum(dim=1).argsort(descending=True, stable=True).split(batch_size):

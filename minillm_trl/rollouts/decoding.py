@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from ..errors import UserError
+from ..models.attention import grouped_attention
 from ..models.lm_head import (
     LMHead,
     accepts_position_ids,
@@ -105,6 +106,7 @@ class LazyDecoder:
 
 
 @torch.no_grad()
+@grouped_attention()
 def check_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a short input that `model` can decode several tokens at a time, in slots that rows leave and take.
 

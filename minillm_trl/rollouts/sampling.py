@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..models.attention import without_cudnn_attention
+from ..models.attention import grouped_attention, without_cudnn_attention
 from ..models.context import check_longrope
 from ..models.packed_weights import packed_weights
 from .coins import Coins, given_coins, row_coin_keys, tossed_coins
@@ -54,6 +54,7 @@ class Completions(NamedTuple):
 
 
 @without_cudnn_attention()
+@grouped_attention()
 @torch.no_grad()
 def sample_completions(
     student: PreTrainedModel,
@@ -213,6 +214,7 @@ def _pad_rows(rows: Sequence[FinishedRow], pad_token_id: int) -> Completions:
 
 
 @without_cudnn_attention()
+@grouped_attention()
 @torch.no_grad()
 def sample_prompts(
     student: PreTrainedModel,

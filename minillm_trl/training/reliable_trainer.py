@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from ..hardware.processes import check_processes
 from ..models.activation_checkpointing import ignore_old_names
+from ..models.trained_products import use_onednn_products
 from .checkpoint_folder import CheckpointFolder
 from .checkpoints import STATE, UNFINISHED, record_files, replace_folder
 from .evaluation_rows import FilledDataset
@@ -52,6 +53,7 @@ class ReliableTrainer(Trainer):
         check_processes()
         ignore_old_names()
         super().__init__(*args, **kwargs)
+        use_onednn_products(self.model)
         self.guard = StepGuard(self.accelerator, self.args)
         self.stop = SafeStop()
         self.checkpoints = CheckpointFolder(self.accelerator, self.args)

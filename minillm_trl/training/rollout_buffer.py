@@ -12,7 +12,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from ..config import MiniLLMConfig
 from ..hardware.precision import OverflowCounter
-from ..rollouts.buffer import Batch, by_length, deal_rows, trim, window_counts
+from ..rollouts.buffer import Batch, by_length, deal_rows, pin_states, trim, window_counts
 from ..rollouts.keyed_random import ROLLOUT_ORDER
 from ..teacher_server.addresses import served_names
 from .nonfinite_rows import leave_out_faulty
@@ -87,7 +87,7 @@ class RolloutBuffer:
         order = order[by_length(lengths[order], num_steps)]
         dealt: dict[str, Any] = {key: values[order.to(values.device)] for key, values in batch.items()}
         parts: list[Any] = split_tensor_dict(dealt, self.micro_batches)
-        return self._count_windows([trim(part) for part in parts])
+        return self._count_windows([pin_states(trim(part), self.accelerator.device) for part in parts])
 
     def _count_windows(self, batches: list[Batch]) -> list[Batch]:
         """Add the trained tokens and rows of its optimizer step, on all processes, to each micro-batch."""
@@ -155,9 +155,9 @@ class RolloutBuffer:
 
     def _unpack(self, batch: Batch) -> Batch:
         stays = {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()
-        return {
-            name: values if name in stays else values.to(self.accelerator.device) for name, values in batch.items()
-        }
+        device = self.accelerator.device
+        placed = {name: values if name in stays else values.to(device) for name, values in batch.items()}
+        return pin_states(placed, device)
 
 
 def _pack(batch: Batch) -> Batch:

@@ -21,7 +21,7 @@ from ..models.forward_methods import rebind_fused_head
 from ..models.fused_head import TokenScores, add_scoring
 from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import check_head
-from ..models.student_copy import RolloutCopy, shards_student, student_of
+from ..models.student_copy import RolloutCopy, rollout_copy, shards_student, student_of
 from ..monitoring.degeneration_watch import DegenerationWatch
 from ..objectives import expected_rewards
 from ..positions import rollout_horizon
@@ -150,11 +150,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
-        half = half_precision(self.accelerator)
-        # Sampling and the checks below need a complete student. Under DeepSpeed it is in half precision already.
-        sharded = shards_student(self.accelerator)
-        if sharded or (self.args.half_precision_rollouts and not self.is_deepspeed_enabled):
-            self._rollout_copy = RolloutCopy(self._student, half, sharded)
+        # Sampling and the checks below need a complete student
+        self._rollout_copy = rollout_copy(self._student, self.args, self.accelerator, not self._decodes_with_trl)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         base = self.accelerator.unwrap_model(self.model)
         found = use_teachers(teacher_model, student, base, self.args, self._tokenizer, self.accelerator)
@@ -162,7 +159,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         self.teacher_model = found.teacher.model
         self.vocab_size, self.max_context, self._context_name = found.vocab_size, found.max_context, found.context_name
         # whether all processes take part in a turn if one does
-        self._collective_turns = not self._decodes_with_trl and (sharded or self._teacher.is_sharded)
+        sharded = shards_student(self.accelerator) or self._teacher.is_sharded
+        self._collective_turns = sharded and not self._decodes_with_trl
         self._mixing = MixingChoice(self.args.mixing, self.accelerator, self._teacher.is_sharded)
         self.resume.parts.append(self._mixing)
         self._add_scoring(student)
@@ -300,7 +298,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         """Yield the student in eval mode, or its copy with the current weights."""
         if self._rollout_copy is not None:
             self._rollout_copy.refresh(self._student)
-            yield self._rollout_copy.model
+            with nullcontext() if self._rollout_copy.casts else self.accelerator.autocast():
+                yield self._rollout_copy.model
             if self._compiled_decoding is None:
                 self._rollout_copy.release()
             return

@@ -11,11 +11,15 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import DATASET, make_config, make_trainer, weights
 
 import minillm_trl.training.teacher_mixed_trainer
+from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
+from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.student_copy import RolloutCopy
 from minillm_trl.models.teacher import TeacherOffload
 from minillm_trl.rollouts.buffer import by_length, parts_by_length, sequences, trim
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
+from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, TeacherStates
 
+MODELS = ("student", "teacher")
 SCORES = ("advantages", "old_per_token_logps", "student_logps", "long_term_weights", "single_step_weights")
 
 
@@ -40,6 +44,38 @@ def test_scores_of_sampling_equal_those_of_a_scoring_pass(tmp_path, family: str,
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
     other = trainer.score_rollouts(*(batch[n] for n in ("prompt_ids", "prompt_mask", "completion_ids")), mask.long())
     assert other["advantages"].shape == mask.shape
+
+
+def test_both_temperatures_come_from_one_product_of_each_head(monkeypatch):
+    """In rollouts and in updates, with the bits of scores at each temperature alone."""
+    torch.manual_seed(0)
+    ids, mask = torch.randint(40, (3, 5)), torch.ones(3, 5, dtype=torch.bool)
+    student, teacher = (HeadStates(torch.randn(3, 5, 16), LMHead(torch.randn(40, 16), None)) for _ in range(2))
+    project, products = LMHead.project, []
+    monkeypatch.setattr(LMHead, "project", lambda self, *args: products.append(self) or project(self, *args))
+
+    def rollout(temperature: float, kd_temperature: float):
+        return RolloutScorer(temperature, kd_temperature, 40).score(ids, mask, student, TeacherStates(*teacher))
+
+    def update(temperature: float, kd_temperature: float):
+        request = ScoreRequest(ids, mask, mask, temperature, teacher.hidden_states, kd_temperature)
+        request = request._replace(loss=lambda scores, _: scores.logps + scores.divergence)
+        hidden = student.hidden_states.clone().requires_grad_()
+        return score_hidden_states(hidden, student.head, request, 40, teacher.head)
+
+    for score in (rollout, update):
+        products.clear()
+        both = score(0.7, 2.0)
+        assert len(products) == 2
+        first, second = score(0.7, 0.7), score(2.0, 2.0)
+        if score is update:
+            assert torch.equal(both.logps, first.logps)
+            assert torch.equal(both.entropy, first.entropy)
+            assert torch.equal(both.divergence, second.divergence)
+        else:
+            assert all(torch.equal(getattr(both, f"{name}_logps"), getattr(first, f"{name}_logps")) for name in MODELS)
+            names = [f"{name}_kd_logps" for name in MODELS]
+            assert all(torch.equal(getattr(both, name), getattr(second, name)) for name in names)
 
 
 def train(tmp_path, **options) -> torch.Tensor:

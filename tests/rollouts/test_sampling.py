@@ -294,6 +294,36 @@ def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(
                 )
 
 
+@pytest.mark.parametrize("keep_states", [False, True])
+def test_rows_with_shared_coins_leave_their_batch_soon_after_they_end(keep_states: bool):
+    models = [build_model("llama", vocab_size=50, width=16, seed=seed) for seed in range(2)]
+    read = [0, 0]
+    for number, model in enumerate(models):
+
+        def count(module, args, kwargs, number=number):
+            read[number] += kwargs["input_ids"].numel()
+
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    rows = 24
+    completions = sample_prompts(
+        models[0],
+        [[5, 6, 7]] * rows,
+        keys=[(3, row) for row in range(rows)],
+        max_new_tokens=80,
+        eos_token_ids=[4],
+        pad_token_id=1,
+        teacher=models[1],
+        alpha=0.3,
+        coin_key=(5,),
+        keep_states=keep_states,
+    )
+    lengths = [len(completion) for completion in completions]
+    least = sum(lengths) + 2 * rows  # a model reads the prompt, and every token but the last
+    assert max(lengths) * rows > 1.5 * sum(lengths)
+    for tokens in read:  # the last tokens of a row wait for the model that has the coin
+        assert tokens < 1.15 * least
+
+
 def test_cudnn_attention_is_off_while_sampling_alone():
     model, seen = build_model("gpt2", vocab_size=50, width=16), []
     model.base_model.register_forward_hook(lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))

@@ -258,6 +258,8 @@ class TestPlaces:
         if "offload_teacher" in options:
             places = [parameter.device.type for parameter in actual.teacher_model.base_model.h.parameters()]
             assert set(places) == {"cpu"}
+        if options.get("teacher_hidden_states") == "cpu":
+            assert all(batch["teacher_hidden_states"].is_pinned() for batch in actual.buffer.batches)
         moved = weights(expected) - before
         assert (weights(actual) - weights(expected)).norm() < 1e-4 * moved.norm()
 

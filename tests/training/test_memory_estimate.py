@@ -48,6 +48,26 @@ def test_base_of_a_lora_student_in_float32_is_copied_for_rollouts(strategy: str,
     assert after["copy for rollouts"] - before["copy for rollouts"] == pytest.approx(copied)
 
 
+def test_merged_adapters_take_a_copy_of_the_layers_while_sampling():
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
+    layers = count_parameters(config) - 1000 * 64  # embeddings and head are tied, and not adapted
+    lora = replace(LOAD, lora_rank=4)
+    cases = {
+        replace(lora): 2 * layers,
+        replace(lora, base_in_float32=True): 0,  # the half-precision copy becomes the merged one
+        replace(lora, base_in_float32=True, half_precision_rollouts=False): 4 * layers,
+        replace(lora, student_4bit=True): 0,
+        replace(lora, strategy="fsdp", processes=2): 0,  # which samples from a whole copy anyway
+        replace(LOAD): 0,
+    }
+    for load, expected in cases.items():
+        without, merged = (
+            estimate_memory(config, config, replace(load, merged_rollouts=merges)) for merges in (False, True)
+        )
+        assert merged["while sampling"] - without["while sampling"] == expected
+        assert merged["while updating"] == without["while updating"]
+
+
 def test_in_float32_numbers_are_twice_as_wide_and_nothing_is_copied():
     config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=512)
     load = Workload(**{**vars(LOAD), "mixed_precision": False, "half_precision_rollouts": False})

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from test_trainer import make_config
 
+from minillm_trl.rollouts.buffer import pin_states
 from minillm_trl.training.rollout_buffer import RolloutBuffer
 
 
@@ -31,3 +32,33 @@ def test_rollouts_are_kept_with_the_settings_that_made_them(tmp_path: Path, opti
     after = buffer(tmp_path, **common, **options)
     after.restore(before.state())
     assert (after.batches is not None) == kept
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_states_on_the_cpu_are_pinned_for_a_cuda_device_alone(tmp_path: Path, monkeypatch, device: str, pinned: bool):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append(self.shape) or self + 1)
+    states, ids = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    batch = pin_states({"teacher_hidden_states": states, "completion_ids": ids}, torch.device(device))
+    assert calls == ([states.shape] if pinned else [])
+    assert batch["teacher_hidden_states"].unique().tolist() == [float(pinned)]
+    assert batch["completion_ids"] is ids
+    assert not states.any()
+    assert pin_states({"completion_ids": ids}, torch.device(device)) == {"completion_ids": ids}
+    on_device = {"teacher_hidden_states": torch.zeros(2, 3, 4, device="meta")}  # as states that stay on the device
+    assert pin_states(on_device, torch.device(device)) is on_device
+
+
+def test_buffer_pins_new_and_restored_micro_batches(tmp_path: Path, monkeypatch):
+    pinned = []
+    name = "minillm_trl.training.rollout_buffer.pin_states"
+    monkeypatch.setattr(name, lambda batch, device: pinned.append(device) or batch)
+    before = buffer(tmp_path, steps_per_generation=2, teacher_hidden_states="cpu")
+    rows, tokens = 8, torch.ones(8, 3, dtype=torch.long)
+    masks = {"prompt_mask": tokens, "completion_mask": tokens, "prompt_ids": tokens, "completion_ids": tokens}
+    before.batches = before._deal({**masks, "faulty": torch.zeros(rows, dtype=torch.bool)}, 0)
+    before._position = 1
+    assert pinned == [torch.device("cpu")] * 2
+    after = buffer(tmp_path, steps_per_generation=2, teacher_hidden_states="cpu")
+    after.restore(before.state())
+    assert len(pinned) == 4

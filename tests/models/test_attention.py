@@ -1,0 +1,110 @@
+"""Attention of grouped queries while decoding: the same output without copies of the keys, and no trace afterwards."""
+
+import pytest
+import torch
+from conftest import build_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from minillm_trl.models.attention import attend_in_groups, grouped_attention
+from minillm_trl.rollouts.decoding import check_decoding
+from minillm_trl.rollouts.sampling import sample_prompts
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [3, 4, 5]]
+
+
+class Layer(torch.nn.Module):
+    num_key_value_groups, is_causal = 3, True
+
+
+def grouped_model(seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 60}
+    config = Qwen2Config(**sizes, num_attention_heads=6, num_key_value_heads=2, attn_implementation="sdpa")
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model
+
+
+def inputs(length: int) -> dict:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 1, length, 10, dtype=torch.bool).tril(10 - length)
+    mask[0, ..., :3] = False
+    tensors = {
+        "query": torch.randn(2, 6, length, 8),
+        "key": torch.randn(2, 2, 10, 8),
+        "value": torch.randn(2, 2, 10, 8),
+    }
+    return {**{name: each.double() for name, each in tensors.items()}, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["bool", "float", "a mask for each head", "no mask"])
+def test_output_is_that_of_repeated_keys(length: int, kind: str):
+    given = inputs(length)
+    mask = given["attention_mask"]
+    if kind == "float":
+        given["attention_mask"] = torch.zeros(mask.shape).masked_fill(~mask, -1e9).double()
+    elif kind == "a mask for each head":
+        given["attention_mask"] = mask.repeat(1, 6, 1, 1)
+        given["attention_mask"][:, 4, :, 5] = False
+    elif kind == "no mask":
+        given["attention_mask"] = None
+    key, value = (given[name].repeat_interleave(3, dim=1) for name in ("key", "value"))
+    attention_mask, is_causal = given["attention_mask"], kind == "no mask" and length > 1
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        given["query"],
+        key if not is_causal else key[:, :, :length],
+        value if not is_causal else value[:, :, :length],
+        attn_mask=attention_mask,
+        is_causal=is_causal,
+        scale=0.3,
+    ).transpose(1, 2)
+    found, nothing = attend_in_groups(Layer(), **given, scaling=0.3)
+    assert nothing is None
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def options(**more) -> dict:
+    common = {"keys": [(row,) for row in range(4)], "max_new_tokens": 20, "eos_token_ids": [0], "pad_token_id": 1}
+    return {**common, "teacher": grouped_model(1), "alpha": 0.4, "coin_key": (7,), "keep_states": True, **more}
+
+
+@pytest.mark.parametrize("more", [{}, {"shared_coins": False}, {"mixing": "speculative"}], ids=str)
+def test_sampling_never_copies_keys_and_samples_stay(monkeypatch, more: dict):
+    student = grouped_model()
+    with monkeypatch.context() as plain:
+        plain.setattr("minillm_trl.models.attention.attend_in_groups", sdpa_attention.sdpa_attention_forward)
+        expected = sample_prompts(
+            student.double(), PROMPTS, **options(**more) | {"teacher": grouped_model(1).double()}
+        )
+
+    def refuse(*args):
+        raise AssertionError("keys were copied")
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", refuse)
+    found = sample_prompts(student, PROMPTS, **options(**more) | {"teacher": grouped_model(1).double()})
+    assert found == expected
+    check_decoding(grouped_model(), "student")
+
+
+def test_outside_of_sampling_attention_is_that_of_transformers(monkeypatch):
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with grouped_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend_in_groups
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+    calls = []
+
+    def of_somebody_else(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", of_somebody_else)
+    sample_prompts(build_model("llama"), PROMPTS, **options(teacher=None, alpha=0.0))
+    assert calls
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is of_somebody_else

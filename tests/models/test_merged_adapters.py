@@ -1,0 +1,204 @@
+"""Adapters merged into the copy that samples: the same distribution and samples, and trained weights untouched."""
+
+import logging
+
+import pytest
+import torch
+from conftest import build_model
+from peft import HiraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from test_trainer import make_config, make_trainer
+
+from minillm_trl.models.merged_adapters import adapted_layers
+from minillm_trl.models.student_copy import RolloutCopy
+from minillm_trl.rollouts.sampling import sample_prompts
+
+IDS = torch.arange(2, 42).view(4, 10)
+LAYERS = ["q_proj", "v_proj", "down_proj"]
+KINDS = {
+    "lora": LoraConfig(r=4, lora_alpha=16, target_modules=LAYERS),
+    "rslora": LoraConfig(r=4, use_rslora=True, target_modules=LAYERS),
+    "dora": LoraConfig(r=4, use_dora=True, target_modules=LAYERS),
+    "embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "tokens": LoraConfig(r=4, target_modules=LAYERS, trainable_token_indices=[3, 5]),
+    "loha": LoHaConfig(r=4, target_modules=LAYERS),
+    "oft": OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]),
+    "ia3": IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"]),
+    "hira": HiraConfig(r=4, target_modules=LAYERS),
+}
+
+
+def adapted(config, family: str = "llama", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Return a model whose adapters change it a lot."""
+    model = get_peft_model(build_model(family).to(dtype), config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def copied_from(model: torch.nn.Module, dtype: torch.dtype | None = None, sharded: bool = False) -> RolloutCopy:
+    base = model.get_base_model()
+    return RolloutCopy(base, dtype, sharded, adapted_layers(base))
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_copy_is_the_adapted_model_and_follows_it(kind: str):
+    model = adapted(KINDS[kind])
+    copied = copied_from(model)
+    for _ in range(2):
+        before, expected = state(model), model(IDS).logits
+        with model.disable_adapter():
+            assert (model(IDS).logits - expected).abs().max() > 0.1
+        copied.refresh(model.get_base_model())
+        layers = [each for each in copied.model.modules() if isinstance(each, BaseTunerLayer)]
+        assert layers
+        assert all(layer.merged for layer in layers)
+        torch.testing.assert_close(copied.model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+        copied.release()
+        assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+        assert not any(each.merged for each in model.modules() if isinstance(each, BaseTunerLayer))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def test_merged_layers_run_no_product_of_an_adapter():
+    model = adapted(KINDS["lora"])
+    copied, calls = copied_from(model), []
+    for other in (model, copied.model):
+        for name, module in other.named_modules():
+            if "lora_A." in name or "lora_B." in name:
+                module.register_forward_hook(lambda *unused: calls.append(1))
+    copied.model(IDS)
+    assert not calls
+    model(IDS)
+    assert len(calls) == 2 * 2 * len(LAYERS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_half_precision_copy_rounds_the_sum_once(base: torch.dtype, sharded: bool):
+    model = adapted(KINDS["lora"], dtype=base)
+    copied = copied_from(model, torch.bfloat16, sharded)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    found = copied.model.model.layers[1].self_attn.q_proj.get_base_layer().weight
+    expected = (layer.get_base_layer().weight.float() + layer.get_delta_weight("default")).bfloat16()
+    assert torch.equal(found, expected)
+    assert {each.dtype for each in copied.model.parameters()} <= {torch.bfloat16, torch.float32}
+    others = {name: each.dtype for name, each in copied.model.named_parameters() if "lora_" not in name}
+    assert set(others.values()) == {torch.bfloat16}
+
+
+def test_memory_is_freed_between_rollouts_and_nothing_is_copied_twice():
+    model = adapted(KINDS["lora"])
+    copied = copied_from(model)
+    shared = {id(each) for each in model.parameters()}
+
+    def own() -> int:
+        return sum(each.numel() for each in copied.model.parameters() if id(each) not in shared)
+
+    layers = [layer.base.weight.numel() for layer in adapted_layers(model.get_base_model())]
+    assert own() == sum(layers)
+    copied.release()
+    assert own() == 0
+    half = copied_from(model, torch.bfloat16)
+    names = {name for name in half._copies if "base_layer" in name or "lora_" in name}
+    assert not names
+
+
+def test_refreshed_weights_keep_their_address_for_compiled_code():
+    model = adapted(KINDS["lora"])
+    copied = copied_from(model)
+    places = {name: each.data_ptr() for name, each in copied.model.named_parameters()}
+    copied.refresh(model.get_base_model())
+    assert {name: each.data_ptr() for name, each in copied.model.named_parameters()} == places
+
+
+def test_quantised_weights_and_disabled_adapters_are_left_out():
+    model = adapted(KINDS["lora"])
+    base = model.get_base_model()
+    assert len(adapted_layers(base)) == 2 * len(LAYERS)
+    quantised = base.model.layers[0].self_attn.q_proj.get_base_layer()
+    quantised._parameters["weight"] = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    assert len(adapted_layers(base)) == 2 * len(LAYERS) - 1
+    model.disable_adapter_layers()
+    assert adapted_layers(base) == []
+    assert adapted_layers(build_model("llama")) == []
+
+
+@torch.no_grad()
+def test_kinds_that_cannot_be_merged_run_layer_by_layer_with_a_warning(caplog):
+    model = adapted(LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]))
+    with caplog.at_level(logging.WARNING, logger="minillm_trl"):
+        copied = copied_from(model, torch.bfloat16)
+    assert caplog.text.count("layer by layer") == 1
+    layer = copied.model.model.layers[0].self_attn.q_proj
+    assert not layer.merged
+    trained = model.get_base_model().model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(layer.get_base_layer().weight, trained.bfloat16())
+
+
+def test_samples_are_those_of_the_adapters():
+    model = adapted(KINDS["lora"])
+    options = {"keys": [(row,) for row in range(4)], "max_new_tokens": 24, "eos_token_ids": [0], "pad_token_id": 1}
+    prompts = IDS.tolist()
+    expected = sample_prompts(model.get_base_model(), prompts, **options)
+    assert sample_prompts(copied_from(model).model, prompts, **options) == expected
+    with model.disable_adapter():
+        assert sample_prompts(model.get_base_model(), prompts, **options) != expected
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"bf16": True, "half_precision_rollouts": True}], ids=str)
+def test_trainer_samples_merged_trains_the_adapters_and_frees_the_rest(tmp_path, options: dict):
+    def train(**more) -> tuple[torch.Tensor, list[bool]]:
+        trainer = make_trainer(
+            tmp_path,
+            family="llama",
+            peft_config=LoraConfig(r=4, target_modules=LAYERS),
+            max_steps=4,
+            **options,
+            **more,
+        )
+        torch.manual_seed(3)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        frozen = {name: each.clone() for name, each in trainer.model.named_parameters() if not each.requires_grad}
+        merged: list[bool] = []
+        chosen = trainer._mixing.applied_to
+
+        def applied_to(sampler, student, *arguments):
+            layers = [each for each in student.modules() if isinstance(each, BaseTunerLayer)]
+            merged.append(all(layer.merged for layer in layers))
+            return chosen(sampler, student, *arguments)
+
+        trainer._mixing.applied_to = applied_to
+        trainer.train()
+        assert all(
+            torch.equal(each, frozen[name]) for name, each in trainer.model.named_parameters() if name in frozen
+        )
+        adapters = torch.cat([each.detach().flatten() for each in trainer.model.parameters() if each.requires_grad])
+        return adapters, merged
+
+    (merging, merged), (plain, unmerged) = train(), train(merged_rollouts=False)
+    assert merged
+    assert all(merged)
+    assert not any(unmerged)
+    if not options:  # in half precision, samples may differ
+        torch.testing.assert_close(merging, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_merging_is_refused_where_it_has_no_effect(tmp_path):
+    with pytest.raises(ValueError, match="no adapters on weights"):
+        make_trainer(tmp_path, merged_rollouts=True)
+    with pytest.raises(ValueError, match="merged_rollouts=True has no effect with top_p"):
+        make_config(tmp_path, merged_rollouts=True, top_p=0.9, teacher_mixed_alpha=0.0)
