@@ -13,8 +13,8 @@
 
     uv run examples/distil.py --student STUDENT --teacher TEACHER --prompts prompts.jsonl
 
-Models are folders or names on the hub; they need the same tokenizer. The file has a column `prompt` with texts or
-conversations. A tenth of the prompts is held out: the script measures the student on them before and after, and
+Models are folders or names on the hub; they need the same tokenizer. The file has a column `prompt` with at least 72
+texts or conversations. A tenth of them is held out: the script measures the student on them before and after, and
 prints its answers to two of them. Copy it and change what you like.
 """
 

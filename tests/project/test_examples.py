@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, WORDS
+from conftest import ENVIRONMENT
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ class TestMetadata:
 @pytest.mark.cli
 def test_distil_trains_the_student(tmp_path: Path, model_dir):
     student, teacher = model_dir("llama", 0), model_dir("llama", 1, 48)
-    prompts = [{"prompt": " ".join(WORDS.split()[number : number + 4])} for number in range(20)] * 2
+    prompts = [{"prompt": f"the mill {number}"} for number in range(72)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     script = ROOT / "examples" / "distil.py"
     words = ["--student", student, "--teacher", teacher, "--prompts", tmp_path / "prompts.jsonl"]
