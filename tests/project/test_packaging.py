@@ -158,6 +158,47 @@ class TestVersions:
                 assert requirement.specifier.contains(newest[requirement.name]), requirement
 
 
+class TestResolvedVersions:
+    RESULTS = json.loads((ROOT / "docs/resolved_versions.json").read_text())
+    TEXT = (ROOT / "docs/versions.md").read_text()
+
+    def test_every_extra_was_tried_with_both_ends_of_transformers(self):
+        extras = {"no extra", *PROJECT["project"]["optional-dependencies"]}
+        lowest, newest = self.RESULTS["transformers"]
+        assert {*self.RESULTS["extras"]} == extras
+        assert all({lowest, newest} <= {*found} for found in self.RESULTS["extras"].values())
+        (bounds,) = [
+            each.specifier
+            for each in map(Requirement, PROJECT["project"]["dependencies"])
+            if each.name == "transformers"
+        ]
+        assert bounds.contains(lowest)
+        assert bounds.contains(newest)
+
+    def test_table_is_that_of_the_results(self):
+        def cell(found: dict) -> str:
+            if not found["packages"]:
+                reasons = (line for line in found["conflict"] if not line.startswith(("The user", "minillm-trl")))
+                return f"no: {next(reasons)}"
+            names = [name for name in ("torch", "vllm", "deepspeed", "openai", "aiohttp") if name in found]
+            return f"{found['packages']} packages: " + ", ".join(f"{name} {found[name]}" for name in names)
+
+        ends = self.RESULTS["transformers"]
+        for extra, found in self.RESULTS["extras"].items():
+            cells = " | ".join(cell(found[version]) for version in ends)
+            assert f"| {extra} | {cells} |" in self.TEXT, f"| {extra} | {cells} |"
+            if "any" in found:
+                assert (
+                    f"pip takes vLLM {found['any']['vllm']} with transformers {found['any']['transformers']}"
+                    in self.TEXT
+                )
+
+    def test_trl_and_transformers_stay_as_they_are(self):
+        found = self.RESULTS["beside_trl"]
+        assert [*found] == self.RESULTS["transformers"]
+        assert all(entry["changed"] == [] and entry["added"] > 0 for entry in found.values())
+
+
 def test_a_workflow_runs_targets_that_exist():
     text = (ROOT / ".github/workflows/ci.yml").read_text()
     targets = re.findall(r"run: make ([\w-]+)", text)
