@@ -61,7 +61,7 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
     def gap(name: str) -> str:
         return f"{results[name]['gap_mean']:.4f}, at most {results[name]['gap_max']:.3f}"
 
-    own, seqkd, server = (results[name] for name in ("colocate", "seqkd", "server"))
+    own, seqkd, server, lora, ends = (results[name] for name in ("colocate", "seqkd", "server", "lora", "end_tokens"))
     rows = [
         (
             "gap of log-probs between vLLM and the trainer, nats a token, mean",
@@ -72,12 +72,14 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
             "the same with `vllm_mode: server` and a server in float32",
             f"{server['gap_mean']:.1e}, at most {server['gap_max']:.1e} ({server['updates']} updates)",
         ),
+        ("the same with a LoRA student at temperature 0.7", f"{gap('lora')} ({lora['updates']} updates)"),
         (
             "chi-square distance between samples and the trained student's distribution",
             f"{own['distance_to_own_law']:.1f}",
         ),
         ("the same with the untrained student's distribution", f"{own['distance_to_law_before_training']:.0f}"),
         ("the same with `vllm_mode: server` and the trained student", f"{server['distance_to_own_law']:.1f}"),
+        ("the same with end tokens other than the folder's", f"{ends['distance_to_own_law']:.1f}"),
         ("the same for SeqKD's answers and the teacher's distribution", f"{seqkd['distance_to_own_law']:.1f}"),
         (
             "largest difference of weights between a resumed run and an undisturbed one",
