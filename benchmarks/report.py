@@ -192,6 +192,21 @@ def seeds_table() -> str:
     return head + "|---|---|---:|---:|---:|\n" + "".join(rows)
 
 
+def speculative_table() -> str:
+    """Return the table of speculative mixing against coins."""
+    lines = [
+        "| teacher / student | drafts kept | batch | against shared coins | against coins of each row | `auto` | "
+        "its time over shared coins |",
+        "|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in read("speculative_small"):
+        cells = [f"{row['parameter_ratio']:.0f}", f"{100 * row['kept']:.0f} %", f"{row['batch_size']}"]
+        cells += [f"{row[f'speedup_over_{way}'][1]:.2f}x" for way in ("shared_coins", "own_coins")]
+        cells += [row["auto"], f"{row['auto_over_shared_coins'][1]:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def decoding_table() -> str:
     """Return milliseconds per step and tokens per second of each decoding method, as a Markdown table."""
     head = "| student, batch | way | a step | tokens a second | against the copy | over reading the weights |\n"
@@ -243,6 +258,7 @@ def tables() -> dict[str, str]:
         "seeds": seeds_table(),
         "gpu": table(measured_on_gpu(), "results/gpu"),
         "gpu precisions": precision_table(GPU),
+        "speculative": speculative_table(),
         "decoding": decoding_table(),
         "rate": rate_table(),
         "memory": memory_table(),

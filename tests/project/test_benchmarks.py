@@ -75,6 +75,16 @@ def test_page_on_the_method_says_how_variance_falls():
         assert (signal > 3 * error) == (name in ("baseline", "both"))
 
 
+def test_auto_is_never_slower_than_shared_coins_by_more_than_5_percent():
+    rows = json.loads((BENCHMARKS / "results" / "speculative_small.json").read_text())["results"]
+    assert max(row["auto_over_shared_coins"][1] for row in rows) <= 1.05
+    chosen = [row["speedup_over_shared_coins"][1] for row in rows if row["auto"] == "speculative"]
+    text = " ".join((BENCHMARKS / "README.md").read_text().split())
+    assert f"and the most is {max(chosen):.2f}x" in text
+    own = [row["speedup_over_own_coins"][1] for row in rows if row["batch_size"] == 8]
+    assert f"{min(own):.1f} to {max(own):.1f} times as fast as coins of each row at batch 8" in text
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12
