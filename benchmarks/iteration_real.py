@@ -2,11 +2,12 @@
 
     python benchmarks/iteration_real.py --student PATH --teacher PATH --prompts PATH [--repeats 2]
 
-trains SmolLM2's 64M student (`recipes/smollm2-64m`) for one iteration: a rollout of `--rows` completions for each of
-four mini-batches, its scores, and four passes over it, which are 16 updates. TRL's DistillationTrainer (beta = 1)
-does as many updates with as many rows, and samples in each. Prompts are the first ones of a JSONL of conversations
-(`prepare-data --task dolly`), completions have their natural lengths up to `--max_new_tokens`. Ours runs with the
-paper's mixing (alpha = 0.2) and without. Precision, optimizer, temperature and rate are the same.
+trains SmolLM2's 64M student (`recipes/smollm2-64m`) for one iteration with the paper's mixing (alpha = 0.2): a
+rollout of `--rows` completions, its scores, and four passes over it, which are four updates. TRL's
+DistillationTrainer (beta = 1) does as many updates with as many rows, and samples in each. Prompts are the first ones
+of a JSONL of conversations (`prepare-data --task dolly`), completions have their natural lengths up to
+`--max_new_tokens`. Precision, optimizer, temperature and rate are the same. `--mini_batches 4` makes a rollout of four
+mini-batches, which are 16 updates.
 
 Every run is a separate process with one thread, which counts the CPU-seconds of `train()`, so that other jobs on the
 machine change little. The runs alternate. Results are ratios of CPU-seconds per update within a round, and the shares
@@ -32,11 +33,9 @@ from measurement import percentiles, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 from transformers.utils import logging
 
-MINI_BATCHES, PASSES = 4, 4
-UPDATES = MINI_BATCHES * PASSES
+PASSES = 4
 SETTINGS: dict[str, dict[str, Any]] = {
     "trl": {"beta": 1.0},
-    "4 passes": {"teacher_mixed_alpha": 0.0},
     "4 passes, mixed": {"teacher_mixed_alpha": 0.2},
 }
 BASELINE = "trl"
@@ -69,18 +68,21 @@ def make_trainer(setting: str, options: argparse.Namespace, folder: str) -> Trai
     from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 
     classes: Any = (DistillationConfig, DistillationTrainer) if setting == "trl" else (MiniLLMConfig, MiniLLMTrainer)
-    reuse = {} if setting == "trl" else {"steps_per_generation": MINI_BATCHES, "num_iterations": PASSES}
+    reuse = {} if setting == "trl" else {"steps_per_generation": options.mini_batches, "num_iterations": PASSES}
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (options.student, options.teacher)
     )
     with open(options.prompts) as lines:
-        rows = [json.loads(line)["prompt"] for _, line in zip(range(UPDATES * options.rows), lines, strict=False)]
+        rows = [
+            json.loads(line)["prompt"]
+            for _, line in zip(range(PASSES * options.mini_batches * options.rows), lines, strict=False)
+        ]
     config = classes[0](
         folder,
         per_device_train_batch_size=options.rows,
         max_completion_length=options.max_new_tokens,
-        max_steps=UPDATES,
+        max_steps=PASSES * options.mini_batches,
         learning_rate=1e-4,
         temperature=options.temperature,
         disable_dropout=True,
@@ -137,7 +139,7 @@ def profile(setting: str, options: argparse.Namespace, folder: str) -> None:
 
 def run(setting: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", setting, "--seed", str(seed)]
-    for name in ("student", "teacher", "prompts", "rows", "max_new_tokens", "temperature"):
+    for name in ("student", "teacher", "prompts", "rows", "mini_batches", "max_new_tokens", "temperature"):
         command += [f"--{name}", str(getattr(options, name))]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1"}
@@ -145,8 +147,8 @@ def run(setting: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     if finished.returncode:
         raise SystemExit(f"{setting} failed:\n{finished.stderr}")
     result = json.loads(finished.stdout.splitlines()[-1])
-    if result["updates"] != UPDATES:
-        raise SystemExit(f"{setting}: {result['updates']} updates, not {UPDATES}")
+    if result["updates"] != PASSES * options.mini_batches:
+        raise SystemExit(f"{setting}: {result['updates']} updates, not {PASSES * options.mini_batches}")
     return result
 
 
@@ -164,7 +166,7 @@ def summarize(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             "speedup": percentiles(ratios),
             "speedup_by_trained_token": percentiles(by_token),
             **{
-                f"{phase}_per_update": percentiles([found[phase] / UPDATES for found in runs])
+                f"{phase}_per_update": percentiles([found[phase] / found["updates"] for found in runs])
                 for phase in runs[0]
                 if phase.endswith("seconds")
             },
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of conversations")
     parser.add_argument("--rows", type=int, default=8, help="rows of an update")
+    parser.add_argument("--mini_batches", type=int, default=1, help="mini-batches of a rollout")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--repeats", type=int, default=2)
@@ -207,8 +210,8 @@ def main() -> None:
         "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed (recipes/smollm2-64m)",
         "teacher": "SmolLM2-135M-Instruct",
         "rows_per_update": options.rows,
-        "rows_per_rollout": options.rows * MINI_BATCHES,
-        "updates": UPDATES,
+        "rows_per_rollout": options.rows * options.mini_batches,
+        "updates": PASSES * options.mini_batches,
         "passes": PASSES,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
