@@ -199,6 +199,7 @@ def choose_strategy(
     teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
     dtype = (parsed_kwargs(args.model_init_kwargs) or {}).get("dtype", model.dtype)
     dtype = configs[0].dtype if dtype == "auto" else dtype
+    decodes = not (args.use_vllm or args.reshaping_fields())
     load = Workload(
         rows=args.per_device_train_batch_size,
         sampled_rows=args.sampling_batch_size or buffered,
@@ -217,9 +218,10 @@ def choose_strategy(
         teacher_shares_base=args.teacher_shares_base,
         mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
         half_precision_rollouts=bool(machine.gpus or args.half_precision_rollouts),
-        merged_rollouts=args.merged_rollouts is not False and not (args.use_vllm or args.reshaping_fields()),
+        merged_rollouts=args.merged_rollouts is not False and decodes,
         packs_weights=not machine.gpus and packs_weights(),
         teacher_samples=args.teacher_mixed_alpha > 0.0,
+        compiles=decodes and args.compile_rollouts not in (None, *([] if machine.gpus else ["auto"])),
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:

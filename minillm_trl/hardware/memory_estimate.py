@@ -1,5 +1,6 @@
 """Estimate the memory of a run from the models' configurations, without allocating a model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.fused_head import chunk_elements
 from ..models.packed_weights import LEAST_ELEMENTS, LEAST_TOKENS
+from ..rollouts.compiled_steps import static_columns
 
 # Bytes per weight: full and half precision, and NF4 with its scales
 _FULL, _HALF, _NF4 = 4.0, 2.0, 0.56
@@ -35,6 +37,7 @@ class Workload:
         merged_rollouts: whether a LoRA student samples with its adapters merged, see [`MiniLLMConfig`].
         packs_weights: whether float32 weights are packed while sampling, as on x86 CPUs.
         teacher_samples: whether the teacher samples tokens (`teacher_mixed_alpha` > 0).
+        compiles: whether decoding steps are compiled (`compile_rollouts`), whose tensors stay between rollouts.
     """
 
     rows: int
@@ -58,6 +61,7 @@ class Workload:
     merged_rollouts: bool = False
     packs_weights: bool = False
     teacher_samples: bool = True
+    compiles: bool = False
 
     @property
     def width(self) -> float:
@@ -96,10 +100,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
     packed = _packed_bytes(student, teacher, load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
-    tokens = load.prompt_tokens + load.completion_tokens
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * load.width
-    cache_width = _cache_width(student) + (_cache_width(teacher) if load.teacher_samples else 0)
-    caches = load.sampled_rows * tokens * cache_width * load.width
+    caches = _cache_bytes([student, teacher] if load.teacher_samples else [student], load)
     teacher_bytes = _teacher_bytes(teacher, sizes["teacher"], load)
     parts = {
         "student, gradients and optimizer": trained,
@@ -117,7 +119,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     parts["while sampling"] = held + copied + teacher_bytes + caches + states + packed + merged
     parts["while updating"] = (
         trained
-        + (0.0 if _is_sharded(load) else copied)
+        + (copied if load.compiles or not _is_sharded(load) else 0.0)
+        + (caches + merged if load.compiles else 0.0)
         + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * load.width)
         + (states if load.keeps_states else 0.0)
         + parts["activations of a micro-batch"]
@@ -185,6 +188,18 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
     copied = copied if load.half_precision_rollouts else 0.0
     cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
+
+
+def _cache_bytes(samplers: Sequence[PreTrainedConfig], load: Workload) -> float:
+    """Return the bytes of the keys and values of a batch that is sampled, of all models that sample.
+
+    Compiled steps have a power of two of columns, and keep the last hidden states beside each.
+    """
+    tokens, widths = load.prompt_tokens + load.completion_tokens, [_cache_width(config) for config in samplers]
+    if load.compiles:
+        tokens = static_columns(tokens)
+        widths += [config.hidden_size for config in samplers]
+    return load.sampled_rows * tokens * sum(widths) * load.width
 
 
 def _merged_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:

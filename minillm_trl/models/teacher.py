@@ -195,7 +195,7 @@ def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedM
             "configuration with ZeRO-3 was created. Pass its name or folder instead; shard_teacher=True shards it."
         )
     keep_4bit_layout(teacher)
-    if _is_split(teacher) or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
+    if is_split(teacher) or is_sharded(teacher) or getattr(teacher, "is_quantized", False):
         return teacher
     movable: torch.nn.Module = teacher  # transformers' own annotation of `to` hides its arguments
     movable.to(device)
@@ -203,7 +203,7 @@ def place_teacher(teacher: PreTrainedModel, device: torch.device) -> PreTrainedM
     return teacher
 
 
-def _is_split(model: PreTrainedModel) -> bool:
+def is_split(model: PreTrainedModel) -> bool:
     """Return whether a `device_map` has placed the model on several devices."""
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
@@ -221,7 +221,7 @@ def shard_blocks(teacher: PreTrainedModel, device_type: str) -> PreTrainedModel:
     names = set(teacher._no_split_modules or ())
     blocks = [module for module in teacher.modules() if type(module).__name__ in names]
     quantised = any(not parameter.is_floating_point() for parameter in teacher.parameters())
-    if quantised or _is_split(teacher) or not blocks:
+    if quantised or is_split(teacher) or not blocks:
         what = "is quantised" if quantised else "is split by its device_map" if blocks else "does not name its blocks"
         raise UserError(
             f"shard_teacher=True cannot shard this teacher over the processes: it {what}. Set shard_teacher=False."

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..models.attention import grouped_attention
 from ..models.lm_head import accepts_position_ids, position_ids, rounding_tolerance, without_wrapper
 from .coins import Coins, given_coins
 from .compiled_steps import CompiledDecoding, Reader, StepPlan, StepTensors, first_column
@@ -101,6 +102,7 @@ class CompiledSampling:
 
 
 @torch.no_grad()
+@grouped_attention()
 def check_compiled_decoding(model: PreTrainedModel, name: str) -> None:
     """Check on a short input that steps over a static cache see what a plain forward pass sees.
 
@@ -110,9 +112,10 @@ def check_compiled_decoding(model: PreTrainedModel, name: str) -> None:
     model = without_wrapper(model)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     prompts = [[token % vocab_size for token in range(1, length)] for length in (20, 9)]
-    coins = np.array([[False, True, True, False, True, False, False, True]])  # so that steps read several columns
+    # the first reader then takes a compiled step of several columns, and the second one of a single column
+    coins = np.array([[False, True, True, False]])
     plan = StepPlan(1, False, True, True, True, vocab_size, (), 0)
-    compiled = CompiledDecoding(model, "eager")
+    compiled = CompiledDecoding(model, "eager", model)
     sampling = CompiledSampling(
         compiled, [model, model], prompts, coins.shape[1], plan, None, 1.0, given_coins(coins, shared=True)
     )

@@ -135,6 +135,11 @@ class StepTensors:
         self.step.add_(1)
 
 
+def static_columns(length: int) -> int:
+    """Return the columns of the tensors for rows of at most `length` tokens."""
+    return max(_MIN_LENGTH, 1 << (length - 1).bit_length())
+
+
 def first_column(prompts: Sequence[Sequence[int]]) -> int:
     """Return the column after the prompts, before which the widest step finds all of its columns."""
     return max(*map(len, prompts), WIDTHS[-1])
@@ -177,7 +182,8 @@ class StaticLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        columns = torch.arange(key_states.shape[2], device=key_states.device) + self._position
+        # a `device_map` may have put the layer on another device than the embeddings
+        columns = torch.arange(key_states.shape[2], device=key_states.device) + self._position.to(key_states.device)
         return self.keys.index_copy_(2, columns, key_states), self.values.index_copy_(2, columns, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -252,8 +258,9 @@ class Reader:
             self.fed = end
 
     def restart(self) -> None:
-        """Forget the columns of the last batch."""
+        """Forget the columns of the last batch, whose keys may be infinite or NaN, also times 0."""
         self.fed = 0
+        self._cache.reset()
         self.head = LMHead.of(self.model) if self._backend is None else self.head
 
     def _compile(self, plan: StepPlan) -> Callable[[], bool]:
@@ -302,8 +309,8 @@ class Reader:
         if keeps_states:
             if self.states is None:
                 self.states = at_fixed_address(hidden_states.new_zeros(*tensors.shape, hidden_states.shape[2]))
-            self.states.index_copy_(1, columns.to(self._device), hidden_states)
-        return hidden_states[:, -1]
+            self.states.index_copy_(1, columns.to(hidden_states.device), hidden_states)
+        return hidden_states[:, -1].to(self.head.weight.device)
 
 
 class _Shape(NamedTuple):
@@ -348,7 +355,7 @@ class CompiledDecoding:
             models: the student and, if it draws tokens, a teacher, which may be another one than that of this object;
                 its steps then are not compiled.
         """
-        length = max(_MIN_LENGTH, 1 << (length - 1).bit_length())
+        length = static_columns(length)
         fitting = [own for own, columns in self._shapes if rows <= own <= _MAX_ROWS_RATIO * rows and columns == length]
         key = max(fitting, default=rows), length
         self._batches += 1
@@ -361,9 +368,9 @@ class CompiledDecoding:
             self._shapes[key] = _Shape(tensors, [Reader(model, tensors, self._backend) for model in self.models])
         tensors, own_readers = self._shapes[key]
         readers = []
-        for model in models:
-            compiled = [reader for reader, own in zip(own_readers, self.models, strict=True) if own is model]
-            readers.append(compiled[0] if compiled else Reader(model, tensors, None))
+        for number, model in enumerate(models):
+            is_compiled = number < len(self.models) and self.models[number] is model
+            readers.append(own_readers[number] if is_compiled else Reader(model, tensors, None))
             readers[-1].restart()
         return tensors, readers
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import MiniLLMConfig
+from ..models.teacher import is_split
 from ..rollouts.compiled_sampling import check_compiled_decoding
 from ..rollouts.compiled_steps import CompiledDecoding
 from ..rollouts.decoding import check_decoding
@@ -29,7 +30,8 @@ def prepare_decoding(
     Raises:
         ValueError: naming the model that these loops would sample from wrongly.
     """
-    backend = compile_backend(args.compile_rollouts, student.device)
+    # a student that DeepSpeed or FSDP will place is still on the CPU
+    backend = compile_backend(args.compile_rollouts, args.device)
     compiled = None if backend is None else CompiledDecoding(student, backend, _teacher_to_compile(teacher, args))
     if decodes:
         check_decoding(student, "student")
@@ -59,11 +61,12 @@ def compile_backend(requested: str | None, device: torch.device) -> str | None:
 def _teacher_to_compile(teacher: Teacher, args: MiniLLMConfig) -> PreTrainedModel | None:
     """Return the teacher if it draws tokens and its steps can be compiled.
 
-    CUDA graphs need its weights at their addresses, and all processes need a sharded teacher at the same time.
+    CUDA graphs need its weights at their addresses on a single device, and all processes need a sharded teacher at the
+    same time.
     """
     if args.teacher_mixed_alpha == 0 or args.offload_teacher or args.teacher_shares_base:
         return None
-    if not isinstance(teacher, RolloutTeacher) or teacher.is_sharded:
+    if not isinstance(teacher, RolloutTeacher) or teacher.is_sharded or is_split(teacher.model):
         return None
     is_plain = type(teacher.model.get_output_embeddings()) is torch.nn.Linear
     is_quantised = getattr(teacher.model, "is_quantized", False)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import minillm_trl.rollouts.compiled_steps
 from minillm_trl.rollouts.compiled_sampling import check_compiled_decoding
-from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader, StepPlan, StepTensors
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader, StaticLayer, StepPlan, StepTensors
 from minillm_trl.rollouts.sampling import Completions, sample_completions, sample_prompts
 
 LONG_PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
@@ -106,6 +106,22 @@ def test_compiled_steps_of_both_models_sample_what_the_loop_samples(shared_coins
     assert steps == all_steps > 0
 
 
+def test_batch_after_one_with_nan_samples_as_if_it_were_the_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or True)
+    student, teacher = (build_model("llama", 50, seed, width=16, layers=1) for seed in (0, 1))
+    compiled = CompiledDecoding(student, "eager", teacher)
+    prompts, options = [[5, 6, 7], [5, 9]], {"eos_token_ids": [], "pad_token_id": 1, "keys": [(1,), (2,)]}
+    options |= {"teacher": teacher, "alpha": 0.5, "coin_key": (3,)}
+    expected = sample_prompts(student, prompts, **options, max_new_tokens=8)
+    for model in (student, teacher):
+        weight = model.get_input_embeddings().weight.data
+        whole = weight.clone()
+        weight[6:].fill_(torch.nan)  # in the first prompt, and in most later columns
+        sample_prompts(student, prompts, **options, max_new_tokens=24, compiled=compiled)
+        weight.copy_(whole)
+        assert sample_prompts(student, prompts, **options, max_new_tokens=8, compiled=compiled) == expected
+
+
 def test_n_grams_cannot_be_blocked_in_compiled_steps():
     student = build_model("gpt2")
     options = {"max_new_tokens": 2, "eos_token_ids": [3], "pad_token_id": 1, "keys": None}
@@ -113,20 +129,26 @@ def test_n_grams_cannot_be_blocked_in_compiled_steps():
         sample_prompts(student, [[5]], **options, no_repeat_ngram_size=2, compiled=CompiledDecoding(student, "eager"))
 
 
-@pytest.mark.parametrize("broken", ["positions", "mask"])
+@pytest.mark.parametrize("broken", ["positions", "mask", "several columns"])
 def test_model_whose_compiled_steps_differ_is_refused(monkeypatch: pytest.MonkeyPatch, broken: str):
-    start = StepTensors.start
+    start, update = StepTensors.start, StaticLayer.update
+
+    def wrong_columns(layer: StaticLayer, keys: torch.Tensor, values: torch.Tensor, *arguments: object) -> tuple:
+        is_several = 1 < keys.shape[2] < 16
+        return update(layer, keys.flip(2) if is_several else keys, values, *arguments)
 
     def wrong(tensors: StepTensors, *arguments: object) -> int:
         first = start(tensors, *arguments)
         if broken == "positions":
             tensors.positions[:, first:] += 1
-        else:
+        elif broken == "mask":
             tensors.mask[:, :first] = 1
         return first
 
     check_compiled_decoding(build_model("gpt2"), "student")
     monkeypatch.setattr(StepTensors, "start", wrong)
+    if broken == "several columns":
+        monkeypatch.setattr(StaticLayer, "update", wrong_columns)
     with pytest.raises(ValueError, match=r"steps of the student \(GPT2LMHeadModel\) cannot be compiled"):
         check_compiled_decoding(build_model("gpt2"), "student")
 

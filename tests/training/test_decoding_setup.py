@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import build_model
 from test_trainer import make_trainer
 
 import minillm_trl.training.decoding_setup
-from minillm_trl.training.decoding_setup import compile_backend
+from minillm_trl.training.decoding_setup import compile_backend, prepare_decoding
 
 GPU = torch.device("cuda")
 
@@ -29,6 +30,16 @@ def test_auto_compiles_nothing_on_a_cpu_and_says_so(caplog):
     assert compile_backend(None, GPU) is None
 
 
+def test_auto_looks_at_the_device_of_the_run_where_the_student_is_still_elsewhere(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(
+        minillm_trl.training.decoding_setup, "compile_backend", lambda requested, device: chosen.append(device)
+    )
+    prepare_decoding(build_model("gpt2").to("meta"), trainer._teacher, trainer.args, decodes=False)
+    assert chosen == [trainer.accelerator.device]
+
+
 @pytest.mark.parametrize(
     ("options", "compiles_teacher"),
     [({}, True), ({"teacher_mixed_alpha": 0.0}, False), ({"offload_teacher": True}, False)],
@@ -40,7 +51,7 @@ def test_teacher_is_compiled_where_it_draws_and_its_weights_stay(tmp_path, optio
     assert any(model is teacher for model in trainer._compiled_decoding.models) == compiles_teacher
 
 
-def test_quantised_teacher_is_not_compiled(tmp_path):
+def test_teacher_that_is_quantised_or_on_several_devices_is_not_compiled(tmp_path):
     trainer = make_trainer(tmp_path)
     teacher, args = (
         trainer._teacher,
@@ -48,5 +59,8 @@ def test_quantised_teacher_is_not_compiled(tmp_path):
     )
     choose = minillm_trl.training.decoding_setup._teacher_to_compile
     assert choose(teacher, args) is teacher.model
+    teacher.model.hf_device_map = {"model": 0, "lm_head": 1}
+    assert choose(teacher, args) is None
+    del teacher.model.hf_device_map
     teacher.model.is_quantized = True
     assert choose(teacher, args) is None

@@ -192,6 +192,22 @@ def test_embeddings_and_head_stay_in_half_precision_under_nf4():
     assert estimate_memory(config, config, load)["teacher"] == pytest.approx(0.56 * rest + 2 * 64 * 1000)
 
 
+def test_tensors_of_compiled_steps_have_a_power_of_two_of_columns_and_stay():
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=1024)
+    load, name = replace(LOAD, prompt_tokens=200), "key-value caches while sampling"
+    plain, compiled = (estimate_memory(config, config, replace(load, compiles=each)) for each in (False, True))
+    assert plain[name] == 32 * 456 * 2 * (2 * 2 * 64) * 2
+    assert compiled[name] == 32 * 512 * 2 * (2 * 2 * 64 + 64) * 2
+    assert compiled["while sampling"] - plain["while sampling"] == compiled[name] - plain[name]
+    assert compiled["while updating"] - plain["while updating"] == compiled[name]
+    lora = [
+        estimate_memory(config, config, replace(load, lora_rank=4, merged_rollouts=True, compiles=each))
+        for each in (0, 1)
+    ]
+    kept = lora[1][name] + lora[1]["weights merged while sampling"]
+    assert lora[1]["while updating"] - lora[0]["while updating"] == pytest.approx(kept)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
