@@ -74,14 +74,15 @@ def attend_in_groups(
         query (`torch.Tensor` of shape `(B, H, T, D)`): queries of H heads.
         key, value (`torch.Tensor` of shape `(B, H / groups, S, D)`): keys and values.
         attention_mask (`torch.Tensor` of shape `(B, 1, T, S)`, *optional*): what each query may attend to. Without
-            it, or with a mask for each head, nothing is grouped.
+            it, or with a mask for each head or for all queries together, nothing is grouped.
 
     Returns:
         The output `(B, T, H, D)`, and None for the weights.
     """
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    shares = attention_mask is not None and attention_mask.shape[1] == 1 and kwargs.get("position_bias") is None
+    shares = attention_mask is not None and tuple(attention_mask.shape[1:3]) == (1, length)
+    shares = shares and kwargs.get("position_bias") is None
     if groups == 1 or length == 1 or not shares:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None

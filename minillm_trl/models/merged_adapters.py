@@ -81,16 +81,9 @@ class MergedLayer:
         copied (`torch.nn.Module`): the copy of the student; its layer gets weights of its own, empty until `refresh`.
         layer ([`AdaptedLayer`]): the layer of the student.
         weight_names (`Mapping[int, str]`): names of the student's parameters, by their `id`.
-        dtype (`torch.dtype`, *optional*): dtype of the merged weights; by default each weight's own.
     """
 
-    def __init__(
-        self,
-        copied: torch.nn.Module,
-        layer: AdaptedLayer,
-        weight_names: Mapping[int, str],
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, copied: torch.nn.Module, layer: AdaptedLayer, weight_names: Mapping[int, str]):
         self.layer = layer
         self._adapted: list[Any] = [copied.get_submodule(name) for name in layer.names]
         self._base: Any = self._adapted[0].get_base_layer()
@@ -98,7 +91,7 @@ class MergedLayer:
         for name, weight in layer.base._parameters.items():
             if weight is not None:
                 self._sources[name] = weight_names[id(weight)]
-                empty = weight.new_empty(0, dtype=dtype or weight.dtype)
+                empty = self._base._parameters[name].new_empty(0)  # in the precision of the copy, as other layers
                 self._base._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
 
     @property
@@ -139,9 +132,7 @@ class MergedLayer:
             adapted.merged_adapters.clear()
 
 
-def merge_layers(
-    model: PreTrainedModel, copied: PreTrainedModel, dtype: torch.dtype | None, layers: Sequence[AdaptedLayer]
-) -> list[MergedLayer]:
+def merge_layers(model: PreTrainedModel, copied: PreTrainedModel, layers: Sequence[AdaptedLayer]) -> list[MergedLayer]:
     """Give the adapted layers of a copy merged weights of their own.
 
     Layers whose kind of adapter cannot be merged run their adapters as before, and a warning names the kind: aLoRA,
@@ -149,8 +140,7 @@ def merge_layers(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the student.
-        copied ([`~transformers.PreTrainedModel`]): its copy.
-        dtype (`torch.dtype`, *optional*): dtype of the merged weights; by default each weight's own.
+        copied ([`~transformers.PreTrainedModel`]): its copy, whose weights have the dtypes of the merged ones.
         layers (`Sequence[AdaptedLayer]`): the layers of `model`.
     """
     trained = dict(model.named_parameters())
@@ -159,7 +149,7 @@ def merge_layers(
     refused: dict[str, str] = {}
     for layer in layers:
         shared = dict(copied.get_submodule(layer.names[0]).get_base_layer()._parameters)  # type: ignore[operator]
-        own = MergedLayer(copied, layer, weight_names, dtype)
+        own = MergedLayer(copied, layer, weight_names)
         try:
             own.refresh(trained)
         except (NotImplementedError, RuntimeError, ValueError) as error:  # what peft raises for such kinds

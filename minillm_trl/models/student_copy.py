@@ -100,7 +100,7 @@ class RolloutCopy:
         self.model = copy_modules(model, replaced)
         self.refresh(model)
         if merged:
-            self._merged = merge_layers(model, self.model, dtype, merged)
+            self._merged = merge_layers(model, self.model, merged)
             used = {id(parameter) for parameter in self.model.parameters()}
             self._copies = {name: own for name, own in self._copies.items() if id(own) in used}
             self.refresh(model)

@@ -56,21 +56,24 @@ def _suits(states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """W h + b, `(..., H) -> (..., V)`, and its gradients, with oneDNN."""
+    """W h + b, `(..., H) -> (..., V)`, and its gradients, with oneDNN.
+
+    It keeps what the wanted gradients need: the states only for the gradient of W, which a frozen weight does not get.
+    """
 
     @staticmethod
     def forward(ctx, states, weight, bias):
-        ctx.save_for_backward(states, weight)
+        wants_states, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(states if wants_weight else None, weight if wants_states else None)
         return multiply(states, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         states, weight = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad
         flat = gradient.flatten(0, -2)
         return (
-            multiply(gradient, weight.t()) if wants_states else None,
-            multiply(flat.t(), states.flatten(0, -2).t()) if wants_weight else None,
+            _Product.apply(gradient, weight.t(), None) if wants_states else None,
+            _Product.apply(flat.t(), states.flatten(0, -2).t(), None) if wants_weight else None,
             flat.sum(dim=0) if wants_bias else None,
         )

@@ -43,7 +43,7 @@ def inputs(length: int) -> dict:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-@pytest.mark.parametrize("kind", ["bool", "float", "a mask for each head", "no mask"])
+@pytest.mark.parametrize("kind", ["bool", "float", "a mask for each head", "for all queries", "no mask"])
 def test_output_is_that_of_repeated_keys(length: int, kind: str):
     given = inputs(length)
     mask = given["attention_mask"]
@@ -52,6 +52,8 @@ def test_output_is_that_of_repeated_keys(length: int, kind: str):
     elif kind == "a mask for each head":
         given["attention_mask"] = mask.repeat(1, 6, 1, 1)
         given["attention_mask"][:, 4, :, 5] = False
+    elif kind == "for all queries":
+        given["attention_mask"] = mask[:, :, :1]
     elif kind == "no mask":
         given["attention_mask"] = None
     key, value = (given[name].repeat_interleave(3, dim=1) for name in ("key", "value"))

@@ -98,6 +98,14 @@ def test_half_precision_copy_rounds_the_sum_once(base: torch.dtype, sharded: boo
     assert set(others.values()) == {torch.bfloat16}
 
 
+@torch.no_grad()
+def test_merged_weights_have_the_precision_of_the_weights_around_them():
+    model = adapted(KINDS["lora"], dtype=torch.float16)  # which a copy in bfloat16 shares
+    copied = copied_from(model, torch.bfloat16)
+    expected = model(IDS).logits
+    torch.testing.assert_close(copied.model(IDS).logits, expected, rtol=0.05, atol=0.05)
+
+
 def test_memory_is_freed_between_rollouts_and_nothing_is_copied_twice():
     model = adapted(KINDS["lora"])
     copied = copied_from(model)

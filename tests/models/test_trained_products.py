@@ -84,6 +84,30 @@ def test_frozen_weights_get_no_gradient_and_cost_no_product(calls):
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_states_are_kept_only_for_the_gradient_of_a_weight(frozen: bool):
+    kept: list[tuple[int, ...]] = []
+    layer = torch.nn.Linear(256, 300).requires_grad_(not frozen)
+    use_onednn_products(layer)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(tuple(each.shape)), lambda each: each):
+        layer(torch.randn(80, 256, requires_grad=True))
+        layer(torch.randn(80, 256))
+    assert kept == ([(300, 256)] if frozen else [(80, 256), (300, 256), (80, 256)])
+
+
+def test_gradients_of_gradients_are_those_of_plain_products():
+    torch.manual_seed(0)
+    layer, states = torch.nn.Linear(256, 300), torch.randn(80, 256, requires_grad=True)
+    found = []
+    for _ in range(2):
+        inputs = [states, layer.weight, layer.bias]
+        first = torch.autograd.grad(layer(states).square().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().mean() for each in first), inputs))
+        use_onednn_products(layer)
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_where_it_does_not_pay_products_stay_as_they_are(calls):
     layer = torch.nn.Linear(256, 300)
     use_onednn_products(layer)
