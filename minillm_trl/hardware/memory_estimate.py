@@ -193,7 +193,7 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
 def _cache_bytes(samplers: Sequence[PreTrainedConfig], load: Workload) -> float:
     """Return the bytes of the keys and values of a batch that is sampled, of all models that sample.
 
-    Compiled steps have a power of two of columns, and keep the last hidden states beside each.
+    Compiled steps have a power of two of columns, and keep the last hidden states of each.
     """
     tokens, widths = load.prompt_tokens + load.completion_tokens, [_cache_width(config) for config in samplers]
     if load.compiles:
