@@ -85,6 +85,12 @@ def test_auto_is_never_slower_than_shared_coins_by_more_than_5_percent():
     assert f"{min(own):.1f} to {max(own):.1f} times as fast as coins of each row at batch 8" in text
 
 
+def test_page_on_speed_says_what_merged_adapters_save():
+    results = json.loads((BENCHMARKS / "results" / "merged_rollouts.json").read_text())["results"]
+    text = (BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text()
+    assert f"samples {results['speedup'][1]:.2f}x as fast, merging included" in text
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12
