@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import version_matrix
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -142,7 +143,14 @@ class TestVersions:
             assert f"| {package} | {ends[0][package]} | {ends[1][package]} |" in self.TEXT
         passed = [str(self.RESULTS[name]["result"]["passed"]) for name in ("lowest", "newest")]
         assert f"| tests passed | {' | '.join(passed)} |" in self.TEXT
-        assert all("failed" not in each["result"] for each in self.RESULTS.values())
+
+    @pytest.mark.parametrize("end", ["lowest", "newest"])
+    def test_every_listed_file_ran_and_passed(self, end: str):
+        tests = self.RESULTS[end]["tests"]
+        assert {*tests} == {*version_matrix.TESTS}
+        assert all(version_matrix.passed(counts) for counts in tests.values())
+        assert self.RESULTS[end]["result"] == version_matrix.total(tests.values())
+        assert f"{len(tests)} test files" in self.TEXT
 
     def test_lowest_versions_are_the_lower_bounds(self):
         lowest = self.RESULTS["lowest"]["versions"]
