@@ -182,12 +182,13 @@ def _check_memory(args: "MiniLLMConfig") -> None:
             "half_precision_rollouts=True uses the precision of fp16 or bf16, but neither is set. Set one of them, or "
             "half_precision_rollouts=False."
         )
-    if args.merged_rollouts and (args.use_vllm or args.reshaping_fields()):
-        name = "use_vllm" if args.use_vllm else args.reshaping_fields()[0]
-        raise UserError(
-            f"merged_rollouts=True has no effect with {name}={getattr(args, name)!r}, as TRL samples then. Drop one "
-            "of them."
-        )
+    for name in ("merged_rollouts", "compile_rollouts"):
+        if (value := getattr(args, name)) and (args.use_vllm or args.reshaping_fields()):
+            other = "use_vllm" if args.use_vllm else args.reshaping_fields()[0]
+            raise UserError(
+                f"{name}={value!r} has no effect with {other}={getattr(args, other)!r}, as TRL samples then. Drop one "
+                "of them."
+            )
     for name in ("offload_teacher", "shard_teacher"):
         if args.teacher_shares_base and getattr(args, name):
             raise UserError(

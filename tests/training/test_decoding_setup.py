@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_model
-from test_trainer import make_trainer
+from test_trainer import make_config, make_trainer
 
 import minillm_trl.training.decoding_setup
 from minillm_trl.training.decoding_setup import compile_backend, prepare_decoding
@@ -64,3 +64,8 @@ def test_teacher_that_is_quantised_or_on_several_devices_is_not_compiled(tmp_pat
     del teacher.model.hf_device_map
     teacher.model.is_quantized = True
     assert choose(teacher, args) is None
+
+
+def test_compiling_is_refused_where_trl_samples(tmp_path):
+    with pytest.raises(ValueError, match="compile_rollouts='auto' has no effect with top_p"):
+        make_config(tmp_path, compile_rollouts="auto", top_p=0.9, teacher_mixed_alpha=0.0)
