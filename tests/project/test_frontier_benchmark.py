@@ -123,6 +123,27 @@ def test_tables_are_those_of_the_results(name):
     assert page.read_text().split(start)[1].split(end)[0] == table
 
 
+def test_pages_say_what_a_gap_of_172_does():
+    rows = json.loads((FRONTIER.parent / "results" / "frontier_e2e_w8.json").read_text())["results"]["rows"]
+    page = " ".join(frontier_summary.FAMILY_PAGE.read_text().split())
+    front = (FRONTIER.parents[1] / "README.md").read_text()
+    low, skewed = (rows[name]["minus"]["sft"]["tuned_rouge_l"] for name in ("low_variance_cool", "distillm_cool"))
+    fall = f"falls by {-low[0]:.1f} [{-low[2]:.1f}, {-low[1]:.1f}]"
+    gain = "{:.1f} [{:.1f}, {:.1f}]".format(*skewed)
+    assert fall in page
+    assert fall in front
+    assert f"{gain} Rouge-L at a ratio of 172" in page
+    assert f"gains {gain}" in front
+    reverse_kl = rows["low_variance_cool"]["minus"]["sft"]["equal_entropy_reverse_kl"][0]
+    assert f"by {-reverse_kl:.1f} nats" in page
+    assert f"shrink to {rows['low_variance_cool']['decodings']['1.0']['length'][0]:.0f} tokens" in page
+    forward = [rows[name]["decodings"]["1.0"]["forward_kl"][0] for name in ("distillm_cool", "sft")]
+    assert "a forward KL of {:.0f} nats at temperature 1, against {:.0f}".format(*forward) in page
+    assert rows["distillm_cool"]["learning_rate"] == 0.03
+    others = [row["minus"]["sft"]["tuned_rouge_l"][1] for name, row in rows.items() if "sft" in row.get("minus", {})]
+    assert sum(lowest > 0 for lowest in others) == 1  # of DistiLLM: "every other method is level ... or behind"
+
+
 def test_table_of_the_sizes_has_the_methods_that_all_sizes_have():
     results = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]
     small = {
