@@ -137,7 +137,8 @@ class MiniLLMConfig(FamilyConfig):
             it. `"speculative"`: the student drafts blocks of tokens, and one pass of the teacher over a block corrects
             it, see [`rollouts.speculative`]. Rows are then independent of each other and of the number of processes,
             as with `shared_coins=False`, but take fewer calls of the teacher. `"auto"`: a short measurement at the
-            first rollout decides. The decision is logged, and checkpoints store it.
+            first rollout decides. The decision is logged, and checkpoints store it. With `use_vllm`, vLLM drafts,
+            see [`rollouts.engine_drafts`], and `"auto"` is `"speculative"`.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
         half_precision_rollouts (`bool`, *optional*):

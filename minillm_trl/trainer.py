@@ -292,7 +292,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         training = self.model.training
         prompt_index, are_real, inputs = split_columns(inputs)
         counts = torch.tensor(are_real, device=self.accelerator.device)
-        self._rollout = rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
+        rollout = self._begin_rollout(counts)
         rollout.given = self._given_completions(inputs)
         rollout.teacher_index = row_teachers(inputs, self.args.teacher_column, self._teacher_names)
         output = super()._generate_and_score_completions(inputs)

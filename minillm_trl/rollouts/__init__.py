@@ -7,6 +7,7 @@ predict each token, and the scores come from these states without another forwar
 - `keyed_random`: random numbers as functions of seed, step and row
 - `slots`: rows that decode together, their columns and KV caches; `slot_sampling`: the loop that refills them
 - `coins`: which model draws a token; `speculative`: the student drafts, the teacher corrects; `draws`: inverse CDFs
+- `engine_drafts`: an inference engine drafts, and both models correct
 - `decoding`: several tokens at a time; `ngram_block`: no repeated n-grams
 - `compiled_steps`: a step as one graph; `compiled_sampling`: the loop that runs a batch in them
 - `rollout_sampler`: prompts and keys in, completions with their scores out

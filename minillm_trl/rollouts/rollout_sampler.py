@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..models.lm_head import LMHead
 from .buffer import assemble_rows
 from .compiled_steps import CompiledDecoding
+from .engine_drafts import EngineDrafts
 from .rollout_teacher import RolloutTeacher, Teacher
 from .sampling import Completions, left_pad, sample_prompts
 from .scores import HeadStates, RolloutScorer, RolloutScores, TeacherStates
@@ -70,6 +71,8 @@ class RolloutSampler:
         compiled ([`CompiledDecoding`], *optional*): runs the student's steps compiled.
         on_every_process (`Callable[[bool], bool]`, *optional*): for a teacher that is sharded over processes, see
             [`~minillm_trl.rollouts.sampling.sample_completions`].
+        drafts ([`EngineDrafts`], *optional*): an engine that drafts in the student's place, with
+            `mixing="speculative"`.
         skd_top_k (`int`, *optional*): replaces the student's tokens outside the teacher's top K by the teacher's, see
             `teacher_replacement`. Such completions are not scored.
     """
@@ -84,6 +87,7 @@ class RolloutSampler:
     mixing: str = "coins"
     compiled: CompiledDecoding | None = None
     on_every_process: Callable[[bool], bool] | None = None
+    drafts: EngineDrafts | None = None
     skd_top_k: int | None = None
 
     def sample(
@@ -162,6 +166,7 @@ class RolloutSampler:
             keep_states=with_scores,
             compiled=self.compiled,
             on_every_process=self.on_every_process,
+            drafts=self.drafts,
             on_batch=score if with_scores else None,
         )
         return SampledTurn(completions, scores)

@@ -27,6 +27,7 @@ from .compiled_sampling import CompiledSampling
 from .compiled_steps import CompiledDecoding, StepPlan
 from .decoding import LazyDecoder
 from .draws import draw_tokens
+from .engine_drafts import EngineDrafts, EngineSampling
 from .keyed_random import keyed_uniforms
 from .ngram_block import NgramBlock
 from .slot_sampling import FinishedRow, SlotSampling
@@ -177,7 +178,7 @@ def _decode(
 ) -> Iterator[FinishedRow]:
     """Yield the completions of prompts, the longest of which comes first, as they leave their slots.
 
-    Tokens are mixed by `coins`, or by speculation with these arguments of [`SpeculativeSampling`].
+    Tokens are mixed by `coins`, or by speculation with these arguments of [`SpeculativeSampling`] or [`EngineSampling`].
     """
     mixes = coins is not None or speculation is not None
     models = [student, cast(PreTrainedModel, teacher)] if mixes else [student]
@@ -201,7 +202,8 @@ def _decode(
     if speculation is None:
         yield from SlotSampling(decoders, grid, prompts, max_new_tokens, **options).run()
         return
-    for row in SpeculativeSampling(decoders, grid, prompts, max_new_tokens, **options, **speculation).run():
+    sampling = EngineSampling if "drafts" in speculation else SpeculativeSampling
+    for row in sampling(decoders, grid, prompts, max_new_tokens, **options, **speculation).run():
         yield row if keep_states else row._replace(states=[])
 
 
@@ -236,6 +238,7 @@ def sample_prompts(
     keep_states: bool = False,
     compiled: CompiledDecoding | None = None,
     no_repeat_ngram_size: int = 0,
+    drafts: EngineDrafts | None = None,
     on_batch: Callable[[list[int], Completions], object] | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt. A row that ends gives its slot to the next prompt, the longest first.
@@ -262,6 +265,7 @@ def sample_prompts(
         mixing (`str`, *optional*, defaults to `"coins"`): `"coins"` tosses a coin before each token. `"speculative"`
             lets the student draft blocks of tokens that the teacher corrects, see [`speculative`]; a completion is a
             function of its key alone, and `shared_coins` has no influence.
+        drafts ([`EngineDrafts`], *optional*): with `mixing="speculative"`, an engine drafts in the student's place.
         on_batch (`Callable[[list[int], Completions], object]`, *optional*): called with the numbers of prompts and
             their [`Completions`], as soon as `batch_size` of them are complete.
         max_new_tokens, eos_token_ids, pad_token_id, temperature, teacher, vocab_size, on_every_process, keep_states,
@@ -275,6 +279,8 @@ def sample_prompts(
         raise UserError(f"mixing must be 'coins' or 'speculative', got {mixing!r}.")
     if mixing == "speculative" and alpha > 0:
         _check_speculation(teacher, keys, on_every_process, compiled, no_repeat_ngram_size)
+    elif drafts is not None:
+        raise UserError(f"mixing={mixing!r} does not use drafts of an engine. Set mixing='speculative' and alpha > 0.")
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))
     size = batch_size or max(len(order), 1)
     # Batches follow one another where their rows are tied: shared coins belong to the steps of a batch, compiled code
@@ -290,7 +296,8 @@ def sample_prompts(
             coins = speculation = None
             if alpha > 0 and mixing == "speculative":
                 tosses, replacements = speculative_numbers(row_coin_keys(None, number, own_keys), max_new_tokens)
-                speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements}
+                of_engine = {} if drafts is None else {"drafts": drafts, "keys": own_keys}
+                speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements, **of_engine}
             elif alpha > 0:
                 coins = tossed_coins(alpha, coin_key, number, own_keys, shared_coins, max_new_tokens)
             finished = _decode(

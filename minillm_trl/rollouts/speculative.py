@@ -140,7 +140,7 @@ class SpeculativeSampling(SlotSampling):
             tokens = torch.full((slots.count,), self.pad_token_id, device=slots.ids.device)
             numbers = torch.from_numpy(wanted).to(tokens.device)
             tokens[numbers] = draw_tokens(logits, self.numbers(self.uniforms, wanted), self.temperature)
-            is_asked = self._tosses(wanted) < self.alpha
+            is_asked = self._asked(self._tosses(wanted))
             if is_asked.any():
                 parts.append((wanted[is_asked], offset, logits[torch.from_numpy(is_asked)]))
             self.append(tokens)
@@ -152,13 +152,17 @@ class SpeculativeSampling(SlotSampling):
         assert self.tosses is not None
         return self.tosses[self.slots.row[wanted], self.slots.sampled[wanted]]
 
+    def _asked(self, tosses: np.ndarray) -> np.ndarray:
+        """Return at which of the tokens with these tosses a draft can end."""
+        return tosses < self.alpha
+
     def _block_length(self) -> int:
         slots = self.slots
         unfinished = np.flatnonzero(slots.unfinished)
         steps = slots.sampled[unfinished, None] + np.arange(_LONGEST_BLOCK)
         assert self.tosses is not None
         tosses = self.tosses[slots.row[unfinished, None], np.minimum(steps, self.max_new_tokens - 1)]
-        asked = np.where(steps < self.max_new_tokens, tosses < self.alpha, -1)
+        asked = np.where(steps < self.max_new_tokens, self._asked(tosses), -1)
         share = (_KEPT_BEFORE + self.kept) / (_ASKED_BEFORE + self.asked)
         return block_length(asked, share, self._costs[0], self._costs[1], self._per_token)
 
@@ -190,6 +194,31 @@ class SpeculativeSampling(SlotSampling):
             replacements,
             self.temperature,
         )
+        self._settle(numbers, offsets, kept, tokens, start, before, was_unfinished)
+
+    def _settle(
+        self,
+        numbers: np.ndarray,
+        offsets: np.ndarray,
+        kept: torch.Tensor,
+        tokens: torch.Tensor,
+        start: int,
+        before: np.ndarray,
+        was_unfinished: np.ndarray,
+    ) -> np.ndarray:
+        """Replace each row's first token that is not kept, and drop what follows.
+
+        Args:
+            numbers, offsets (`np.ndarray` of shape `(K,)`): slots of judged tokens, and their places in the block.
+            kept, tokens (`torch.Tensor` of shape `(K,)`): whether they are kept; they or their replacements.
+            start (`int`): first column of the block.
+            before (`np.ndarray` of shape `(count,)`): tokens of each row before the block.
+            was_unfinished (`np.ndarray` of shape `(count,)`, bool): rows that had not finished before the block.
+
+        Returns:
+            `np.ndarray` of shape `(K,)`, bool: tokens up to the first one of their row that is not kept.
+        """
+        slots = self.slots
         is_kept = kept.cpu().numpy()
         drafted = slots.sampled[: slots.count] - before
         cut = np.full(slots.count, _LONGEST_BLOCK)  # offset of each row's first rejected token
@@ -209,6 +238,7 @@ class SpeculativeSampling(SlotSampling):
             finishes = token in self.eos_token_ids or sampled == self.max_new_tokens
             slots.replace(slot, start + int(cut[slot]), token, sampled, finishes, end)
         slots.cut(end)
+        return judged
 
     def _refill(self) -> None:
         slots = self.slots

@@ -14,7 +14,7 @@ module of its own:
 - `rollout_scoring`, `rollout_rewards`: the training batch of a rollout, its rewards and advantages
 - `rollout_buffer`, `prompt_order`: micro-batches of a rollout; the order of prompts
 - `rollout_metrics`, `rollout_in_progress`: metrics of rollouts and updates; the state of one rollout
-- `mixing_choice`: how the mixture is sampled, as configured or measured
+- `mixing_choice`: how the mixture is sampled, as configured or measured; `vllm_drafts`: with drafts of vLLM
 - `teacher_choice`: the teacher that the user gives, or several by name, and the teacher of each row
 
 Besides these: `config_checks` (fields, and those of GRPO that are refused), `family_checks` (of the family of

@@ -280,15 +280,30 @@ def _check_sampling(args: "MiniLLMConfig") -> None:
     if args.teacher_mixed_alpha == 0.0:
         return
     if args.use_vllm:
-        raise UserError(
-            "use_vllm=True cannot sample from the teacher-student mixture: set teacher_mixed_alpha=0.0 to use "
-            "vLLM, or use_vllm=False to keep teacher-mixed sampling."
-        )
+        _check_vllm_mixing(args)
     for name in args.reshaping_fields():
         raise UserError(
             f"{name}={getattr(args, name)!r} reshapes the sampling distribution, but the importance weights assume "
             f"the plain mixture. Drop {name}, or set teacher_mixed_alpha=0.0."
         )
+
+
+def _check_vllm_mixing(args: "MiniLLMConfig") -> None:
+    """Check that vLLM can draft for speculative mixing."""
+    needed: dict[str, tuple[Any, str]] = {
+        "mixing": ("speculative", "vLLM cannot toss a coin before each token"),
+        "vllm_mode": ("colocate", "it drafts in the process of the trainer"),
+        "vllm_tensor_parallel_size": (1, "processes would need vLLM for different numbers of drafts"),
+        "vllm_enable_sleep_mode": (False, "a rollout uses both vLLM and the student"),
+        "vllm_structured_outputs_regex": (None, "it reshapes the sampling distribution"),
+    }
+    for name, (value, reason) in needed.items():
+        if (given := getattr(args, name)) != value and (name, given) != ("mixing", "auto"):
+            raise UserError(
+                f"{name}={given!r} does not work with use_vllm=True and teacher_mixed_alpha="
+                f"{args.teacher_mixed_alpha}: {reason}. Set {name}={value!r}, or teacher_mixed_alpha=0.0 to sample "
+                "from the student alone."
+            )
 
 
 def _check_inherited(args: "MiniLLMConfig") -> None:

@@ -17,7 +17,12 @@ _EXPLAINED = "objective/baseline_explained_variance"
 _REVERSE_KL, _SINGLE_STEP = "objective/reverse_kl", "objective/single_step"
 # Left out without values, as 0 would say something: Rouge-L, and what belongs to one of several teachers
 _OPTIONAL = ("rouge_l", f"{_REVERSE_KL}/", f"{_REVERSE_KL}_per_token/", f"{_SINGLE_STEP}/")
-_LARGEST = {_MAX, "completions/max_length", "completions/max_terminated_length"}
+_LARGEST = {
+    _MAX,
+    "completions/max_length",
+    "completions/max_terminated_length",
+    "sampling/sampling_logp_difference/max",
+}
 _SMALLEST = {"completions/min_length", "completions/min_terminated_length"}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..config import MiniLLMConfig
 from ..models.encoding import Prompt
 from ..models.fused_head import ScoreRequest
 from ..models.init_kwargs import parsed_kwargs
-from ..objectives import importance_weights, mixture_logps, token_rewards
+from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
 from ..rollouts.buffer import Batch, assemble_fields, parts_by_length, sequences
 from ..rollouts.cross_tokenizer import CrossTokenizerScorer
 from ..rollouts.rollout_sampler import ScoredRows
@@ -37,6 +38,16 @@ class ScoredBatch(NamedTuple):
     batch: Batch
     faults: dict[int, str]
     baseline: Totals | None
+
+
+def make_scorer(args: MiniLLMConfig, temperature: float, vocab_size: int, student_top_k: int) -> RolloutScorer:
+    """Return what scores the rollouts of a run; `student_top_k` is the number of tokens that the teacher asks for."""
+    expected_reward = None
+    if args.reward_estimator == "expected":
+        expected_reward = partial(expected_rewards, scale=args.reward_scale, clip=args.reward_clip)
+    kd_temperature = args.kd_temperature or temperature
+    entropy = args.top_entropy_quantile < 1.0
+    return RolloutScorer(temperature, kd_temperature, vocab_size, expected_reward, entropy, student_top_k)
 
 
 class RolloutScoring:

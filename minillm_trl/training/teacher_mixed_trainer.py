@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +22,11 @@ from ..models.init_kwargs import parsed_kwargs
 from ..models.lm_head import check_head
 from ..models.student_copy import RolloutCopy, rollout_copy, shards_student, student_of
 from ..monitoring.degeneration_watch import DegenerationWatch
-from ..objectives import expected_rewards
 from ..positions import rollout_horizon
 from ..rollouts.buffer import Batch, fill_empty_completions
 from ..rollouts.compiled_steps import CompiledDecoding
 from ..rollouts.keyed_random import COINS, GIVEN, turn_keys
 from ..rollouts.rollout_sampler import RolloutSampler
-from ..rollouts.scores import RolloutScorer
 from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.stored import OfflineTeacher
 from .checks import check_model
@@ -45,10 +42,11 @@ from .rollout_buffer import RolloutBuffer, RolloutCounts
 from .rollout_in_progress import RolloutInProgress
 from .rollout_metrics import CompletionTable, RolloutMetrics
 from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
-from .rollout_scoring import RolloutScoring
+from .rollout_scoring import RolloutScoring, make_scorer
 from .run_settings import describe_dataset, describe_teachers, teacher_digest
 from .teacher_choice import GivenTeachers, declared_by
 from .teacher_setup import use_own_tokenizer, use_teachers
+from .vllm_drafts import update_vllm, vllm_drafts
 
 
 class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
@@ -145,7 +143,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         Raises:
             ValueError: if teacher and student do not match, or a head cannot be reproduced.
         """
-        self._decodes_with_trl = self.use_vllm or bool(self.args.reshaping_fields())
+        self._drafts = vllm_drafts(self)
+        self._decodes_with_trl = (self.use_vllm and self._drafts is None) or bool(self.args.reshaping_fields())
         if self.rollout_func is not None:
             self.rollout_func = self._fill_empty_completions(self.rollout_func)
         avoid_cudnn_attention()
@@ -161,21 +160,19 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         # whether all processes take part in a turn if one does
         sharded = shards_student(self.accelerator) or self._teacher.is_sharded
         self._collective_turns = sharded and not self._decodes_with_trl
-        self._mixing = MixingChoice(self.args.mixing, self.accelerator, self._teacher.is_sharded)
+        mixing = self.args.mixing if self._drafts is None else "speculative"
+        self._mixing = MixingChoice(mixing, self.accelerator, self._teacher.is_sharded)
         self.resume.parts.append(self._mixing)
-        self._add_scoring(student)
-        self.scoring = RolloutScoring(
-            self.args, self.accelerator, self._teacher, self._make_scorer(), self.advantages, self._tokenizer
-        )
-        self._prepare_decoding(student)
-
-    def _add_scoring(self, student: PreTrainedModel) -> None:
-        """Check the student's LM head, and add scoring to its forward pass."""
         check_head(student, "student")
         rebind_fused_head(self._student)
         add_scoring(self._student, self.vocab_size, self._teacher.head)
         if self.ref_model is not None:
             add_scoring(self.accelerator.unwrap_model(self.ref_model), self.vocab_size)
+        scorer = make_scorer(self.args, self.temperature, self.vocab_size, self._teacher.student_top_k)
+        self.scoring = RolloutScoring(
+            self.args, self.accelerator, self._teacher, scorer, self.advantages, self._tokenizer
+        )
+        self._prepare_decoding(student)
 
     def _prepare_decoding(self, student: PreTrainedModel) -> None:
         """Check that the models can be decoded with a cache, and compile their steps on request."""
@@ -183,16 +180,6 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         self._compiled_decoding = prepare_decoding(student, self._teacher, self.args, decodes)
         if self._compiled_decoding is None and self._rollout_copy is not None:
             self._rollout_copy.release()  # compiled code would need its weights at their addresses
-
-    def _make_scorer(self) -> RolloutScorer:
-        expected_reward = None
-        if self.args.reward_estimator == "expected":
-            expected_reward = partial(expected_rewards, scale=self.args.reward_scale, clip=self.args.reward_clip)
-        kd_temperature = self.args.kd_temperature or self.temperature
-        entropy = self.args.top_entropy_quantile < 1.0
-        return RolloutScorer(
-            self.temperature, kd_temperature, self.vocab_size, expected_reward, entropy, self._teacher.student_top_k
-        )
 
     @property
     def _student(self) -> PreTrainedModel:
@@ -218,6 +205,15 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
 
         return filled
 
+    def _begin_rollout(self, counts: torch.Tensor) -> RolloutInProgress:
+        """Return the new rollout in progress, of rows that count or not `(B,)`."""
+        if self._drafts is not None:  # an evaluation has TRL's samples, with GRPO's correction of the mismatch
+            self._decodes_with_trl = not self.model.training
+            corrects = self.args.vllm_importance_sampling_correction and not self.model.training
+            self.vllm_importance_sampling_correction = corrects
+        self._rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
+        return self._rollout
+
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
         """Return the token limit of a turn, the same on all processes; None if no process has prompts."""
         args, horizon = self.args, self.max_completion_length
@@ -241,6 +237,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         first_turn = rollout.turn == 0  # later turns follow answers of tools
         rollout.turn += 1
         numbers = rollout.teacher_index if first_turn else []  # later turns have other rows
+        if sampler.drafts is not None:
+            update_vllm(self)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -270,6 +268,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             shared_coins=self.args.shared_coins,
             compiled=self._compiled_decoding,
             on_every_process=self._on_every_process if self._teacher.is_sharded else None,
+            drafts=self._drafts if mixes else None,
             skd_top_k=self.args.skd_top_k if mixes else None,
         )
 
@@ -342,6 +341,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         if self._compiled_decoding is not None:
             steps = {"rollout/compiled_steps": self._compiled_decoding.take_counts()}
             self.means.add(self.mode, make_totals(steps, self.accelerator.device))
+        if self._drafts is not None and self.mode == "train":
+            self.means.add(self.mode, make_totals(self._drafts.take_totals(), self.accelerator.device))
 
     def _given_completions(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
         """Return the dataset's completion of each row that trains on it; nothing if all rows are sampled."""

@@ -49,13 +49,28 @@ def save_student(folder: Path) -> str:
     return str(folder)
 
 
-@torch.no_grad()
 def law(model: PreTrainedModel, prompt: list[int], horizon: int, ends: set[int]) -> dict[tuple[int, ...], float]:
     """Return the probability of every completion of at most `horizon` tokens, by enumeration."""
+    return mixture_law(model, model, prompt, horizon, ends, 0.0)
+
+
+@torch.no_grad()
+def mixture_law(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompt: list[int],
+    horizon: int,
+    ends: set[int],
+    alpha: float,
+) -> dict[tuple[int, ...], float]:
+    """Return the probability of every completion under the mixture of each token, by enumeration."""
     open_, closed = {(): 1.0}, {}
     for _ in range(horizon):
         rows = torch.tensor([[*prompt, *prefix] for prefix in open_])
-        next_ = torch.softmax(model(rows).logits[:, -1].double(), dim=-1)
+        of_student, of_teacher = (
+            torch.softmax(model(rows).logits[:, -1].double(), dim=-1) for model in (student, teacher)
+        )
+        next_ = alpha * of_teacher + (1 - alpha) * of_student
         grown = {
             (*prefix, token): probability * float(row[token])
             for (prefix, probability), row in zip(open_.items(), next_, strict=True)

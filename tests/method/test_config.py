@@ -93,7 +93,7 @@ def test_defaults_are_the_paper_s(tmp_path):
             "lmbda=0.5 changes rollouts of our own decoding, but top_k=5",
         ),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True would split a rollout's prompts"),
-        ({"use_vllm": True}, "use_vllm=True cannot sample from the teacher-student mixture"),
+        ({"use_vllm": True}, "mixing='coins' does not work with use_vllm=True and teacher_mixed_alpha=0.2"),
     ],
 )
 def test_bad_value_is_refused_by_name(tmp_path, options: dict, message: str):

@@ -390,7 +390,7 @@ class TestVLLM:
         assert "sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]
 
     def test_mixing_is_refused_with_what_to_do(self, tmp_path):
-        with pytest.raises(ValueError, match=r"set teacher_mixed_alpha=0.0 to use vLLM, or use_vllm=False"):
+        with pytest.raises(ValueError, match=r"Set mixing='speculative', or teacher_mixed_alpha=0.0"):
             make_trainer(tmp_path, use_vllm=True)
 
 

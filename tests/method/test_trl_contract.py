@@ -203,6 +203,25 @@ def test_samplers_of_trl_read_what_ends_a_completion_when_they_sample():
     assert inspect.getsource(VLLMGeneration.generate).count("self.generation_kwargs") == 2  # server, colocated
 
 
+def test_drafts_of_vllm_use_what_trl_keeps():
+    constructor, sampling = (
+        inspect.getsource(method) for method in (GRPOTrainer.__init__, GRPOTrainer._generate_single_turn)
+    )
+    assert "self.vllm_importance_sampling_correction = args.vllm_importance_sampling_correction" in constructor
+    assert "if self.state.global_step != self._last_loaded_step:" in sampling
+    assert "self.vllm_generation.sync_weights()" in sampling
+    assert "self._last_loaded_step = self.state.global_step" in sampling
+    assert "self.temperature = temperature" in inspect.getsource(VLLMGeneration.__init__)
+    vllm = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.llm = LLM(" in vllm
+    assert 'logprobs_mode="processed_logprobs"' in vllm  # the probabilities of drafts are at the sampling temperature
+    # without the correction, GRPO does not ask for log-probs of the sampler
+    scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert scoring.count("self.use_vllm") == scoring.count(
+        "self.use_vllm and self.vllm_importance_sampling_correction"
+    )
+
+
 def test_constructor_refuses_to_work_without_a_reward_source():
     # the reason for the placeholder; if this goes, the placeholder can go
     assert "No reward source provided" in inspect.getsource(GRPOTrainer.__init__)

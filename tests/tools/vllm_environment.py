@@ -61,7 +61,8 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
     def gap(name: str) -> str:
         return f"{results[name]['gap_mean']:.4f}, at most {results[name]['gap_max']:.3f}"
 
-    own, seqkd, server, lora, ends = (results[name] for name in ("colocate", "seqkd", "server", "lora", "end_tokens"))
+    names = ("colocate", "seqkd", "server", "lora", "end_tokens", "mixing")
+    own, seqkd, server, lora, ends, mixing = (results[name] for name in names)
     rows = [
         (
             "gap of log-probs between vLLM and the trainer, nats a token, mean",
@@ -74,13 +75,27 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
         ),
         ("the same with a LoRA student at temperature 0.7", f"{gap('lora')} ({lora['updates']} updates)"),
         (
+            f"the same for drafts, with `teacher_mixed_alpha: {mixing['alpha']}`",
+            f"{gap('mixing')} ({mixing['updates']} updates)",
+        ),
+        (
             "chi-square distance between samples and the trained student's distribution",
             f"{own['distance_to_own_law']:.1f}",
         ),
         ("the same with the untrained student's distribution", f"{own['distance_to_law_before_training']:.0f}"),
         ("the same with `vllm_mode: server` and the trained student", f"{server['distance_to_own_law']:.1f}"),
         ("the same with end tokens other than the folder's", f"{ends['distance_to_own_law']:.1f}"),
-        ("the same for SeqKD's answers and the teacher's distribution", f"{seqkd['distance_to_own_law']:.1f}"),
+        ("the same for mixed rollouts and the mixture", f"{mixing['distance_to_the_mixture']:.1f}"),
+        (
+            "the same with the student's distribution, and with the teacher's",
+            f"{mixing['distance_to_the_student']:.0f}, {mixing['distance_to_the_teacher']:.0f}",
+        ),
+        ("drafts that were kept", f"{mixing['kept_drafts']:.0%}"),
+        ("`rollout/mixture_distance`", f"{mixing['mixture_distance']:.1e}"),
+        (
+            "chi-square distance between SeqKD's answers and the teacher's distribution",
+            f"{seqkd['distance_to_own_law']:.1f}",
+        ),
         (
             "largest difference of weights between a resumed run and an undisturbed one",
             f"{own['weight_difference_after_resuming']:g}",
