@@ -178,7 +178,7 @@ def _decode(
 ) -> Iterator[FinishedRow]:
     """Yield the completions of prompts, the longest of which comes first, as they leave their slots.
 
-    Tokens are mixed by `coins`, or by speculation with these arguments of [`SpeculativeSampling`] or [`EngineSampling`].
+    Tokens are mixed by `coins`, or by `speculation`: arguments of [`SpeculativeSampling`] or [`EngineSampling`].
     """
     mixes = coins is not None or speculation is not None
     models = [student, cast(PreTrainedModel, teacher)] if mixes else [student]
