@@ -216,9 +216,11 @@ class EngineSampling(SpeculativeSampling):
         verdicts, replacements = (
             torch.from_numpy(found[rows, steps]).to(device) for found in (self.tosses, self.replacements)
         )
+        student, teacher = self.decoders
         parts = [
             judge_engine_drafts(
-                *(decoder.logits_at(numbers[part], start - 1 + offsets[part]) for decoder in self.decoders[::-1]),
+                teacher.logits_at(numbers[part], start - 1 + offsets[part]),
+                student.logits_at(numbers[part], start - 1 + offsets[part]),
                 drafts[part],
                 logps[part],
                 verdicts[part],
