@@ -199,7 +199,8 @@ def choose_strategy(
     teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
     dtype = (parsed_kwargs(args.model_init_kwargs) or {}).get("dtype", model.dtype)
     dtype = configs[0].dtype if dtype == "auto" else dtype
-    decodes = not (args.use_vllm or args.reshaping_fields())
+    samples_with_vllm = args.use_vllm and args.teacher_mixed_alpha == 0.0  # with mixing, vLLM only drafts
+    decodes = not (samples_with_vllm or args.reshaping_fields())
     load = Workload(
         rows=args.per_device_train_batch_size,
         sampled_rows=args.sampling_batch_size or buffered,

@@ -6,12 +6,13 @@ teacher over the segment compute q and p. With a margin m, y is kept with probab
 
 $$ \min\Big(1, \frac{g(y)}{q'(y)}\Big), \qquad g = e^{-m} \big((1-\alpha)\, q + \alpha \min(p, q)\big) $$
 
-Otherwise a token from the normalised $\mu - g$ replaces it, and the rest of the segment is dropped. So tokens follow
-$\mu = \alpha p + (1-\alpha) q$ exactly if g <= q' everywhere, which holds if no token is more than m nats less likely
-to the engine than to the student. The rule needs q' at the drafted tokens alone.
+Otherwise a token from the normalised $\mu - g$ replaces it, and the rest of the segment is dropped. So a token, given
+those before it, follows $\mu = \alpha p + (1-\alpha) q$ exactly if g <= q' everywhere, which holds if no token has a
+log-prob under q' that is more than m below the one under q. The rule needs q' at the drafted tokens alone.
 
-In general, the law of a token is at most $\sum_v (g - q')^+(v)$ away from $\mu$ in total variation. This is the mean
-of $(g(y)/q'(y) - 1)^+$ over drafted tokens, so drafts measure how exact they are. The margin costs rejections, of a
+In general, the law of a token is at most $\sum_v (g - q')^+(v)$ away from $\mu$ in total variation. This is the
+expectation of $(g(y)/q'(y) - 1)^+$ over drafts y, so drafts estimate how exact they are. A token that is hardly ever
+drafted does not show. The margin costs rejections, of a
 share $1 - e^{-m}$ of the tokens. With m = 0 and q' = q, these are the rules of [`speculative`].
 """
 

@@ -296,8 +296,8 @@ def sample_prompts(
             coins = speculation = None
             if alpha > 0 and mixing == "speculative":
                 tosses, replacements = speculative_numbers(row_coin_keys(None, number, own_keys), max_new_tokens)
-                of_engine = {} if drafts is None else {"drafts": drafts, "keys": own_keys}
-                speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements, **of_engine}
+                speculation = {"alpha": alpha, "tosses": tosses, "replacements": replacements}
+                speculation |= {} if drafts is None else {"drafts": drafts, "keys": own_keys}
             elif alpha > 0:
                 coins = tossed_coins(alpha, coin_key, number, own_keys, shared_coins, max_new_tokens)
             finished = _decode(
@@ -344,10 +344,7 @@ def _check_speculation(
     reasons = {
         "teacher=None": (teacher is None, "there is no teacher to mix with"),
         "keys=None": (keys is None, "greedy decoding has no distribution to mix"),
-        "on_every_process": (
-            on_every_process is not None,
-            "processes would need a sharded teacher after different numbers of tokens",
-        ),
+        "on_every_process": (on_every_process is not None, "processes need the teacher after different tokens"),
         "compiled": (compiled is not None, "dropped drafts cannot be taken out of a compiled cache"),
         f"no_repeat_ngram_size={no_repeat_ngram_size}": (
             no_repeat_ngram_size > 0,

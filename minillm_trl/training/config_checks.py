@@ -182,8 +182,9 @@ def _check_memory(args: "MiniLLMConfig") -> None:
             "half_precision_rollouts=True uses the precision of fp16 or bf16, but neither is set. Set one of them, or "
             "half_precision_rollouts=False."
         )
+    samples_with_vllm = args.use_vllm and args.teacher_mixed_alpha == 0.0  # with mixing, vLLM only drafts
     for name in ("merged_rollouts", "compile_rollouts"):
-        if (value := getattr(args, name)) and (args.use_vllm or args.reshaping_fields()):
+        if (value := getattr(args, name)) and (samples_with_vllm or args.reshaping_fields()):
             other = "use_vllm" if args.use_vllm else args.reshaping_fields()[0]
             raise UserError(
                 f"{name}={value!r} has no effect with {other}={getattr(args, other)!r}, as TRL samples then. Drop one "

@@ -62,13 +62,14 @@ def mixture_law(
     horizon: int,
     ends: set[int],
     alpha: float,
+    temperature: float = 1.0,
 ) -> dict[tuple[int, ...], float]:
     """Return the probability of every completion under the mixture of each token, by enumeration."""
     open_, closed = {(): 1.0}, {}
     for _ in range(horizon):
         rows = torch.tensor([[*prompt, *prefix] for prefix in open_])
         of_student, of_teacher = (
-            torch.softmax(model(rows).logits[:, -1].double(), dim=-1) for model in (student, teacher)
+            torch.softmax(model(rows).logits[:, -1].double() / temperature, dim=-1) for model in (student, teacher)
         )
         next_ = alpha * of_teacher + (1 - alpha) * of_student
         grown = {

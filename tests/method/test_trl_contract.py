@@ -78,7 +78,7 @@ PRIVATE_IN_TRL = {
     *("_tokenize_prompts", "_generate_and_score_completions", "_generate_single_turn", "_tool_call_loop"),
     *("_get_per_token_logps_and_entropies", "_calculate_rewards", "_compute_loss", "_prepare_dataset"),
     *("_name", "_paper", "_tag_names"),
-    *("_tokenizer", "_metrics", "_logs", "_total_train_tokens"),
+    *("_tokenizer", "_metrics", "_logs", "_total_train_tokens", "_last_loaded_step"),
 }
 
 

@@ -23,9 +23,10 @@ def test_results_show_what_the_page_says():
     assert fresh["weight_difference_after_resuming"] == 0
     for name in ("colocate", "seqkd", "server"):
         assert abs(MEASURED[name]["distance_to_own_law"]) < 3
-    mixing = MEASURED["mixing"]
-    assert abs(mixing["distance_to_the_mixture"]) < 3
-    assert min(mixing["distance_to_the_student"], mixing["distance_to_the_teacher"]) > 5
+    for mixing in (MEASURED["mixing"], MEASURED["mixing_lora"]):
+        assert abs(mixing["distance_to_the_mixture"]) < 3
+        assert min(mixing["distance_to_the_student"], mixing["distance_to_the_teacher"]) > 5
+        assert mixing["mixture_distance"] < 1e-3
     refusal = MEASURED["server_mode"]
     assert f"`{refusal['function']}` in `{refusal['file']}`" in PAGE
 

@@ -61,8 +61,12 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
     def gap(name: str) -> str:
         return f"{results[name]['gap_mean']:.4f}, at most {results[name]['gap_max']:.3f}"
 
-    names = ("colocate", "seqkd", "server", "lora", "end_tokens", "mixing")
-    own, seqkd, server, lora, ends, mixing = (results[name] for name in names)
+    def distances(name: str) -> str:
+        mixture, *alone = (results[name][f"distance_to_the_{law}"] for law in ("mixture", "student", "teacher"))
+        return ", ".join((f"{mixture:.1f}", *(f"{distance:.0f}" for distance in alone)))
+
+    names = ("colocate", "seqkd", "server", "lora", "end_tokens", "mixing", "mixing_lora")
+    own, seqkd, server, lora, ends, mixing, mixing_lora = (results[name] for name in names)
     rows = [
         (
             "gap of log-probs between vLLM and the trainer, nats a token, mean",
@@ -79,19 +83,33 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
             f"{gap('mixing')} ({mixing['updates']} updates)",
         ),
         (
+            "the same for drafts for a LoRA student at temperature 0.7",
+            f"{gap('mixing_lora')} ({mixing_lora['updates']} updates)",
+        ),
+        (
             "chi-square distance between samples and the trained student's distribution",
             f"{own['distance_to_own_law']:.1f}",
         ),
         ("the same with the untrained student's distribution", f"{own['distance_to_law_before_training']:.0f}"),
         ("the same with `vllm_mode: server` and the trained student", f"{server['distance_to_own_law']:.1f}"),
         ("the same with end tokens other than the folder's", f"{ends['distance_to_own_law']:.1f}"),
-        ("the same for mixed rollouts and the mixture", f"{mixing['distance_to_the_mixture']:.1f}"),
         (
-            "the same with the student's distribution, and with the teacher's",
-            f"{mixing['distance_to_the_student']:.0f}, {mixing['distance_to_the_teacher']:.0f}",
+            "the same for mixed rollouts and the mixture, the student's and the teacher's distribution",
+            distances("mixing"),
         ),
-        ("drafts that were kept", f"{mixing['kept_drafts']:.0%}"),
-        ("`rollout/mixture_distance`", f"{mixing['mixture_distance']:.1e}"),
+        ("the same for those of a LoRA student at temperature 0.7", distances("mixing_lora")),
+        (
+            "drafts that were kept, full training and LoRA",
+            f"{mixing['kept_drafts']:.0%}, {mixing_lora['kept_drafts']:.0%}",
+        ),
+        (
+            "`rollout/mixture_distance`, full training and LoRA",
+            f"{mixing['mixture_distance']:.2g}, {mixing_lora['mixture_distance']:.2g}",
+        ),
+        (
+            "largest gap of log-probs of these drafts, full training and LoRA",
+            f"{mixing['gap_max_of_samples']:.3f}, {mixing_lora['gap_max_of_samples']:.3f}",
+        ),
         (
             "chi-square distance between SeqKD's answers and the teacher's distribution",
             f"{seqkd['distance_to_own_law']:.1f}",

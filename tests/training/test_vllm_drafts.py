@@ -3,12 +3,15 @@
 `tests/engines/test_vllm_mixing.py` is with vLLM itself.
 """
 
+import copy
 import sys
 import types
 
 import pytest
 import torch
 import trl
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from test_engine_drafts import StandIn
 from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
 
@@ -64,8 +67,8 @@ class FakeVLLM:
         self.whole_rollouts = 0
 
     def sync_weights(self):
-        self.copy = type(self.model)(self.model.config).eval()
-        self.copy.load_state_dict(self.model.state_dict())
+        model = copy.deepcopy(self.model)
+        self.copy = (model.merge_and_unload() if isinstance(model, PeftModel) else model).eval()
 
     def generate(self, prompts, images, num_generations, profiler=None):
         self.whole_rollouts += 1
@@ -119,6 +122,33 @@ def test_batch_has_the_fields_and_the_values_of_a_mixed_rollout(tmp_path):
     mask = batch["completion_mask"].bool()
     at_zero = mixture_logps(batch["student_logps"], batch["student_logps"] - 40.0, 0.5)
     assert (batch["old_per_token_logps"][mask] >= at_zero[mask] - 1e-5).all()
+
+
+def test_lora_student_judges_with_merged_adapters(tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    options = {**SPECULATIVE, "max_steps": 4, "num_iterations": 1, "logging_steps": 1, "learning_rate": 0.05}
+    trainer = make_trainer(tmp_path, family="llama", peft_config=lora, merged_rollouts=True, **options)
+    merged = []
+    mixed = trainer._mixing.applied_to
+
+    def applied_to(sampler, student, *arguments):
+        merged.append(all(layer.merged for layer in student.modules() if isinstance(layer, BaseTunerLayer)))
+        return mixed(sampler, student, *arguments)
+
+    trainer._mixing.applied_to = applied_to
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "rollout/kept_drafts" in entry]
+    assert merged == [True, True]
+    assert len(logs) == 2
+    for entry in logs:
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-4
+    adapter = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
+    assert max(float(value.detach().abs().max()) for value in adapter) > 0.01
+
+
+def test_merged_rollouts_have_no_effect_where_vllm_samples_alone(tmp_path):
+    with pytest.raises(UserError, match="merged_rollouts=True has no effect with use_vllm=True"):
+        make_config(tmp_path, use_vllm=True, teacher_mixed_alpha=0.0, merged_rollouts=True)
 
 
 def test_evaluation_samples_from_the_student_with_trls_correction(tmp_path):
