@@ -223,9 +223,27 @@ def test_temperature_and_tokens_outside_the_shared_vocabulary():
     counts = samples(engine, student, teacher, 0.4, temperature=0.7)
     student_law = mixture_law(student, teacher, PROMPTS[1], 0.4, 0.7)
     assert counts.keys() <= student_law.keys()
-    assert (
-        distance(counts, student_law) < 0.2
-    )  # the engine's other tokens are a mismatch that the margin is too small for
+    # the engine's other tokens are a mismatch that the margin is too small for
+    assert distance(counts, student_law) < 0.2
+
+
+def test_a_token_outside_the_shared_vocabulary_is_always_replaced():
+    student, outside = tiny(0), 3
+    drafts = EngineDrafts(lambda texts, limits, seeds: [Draft([outside], [-9.0]) for _ in texts])
+    completions = sample_prompts(
+        student,
+        [PROMPTS[1]] * 50,
+        keys=[(0, row) for row in range(50)],
+        max_new_tokens=HORIZON,
+        eos_token_ids=[EOS],
+        pad_token_id=1,
+        teacher=tiny(1),
+        alpha=0.4,
+        mixing="speculative",
+        drafts=drafts,
+    )
+    assert drafts.take_totals()["rollout/kept_drafts"] == (0.0, sum(map(len, completions)))
+    assert {token for completion in completions for token in completion} == {0, 1, 2}
 
 
 def sample(family: str, batch_size: int | None, drafts: EngineDrafts | None = None, alpha: float = 0.4, **options):

@@ -100,7 +100,7 @@ def markdown_table(results: dict[str, dict[str, object]]) -> str:
         ("the same for those of a LoRA student at temperature 0.7", distances("mixing_lora")),
         (
             "drafts that were kept, full training and LoRA",
-            f"{mixing['kept_drafts']:.0%}, {mixing_lora['kept_drafts']:.0%}",
+            f"{100 * mixing['kept_drafts']:.0f} %, {100 * mixing_lora['kept_drafts']:.0f} %",
         ),
         (
             "`rollout/mixture_distance`, full training and LoRA",

@@ -186,6 +186,18 @@ class TestDoctor:
         assert "GiB  teacher" in shown
         assert "PROBLEM" not in shown
 
+    @pytest.mark.parametrize(
+        ("options", "merges"), [({"mixing": "speculative"}, True), ({"teacher_mixed_alpha": 0.0}, False)]
+    )
+    def test_student_with_adapters_that_judges_drafts_of_vllm_has_a_merged_copy(
+        self, tmp_path, model_dir, options: dict, merges: bool
+    ):
+        name = str(model_dir("gpt2"))
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, use_vllm=True, **options)
+        model = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=4)
+        _, parts = choose_strategy(CPU, model, TeacherArguments(name), args, prompt_tokens=8)
+        assert ("weights merged while sampling" in parts) == merges
+
     @pytest.mark.parametrize(("memory", "verdict"), [(128, "available: fits"), (0.0001, "does not fit")])
     def test_on_a_cpu_the_estimate_is_of_the_process_in_its_precision(self, tmp_path, model_dir, memory, verdict):
         name = str(model_dir("gpt2"))
