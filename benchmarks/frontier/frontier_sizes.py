@@ -7,10 +7,11 @@
     python benchmarks/frontier/frontier_sizes.py
 
 Reads the summaries of the sizes and that of e2e, and writes the table of docs/family.md: gains over SFT continued of
-the same size, each method at its best rate for this size. Methods that not all sizes have are left out.
+the same size, each method at its best rate for this size. Methods that only one size has are left out.
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from frontier_methods import METHODS  # puts the folders it needs on the path
@@ -29,15 +30,15 @@ def read_summaries() -> dict[str, dict[str, Any]]:
 
 
 def sizes_table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Return the Markdown table: the methods of every size, the largest gap first, with their gains."""
+    """Return the Markdown table: the methods that several sizes have, the largest gap first, with their gains."""
     head = ["teacher / student", "method", "rate", "Rouge-L, best decoding", "– SFT continued"]
     head += ["at equal entropy: – SFT continued", "reverse KL there: – SFT continued"]
     lines = ["| " + " | ".join(head) + " |", "|---:|---|" + "---:|" * (len(head) - 2)]
-    first, *others = (summary["rows"] for summary in summaries.values())
-    names = [name for name in first if "minus" in first[name] and all(name in rows for rows in others)]
+    seen = Counter(name for summary in summaries.values() for name, row in summary["rows"].items() if "minus" in row)
     for summary in summaries.values():
-        for name in names:
-            row = summary["rows"][name]
+        for name, row in summary["rows"].items():
+            if seen[name] < 2:
+                continue
             gains = row["minus"].get("sft")
             cells = [f"{summary['teacher_over_student']:.0f}", METHODS[name].label, f"{row['learning_rate']:g}"]
             cells.append(format_interval(row["decodings"][row["tuned"]]["rouge_l"], 1))

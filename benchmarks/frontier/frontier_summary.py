@@ -280,8 +280,8 @@ def ablations_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw Rouge-L and reverse KL over entropy, with intervals."""
+def plot(summary: dict[str, Any], path: Path, highest: float | None) -> None:
+    """Draw Rouge-L and reverse KL over entropy, with intervals; reverse KL up to `highest` nats."""
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("rouge_l", "reverse_kl"), ("Rouge-L →", "← reverse KL (nats)"), strict=True):
@@ -308,7 +308,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    panels[1].set_ylim(0, 16)
+    panels[1].set_ylim(0, highest)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5
     )
@@ -334,7 +334,8 @@ def main() -> None:
 
     command = " && ".join(f"python benchmarks/frontier/frontier_{script}.py --task {task}" for script in SCRIPTS)
     path = write_record(f"frontier_{task}", PACKAGES, settings, summary, command)
-    plot(summary, path.with_suffix(".png"))
+    if task in ("e2e", "dolly"):  # sizes have a table in common
+        plot(summary, path.with_suffix(".png"), 16 if task == "e2e" else None)
     if task == "e2e":
         insert_table(README, "main", main_table(summary))
         insert_table(README, "diversity", diversity_table(summary))

@@ -113,6 +113,15 @@ def test_rates_follow_the_first_search_or_the_records(tmp_path):
     assert frontier_run.rates_to_try("tip_cool", frontier_run.scores_by_rate(benchmark, "tip_cool")) == [3e-4]
 
 
+@pytest.mark.parametrize("name", ["main", "differences"])
+def test_tables_of_dolly_are_those_of_the_results(name):
+    results = json.loads((FRONTIER.parent / "results" / "frontier_dolly.json").read_text())["results"]
+    mark = "dolly" if name == "main" else "dolly differences"
+    start, end = f"<!-- {mark}: made by a script -->\n", f"\n<!-- end of {mark} -->"
+    table = getattr(frontier_summary, f"{name}_table")(results)
+    assert frontier_summary.README.read_text().split(start)[1].split(end)[0] == table
+
+
 @pytest.mark.parametrize("name", ["main", "diversity", "differences", "ablations", "family", "first"])
 def test_tables_are_those_of_the_results(name):
     page = frontier_summary.FAMILY_PAGE if name == "family" else frontier_summary.README
@@ -144,7 +153,32 @@ def test_pages_say_what_a_gap_of_172_does():
     assert sum(lowest > 0 for lowest in others) == 1  # of DistiLLM: "every other method is level ... or behind"
 
 
-def test_table_of_the_sizes_has_the_methods_that_all_sizes_have():
+def test_pages_say_that_fine_tuning_leads_on_dolly():
+    rows = json.loads((FRONTIER.parent / "results" / "frontier_dolly.json").read_text())["results"]["rows"]
+    page = " ".join(frontier_summary.README.read_text().split())
+    leads = []
+    for name in ("minillm", "low_variance_cool"):
+        middle, low, high = rows[name]["minus"]["sft"]["tuned_rouge_l"]
+        leads.append((f"{-middle:.1f}", f"[{-high:.1f}, {-low:.1f}]"))
+    assert "by {} Rouge-L {} at the best decoding".format(*leads[0]) in page
+    assert "leads on E2E by {} {}".format(*leads[1]) in page
+    assert "by {} Rouge-L {}".format(*leads[0]) in (FRONTIER.parents[1] / "README.md").read_text()
+    falls = [-rows[name]["minus"]["sft"]["reverse_kl"][0] for name in ("minillm", "low_variance_cool")]
+    assert "by {:.0f} and {:.0f} nats".format(*falls) in page
+    cool = [row["decodings"]["0.4"]["entropy_per_token"][0] for name, row in rows.items() if name != "teacher"]
+    assert min(cool) > 0.6
+
+
+def test_pages_say_what_a_gap_of_34_does():
+    rows = json.loads((FRONTIER.parent / "results" / "frontier_e2e_w32.json").read_text())["results"]["rows"]
+    gains = rows["low_variance_cool"]["minus"]["sft"]
+    best, equal = ("{:.1f} [{:.1f}, {:.1f}]".format(*gains[key]) for key in ("tuned_rouge_l", "equal_entropy_rouge_l"))
+    page = " ".join(frontier_summary.FAMILY_PAGE.read_text().split())
+    assert f"{best} Rouge-L at the best decoding and {equal} at equal entropy" in page
+    assert f"leads SFT continued by {best}" in (FRONTIER.parents[1] / "README.md").read_text()
+
+
+def test_table_of_the_sizes_has_the_methods_that_several_sizes_have():
     results = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]
     small = {
         "teacher_over_student": 172.2,
