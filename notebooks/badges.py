@@ -2,8 +2,8 @@
 
     python notebooks/badges.py https://github.com/OWNER/REPOSITORY [--branch main]
 
-Both services read notebooks from GitHub. The badges are the first line of each notebook. A second run
-replaces them.
+Both services read notebooks from GitHub. The badges are the first line of each notebook. A second
+run replaces them.
 """
 
 import argparse
