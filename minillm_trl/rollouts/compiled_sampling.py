@@ -128,9 +128,8 @@ def check_compiled_decoding(model: PreTrainedModel, name: str) -> None:
         expected = model.base_model(**inputs, use_cache=False).last_hidden_state[0, len(prompt) - 1 :].float()
         for states in row.states:
             error = (states.float() - expected).abs().max().item()
-            if not error <= rounding_tolerance(row.states[0].dtype, roundings=12) * max(
-                1.0, expected.abs().max().item()
-            ):
+            largest = max(1.0, expected.abs().max().item())
+            if not error <= largest * rounding_tolerance(states.dtype, roundings=12):
                 raise UserError(
                     f"The steps of the {name} ({type(model).__name__}) cannot be compiled: over a static cache its "
                     f"hidden states differ by up to {error:.2g} from a plain forward pass. Set compile_rollouts: null."

@@ -238,10 +238,7 @@ class Reader:
         pending = end - self.fed
         is_first, self.fed = self.fed == 0, end
         width = next((width for width in WIDTHS if width >= pending), pending)
-        if self._backend is None or is_first:
-            self._run(plan._replace(width=pending))
-            return
-        if width not in WIDTHS:
+        if self._backend is None or is_first or width not in WIDTHS:
             self._run(plan._replace(width=pending))
             return
         self.counts[1] += 1
@@ -329,8 +326,8 @@ class CompiledDecoding:
     these nor waits for a token.
 
     To keep the number of shapes small, tensors have a power of two of columns, and batches of down to half their rows
-    use them. A step is compiled for 1, 4 and 16 columns. Shapes that are no longer used are freed. Steps
-    that ran without compilation are counted, and the first one is logged as a warning.
+    use them. A step is compiled for 1, 4 and 16 columns. Shapes that are no longer used are freed. Steps that ran
+    without compilation are counted, and the first one is logged as a warning.
 
     Args:
         student ([`~transformers.PreTrainedModel`]): the model that decodes, unwrapped, in eval mode.

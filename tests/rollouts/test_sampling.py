@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build_model
+from kept_states import check_kept_states
 from transformers import GenerationConfig, Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
 import minillm_trl.rollouts.coins
@@ -278,20 +279,7 @@ def test_states_that_sampling_leaves_behind_are_those_of_a_plain_forward_pass(
         on_batch=lambda rows, sampled: batches.append((rows, sampled)),
     )
     assert len({len(completion) for completion in completions}) > 3  # rows finish at different steps
-    for rows, sampled in batches:
-        for number, row in enumerate(rows):
-            ids = torch.tensor([LONG_PROMPTS[row] + completions[row]])
-            for model, states in zip((student, teacher), sampled[2:], strict=True):
-                if alpha == 0 and model is teacher:
-                    assert states is None
-                    continue
-                expected = model.base_model(ids).last_hidden_state[0, len(LONG_PROMPTS[row]) - 1 : -1]
-                torch.testing.assert_close(
-                    states[number, : len(completions[row])],
-                    expected,
-                    rtol=1e-3,
-                    atol=1e-3 * expected.abs().max().item(),
-                )
+    check_kept_states((student, teacher if alpha > 0 else None), LONG_PROMPTS, completions, batches)
 
 
 @pytest.mark.parametrize("keep_states", [False, True])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build_model
+from kept_states import check_kept_states
 from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture_law, tiny
 
 import minillm_trl.rollouts.speculative
@@ -134,14 +135,7 @@ def test_kept_states_are_those_of_a_plain_forward_pass(monkeypatch: pytest.Monke
     completions = sample(family, batch_size=5, **options)
     models = [build_model(family, vocab_size=50, seed=seed, width=16, layers=2) for seed in (0, 1)]
     assert sorted(row for rows, _ in batches for row in rows) == list(range(12))
-    for rows, sampled in batches:
-        for number, row in enumerate(rows):
-            ids = torch.tensor([LONG_PROMPTS[row] + completions[row]])
-            for model, states in zip(models, sampled[2:], strict=True):
-                expected = model.base_model(ids).last_hidden_state[0, len(LONG_PROMPTS[row]) - 1 : -1]
-                torch.testing.assert_close(
-                    states[number, : len(completions[row])], expected, rtol=1e-3, atol=1e-3 * expected.abs().max()
-                )
+    check_kept_states(models, LONG_PROMPTS, completions, batches)
 
 
 def test_columns_of_dropped_drafts_are_removed(monkeypatch: pytest.MonkeyPatch):
