@@ -14,6 +14,7 @@ from .adapters import Adapter, find_adapter, is_adapter
 from .bitsandbytes_layout import keep_4bit_layout
 from .end_tokens import find_turn_end, has_generation_config
 from .files import explained, is_lost_folder, load_causal_lm
+from .trained_products import use_onednn_products
 from .weight_formats import check_name
 
 if TYPE_CHECKING:  # importing these takes seconds, and reading a tokenizer does not need them
@@ -106,7 +107,9 @@ def load_model(
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         model = load_causal_lm(name, f"the model {name!r}", allow_pickled_weights, **options)
     keep_4bit_layout(model)
-    return model.eval().to(torch.device(device))
+    model = model.eval().to(torch.device(device))
+    use_onednn_products(model)  # they score whole completions
+    return model
 
 
 def _adapter_of(name: str, adapter: str | None, trust_remote_code: bool) -> Adapter | None:

@@ -10,6 +10,7 @@ from test_trainer import make_trainer, weights
 from transformers.pytorch_utils import Conv1D
 
 from minillm_trl.models import trained_products
+from minillm_trl.models.loading import load_model
 from minillm_trl.models.packed_weights import packed_weights, packs_weights
 from minillm_trl.models.trained_products import LEAST_ROWS, use_onednn_products
 
@@ -135,6 +136,15 @@ def test_models_can_still_be_packed_and_copied(calls):
             each.zero_()
         assert copied(IDS).logits.abs().max() > 0
     assert calls
+
+
+def test_models_of_subcommands_score_with_them(tmp_path, calls):
+    make_model("llama").save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert calls
+    torch.testing.assert_close(found, make_model("llama").eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
