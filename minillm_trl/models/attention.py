@@ -13,6 +13,7 @@ heads, unless a call has a single token. A model that catches up on several toke
 layer. Here the heads of a group become further queries of the same keys instead.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,20 +44,35 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
+class _Decoding(threading.local):
+    """Whether the current thread decodes: another one may run an update meanwhile."""
+
+    in_groups = False
+
+
+_decoding = _Decoding()
+
+
 @contextmanager
 def grouped_attention() -> Iterator[None]:
     """Let "sdpa" attention read the keys and values of each group once, inside a `with` statement, for decoding.
 
-    It leaves alone what other code has put in the place of transformers' function.
+    It concerns the current thread alone. It leaves alone what other code has put in the place of transformers'
+    function.
     """
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_in_groups
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
+        # It stays, as a thread that finishes must not remove it under another one. Elsewhere it is the function above.
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    before, _decoding.in_groups = _decoding.in_groups, True
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        _decoding.in_groups = before
+
+
+def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Attend like [`attend_in_groups`] in a thread within [`grouped_attention`], else as `sdpa_attention_forward`."""
+    return attend_in_groups(*args, **kwargs) if _decoding.in_groups else sdpa_attention_forward(*args, **kwargs)
 
 
 def attend_in_groups(

@@ -1,4 +1,6 @@
-"""Attention of grouped queries while decoding: the same output without copies of the keys, and no trace afterwards."""
+"""Attention of grouped queries while decoding: the same output without copies of the keys, in its own thread alone."""
+
+import threading
 
 import pytest
 import torch
@@ -28,6 +30,23 @@ def grouped_model(seed: int = 0) -> Qwen2ForCausalLM:
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
     return model
+
+
+def counted_copies(monkeypatch) -> list[int]:
+    """Return a list that grows when keys or values are copied to the query heads."""
+    copies, repeat = [], sdpa_attention.repeat_kv
+
+    def counted(*args):
+        copies.append(1)
+        return repeat(*args)
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", counted)
+    return copies
+
+
+def padded() -> dict:
+    """Return two prompts, one of them padded, so that attention has a mask."""
+    return {"input_ids": torch.tensor([[0, 6, 7], [3, 4, 5]]), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
 
 
 def inputs(length: int) -> dict:
@@ -94,12 +113,47 @@ def test_sampling_never_copies_keys_and_samples_stay(monkeypatch, more: dict):
     check_decoding(grouped_model(), "student")
 
 
+def test_threads_attend_independently(monkeypatch):
+    """A rollout in one thread and an update in another: neither changes the attention of the other."""
+    copies, model = counted_copies(monkeypatch), grouped_model()
+    turns = {name: threading.Event() for name in ("rollout has begun", "update is done", "first rollout has ended")}
+    rollout_copies = []
+
+    def first_rollout():
+        with grouped_attention():
+            turns["rollout has begun"].set()
+            turns["update is done"].wait(10)
+        turns["first rollout has ended"].set()
+
+    def second_rollout():
+        with grouped_attention():
+            turns["first rollout has ended"].wait(10)
+            before = len(copies)
+            model(**padded())
+            rollout_copies.append(len(copies) - before)
+
+    threads = [threading.Thread(target=target) for target in (first_rollout, second_rollout)]
+    for thread in threads:
+        thread.start()
+    assert turns["rollout has begun"].wait(10)
+    model(**padded())
+    assert copies  # the update in this thread copies keys, as transformers does
+    turns["update is done"].set()
+    for thread in threads:
+        thread.join(10)
+    assert rollout_copies == [0]
+
+
 def test_outside_of_sampling_attention_is_that_of_transformers(monkeypatch):
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    copies, model = counted_copies(monkeypatch), grouped_model()
     with grouped_attention():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend_in_groups
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-    assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
+        with grouped_attention():  # nested, as around a check within a rollout
+            pass
+        model(**padded())
+    assert not copies
+    model(**padded())
+    assert copies
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
     calls = []
 
     def of_somebody_else(*args, **kwargs):
