@@ -1,6 +1,6 @@
 """Claim: with a real language model as teacher and a cut and healed one as student, which method helps where?
 
-    python benchmarks/real/real_run.py [--scale cpu|gpu] [--teacher FOLDER] [--dolly FILE]  # one process per free core
+    python benchmarks/real/real_run.py --selfinst FILE --vicuna FOLDER  # one process per free core
 
 The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
 
@@ -8,11 +8,12 @@ The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
    answers, healing. Every method starts from the healed student.
 2. For each method a few updates to measure the seconds of one, so that all methods train for as long as `Scale` says.
 3. Each method at the first training seed and at `LEARNING_RATES`, measured on the validation prompts.
-4. Each method at its best rate on the test prompts; then the other training seeds.
+4. Each method at its best rate on the test prompts (`real_measures.py`); then the other training seeds.
 
 Models and data are kept in `--runs`, and `results/real/NAME.json` has the numbers of a run as soon as it is finished.
-Finished runs are not repeated, also in another checkout. A process takes the first job that is neither finished nor
-held by another process. `real_summary.py` makes the table.
+Finished runs are not repeated, also in another checkout; measures that a record lacks are added while its model
+exists. A process takes the first job that is neither finished nor held by another process. `real_summary.py` makes the
+tables.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
 
+from real_measures import SOURCES, evaluate, missing_parts, prepare_test_sets
 from resumable_jobs import Job, Run, read_record, work, write_record_of_run
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +44,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "real"
 STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 SEEDS = (3, 4)
 LEARNING_RATES = (3e-4, 1e-3, 1e-4)
-TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
 PROBE_UPDATES = 4
-ANSWERS = 10
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "minillm-trl")
 
 
@@ -57,12 +57,14 @@ class Benchmark:
         scale_name: a key of `SCALES`.
         teacher: name or folder of the teacher.
         dolly: a local copy of Dolly; None for the hub.
+        test_sets: sources of the other test sets, by their names in `SOURCES`.
     """
 
     folder: Path
     scale_name: str
     teacher: str
     dolly: Path | None
+    test_sets: dict[str, Path] = field(default_factory=dict)
 
     @cached_property
     def scale(self) -> Any:
@@ -85,7 +87,7 @@ class Benchmark:
         from measurement import commit, machine
 
         facts = {
-            "command": f"python benchmarks/real/real_run.py --scale {self.scale_name}",
+            "command": f"python benchmarks/real/real_run.py --scale {self.scale_name} --selfinst FILE --vicuna FOLDER",
             "commit": commit(),
             "machine": machine(),
             "versions": {name: version(name) for name in PACKAGES},
@@ -221,33 +223,6 @@ def train_run(benchmark: Benchmark, run: Run) -> None:
     benchmark.write(run.name, record)
 
 
-def evaluate(benchmark: Benchmark, name: str, split: str) -> dict[str, Any]:
-    """Evaluate a model at every temperature with `minillm-trl evaluate`; on the test prompts also against the teacher.
-
-    Returns:
-        `dict`: for each decoding the measures of each prompt, by measure.
-    """
-    from minillm_trl.cli import main as cli
-
-    output = benchmark.folder / "evaluation" / split / name
-    rows = benchmark.scale.test_rows if split == "test" else benchmark.scale.validation_rows
-    words = ["evaluate", "--model", str(benchmark.model(name)), "--output_dir", str(output), "--split", split]
-    words += ["--dataset", str(benchmark.folder / "data" / "smollm2_dolly"), "--max_rows", str(rows)]
-    words += ["--seeds", "10", "--temperatures", *TEMPERATURES, "--no_repeat_ngram_size", "0"]
-    words += ["--max_new_tokens", str(benchmark.scale.answer_tokens), "--batch_size", "50"]
-    if split == "test" and name != "teacher":
-        words += ["--teacher", str(benchmark.model("teacher"))]
-    if cli(words) != 0:
-        raise SystemExit(f"evaluation of {name} failed")
-    found = {}
-    for decoding in TEMPERATURES:
-        folder = "greedy" if decoding == "greedy" else f"temperature_{decoding}"
-        (path,) = output.glob(f"**/{folder}/results.json")
-        rows_found = json.loads(path.read_text())["per_prompt"]
-        found[decoding] = {name: [round(row[name], 5) for row in rows_found] for name in rows_found[0]}
-    return found
-
-
 def healing_record(benchmark: Benchmark) -> dict[str, Any]:
     """Return the seconds of the teacher's answers and of healing, and the forward KL in its logs, nats a token."""
     runs = benchmark.folder / "runs" / "smollm2"
@@ -260,22 +235,14 @@ def healing_record(benchmark: Benchmark) -> dict[str, Any]:
     return {"seconds": seconds, "forward_kl": [row["kd/forward_kl"] for row in history if "kd/forward_kl" in row]}
 
 
-def first_answers(benchmark: Benchmark, name: str) -> list[dict[str, str]]:
-    """Return the first test prompts with the model's greedy answers."""
-    (path,) = (benchmark.folder / "evaluation" / "test" / name).glob("**/greedy/samples.jsonl")
-    samples = map(json.loads, path.read_text(encoding="utf-8").splitlines()[:ANSWERS])
-    return [{"prompt": sample["prompt"][-1]["content"], "answer": sample["outputs"][0]} for sample in samples]
-
-
 def test_model(benchmark: Benchmark, name: str) -> None:
-    """Measure a model on the test prompts."""
-    record = benchmark.record(name)
-    if name in STAGES:  # the runs were validated after training
-        record["validation"] = evaluate(benchmark, name, "validation")
-    if name == "heal":
-        record["healing"] = healing_record(benchmark)
-    record["test"] = evaluate(benchmark, name, "test")
-    benchmark.write(name, record | {"answers": first_answers(benchmark, name)})
+    """Measure what the record of a model lacks. Each part is in the record as soon as it is measured."""
+    if name in STAGES and "validation" not in benchmark.record(name):  # the runs were validated after training
+        benchmark.write(name, benchmark.record(name) | {"validation": evaluate(benchmark, name, "validation")})
+    if name == "heal" and "healing" not in benchmark.record(name):
+        benchmark.write(name, benchmark.record(name) | {"healing": healing_record(benchmark)})
+    for part, measure in missing_parts(benchmark, name).items():
+        benchmark.write(name, benchmark.record(name) | {part: measure(benchmark, name)})
 
 
 def best_rate(benchmark: Benchmark, method: str) -> float | None:
@@ -292,7 +259,7 @@ def best_rate(benchmark: Benchmark, method: str) -> float | None:
 def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
     """Yield name and function of every job that can start and is not finished, the most urgent first."""
     for name in ("heal", "teacher"):
-        if "test" not in benchmark.record(name):
+        if missing_parts(benchmark, name):
             yield name, partial(test_model, benchmark, name)
     for method in methods:
         if not benchmark.record(f"probe-{method}"):
@@ -307,11 +274,19 @@ def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
 
 def _runs(benchmark: Benchmark, runs: list[Run], test: bool) -> Iterator[Job]:
     for run in runs:
-        record = trained(benchmark, run)
-        if not record or (test and "test" not in record and not benchmark.model(run.name).is_dir()):
+        record, has_model = trained(benchmark, run), benchmark.model(run.name).is_dir()
+        if not record or (test and "test" not in record and not has_model):
             yield run.name, partial(train_run, benchmark, run)
-        elif test and "test" not in record:
+        elif test and has_model and missing_parts(benchmark, run.name):
             yield run.name, partial(test_model, benchmark, run.name)
+
+
+def print_incomplete(benchmark: Benchmark) -> None:
+    """Print which records of tested models lack measures that cannot be added, since the model is not there."""
+    for path in sorted((RESULTS / benchmark.scale_name).glob("*.json")):
+        folder, tested = benchmark.model(path.stem), "test" in benchmark.record(path.stem)
+        if tested and not folder.is_dir() and (parts := missing_parts(benchmark, path.stem)):
+            print(f"{path.stem} lacks {', '.join(parts)}, and {folder} is missing. Delete {path} to train again.")
 
 
 def main() -> None:
@@ -323,14 +298,23 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--teacher", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="name or folder")
     parser.add_argument("--dolly", type=Path, help="local copy of databricks-dolly-15k.jsonl (default: from the hub)")
+    for name, source in SOURCES.items():
+        parser.add_argument(f"--{name}", type=Path, help=source)
+    parser.add_argument("--skip", choices=SOURCES, nargs="+", default=[], help="test sets to leave out")
     arguments = parser.parse_args()
+    test_sets = {name: path.resolve() for name in SOURCES if (path := getattr(arguments, name)) is not None}
+    for name, source in SOURCES.items():
+        if (name in test_sets) == (name in arguments.skip):
+            parser.error(f"give either --{name} ({source}) or --skip {name}, which leaves this test set out")
     folder = arguments.runs.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     dolly = arguments.dolly and arguments.dolly.resolve()
-    benchmark = Benchmark(folder, arguments.scale, arguments.teacher, dolly)
+    benchmark = Benchmark(folder, arguments.scale, arguments.teacher, dolly, test_sets)
     with (folder / "stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run_stages(benchmark)
+        prepare_test_sets(benchmark)
+    print_incomplete(benchmark)
     work(lambda: jobs(benchmark, arguments.methods), folder / "locks")
 
 

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from frontier_statistics import Frontier, difference, interval
 from matplotlib.figure import Figure
 from measurement import write_record
+from real_measures import TEMPERATURES
 from real_methods import METHODS, SCALES
-from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, TEMPERATURES, Run
+from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, Run
 from summarize import format_interval, insert_table
 
 README = Path(__file__).with_name("README.md")

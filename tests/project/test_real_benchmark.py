@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from chat_models import save_small_smollm2, write_small_dolly
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REAL = Path(__file__).parents[2] / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
-import real_methods  # noqa: E402 - lies in a folder that is no package
+import real_measures  # noqa: E402 - lies in a folder that is no package
+import real_methods  # noqa: E402
 import real_run  # noqa: E402
 import real_summary  # noqa: E402
 
@@ -45,7 +48,42 @@ def benchmark(tmp_path, monkeypatch) -> real_run.Benchmark:
     teacher = save_small_smollm2(tmp_path / "teacher")
     folder = tmp_path / "runs"
     folder.mkdir()
-    return real_run.Benchmark(folder, "small", str(teacher), write_small_dolly(tmp_path, 40))
+    test_sets = {"selfinst": write_small_selfinst(tmp_path), "vicuna": write_small_vicuna(tmp_path / "vicuna")}
+    return real_run.Benchmark(folder, "small", str(teacher), write_small_dolly(tmp_path, 40), test_sets)
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_small_selfinst(folder: Path) -> Path:
+    rows = [{"instruction": f"name {row}", "instances": [{"input": "", "output": f"{row}"}]} for row in range(7)]
+    return write_lines(folder / "user_oriented_instructions.jsonl", rows)
+
+
+def write_small_vicuna(folder: Path) -> Path:
+    write_lines(
+        folder / "question.jsonl", [{"question_id": 1, "turns": ["why"]}, {"question_id": 2, "turns": ["how"]}]
+    )
+    answers = [{"question_id": "2", "text": "so"}, {"question_id": "1", "text": "since"}]
+    return write_lines(folder / "answer_gpt35.jsonl", answers).parent
+
+
+@pytest.fixture
+def measured(benchmark) -> real_run.Benchmark:
+    """A benchmark with teacher, healed student and test prompts, but no records."""
+    for seed, name in enumerate(("teacher", "heal")):
+        torch.manual_seed(seed)
+        save_small_smollm2(benchmark.model(name))
+    prompts = [[{"role": "user", "content": f"say {row}"}] for row in range(12)]
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "it is"}]} for prompt in prompts]
+    data = benchmark.folder / "data" / "smollm2_dolly"
+    data.parent.mkdir()
+    for split, chosen in (("test", rows[:10]), ("validation", rows[10:11]), ("train", rows[11:])):
+        write_lines(data / f"{split}.jsonl", chosen)
+    return benchmark
 
 
 def work_all(benchmark: real_run.Benchmark, methods: list[str]) -> None:
@@ -55,9 +93,16 @@ def work_all(benchmark: real_run.Benchmark, methods: list[str]) -> None:
 @pytest.mark.slow
 def test_whole_benchmark(benchmark, capsys):
     real_run.run_stages(benchmark)
+    real_run.prepare_test_sets(benchmark)
     work_all(benchmark, list(real_methods.METHODS))
     assert not list(real_run.jobs(benchmark, list(real_methods.METHODS)))
     assert set(benchmark.record("heal")["healing"]) == {"seconds", "forward_kl"}
+    record = benchmark.record("minillm-0.001-4")
+    assert {name: len(found["greedy"]["rouge_l"]) for name, found in record["other_prompts"].items()} == {
+        "selfinst": 5,
+        "vicuna": 2,
+    }
+    assert len(record["forward_errors"]["on_model"]) == 5
     summary = real_summary.summarize("small")
     assert list(summary["rows"]) == ["teacher", "heal", *real_methods.METHODS]
     assert summary["rows"]["minillm"]["seeds"] == [3, 4]
@@ -71,8 +116,98 @@ def test_whole_benchmark(benchmark, capsys):
         assert "MiniLLM (the paper's)" in table
     records = real_summary.read_records("small")
     answers = real_summary.answers_table(records, next(iter(real_summary.chosen_runs(records, "minillm").values())))
-    assert answers.count("\n") == 1 + real_run.ANSWERS
+    assert answers.count("\n") == 1 + real_measures.ANSWERS
     real_summary.plot(summary, benchmark.folder / "figure.png")
+
+
+def test_forward_errors_are_the_divergences_of_the_samples(measured):
+    errors = real_measures.forward_errors(measured, "heal")
+    tokens = json.loads((measured.folder / "evaluation" / "teacher_samples.json").read_text())["token_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(measured.model("heal"))
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(measured.model(name)).double() for name in ("teacher", "heal")
+    )
+    assert [len(values) for values in errors["on_teacher"]] == [len(ids) for ids in tokens]
+    assert len(errors["on_model"]) == len(tokens) == 5
+    for row, (ids, found) in enumerate(zip(tokens, errors["on_teacher"], strict=True)):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"say {row}"}], add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            p, q = (
+                model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                for model in (teacher, student)
+            )
+        assert found == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=6e-4)
+    assert errors["on_model"] != errors["on_teacher"]
+
+
+def test_teacher_is_sampled_once(measured, monkeypatch):
+    found = real_measures.forward_errors(measured, "heal")["on_teacher"]
+    path = measured.folder / "evaluation" / "teacher_samples.json"
+    record = json.loads(path.read_text())
+    record["token_ids"] = [ids[:2] for ids in record["token_ids"]]
+    path.write_text(json.dumps(record))
+    assert real_measures.forward_errors(measured, "heal")["on_teacher"] == [values[:2] for values in found]
+    monkeypatch.setattr(real_measures, "SEED", 11)  # the samples are of another seed
+    assert max(map(len, real_measures.forward_errors(measured, "heal")["on_teacher"])) == 4
+
+
+def test_distinct_ngrams_are_those_of_all_answers(benchmark):
+    for decoding in real_measures.TEMPERATURES:
+        folder = "greedy" if decoding == "greedy" else f"temperature_{decoding}"
+        rows = [{"outputs": ["a b a"]}, {"outputs": ["a b"]}] if decoding == "greedy" else [{"outputs": ["a b c"]}]
+        path = benchmark.folder / "evaluation" / "test" / "heal" / folder / "samples.jsonl"
+        path.parent.mkdir(parents=True)
+        write_lines(path, rows)
+    found = real_measures.distinct(benchmark, "heal")
+    assert found["greedy"] == {"1": 2 / 5, "2": 0.66667, "3": 1.0}
+    assert found["0.7"] == {"1": 1.0, "2": 1.0, "3": 1.0}
+
+
+def test_lacking_measures_are_added_while_the_model_exists(benchmark, monkeypatch, capsys):
+    run = real_run.Run("sft", 1e-3, 3)
+    old = {"identity": real_run.identity(benchmark, run), "validation": {}, "test": {"1.0": {"rouge_l": [7.0]}}}
+    benchmark.write(run.name, old)
+    assert not list(real_run._runs(benchmark, [run], test=True))
+    real_run.print_incomplete(benchmark)
+    assert "sft-0.001-3 lacks answers, distinct, forward_errors, other_prompts" in capsys.readouterr().out
+    benchmark.model(run.name).mkdir(parents=True)
+    for part in ("first_answers", "distinct", "forward_errors", "other_prompts"):
+        values = {"selfinst": {}, "vicuna": {}} if part == "other_prompts" else {}
+        monkeypatch.setattr(real_measures, part, lambda benchmark, name, values=values: values)
+    ((name, job),) = real_run._runs(benchmark, [run], test=True)
+    job()
+    record = benchmark.record(name)
+    assert record.keys() >= {"answers", "distinct", "forward_errors", "other_prompts"}
+    assert record["test"] == old["test"]
+    assert not list(real_run._runs(benchmark, [run], test=True))
+    real_run.print_incomplete(benchmark)
+    assert not capsys.readouterr().out
+
+
+def test_further_test_set_is_added_to_a_record(benchmark):
+    parts = {part: {} for part in ("test", "answers", "distinct")}
+    benchmark.write("teacher", parts | {"other_prompts": {"selfinst": {}}})
+    assert list(real_measures.missing_parts(benchmark, "teacher")) == ["other_prompts"]
+    assert not real_measures.missing_parts(replace(benchmark, test_sets={"selfinst": Path()}), "teacher")
+
+
+def test_prompts_of_the_training_are_not_tested(measured):
+    real_measures.prepare_test_sets(measured)
+    assert len((real_measures.test_set(measured, "selfinst") / "test.jsonl").read_text().splitlines()) == 7
+    write_lines(measured.test_sets["selfinst"], [{"instruction": "say 11", "instances": [{"output": "it is"}]}])
+    with pytest.raises(SystemExit, match="say 11"):
+        real_measures.prepare_test_sets(measured)
+
+
+@pytest.mark.parametrize("words", [[], ["--selfinst", "a", "--skip", "selfinst", "vicuna"], ["--skip", "vicuna"]])
+def test_test_sets_are_given_or_skipped(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["real_run.py", *words])
+    with pytest.raises(SystemExit) as raised:
+        real_run.main()
+    assert raised.value.code == 2
+    assert "give either --selfinst" in capsys.readouterr().err
 
 
 def test_best_rate_is_that_of_the_validation_prompts(benchmark, monkeypatch):
