@@ -36,31 +36,46 @@ from mutants import Mutant, apply, mutants
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minillm_trl"
 
-# What is mutated, by file name: files may move. Which tests cover a line is traced, not listed here.
+# What is mutated, by file name, or with its folder where two files share the name. Which tests cover a line is traced,
+# not listed here. Left out: the command line, loading of data, pages and figures, and lists of refusals.
 MODULES = (
-    *("objectives", "advantages", "masking", "loss", "fused_head", "lm_head", "sampling", "decoding", "teacher"),
-    *("slots", "slot_sampling", "coins", "draws", "speculative"),
-    *("buffer", "scores", "token_scores", "rollout_sampler", "rollout_teacher", "keyed_random"),
-    *("trainer", "teacher_mixed_trainer", "rollout_buffer", "rollout_rewards", "rollout_scoring"),
-    *("logged_metrics", "rollout_metrics", "run_metrics", "degeneration"),
-    *("language_modeling", "evaluation_rows", "exact_resume", "prompt_order"),
-    *("logits_processor", "nonfinite_rows", "finite_steps", "student_copy"),
-    *("divergences", "divergence_gradients", "positions", "given_completions", "teacher_replacement"),
-    *("spans", "cross_tokenizer", "top_k", "packed_weights", "head_gradients"),
-    *("spans", "cross_tokenizer", "token_bytes", "stored"),
+    # formulas
+    *("objectives", "divergences", "advantages", "masking", "loss", "positions", "scores", "token_scores", "spans"),
+    *("fused_head", "divergence_gradients", "head_gradients", "lm_head", "packed_weights", "trained_products"),
+    # sampling
+    *("sampling", "compiled_sampling", "compiled_steps", "slots", "slot_sampling", "speculative", "engine_drafts"),
+    *("teacher_replacement", "decoding", "ngram_block", "logits_processor", "coins", "draws", "keyed_random"),
+    *("buffer", "rollout_sampler", "rollout_teacher", "several_teachers", "cross_tokenizer", "token_bytes", "prompts"),
+    # models
+    *("teacher", "stored", "top_k", "reference", "student_copy", "adapters", "merged_adapters", "attention", "layers"),
+    *("context", "dropout", "encoding", "end_tokens", "models/shrink", "layer_importance"),
+    # the trainer
+    *("trainer", "teacher_mixed_trainer", "language_modeling", "given_completions", "decoding_setup", "vllm_drafts"),
+    *("mixing_choice", "rollout_buffer", "rollout_rewards", "rollout_scoring", "finite_steps", "nonfinite_rows"),
+    *("trained_weights", "exact_resume", "resumed_settings", "hyperparameters", "prompt_order", "ends_of_run"),
+    # what it reports
+    *("logged_metrics", "rollout_metrics", "run_metrics", "metric_directions", "evaluation_rows", "degeneration"),
+    # baselines and evaluation
+    *("fine_tuning", "baselines/kd", "baselines/seqkd", "teacher_data"),
+    *("evaluation/evaluate", "evaluation/metrics", "answers", "divergence", "exposure_bias", "calibration"),
+    *("statistics", "significance", "comparison", "frontier", "task_measures"),
 )
 # Tests that run the core in their own process
 TESTS = tuple(
     str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
     for name in (
-        *("objectives", "exact_gradient", "original_code", "fused_head", "sampling", "rollout_sampler", "teacher"),
-        "speculative",
-        *("language_modeling", "degeneration", "metrics", "trainer_gradient", "whole_steps", "rollout_scores"),
-        *("variance_reduction", "trainer", "trainer_options", "exact_metrics", "families", "adapters"),
-        *("reliable_runs", "distributed", "mixed_precision", "drop_in", "loss", "divergence", "exposure_bias"),
-        *("evaluation", "tool_scores", "logits_processor", "end_tokens", "ends_of_run"),
-        *("divergences", "positions", "given_completions", "teacher_replacement", "spans", "top_k"),
-        *("spans", "cross_tokenizer", "stored"),
+        *("objectives", "divergences", "loss", "positions", "variance_reduction", "exact_gradient", "original_code"),
+        *("fused_head", "packed_weights", "trained_products", "spans", "cross_tokenizer", "top_k"),
+        *("sampling", "compiled_sampling", "speculative", "engine_drafts", "teacher_replacement", "logits_processor"),
+        *("rollout_sampler", "rollout_buffer", "rollout_scores", "tool_scores", "several_teachers", "stored"),
+        *("teacher", "reference", "families", "adapters", "merged_adapters", "attention", "encoding", "end_tokens"),
+        *("shrink", "remote_teacher"),
+        *("trainer", "trainer_gradient", "trainer_options", "trl_contract", "whole_steps", "exact_metrics", "config"),
+        *("language_modeling", "given_completions", "decoding_setup", "vllm_drafts", "mixing_choice", "drop_in"),
+        *("mixed_precision", "distributed", "trained_weights", "reliable_runs", "resumed_settings", "ends_of_run"),
+        *("degeneration", "metric_directions", "kd", "seqkd"),
+        *("evaluation", "evaluate_command", "evaluate_tasks", "metrics", "divergence", "exposure_bias"),
+        *("calibration", "statistics", "compare", "frontier"),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks"
@@ -220,20 +235,18 @@ def trace_test(files: dict[str, Path], test: str) -> Trace:
 
 
 def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
-    """Return the trace in `path`, made again if the code has changed; it is written after each test file."""
-    digest = hashlib.sha1()
+    """Return the trace in `path`, written after each test file, and made again where the code or the test changed."""
     own = {Path(__file__), Path(__file__).with_name("mutants.py")}
-    for source in sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")} - own):
-        digest.update(source.read_bytes())
+    every = {*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")} - own
+    shared = b"".join(source.read_bytes() for source in sorted(every) if not source.name.startswith("test_"))
+    code = {test: hashlib.sha1(shared + (ROOT / test).read_bytes()).hexdigest() for test in tests}
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    if stored.get("code") != digest.hexdigest():
-        stored = {"code": digest.hexdigest(), "traces": {}}
     path.parent.mkdir(exist_ok=True)  # __pycache__ does not exist under PYTHONDONTWRITEBYTECODE
     for test in tests:
-        if test not in stored["traces"]:
-            stored["traces"][test] = trace_test(files, test)
+        if stored.get(test, {}).get("code") != code[test]:
+            stored[test] = {"code": code[test], "trace": trace_test(files, test)}
             path.write_text(json.dumps(stored))
-    return {name: entry for test in tests for name, entry in stored["traces"][test].items()}
+    return {name: entry for test in tests for name, entry in stored[test]["trace"].items()}
 
 
 def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
@@ -286,25 +299,28 @@ def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -
     return result | ({"tests": len(tests)} if result["outcome"] == "survived" else {})
 
 
+def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant]:
+    """Return the chosen share of a module's mutants; a smaller share, or number, is part of a larger one."""
+    draws = {mutant.id: random.Random(f"{arguments.seed} {mutant.id}").random() for mutant in found}
+    chosen = [mutant for mutant in found if draws[mutant.id] < arguments.share and arguments.only in mutant.id]
+    return sorted(chosen, key=lambda mutant: draws[mutant.id])[: arguments.most]
+
+
 def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     files = source_files(arguments.modules)
     preload(TESTS)
-    trace = load_trace(arguments.trace, source_files(MODULES), [test for test in TESTS if (ROOT / test).exists()])
+    trace = load_trace(arguments.trace, source_files(MODULES), arguments.tests)
     results: dict[str, dict[str, Any]] = {}
     if arguments.results.is_file():
         results = json.loads(arguments.results.read_text())["results"]
     for module, path in files.items():
         found = mutants(path.read_text(), module)
-        known = {mutant.id for mutant in found}
-        for identity in [name for name in results if name.split("::")[0] == module and name not in known]:
-            del results[identity]
-        for mutant in found:
-            if arguments.only not in mutant.id:
-                continue
-            draw = random.Random(f"{arguments.seed} {mutant.id}").random()  # so that shares are nested
-            stored = results.get(mutant.id, {})
-            current = stored.get("function_hash") == mutant.function_hash
-            if draw >= arguments.share or (current and stored["outcome"] not in arguments.again):
+        current = {mutant.id: mutant.function_hash for mutant in found}
+        for name in [name for name in results if name.split("::")[0] == module]:
+            if results[name]["function_hash"] != current.get(name):
+                del results[name]  # of code that has changed
+        for mutant in drawn(found, arguments):
+            if mutant.id in results and results[mutant.id]["outcome"] not in arguments.again:
                 continue
             start = time.monotonic()
             kills = Counter(result.get("by") for result in results.values())
@@ -333,7 +349,7 @@ def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> 
             if result["outcome"] != "killed" and identity in verdicts:
                 result["verdict"] = verdicts[identity]
     record = {
-        "command": f"python tests/mutation_sweep.py --seed {arguments.seed} --share {arguments.share}",
+        "command": " ".join(["python", "tests/mutation_sweep.py", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "trl", "transformers", "pytest")},
@@ -358,8 +374,10 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", default=MODULES, choices=MODULES, metavar="MODULE")
+    parser.add_argument("--tests", nargs="+", default=TESTS, choices=TESTS, metavar="FILE", help="run these alone")
     parser.add_argument("--only", default="", help="part of the mutants' ids, such as the name of a function")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn by the seed")
+    parser.add_argument("--most", type=int, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--seconds", type=float, default=45.0, help="of tests for a mutant, by their time in the trace"
