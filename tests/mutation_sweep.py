@@ -78,7 +78,7 @@ TESTS = tuple(
         *("calibration", "statistics", "compare", "frontier"),
     )
 )
-NOT_THOSE = "not distributed and not cli and not notebooks"
+NOT_THOSE = "not distributed and not cli and not notebooks and not slow"
 PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
 PATIENCE = 8.0  # a test may take this many times its time in the trace
 
@@ -113,7 +113,7 @@ class Tracer:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
         self._lines, self._passed = [set()], True
-        start = time.perf_counter()
+        start = time.process_time()
         sys.settrace(self._call)
         try:
             result = yield
@@ -128,7 +128,7 @@ class Tracer:
             by_module: dict[str, list[int]] = {}
             for module, line in sorted(lines):
                 by_module.setdefault(module, []).append(line)
-            self.found[item.nodeid] = {"seconds": round(time.perf_counter() - start, 3), "lines": by_module}
+            self.found[item.nodeid] = {"seconds": round(time.process_time() - start, 3), "lines": by_module}
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -156,7 +156,7 @@ class FirstFailure:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
-        # CPU time, as the machine may be busy
+        # CPU time, here as in the trace: the machine may be busy
         signal.setitimer(signal.ITIMER_PROF, 30 + PATIENCE * self._trace[item.nodeid]["seconds"])
         try:
             return (yield)
