@@ -308,7 +308,7 @@ def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant
 
 def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     files = source_files(arguments.modules)
-    preload(TESTS)
+    preload(arguments.tests)
     trace = load_trace(arguments.trace, source_files(MODULES), arguments.tests)
     results: dict[str, dict[str, Any]] = {}
     if arguments.results.is_file():
