@@ -50,6 +50,10 @@ SKIPPED_METHODS = {
 }
 # Decorators that change what a function computes, not how it is called
 DROPPED_DECORATORS = ("no_grad", "without_cudnn_attention", "inference_mode")
+# Calls whose first two arguments may be swapped
+SYMMETRIC = ("transpose", "maximum", "minimum", "logaddexp")
+# Keywords that only check, or act on an accelerator alone
+LEFT_ALONE = ("strict", "device")
 # Calls whose arguments are messages
 MESSAGES = ("logger", "warnings", "logging")
 
@@ -172,6 +176,8 @@ def _is_left_alone(node: ast.AST) -> bool:
     """Return whether a node is never mutated: messages, imports, and code for type checkers."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return True
+    if isinstance(node, ast.keyword):
+        return node.arg in LEFT_ALONE
     call = node.value if isinstance(node, ast.Expr) else node
     if isinstance(call, ast.Call):
         root = call.func
@@ -272,9 +278,10 @@ def _of_constant(node: ast.Constant) -> Iterator[Change]:
 
 def _of_call(node: ast.Call) -> Iterator[Change]:
     for index, keyword in enumerate(node.keywords):
-        if keyword.arg is not None:
+        if keyword.arg is not None and keyword.arg not in LEFT_ALONE:
             yield "dropped keyword", _with(node, keywords=_without(node.keywords, index))
-    for index in range(len(node.args) - 1):
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    for index in range(0 if name not in SYMMETRIC else 2, len(node.args) - 1):
         pair = node.args[index : index + 2]
         if not any(isinstance(argument, ast.Starred) for argument in pair) and ast.dump(pair[0]) != ast.dump(pair[1]):
             args = [*node.args[:index], pair[1], pair[0], *node.args[index + 2 :]]
@@ -284,12 +291,18 @@ def _of_call(node: ast.Call) -> Iterator[Change]:
     if isinstance(node.func, ast.Attribute):
         if node.func.attr in NAMES:
             yield "function", _with(node, func=_with(node.func, attr=NAMES[node.func.attr]))
-        if node.func.attr in SKIPPED_METHODS and not _is_module(node.func.value):
+        if node.func.attr in SKIPPED_METHODS and not _is_module(node.func.value) and not _is_move(node):
             yield "skipped method", node.func.value
     for index, keyword in enumerate(node.keywords):
         if keyword.arg in ("min", "max"):
             other = _with(keyword, arg="max" if keyword.arg == "min" else "min")
             yield "function", _with(node, keywords=[*node.keywords[:index], other, *node.keywords[index + 1 :]])
+
+
+def _is_move(node: ast.Call) -> bool:
+    """Return whether a call moves a tensor to another device, which changes nothing on a CPU."""
+    method = ast.unparse(node.func).rpartition(".")[2]
+    return method == "cpu" or (method == "to" and all(ast.unparse(each).endswith("device") for each in node.args))
 
 
 def _is_module(node: ast.AST) -> bool:

@@ -32,11 +32,20 @@ def use_onednn_products(model: torch.nn.Module) -> None:
     if not packs_weights():
         return
     for module in model.modules():
-        if type(module) not in (torch.nn.Linear, Conv1D) or "forward" in vars(module):
+        if type(module) not in (torch.nn.Linear, Conv1D) or not _has_plain_forward(module):
             continue
         weight: Any = module.weight
         if weight.device.type == "cpu" and weight.numel() >= LEAST_ELEMENTS:
             override_forward(module, _forward)
+
+
+def _has_plain_forward(module: torch.nn.Module) -> bool:
+    """Return whether a module runs the method of its class.
+
+    A pickle does not keep a method that [`override_forward`] made: a model that was saved whole and loaded has that of
+    the class as an attribute.
+    """
+    return getattr(module.forward, "__func__", None) is type(module).forward
 
 
 def _forward(self: Any, replaced: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:

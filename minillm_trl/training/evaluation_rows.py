@@ -11,6 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils import data
 
+from ..errors import UserError
+
 Row = dict[str, Any]
 Blank = Callable[[Row], Row]
 
@@ -77,10 +79,20 @@ def fill_rows(
         args ([`~transformers.TrainingArguments`]): arguments of the run.
         blank (`Callable`): turns a row into a filler.
         repeats (`int`, *optional*, defaults to `1`): how often the sampler yields each row.
+
+    Raises:
+        UserError: if a batch over all processes would end between the repeats of a row.
     """
-    if accelerator.num_processes == 1:
+    processes = accelerator.num_processes
+    multiple = batch_size if args.accelerator_config.split_batches else batch_size * processes
+    if multiple % repeats:
+        raise UserError(
+            f"An evaluation batch has {multiple} rows on {processes} process(es), which is not a multiple of the "
+            f"{repeats} samples of a prompt (num_generations_eval). Set per_device_eval_batch_size="
+            f"{repeats // math.gcd(repeats, processes)} or a multiple of it."
+        )
+    if processes == 1:
         return dataset
-    multiple = batch_size if args.accelerator_config.split_batches else batch_size * accelerator.num_processes
     if isinstance(dataset, data.IterableDataset):
         loading = accelerator.dataloader_config
         if loading.dispatch_batches is None:  # the default for streams is True, which fails if batch widths differ

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from evaluation_run import CASES, evaluate, evaluate_minillm, evaluate_tuning
 from test_kd import batch_of, by_hand, make_fine_tuning, make_trainer
 from torch.utils.data import IterableDataset
 
-from minillm_trl.training.evaluation_rows import FilledDataset, FilledStream
+from minillm_trl.errors import UserError
+from minillm_trl.training.evaluation_rows import FilledDataset, FilledStream, fill_rows
 from minillm_trl.training.logged_metrics import (
     baseline_totals,
     completion_sums,
@@ -29,6 +32,19 @@ def values(metrics: dict) -> dict[str, float]:
     """What an evaluation has measured, without times and what is no number."""
     times = ("runtime", "per_second", "preparation_time")
     return {name: value for name, value in metrics.items() if not name.endswith(times) and value == value}
+
+
+def test_batch_that_would_end_between_the_samples_of_a_prompt_is_refused():
+    def filled(batch_size: int, processes: int) -> Any:
+        accelerator = SimpleNamespace(num_processes=processes)
+        args = SimpleNamespace(accelerator_config=SimpleNamespace(split_batches=False), dataloader_drop_last=False)
+        return fill_rows([{"prompt": "a"}] * 3, batch_size, accelerator, args, dict, repeats=4)
+
+    for batch_size, processes, advice in ((2, 1, 4), (6, 1, 4), (1, 2, 2), (3, 3, 4)):
+        with pytest.raises(UserError, match=f"num_generations_eval.*per_device_eval_batch_size={advice} "):
+            filled(batch_size, processes)
+    assert len(filled(4, 1)) == 3
+    assert len(filled(4, 2)) == 4  # a batch of eight rows has two prompts
 
 
 class TestEvaluation:

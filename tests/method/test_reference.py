@@ -1,5 +1,7 @@
 """What `beta` refers to, and the base that a teacher's adapter shares, are what the student was."""
 
+import re
+
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
@@ -119,11 +121,16 @@ class TestBeta:
         assert all("ref" not in name for name, each in student.named_parameters() if each.requires_grad)
 
     def test_whole_student_that_has_changed_since_it_was_loaded_is_refused(self, tmp_path, model_dir, teacher):
-        student = load(model_dir("gpt2"))
+        student, reference = load(model_dir("gpt2")), load(model_dir("gpt2"))
+        ids = torch.arange(1, 17)[None]
         with torch.no_grad():
             student.transformer.ln_f.weight.mul_(1.2)
-        with pytest.raises(ValueError, match=r"the student has changed since it was loaded.* KL is [\d.e-]+ nats"):
+            q, p = (model.eval()(ids).logits.double().log_softmax(dim=-1) for model in (student, reference))
+        message = r"the student has changed since it was loaded.* KL is ([\d.e-]+) nats"
+        with pytest.raises(ValueError, match=message) as refusal:
             train(tmp_path, student, teacher, beta=0.1)
+        found = float(re.search(message, str(refusal.value))[1])
+        assert found == pytest.approx((q.exp() * (q - p)).sum(dim=-1).mean().item(), rel=0.05)
 
     @pytest.mark.parametrize("precision", ["float32", "bf16"])
     def test_whole_student_as_loaded_passes(self, tmp_path, model_dir, teacher, precision: str):

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from minillm_trl.models import packed_weights as module_under_test
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
-from minillm_trl.models.packed_weights import packed_weights, packs_weights
+from minillm_trl.models.packed_weights import multiply, packed_weights, packs_weights
 from minillm_trl.rollouts.sampling import sample_prompts
 
 pytestmark = pytest.mark.skipif(not packs_weights(), reason="packs weights on x86 CPUs only")
@@ -59,6 +59,22 @@ def test_logits_are_equal_within_rounding(kind):
             of_head = head.logits(states, 500)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(of_head, expected[..., :500], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_layers_multiply_with_onednn(monkeypatch):
+    model, shapes = make_model("llama"), []
+
+    def noting(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        shapes.append(tuple(states.shape))
+        return multiply(states, weight, bias)
+
+    monkeypatch.setattr(module_under_test, "multiply", noting)
+    with torch.no_grad(), packed_weights([model], tokens=16):
+        layers = len(packed_modules(model))
+        model(IDS)
+        assert len(shapes) == layers > 1
+        assert model.model.layers[0].mlp.up_proj(torch.ones(0, 160)).shape == (0, 512)
+    assert len(shapes) == layers
 
 
 def test_small_layers_and_other_precisions_stay_as_they_are():

@@ -66,15 +66,27 @@ def test_weights_are_copies_and_ties_are_kept():
     assert model.get_input_embeddings().weight.abs().max() > 0
 
 
-def test_half_precision_stays():
-    small = shrink(build_model("llama", layers=LAYERS).to(torch.bfloat16), [0, 1, 5])
+def test_half_precision_and_attention_stay():
+    model = build_model("llama", layers=LAYERS).to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    small = shrink(model, [0, 1, 5])
     assert small.dtype == torch.bfloat16
+    assert small.config._attn_implementation == "eager"
+
+
+def test_model_in_training_mode_is_shrunk_without_its_dropout():
+    model = build_model("gpt2", layers=LAYERS)
+    assert model.config.attn_pdrop > 0
+    expected = logits(shrink(model, [0, 5]))
+    assert torch.equal(logits(shrink(model.train(), [0, 5])), expected)
+    assert model.training
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_influence_is_one_minus_the_mean_cosine_of_what_goes_in_and_out(family: str):
     model = build_model(family, layers=LAYERS)
     found = block_influence(model, [(IDS, MASK), (IDS[:1], MASK[:1])])
+    assert not found.requires_grad
     states = {}
     for index, layer in enumerate(decoder_layers(model)[1]):
         layer.register_forward_hook(

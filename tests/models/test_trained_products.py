@@ -10,13 +10,18 @@ from test_trainer import make_trainer, weights
 from transformers.pytorch_utils import Conv1D
 
 from minillm_trl.models import trained_products
+from minillm_trl.models.fused_head import add_scoring
 from minillm_trl.models.loading import load_model
-from minillm_trl.models.packed_weights import packed_weights, packs_weights
+from minillm_trl.models.packed_weights import packed_weights, packs_weights, suits_onednn
 from minillm_trl.models.trained_products import LEAST_ROWS, use_onednn_products
 
 pytestmark = pytest.mark.skipif(not packs_weights(), reason="oneDNN's products are used on x86 CPUs only")
 
 IDS = torch.arange(80).view(8, 10)
+
+
+class Sharded(torch.Tensor):
+    """A weight that is not a plain tensor."""
 
 
 @pytest.fixture
@@ -118,10 +123,32 @@ def test_where_it_does_not_pay_products_stay_as_they_are(calls):
     with torch.backends.mkldnn.flags(enabled=False):
         layer(torch.randn(80, 256))
     layer.double()(torch.randn(80, 256, dtype=torch.float64))
+    layer.float().weight = torch.nn.Parameter(torch.randn(300, 256).as_subclass(Sharded))
+    layer(torch.randn(80, 256))
     small = torch.nn.Linear(128, 128)
     use_onednn_products(small)
     small(torch.randn(80, 128))
     assert not calls
+
+
+def test_arguments_that_a_layer_does_not_take_are_refused_as_by_the_layer(calls):
+    layer = torch.nn.Linear(256, 300)
+    use_onednn_products(layer)
+    with pytest.raises(TypeError):
+        layer(torch.randn(80, 256), scale=2.0)
+    layer(input=torch.randn(80, 256))
+    assert not calls
+
+
+@pytest.mark.parametrize("suits", [suits_onednn, trained_products._suits])
+def test_compiled_code_keeps_its_own_products(suits):
+    def chosen(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return states + 1 if suits(states, weight) else states
+
+    states, weight = torch.zeros(80, 256), torch.zeros(300, 256)
+    with torch.no_grad():
+        assert chosen(states, weight).any()
+        assert not torch.compile(chosen, backend="eager", fullgraph=True)(states, weight).any()
 
 
 def test_models_can_still_be_packed_and_copied(calls):
@@ -145,6 +172,27 @@ def test_models_of_subcommands_score_with_them(tmp_path, calls):
         found = model(IDS).logits
     assert calls
     torch.testing.assert_close(found, make_model("llama").eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_models_saved_whole_keep_their_weights_and_get_the_products_again(tmp_path, calls):
+    """As by `torch.save(trainer.model)`; the trained model also has a head that scores."""
+    model = make_model("llama")
+    use_onednn_products(model)
+    add_scoring(model, 600)
+    expected = model(IDS).logits
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.zero_()
+    calls.clear()
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not calls
+    for _ in range(2):  # the second time changes nothing
+        use_onednn_products(loaded)
+        calls.clear()
+        torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 7  # the feed-forward layers of two blocks, and the head
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)

@@ -1,6 +1,7 @@
 """SKD's sampler: the law of its tokens by enumeration, and what it does in training."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_trainer import make_trainer, weights
 import minillm_trl.rollouts.teacher_replacement
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.presets import preset
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.rollout_sampler import RolloutSampler
 from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
 from minillm_trl.rollouts.scores import RolloutScorer
@@ -82,6 +84,17 @@ def test_k_of_the_whole_vocabulary_accepts_everything():
     # the draft of a whole completion is that of its first key
     options["keys"] = [(*key, 1) for key in keys]
     assert corrected == build_sampler(teacher, None).sample(student, [PROMPT] * 40, **options).completions
+
+
+def test_drafts_run_in_compiled_steps():
+    student, teacher = build_pair()
+    options = {"keys": [(5, row) for row in range(2)], "coin_key": (0,), "max_new_tokens": 6}
+    sampler = build_sampler(teacher, TOP_K)
+    expected = sampler.sample(student, [PROMPT] * 2, **options).completions
+    compiled = CompiledDecoding(student, "eager")
+    assert replace(sampler, compiled=compiled).sample(student, [PROMPT] * 2, **options).completions == expected
+    ran, asked = compiled.take_counts()
+    assert ran == asked > 0
 
 
 def test_prompts_with_given_completions_keep_them():

@@ -66,6 +66,37 @@ def test_teacher_that_is_quantised_or_on_several_devices_is_not_compiled(tmp_pat
     assert choose(teacher, args) is None
 
 
+def test_teacher_on_the_base_of_the_student_is_not_compiled():
+    args = SimpleNamespace(teacher_mixed_alpha=0.2, offload_teacher=False, teacher_shares_base=True)
+    assert minillm_trl.training.decoding_setup._teacher_to_compile(None, args) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "decodes", "checked"),
+    [
+        ({}, True, ["student", "teacher"]),
+        ({}, False, []),
+        ({"teacher_mixed_alpha": 0.0}, True, ["student"]),
+        ({"compile_rollouts": "inductor"}, True, ["student", "teacher", "steps of student", "steps of teacher"]),
+        ({"compile_rollouts": "inductor", "teacher_mixed_alpha": 0.0}, True, ["student", "steps of student"]),
+        ({"compile_rollouts": "inductor"}, False, []),
+    ],
+    ids=str,
+)
+def test_every_model_that_draws_tokens_is_checked(tmp_path, monkeypatch, options: dict, decodes: bool, checked: list):
+    trainer = make_trainer(tmp_path, **options)
+    setup, found = minillm_trl.training.decoding_setup, []
+    monkeypatch.setattr(setup, "check_decoding", lambda model, name: found.append((model, name)))
+    monkeypatch.setattr(
+        setup, "check_compiled_decoding", lambda model, name: found.append((model, f"steps of {name}"))
+    )
+    student = build_model("gpt2")
+    prepare_decoding(student, trainer._teacher, trainer.args, decodes)
+    assert [name for _, name in found] == checked
+    for model, name in found:
+        assert model is (student if "student" in name else trainer.teacher_model)
+
+
 def test_compiling_is_refused_where_trl_samples(tmp_path):
     with pytest.raises(ValueError, match="compile_rollouts='auto' has no effect with top_p"):
         make_config(tmp_path, compile_rollouts="auto", top_p=0.9, teacher_mixed_alpha=0.0)

@@ -65,6 +65,7 @@ class FakeSampler:
     """Takes no time and samples three tokens."""
 
     mixing: str = "coins"
+    alpha: float = 0.5
 
     def sample(self, *args) -> SimpleNamespace:
         return SimpleNamespace(completions=[[1, 2, 3]])
@@ -92,6 +93,18 @@ class TestAuto:
         assert len(calls) == 1
         assert f"mixing='auto' chose '{faster}'" in caplog.text
         assert torch.equal(*map(weights, runs))
+
+    def test_first_rollout_is_measured_and_no_evaluation(self, monkeypatch):
+        choice, student = MixingChoice("auto", Accelerator(cpu=True), is_sharded=False), build_model("gpt2", 40)
+        assert choice.applied_to(alone := build_sampler(0.0), student, PROMPTS, 6) is alone
+        assert choice.method == "auto"
+        chosen = choice.applied_to(build_sampler(0.5), student, PROMPTS, 6).mixing
+        assert chosen == choice.method in ("coins", "speculative")
+        self.fake(monkeypatch, next(name for name in ("coins", "speculative") if name != chosen))
+        assert choice.applied_to(build_sampler(0.5), student, PROMPTS, 6).mixing == chosen
+        assert choice.state() == {"mixing": chosen}
+        choice.reset()
+        assert choice.method == "auto"
 
     def test_resumed_run_keeps_the_choice(self, tmp_path, monkeypatch):
         options = {"mixing": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "num_iterations": 1}

@@ -17,6 +17,7 @@ from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
 
 from minillm_trl.errors import UserError
 from minillm_trl.objectives import mixture_logps
+from minillm_trl.training.vllm_drafts import update_vllm
 
 SPECULATIVE = {"use_vllm": True, "mixing": "speculative", "teacher_mixed_alpha": 0.5}
 
@@ -105,6 +106,23 @@ def test_training_mixes_with_drafts_of_the_current_weights(tmp_path, mixing: str
         assert one["ignore_eos"]
         assert one["logprobs"] == 0
         assert 1 <= one["max_tokens"] <= trainer.max_completion_length
+
+
+def test_weights_go_to_vllm_once_after_each_update(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SPECULATIVE)
+    copied = []
+    monkeypatch.setattr(trainer.vllm_generation, "sync_weights", lambda: copied.append(trainer.state.global_step))
+    for step in (0, 0, 1, 1):
+        trainer.state.global_step = step
+        update_vllm(trainer)
+    assert copied == [0, 1]
+
+
+def test_without_mixing_vllm_samples_whole_rollouts(tmp_path):
+    trainer = make_trainer(tmp_path, use_vllm=True, teacher_mixed_alpha=0.0, max_steps=1, num_iterations=1)
+    trainer.train()
+    assert trainer.vllm_generation.whole_rollouts == 1
+    assert not trainer.vllm_generation.llm.parameters
 
 
 def test_batch_has_the_fields_and_the_values_of_a_mixed_rollout(tmp_path):
