@@ -2,7 +2,7 @@
 
     python benchmarks/iteration_real.py --student PATH --teacher PATH --prompts PATH [--repeats 2]
 
-trains SmolLM2's 64M student (`recipes/smollm2-64m`) for one iteration with the paper's mixing (alpha = 0.2): a
+trains a student of 64M, ten layers of SmolLM2 healed as in `recipes/smollm2-92m`, for one iteration with the paper's mixing (alpha = 0.2): a
 rollout of `--rows` completions, its scores, and four passes over it, which are four updates. TRL's
 DistillationTrainer (beta = 1) does as many updates with as many rows, and samples in each. Prompts are the first ones
 of a JSONL of conversations (`prepare-data --task dolly`), completions have their natural lengths up to
@@ -207,7 +207,7 @@ def main() -> None:
             rounds[-1][name] = run(name, repeat, options)
             print(f"{repeat}: {name}: {rounds[-1][name]}", flush=True)
     settings = {
-        "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed (recipes/smollm2-64m)",
+        "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed as in recipes/smollm2-92m",
         "teacher": "SmolLM2-135M-Instruct",
         "rows_per_update": options.rows,
         "rows_per_rollout": options.rows * options.mini_batches,

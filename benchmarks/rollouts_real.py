@@ -184,7 +184,7 @@ def main() -> None:
             print(f"{name}: {tokens / answers[name]['seconds']:.0f} tokens per CPU-second", flush=True)
         rounds.append(answers)
         settings = {
-            "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed (recipes/smollm2-64m)",
+            "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed as in recipes/smollm2-92m",
             "teacher": "SmolLM2-135M-Instruct",
             "before": subprocess.run(
                 ["git", "-C", str(arguments.before), "rev-parse", "HEAD"], capture_output=True, text=True, check=True

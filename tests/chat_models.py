@@ -55,13 +55,13 @@ def save_chat_model(folder: Path, eos: str | None, ends: int | list[int] | None,
 
 
 def save_small_smollm2(folder: Path) -> Path:
-    """Save a model with SmolLM2-135M's number of layers, whose tokenizer pads with its end token as SmolLM2's does."""
+    """Save a model with SmolLM2-135M's layers and channels, whose tokenizer pads with its end token as SmolLM2's does."""
     tokenizer = build_chat_tokenizer(TURN_END)
     tokenizer.pad_token = TURN_END
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
-        intermediate_size=16,
+        intermediate_size=1536,
         num_hidden_layers=30,
         num_attention_heads=2,
         tie_word_embeddings=True,

@@ -4,7 +4,7 @@
 
 The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
 
-1. The first stages of `recipes/smollm2-64m`: data, a student of 64M parameters by `shrink`, the teacher's
+1. The first stages of `recipes/smollm2-92m`: data, a student of 92M parameters by `shrink`, the teacher's
    answers, healing. Every method starts from the healed student.
 2. For each method a few updates to measure the seconds of one, so that all methods train for as long as `Scale` says.
 3. Each method at the first training seed and at `LEARNING_RATES`, measured on the validation prompts.
@@ -39,7 +39,7 @@ from real_measures import SOURCES, evaluate, missing_parts, prepare_test_sets
 from resumable_jobs import Job, Run, read_record, work, write_record_of_run
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "smollm2-64m"
+RECIPE = ROOT / "recipes" / "smollm2-92m"
 RESULTS = Path(__file__).parents[1] / "results" / "real"
 STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 SEEDS = (3, 4)

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--models",
         choices=("e2e", "smollm2"),
         default="e2e",
-        help="e2e: two small models from scratch (the default); smollm2: SmolLM2-135M-Instruct and a student of 64M",
+        help="e2e: two small models from scratch (the default); smollm2: SmolLM2-135M-Instruct and a student of 92M",
     )
     parser.add_argument(
         "--output_dir",

@@ -11,7 +11,7 @@ from . import recipe
 from .launch import recipes_folder
 from .stages import read_recipe
 
-RECIPE = "smollm2-64m"
+RECIPE = "smollm2-92m"
 ANSWERS = 10
 _SHOWN = {"teacher": "teacher", "heal": "healed student", "minillm": "MiniLLM student"}
 

@@ -261,7 +261,7 @@ def test_pages_say_what_was_measured():
     results = root / "benchmarks" / "results"
     healing = json.loads((results / "real" / "cpu" / "heal.json").read_text())["healing"]
     minutes = {stage: round(seconds / 60) for stage, seconds in healing["seconds"].items()}
-    page = " ".join((root / "recipes" / "smollm2-64m" / "README.md").read_text().split())
+    page = " ".join((root / "recipes" / "smollm2-92m" / "README.md").read_text().split())
     assert f"the answers took {minutes['answers']} minutes and the healing {minutes['heal']}." in page
     first, last = healing["forward_kl"][0], healing["forward_kl"][-1]
     assert f"from {first:.1f} nats a token in the first ten updates to {last:.1f} in the last ten" in page

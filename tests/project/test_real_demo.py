@@ -54,7 +54,8 @@ def test_runs_from_folders_and_resumes(tmp_path, teacher, dolly, short_recipe, c
     printed = capfd.readouterr().out
     assert printed.count("MiniLLM student:") == 10
     runs = tmp_path / "run" / "runs" / "smollm2"
-    assert json.loads((runs / "start" / "config.json").read_text())["num_hidden_layers"] == 10
+    config = json.loads((runs / "start" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (24, 1024)
     made = (runs / "minillm" / "model.safetensors").stat().st_mtime_ns
     assert main(words) == 0
     assert "MiniLLM student:" in capfd.readouterr().out
