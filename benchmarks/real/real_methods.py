@@ -37,7 +37,7 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale(batch=8, answer_tokens=64, seconds=480, validation_rows=50, test_rows=100),
+    "cpu": Scale(batch=8, answer_tokens=64, seconds=300, validation_rows=40, test_rows=80),
     "gpu": Scale(
         batch=32,
         answer_tokens=256,

@@ -78,9 +78,18 @@ class Benchmark:
             return self.folder / "runs" / "smollm2" / name
         return self.folder / "models" / name
 
+    @cached_property
+    def recipe(self) -> dict[str, dict[str, Any]]:
+        """The options of the recipe's stages at this scale: what student and teacher's answers depend on."""
+        return {
+            stage: yaml.safe_load((RECIPE / f"{stage}.yaml").read_text()) | self.scale.recipe.get(stage, {})
+            for stage in STAGES
+        }
+
     def record(self, name: str) -> dict[str, Any]:
-        """Return the finished parts of a run, if its settings are still the same; an empty one otherwise."""
-        return read_record(RESULTS / self.scale_name / f"{name}.json")
+        """Return the finished parts of a run, if its student is still made in the same way; an empty one otherwise."""
+        record = read_record(RESULTS / self.scale_name / f"{name}.json")
+        return record if record.get("recipe") == self.recipe else {}
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write the record of a run with the facts that every record has."""
@@ -91,12 +100,13 @@ class Benchmark:
             "commit": commit(),
             "machine": machine(),
             "versions": {name: version(name) for name in PACKAGES},
+            "recipe": self.recipe,
         }
         write_record_of_run(RESULTS / self.scale_name / f"{name}.json", facts | record)
 
 
 def identity(benchmark: Benchmark, run: Run) -> dict[str, Any]:
-    """Return all that the numbers of a run depend on, except for code, healed student and machine."""
+    """Return all that the numbers of a run depend on, except for the recipe, code and machine."""
     from real_methods import METHODS
 
     method = asdict(METHODS[run.method])
@@ -118,7 +128,7 @@ def run_stages(benchmark: Benchmark) -> None:
     os.chdir(benchmark.folder)
     for stage, subcommand in STAGES.items():
         done = benchmark.folder / "stages" / f"{stage}.json"
-        values = yaml.safe_load((RECIPE / f"{stage}.yaml").read_text()) | benchmark.scale.recipe.get(stage, {})
+        values = dict(benchmark.recipe[stage])
         if stage == "teacher":
             values["model"] = benchmark.teacher
         if stage == "dolly" and benchmark.dolly is not None:

@@ -186,6 +186,15 @@ def test_lacking_measures_are_added_while_the_model_exists(benchmark, monkeypatc
     assert not capsys.readouterr().out
 
 
+def test_record_of_another_student_does_not_count(benchmark):
+    benchmark.write("heal", {"validation": {}})
+    assert "validation" in benchmark.record("heal")
+    scale = replace(SMALL, recipe=SMALL.recipe | {"start": {"num_layers": 12, "layers": None}})
+    vars(benchmark)["scale"] = scale  # a cached property
+    del vars(benchmark)["recipe"]
+    assert benchmark.record("heal") == {}
+
+
 def test_further_test_set_is_added_to_a_record(benchmark):
     parts = {part: {} for part in ("test", "answers", "distinct")}
     benchmark.write("teacher", parts | {"other_prompts": {"selfinst": {}}})
