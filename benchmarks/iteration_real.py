@@ -2,10 +2,10 @@
 
     python benchmarks/iteration_real.py --student PATH --teacher PATH --prompts PATH [--repeats 2]
 
-trains a student of 64M, ten layers of SmolLM2 healed as in `recipes/smollm2-92m`, for one iteration with the paper's mixing (alpha = 0.2): a
-rollout of `--rows` completions, its scores, and four passes over it, which are four updates. TRL's
-DistillationTrainer (beta = 1) does as many updates with as many rows, and samples in each. Prompts are the first ones
-of a JSONL of conversations (`prepare-data --task dolly`), completions have their natural lengths up to
+trains a student of 64M, ten layers of SmolLM2 healed as in `recipes/smollm2-92m`, for one iteration with the paper's
+mixing (alpha = 0.2): a rollout of `--rows` completions, its scores, and four passes over it, which are four updates.
+TRL's DistillationTrainer (beta = 1) does as many updates with as many rows, and samples in each. Prompts are the first
+ones of a JSONL of conversations (`prepare-data --task dolly`), completions have their natural lengths up to
 `--max_new_tokens`. Precision, optimizer, temperature and rate are the same. `--mini_batches 4` makes a rollout of four
 mini-batches, which are 16 updates.
 

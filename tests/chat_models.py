@@ -55,7 +55,7 @@ def save_chat_model(folder: Path, eos: str | None, ends: int | list[int] | None,
 
 
 def save_small_smollm2(folder: Path) -> Path:
-    """Save a model with SmolLM2-135M's layers and channels, whose tokenizer pads with its end token as SmolLM2's does."""
+    """Save a model with as many layers and channels as SmolLM2-135M, whose tokenizer pads with its end token too."""
     tokenizer = build_chat_tokenizer(TURN_END)
     tokenizer.pad_token = TURN_END
     config = LlamaConfig(
