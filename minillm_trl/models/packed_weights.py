@@ -84,7 +84,21 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
 
 def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return W h + b with oneDNN, `(..., H) -> (..., V)`, for a weight `(V, H)` that may be packed."""
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    rows = pad_rows(states.flatten(0, -2))
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    count = states.shape[:-1].numel()
+    return product[:count].view(*states.shape[:-1], product.shape[-1])
+
+
+def pad_rows(states: torch.Tensor) -> torch.Tensor:
+    """Append rows of zeros, at most a sixteenth, so that products have few different numbers of rows, `(R, H)`.
+
+    oneDNN compiles a kernel for each shape and keeps it with its memory, so without this the memory of a run grows
+    with every batch of another length.
+    """
+    rows = len(states)
+    step = max(1, 1 << rows.bit_length() >> 5)  # a sixteenth of the largest power of two that is not above `rows`
+    return torch.nn.functional.pad(states, (0, 0, 0, -rows % step)) if rows % step else states
 
 
 def suits_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from .forward_methods import override_forward
-from .packed_weights import LEAST_ELEMENTS, is_plain_float32, multiply, packs_weights
+from .packed_weights import LEAST_ELEMENTS, is_plain_float32, multiply, packs_weights, pad_rows
 
 # Rearranging a weight takes about as long as multiplying it with a few rows
 LEAST_ROWS = 64
@@ -83,6 +83,6 @@ class _Product(torch.autograd.Function):
         flat = gradient.flatten(0, -2)
         return (
             _Product.apply(gradient, weight.t(), None) if wants_states else None,
-            _Product.apply(flat.t(), states.flatten(0, -2).t(), None) if wants_weight else None,
+            _Product.apply(pad_rows(flat).t(), pad_rows(states.flatten(0, -2)).t(), None) if wants_weight else None,
             flat.sum(dim=0) if wants_bias else None,
         )

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from minillm_trl.models import trained_products
 from minillm_trl.models.fused_head import add_scoring
 from minillm_trl.models.loading import load_model
-from minillm_trl.models.packed_weights import packed_weights, packs_weights, suits_onednn
+from minillm_trl.models.packed_weights import packed_weights, packs_weights, pad_rows, suits_onednn
 from minillm_trl.models.trained_products import LEAST_ROWS, use_onednn_products
 
 pytestmark = pytest.mark.skipif(not packs_weights(), reason="oneDNN's products are used on x86 CPUs only")
@@ -210,3 +210,33 @@ def test_trainings_with_and_without_reach_the_same_weights(tmp_path, monkeypatch
     with torch.backends.mkldnn.flags(enabled=False):
         expected = train()
     assert (found - expected).norm() < 1e-3 * (expected - start).norm()
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 100, 513, 1000])
+def test_rows_are_padded_with_zeros_by_a_sixteenth_at_most(rows: int):
+    states = torch.randn(rows, 3)
+    padded = pad_rows(states)
+    assert torch.equal(padded[:rows], states)
+    assert not padded[rows:].any()
+    assert rows <= len(padded) <= rows * 17 / 16
+    if rows < 32:
+        assert padded is states
+
+
+def test_batches_of_many_lengths_have_few_shapes_of_products(monkeypatch):
+    """oneDNN keeps a kernel and its memory for each shape."""
+    shapes = []
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def noting(states, weight, *rest):
+        shapes.append((*states.shape, *weight.shape))
+        return linear(states, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noting)
+    layer = torch.nn.Linear(256, 256)
+    use_onednn_products(layer)
+    for length in range(512, 1024, 7):
+        states = torch.randn(1, length, 256, requires_grad=True)
+        layer(states).sum().backward()
+    assert len(shapes) == 3 * 74
+    assert len(set(shapes)) <= 2 * 17  # W h and its gradient of h share their shapes, as the weight is square
