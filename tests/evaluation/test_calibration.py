@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from minillm_trl.evaluation.calibration import CalibrationBin, calibration
 from minillm_trl.evaluation.label_words import label_probabilities
+from minillm_trl.evaluation.statistics import bootstrap_interval
 
 TOKENIZER = build_tokenizer()
 PROMPTS = ["the mill is", "food near the river:", "a", "the punter serves italian food and"]
@@ -171,6 +172,16 @@ def test_calibration_error_equals_a_slow_one_in_any_order(bins):
 
 def test_interval_of_confident_and_wrong_predictions_has_no_width():
     assert calibration([1.0] * 20, [False] * 20)[:3] == (1.0, 1.0, 1.0)
+
+
+def test_intervals_of_many_predictions_are_the_normal_ones():
+    confidences, correct = [0.8] * 400, [True] * 240 + [False] * 160
+    found = calibration(confidences, correct, resamples=4000, seed=3)
+    deviation = (0.6 * 0.4 / 400) ** 0.5
+    assert found.low == pytest.approx(0.2 - 1.96 * deviation, abs=0.003)
+    assert found.high == pytest.approx(0.2 + 1.96 * deviation, abs=0.003)
+    assert found.accuracy == bootstrap_interval(correct, resamples=4000, seed=3)
+    assert found.accuracy != calibration(confidences, correct, resamples=4000, seed=4).accuracy
 
 
 @pytest.mark.parametrize(("excess", "coverage"), [(0.0, 0.65), (0.2, 0.88)])

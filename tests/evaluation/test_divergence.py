@@ -149,6 +149,22 @@ def test_values_do_not_depend_on_batches_or_order(batch_size):
         assert one == approx(other[::-1], rel=1e-4)
 
 
+def test_a_forward_pass_has_at_most_the_rows_of_a_batch_and_no_gradients():
+    first, second = pair(PAIRS[1])
+    rows, with_gradients = [], []
+
+    def note(module, arguments, keywords):
+        rows.append(len(keywords["input_ids"]))
+        with_gradients.append(torch.is_grad_enabled())
+
+    for model in (first, second):
+        model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    token_divergences(first, second, PROMPTS, COMPLETIONS, vocab_size=40, batch_size=3)
+    completion_losses(first, PROMPTS, COMPLETIONS, batch_size=3)
+    assert sorted(rows) == [1, 1, 1, 3, 3, 3]
+    assert not any(with_gradients)
+
+
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time(monkeypatch):
     expected = measured(PROMPTS, COMPLETIONS, 64)
     sizes = []

@@ -155,6 +155,15 @@ def test_student_that_equals_its_teacher_has_no_error_and_no_excess():
     assert actual.excess_error == [None] * len(actual.student)
 
 
+def test_samples_end_with_the_given_tokens():
+    student, teacher = models()
+    expected = measure(student, teacher)
+    for model in (student, teacher):
+        model.generation_config.eos_token_id = TOKENIZER.eos_token_id
+    assert measure(student, teacher).counts_student != expected.counts_student
+    assert_alike(measure(student, teacher, eos_tokens=TOKENIZER.convert_ids_to_tokens(ENDS)), expected)
+
+
 def test_without_a_seed_no_two_measurements_share_their_samples():
     student, teacher = models()
     torch.manual_seed(0)

@@ -156,6 +156,10 @@ def test_distinct_ngrams_is_the_share_of_different_ones_among_all_texts(texts, n
     assert distinct_ngrams(texts, n) == pytest.approx(expected)
 
 
+def test_distinct_ngrams_by_default_counts_4grams():
+    assert distinct_ngrams(["a b c d a b c d"]) == distinct_ngrams(["a b c d a b c d"], 4) == 0.8
+
+
 def test_distinct_ngrams_of_no_length_are_refused():
     with pytest.raises(ValueError, match="n >= 1"):
         distinct_ngrams(["a"], 0)
