@@ -5,7 +5,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A path from the module to a node: names of fields, and indices in lists
 Path = tuple[str | int, ...]
@@ -114,7 +114,7 @@ class _Finder:
         self.numbers: Counter[tuple[str, str]] = Counter()
 
     def find(self) -> Iterator[Mutant]:
-        yield from self._visit(self.tree, (), _Place("", (1, 10**9), ""))
+        yield from self._visit(self.tree, (), _Place("", (1, 10**9), "", runs_at_import=True))
 
     def _visit(self, node: ast.AST, path: Path, place: "_Place") -> Iterator[Mutant]:
         if _is_left_alone(node):
@@ -135,23 +135,26 @@ class _Place:
     function: str
     lines: tuple[int, int]
     hash: str
+    runs_at_import: bool  # so that every test of the module depends on it
 
     def inside(self, node: ast.AST) -> "_Place":
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = f"{self.function}.{node.name}".removeprefix(".")
             digest = hashlib.sha1(ast.dump(node).encode()).hexdigest()[:12] if "." not in name else self.hash
-            return _Place(name, self.lines, digest)
+            return _Place(name, self.lines, digest, self.runs_at_import and isinstance(node, ast.ClassDef))
+        if self.runs_at_import:
+            return self
         if isinstance(node, ast.If | ast.While | ast.For | ast.With | ast.Try):
             last = max(node.lineno, node.body[0].lineno - 1)
-            return _Place(self.function, (node.lineno, last) if self.function else self.lines, self.hash)
-        if isinstance(node, ast.stmt) and self.function:
-            return _Place(self.function, (node.lineno, node.end_lineno), self.hash)
+            return replace(self, lines=(node.lineno, last))
+        if isinstance(node, ast.stmt):
+            return replace(self, lines=(node.lineno, node.end_lineno))
         return self
 
     def of_child(self, node: ast.AST, name: str | int) -> "_Place":
         """Signatures run when a module is imported: what shows that a test runs them is the body."""
         if isinstance(node, ast.FunctionDef) and name in ("args", "decorator_list"):
-            return _Place(self.function, (node.body[0].lineno, node.end_lineno), self.hash)
+            return replace(self, lines=(node.body[0].lineno, node.end_lineno), runs_at_import=False)
         return self
 
 

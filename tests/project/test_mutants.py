@@ -77,6 +77,13 @@ def test_tests_of_a_mutant_are_those_that_execute_its_lines_within_its_time():
     assert covering_tests(last, "module", trace, Counter(), 45) == ["slow"]
 
 
+def test_every_test_of_a_module_runs_what_runs_at_its_import():
+    source = "LIMIT = 3\nclass Options:\n    size: int = 4\n    def f(self, width=5):\n        return width * 6\n"
+    places = {mutant.before: mutant.lines for mutant in mutants(source, "module") if "constant + 1" in mutant.id}
+    everything = (1, 10**9)
+    assert places == {"3": everything, "4": everything, "5": (5, 5), "6": (5, 5)}
+
+
 def test_table_is_that_of_the_results_and_every_survivor_has_a_verdict():
     root = Path(__file__).parents[2]
     results = json.loads((root / "benchmarks" / "results" / "mutation_sweep.json").read_text())["results"]

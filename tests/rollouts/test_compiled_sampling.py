@@ -153,6 +153,13 @@ def test_model_whose_compiled_steps_differ_is_refused(monkeypatch: pytest.Monkey
         check_compiled_decoding(build_model("gpt2"), "student")
 
 
+def test_tolerance_grows_with_the_states():
+    model = build_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e4)
+    check_compiled_decoding(model, "student")
+
+
 def sample_compiled(compiled: CompiledDecoding | None, student, teacher, rows: int, length: int) -> list[list[int]]:
     return sample_prompts(
         student,
