@@ -23,7 +23,7 @@ from minillm_trl.baselines.seqkd import (
     sample_with_transformers,
     sample_with_vllm,
 )
-from minillm_trl.baselines.teacher_data import TeacherData
+from minillm_trl.baselines.teacher_data import TeacherCompletion, TeacherData
 from minillm_trl.cli import main
 from minillm_trl.rollouts.sampling import sample_prompts
 
@@ -93,6 +93,14 @@ class TestCompletions:
         assert [found[row, sample].completion for row, sample in jobs] == texts
         ended = [ids[-1] == tokenizer.eos_token_id for ids in expected]
         assert [found[row, sample].finished for row, sample in jobs] == ended
+
+    def test_rows_of_the_vocabulary_without_a_token_are_never_sampled(self, tmp_path, tokenizer):
+        padded = build_model("llama", len(tokenizer) + 40)
+        with torch.no_grad():
+            padded.get_output_embeddings().weight[len(tokenizer) :] *= 5.0
+        sample = sample_with_transformers(padded, tokenizer, config(tmp_path))
+        (answers,) = sample([(row, 0) for row in range(3)], [[5], [6], [7]])
+        assert max(token for _, ids, _ in answers for token in ids) < len(tokenizer)
 
     def test_the_space_that_a_completion_begins_with_is_kept(self, tmp_path, teacher, tokenizer, monkeypatch):
         # as SentencePiece has it, which drops the space where a text begins
@@ -180,6 +188,12 @@ class TestNothingIsLost:
         with pytest.raises(ValueError, match=r"completions-0.jsonl:21: .*surrogates"):
             data.read()
 
+    def test_answer_to_a_prompt_that_is_not_there_is_refused(self, tmp_path):
+        data = TeacherData(tmp_path, {})
+        data.open_share(0)([TeacherCompletion(row, 0, " a pub", 2, True) for row in (0, len(PROMPTS))])
+        with pytest.raises(ValueError, match="answers prompt 10, but there are 10"):
+            finish(data)
+
     def test_nothing_to_learn_from_is_an_error(self, tmp_path, tokenizer):
         prompts = Dataset.from_dict({"prompt": ["a\n"]})
         data = TeacherData(tmp_path, {})
@@ -220,10 +234,19 @@ class TestVllm:
         assert batches == [[(0, [7, 0], True), (1, [7, 0], True)], [(2, [7, 0], True)]]
         assert [prompt["prompt_token_ids"] for prompt, _ in calls.requests] == [[5], [5], [6]]
         assert len({params["seed"] for _, params in calls.requests}) == 3
+        assert all(0 <= params["seed"] < 2**31 for _, params in calls.requests)
         assert {(params["temperature"], params["max_tokens"]) for _, params in calls.requests} == {(1.0, 8)}
 
         sample_with_vllm("teacher", tokenizer, config(tmp_path, use_vllm=True, allow_pickled_weights=True))
         assert "load_format" not in calls.init
+
+    def test_pickled_weights_are_refused(self, tmp_path, tokenizer, monkeypatch):
+        module = ModuleType("vllm")
+        module.LLM, module.SamplingParams = SimpleNamespace, SimpleNamespace
+        monkeypatch.setitem(sys.modules, "vllm", module)
+        (tmp_path / "pytorch_model.bin").touch()
+        with pytest.raises(ValueError, match="only as a pickle"):
+            sample_with_vllm(str(tmp_path), tokenizer, config(tmp_path, use_vllm=True))
 
     def test_without_vllm_the_message_says_how_to_get_it(self, tmp_path, tokenizer, monkeypatch):
         monkeypatch.setitem(sys.modules, "vllm", None)
