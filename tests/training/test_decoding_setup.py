@@ -51,7 +51,7 @@ def test_teacher_is_compiled_where_it_draws_and_its_weights_stay(tmp_path, optio
     assert any(model is teacher for model in trainer._compiled_decoding.models) == compiles_teacher
 
 
-def test_teacher_that_is_quantised_or_on_several_devices_is_not_compiled(tmp_path):
+def test_teacher_that_is_quantised_on_several_devices_or_on_the_students_base_is_not_compiled(tmp_path):
     trainer = make_trainer(tmp_path)
     teacher, args = (
         trainer._teacher,
@@ -62,13 +62,11 @@ def test_teacher_that_is_quantised_or_on_several_devices_is_not_compiled(tmp_pat
     teacher.model.hf_device_map = {"model": 0, "lm_head": 1}
     assert choose(teacher, args) is None
     del teacher.model.hf_device_map
+    args.teacher_shares_base = True
+    assert choose(teacher, args) is None
+    args.teacher_shares_base = False
     teacher.model.is_quantized = True
     assert choose(teacher, args) is None
-
-
-def test_teacher_on_the_base_of_the_student_is_not_compiled():
-    args = SimpleNamespace(teacher_mixed_alpha=0.2, offload_teacher=False, teacher_shares_base=True)
-    assert minillm_trl.training.decoding_setup._teacher_to_compile(None, args) is None
 
 
 @pytest.mark.parametrize(
