@@ -2,10 +2,12 @@
 
 import operator
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from minillm_trl.evaluation.significance import Difference, paired_differences
 from minillm_trl.evaluation.statistics import (
     MeanInterval,
     bootstrap_column_means,
@@ -152,3 +154,19 @@ def test_sign_flip_test_of_different_prompts_or_none_is_refused():
 )
 def test_holm_correction_of_hand_computed_cases_is_exact(p_values, expected):
     assert holm_correction(p_values) == pytest.approx(expected)
+
+
+def test_differences_are_taken_in_measures_that_both_models_have_for_every_prompt():
+    generator = np.random.default_rng(0)
+    rows = {name: [dict(zip("xyz", generator.normal(size=3), strict=True)) for _ in range(12)] for name in "abc"}
+    del rows["a"][3]["x"]  # a measure of some prompts alone
+    del rows["c"][0]["y"]
+    results = {name: SimpleNamespace(summary=["x", "y", "z"], per_prompt=own) for name, own in rows.items()}
+    found = paired_differences(results, "a")
+    assert {measure: set(models) for measure, models in found.items()} == {"y": {"b"}, "z": {"b", "c"}}
+    values = {name: [row["z"] for row in own] for name, own in rows.items()}
+    p_values = [sign_flip_test(values[name], values["a"]) for name in "bc"]
+    for name, p, p_holm in zip("bc", p_values, holm_correction(p_values), strict=True):
+        assert found["z"][name] == (paired_bootstrap(values[name], values["a"]), p, p_holm)
+    for p_holm, is_significant in ((0.05, True), (0.051, False)):
+        assert Difference(found["z"]["b"].interval, 0.01, p_holm).is_significant == is_significant
