@@ -204,6 +204,10 @@ class TestBootstrapRatio:
         assert result.standard_error == pytest.approx(np.std(ratios), rel=0.05)
         assert (result.low, result.high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), rel=0.01)
 
+    def test_standard_error_of_two_prompts_divides_by_the_degrees_of_freedom(self):
+        # residuals -1 and 1: their standard deviation is sqrt(2), that of their mean 1, and the baseline's mean is 2
+        assert bootstrap_ratio([1.0, 3.0], [2.0, 2.0]).standard_error == pytest.approx(50.0)
+
     @pytest.mark.parametrize(("values", "baseline"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0])])
     def test_what_has_no_ratio_is_refused(self, values: list[float], baseline: list[float]):
         with pytest.raises(ValueError, match="bootstrap_ratio needs"):
