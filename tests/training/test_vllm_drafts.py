@@ -102,6 +102,7 @@ def test_training_mixes_with_drafts_of_the_current_weights(tmp_path, mixing: str
     asked = trainer.vllm_generation.llm.parameters
     assert len({one["seed"] for one in asked}) == len(asked)
     for one in asked:
+        assert 0 <= one["seed"] < 2**63  # vLLM takes signed integers of 64 bits
         assert one["stop_token_ids"] == trainer.eos_token_ids
         assert one["ignore_eos"]
         assert one["logprobs"] == 0
