@@ -17,6 +17,7 @@ NAN = float("nan")
 class TestHorizon:
     def test_it_grows_by_the_same_amount_a_step_up_to_the_limit(self):
         assert [rollout_horizon(step, 50, start=10, steps=4) for step in range(6)] == [10, 20, 30, 40, 50, 50]
+        assert [rollout_horizon(step, 50, start=10, steps=1) for step in range(3)] == [10, 50, 50]
 
     def test_it_stays_without_steps_and_is_whole_without_a_start(self):
         assert [rollout_horizon(step, 50, start=5) for step in (0, 9)] == [5, 5]
