@@ -75,7 +75,16 @@ TESTS = tuple(
         *("mixed_precision", "distributed", "trained_weights", "reliable_runs", "resumed_settings", "ends_of_run"),
         *("degeneration", "metric_directions", "kd", "seqkd"),
         *("evaluation", "evaluate_command", "evaluate_tasks", "metrics", "divergence", "exposure_bias"),
-        *("calibration", "statistics", "judge", "compare", "compare_temperatures", "verdicts", "frontier"),
+        *(
+            "calibration",
+            "statistics",
+            "judge",
+            "compare",
+            "compare_temperatures",
+            "comparison_pages",
+            "verdicts",
+            "frontier",
+        ),
     )
 )
 NOT_THOSE = "not distributed and not cli and not notebooks and not slow"

@@ -449,11 +449,11 @@ class TestMasking:
         assert completion_mask(ids, [2, 3]).tolist() == expected
 
     def test_masked_reductions_ignore_what_stands_on_padding(self):
-        values = torch.tensor([[1.0, 3.0, NAN], [math.inf, NAN, NAN]])
-        mask = torch.tensor([[True, True, False], [False, False, False]])
-        assert masked_sum(values, mask).item() == 4.0
-        assert masked_mean(values, mask).item() == 2.0
-        assert masked_mean(values, mask, dim=1).tolist() == [2.0, 0.0]
+        values = torch.tensor([[1.0, 3.0, NAN], [math.inf, NAN, NAN], [5.0, math.inf, NAN]])
+        mask = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+        assert masked_sum(values, mask).item() == 9.0
+        assert masked_mean(values, mask).item() == 3.0
+        assert masked_mean(values, mask, dim=1).tolist() == [2.0, 0.0, 5.0]
 
     def test_loss_is_divided_and_that_of_no_tokens_stays_zero(self):
         total = torch.tensor(6.0, requires_grad=True)

@@ -223,9 +223,11 @@ class TestFineTuning:
             with pytest.raises(ValueError, match="eos_tokens must be a list of tokens"):
                 config(str(tmp_path), eos_tokens=value, **TRAINING)
 
-    def test_template_without_an_end_of_turn_is_warned_of(self, tmp_path, warnings):
+    @pytest.mark.parametrize("trainer", [FineTuningTrainer, KDTrainer])
+    def test_template_without_an_end_of_turn_is_warned_of(self, tmp_path, warnings, trainer):
         tokenizer = build_chat_tokenizer(TEXT_END, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
-        fine_tuner(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 0))
+        options = {"teacher_model": build_chat_model(tokenizer, 0)} if trainer is KDTrainer else {}
+        fine_tuner(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 0), trainer, **options)
         (line,) = warnings()
         assert "no special token after an assistant's turn" in line
 
