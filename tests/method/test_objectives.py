@@ -191,6 +191,10 @@ class TestWhiten:
         parts = [masked_moments(self.VALUES[i : i + 1], self.MASK[i : i + 1]) for i in range(2)]
         torch.testing.assert_close(sum(parts), masked_moments(self.VALUES, self.MASK))
 
+    def test_value_of_a_single_token_becomes_zero(self):
+        values, mask = torch.tensor([[3.0, NAN]]), torch.tensor([[True, False]])
+        assert objectives.whiten(values, mask, masked_moments(values, mask)).tolist() == [[0.0, 0.0]]
+
     def test_equal_values_become_zero(self):
         values = torch.full((2, 3), 0.1)
         mask = torch.ones(2, 3, dtype=torch.bool)
