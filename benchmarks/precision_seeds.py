@@ -11,7 +11,7 @@ linear layers that did not change by a bit. Writes `results/precision_seeds.json
 
 With `--first_updates` the student is the 124M shape and the teacher the 355M one, and a run with the schedule of
 `mixed_precision.py` stops after this many updates: how much do the same updates differ between seeds, and how much
-between precisions? Writes `results/precision_seeds_first.json`.
+between precisions? It also lists the student's entropy. Writes `results/precision_seeds_first.json`.
 """
 
 import argparse
@@ -133,6 +133,8 @@ def train(way: str, rate: float, steps: int, seed: int, first_updates: int | Non
         "largest_gradient_norm": max(entry["grad_norm"] for entry in logs),
         "reverse_kl_first": kl[0],
         "reverse_kl": [round(value, 3) for value in kl],
+        "entropy": [entry["entropy"] for entry in logs],
+        "gradient_norm": [entry["grad_norm"] for entry in logs],
         "reverse_kl_first_20": mean(kl[:20]),
         "reverse_kl_last_20": mean(kl[-20:]),
     }
@@ -142,9 +144,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first_updates", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--ways", choices=WAYS, nargs="+", metavar="WAY", help=f"default: all, {', '.join(WAYS)}")
     arguments = parser.parse_args()
     first = arguments.first_updates
     steps, ways = ({2e-4: GPU_STEPS}, list(WAYS)[:2]) if first else (STEPS, list(WAYS))
+    ways = arguments.ways or ways
     results = []
     settings = {"steps": steps, "seeds": arguments.seeds, "model_seeds": [0, 1]}
     settings |= {"shapes": LARGE, "first_updates": first} if first else {"shapes": SHAPES}

@@ -21,6 +21,7 @@ README = Path(__file__).with_name("README.md")
 PICTURE = RESULTS / "speed.png"
 GPU = RESULTS / "gpu"
 GIB = 2**30
+_COLLAPSE = {"entropy": 1, "gradient_norm": 0}  # decimals of their first values
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,18 @@ def seeds_table() -> str:
     return head + "|---|---|---:|---:|---:|\n" + "".join(rows)
 
 
+def collapse_table() -> str:
+    """Return reverse KL, entropy and gradient norm in the first updates of `mixed_precision.py`'s shapes, by seed."""
+    rows = [
+        f"| {result['way']} | {result['seed']} | "
+        + " | ".join(f"{result[name][0]:.{digits}f} → {result[name][-1]:.2g}" for name, digits in _COLLAPSE.items())
+        + f" | {result['reverse_kl_first_20']:.1f} | {result['reverse_kl'][-1]:.1f} |\n"
+        for result in read("precision_seeds_first", RESULTS)
+    ]
+    head = "| way | trainer seed | entropy, nats a token | gradient norm | reverse KL, first 20 | last |\n"
+    return head + "|---|---:|---:|---:|---:|---:|\n" + "".join(rows)
+
+
 def speculative_table() -> str:
     """Return the table of speculative mixing against coins."""
     lines = [
@@ -263,6 +276,7 @@ def tables() -> dict[str, str]:
         "table": table(measured()),
         "precisions": precision_table(RESULTS),
         "seeds": seeds_table(),
+        "collapse": collapse_table(),
         "gpu": table(measured_on_gpu(), "results/gpu"),
         "gpu precisions": precision_table(GPU),
         "speculative": speculative_table(),
