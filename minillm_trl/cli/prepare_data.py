@@ -35,6 +35,7 @@ _SPLIT = ("dolly", "instructions", "examples")  # the others are test sets only;
 _HUB_NAMES = {"dolly": "databricks/databricks-dolly-15k"}
 _DOLLY_ROWS = {"validation_rows": 1000, "test_rows": 500}
 _LIMITS = ("max_prompt_length", "max_length", "min_reference_length")
+_KINDS = ("categories", "context")
 _EXAMPLE_COLUMNS = ("prompt_column", "completion_column", "references_column")
 _INSTANCES_PER_TASK = 100
 
@@ -85,6 +86,12 @@ class PreparationArguments:
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the chat template, as JSON."}
+    )
+    categories: list[str] | None = field(
+        default=None, metadata={"help": "Keep only instructions of these categories, such as closed_qa of Dolly."}
+    )
+    context: Literal["with", "without"] | None = field(
+        default=None, metadata={"help": "Keep only instructions with a context (an input), or without."}
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Drop rows whose prompt has more tokens (the paper's code: 256)."}
@@ -140,6 +147,8 @@ class PreparationArguments:
             reasons["text_column"] = "task=text"
         else:
             reasons |= dict.fromkeys(_LIMITS, "data with prompts and completions")
+        if self.task in ("examples", "text"):
+            reasons |= dict.fromkeys(_KINDS, "instructions")
         if self.task == "text":
             reasons["template"] = "instructions and examples"
         if self.task not in _SPLIT:
@@ -225,7 +234,8 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
         prepared.read, prepared.dropped["repeats an earlier row"] = len(rows), len(rows) - len(texts)
         prepared.splits["train"] = [{"text": text} for text in texts]
         return prepared
-    filters = Filters(arguments.max_prompt_length, arguments.max_length, arguments.min_reference_length)
+    _check_categories(arguments, rows)
+    filters = Filters(**{name: getattr(arguments, name) for name in (*_KINDS, *_LIMITS)})
     kept = filter_rows(tqdm(rows, desc="Measuring", unit=" rows"), filters, length, prepared)
     if not kept:
         source = arguments.source or _HUB_NAMES[arguments.task]
@@ -238,6 +248,17 @@ def _prepare(arguments: PreparationArguments, length: Length) -> Prepared:
     # the authors split Dolly in its published order
     seed = None if arguments.task == "dolly" else arguments.seed
     return split_rows(kept, arguments.validation_rows, arguments.test_rows, seed, prepared)
+
+
+def _check_categories(arguments: PreparationArguments, rows: list[Row]) -> None:
+    found = sorted({row["category"] for row in rows}) if arguments.categories is not None else []
+    for category in arguments.categories or ():
+        if category not in found:
+            source = arguments.source or _HUB_NAMES[arguments.task]
+            raise DataError(
+                f"{source}: no row has the category {category!r}; the categories are {listing(found)}."
+                f"{nearest(category, found)}"
+            )
 
 
 def _read(arguments: PreparationArguments) -> list[Row]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,15 +25,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Filters:
-    """Length limits, in tokens; rows outside them are dropped.
+    """Which rows to keep, by kind and by length in tokens.
 
     Attributes:
+        categories (`Sequence[str]`, *optional*): the categories of instructions to keep.
+        context (`"with"` or `"without"`, *optional*): keep only instructions with a context, or without.
         max_prompt_length (`int`, *optional*): maximum length of a prompt.
         max_length (`int`, *optional*): maximum length of prompt, completion and EOS together.
         min_reference_length (`int`, *optional*): minimum length of the first reference, as for the paper's subset
             [11, inf) of S-NI and UnNI.
     """
 
+    categories: Sequence[str] | None = None
+    context: Literal["with", "without"] | None = None
     max_prompt_length: int | None = None
     max_length: int | None = None
     min_reference_length: int | None = None
@@ -79,11 +83,12 @@ def token_counter(
 
 
 def filter_rows(rows: Iterable[Row], filters: Filters, length: Length, prepared: Prepared) -> list[Row]:
-    """Drop empty completions, rows that are too long or whose reference is too short, and repeated rows.
+    """Drop rows of other kinds, empty completions, rows that are too long or too short, and repeated rows.
 
     Args:
-        rows (`Iterable[dict]`): have `prompt` and may have `completion` and `references`.
-        filters ([`Filters`]): the limits.
+        rows (`Iterable[dict]`): have `prompt` and may have `completion` and `references`; instructions also have
+            `category` and `input`.
+        filters ([`Filters`]): the kinds and limits.
         length ([`Length`]): from [`token_counter`].
         prepared ([`Prepared`]): its counts are updated in place.
     """
@@ -105,6 +110,10 @@ def filter_rows(rows: Iterable[Row], filters: Filters, length: Length, prepared:
 
 def _reason_to_drop(row: Row, filters: Filters, length: Length) -> str | None:
     completion, references = row.get("completion"), row.get("references")
+    if filters.categories is not None and row["category"] not in filters.categories:
+        return "category is another"
+    if filters.context is not None and bool(row["input"]) != (filters.context == "with"):
+        return "has no context" if filters.context == "with" else "has a context"
     if is_empty(completion):
         return "completion is empty"
     prompt_length = length(row["prompt"])

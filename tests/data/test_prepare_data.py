@@ -106,6 +106,30 @@ class TestDolly:
             "train: its prompt is in validation": 1,
         }
 
+    def test_categories_and_context_are_selected(self, tmp_path):
+        def row(number: int, category: str, context: str) -> dict:
+            return {"instruction": f"q{number}", "context": context, "response": "a", "category": category}
+
+        kinds = [("closed_qa", "c"), ("closed_qa", ""), ("summarization", "c"), ("open_qa", ""), ("open_qa", " ")]
+        source = write(tmp_path / "d.jsonl", *(row(number, *kind) for number, kind in enumerate(kinds)))
+
+        def chosen(name: str, *options: str) -> tuple[list[str], dict[str, int]]:
+            rows = prepare(tmp_path / name, "instructions", source, *options)["train"]
+            return sorted(row["instruction"] for row in rows), dropped(tmp_path / name)
+
+        both = ("--categories", "closed_qa", "summarization")
+        assert chosen("both", *both) == (["q0", "q1", "q2"], {"category is another": 2})
+        assert chosen("with", *both, "--context", "with") == (
+            ["q0", "q2"],
+            {"category is another": 2, "has no context": 1},
+        )
+        assert chosen("without", "--context", "without") == (["q1", "q3", "q4"], {"has a context": 2})
+
+    def test_category_that_no_row_has_is_refused(self, tmp_path, capsys):
+        source = write(tmp_path / "d.jsonl", {"instruction": "q", "response": "a", "category": "closed_qa"})
+        error = refused(capsys, tmp_path / "out", "--task", "dolly", "--source", source, "--categories", "closed-qa")
+        assert "d.jsonl: no row has the category 'closed-qa'; the categories are 'closed_qa'" in error
+
     def test_conversations_for_chat_models(self, tmp_path):
         source = write(tmp_path / "d.jsonl", {"instruction": "Sum up.", "context": "A text.", "response": "B."})
         options = ("--test_rows", "0", "--validation_rows", "0", "--template", "chat")
@@ -530,6 +554,9 @@ def test_bad_rows_are_refused_by_file_line_and_field(tmp_path, capsys, rows, tas
         (("--task", "sni", "--source", "x.jsonl", "--instances_per_task", "5"), "instances_per_task has no meaning"),
         (("--task", "dolly", "--prompt_column", "q"), "prompt_column has no meaning for dolly"),
         (("--task", "text", "--source", "x", "--references_column", "q"), "references_column has no meaning for text"),
+        (("--task", "examples", "--source", "x", "--context", "with"), "context has no meaning for examples"),
+        (("--task", "text", "--source", "x", "--categories", "q"), "categories has no meaning for text"),
+        (("--task", "dolly", "--context", "some"), "invalid choice: 'some'"),
         (("--task", "examples", "--source", "x", "--text_column", "q"), "text_column has no meaning for examples"),
         (
             ("--task", "vicuna", "--source", "x", "--answers", "y", "--dataset_config", "z"),
