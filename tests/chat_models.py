@@ -74,7 +74,7 @@ def save_small_smollm2(folder: Path) -> Path:
 
 
 def write_small_dolly(folder: Path, rows: int) -> Path:
-    """Write rows in the form of Dolly, and return the file."""
+    """Write rows in the form of Dolly without context, and return the file."""
     path = folder / "databricks-dolly-15k.jsonl"
     values = [
         {"instruction": f"say {row}", "context": "", "response": f"{row} it is", "category": "open_qa"}

@@ -4,11 +4,12 @@
 - `distinct`: distinct n-grams of all of these answers together.
 - `forward_errors`: KL(teacher || model) at each token of samples from both, at temperature 1. On the teacher's samples
   this is the forward KL; both together give the exposure bias.
-- `other_prompts`: `OTHER_DECODINGS` on SelfInst and Vicuna, without the teacher.
+- `other_prompts`: SelfInst, Vicuna and Dolly's prompts with a context, decoded as in `OTHERS`, without the teacher.
 """
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from real_run import Benchmark
 
 TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
-OTHER_DECODINGS = ("0.7", "greedy")
+OTHERS = {"context": ("greedy",), "selfinst": ("0.7", "greedy"), "vicuna": ("0.7", "greedy")}
 SEED = 10
 ANSWERS = 10
 NGRAMS = (1, 2, 3)
 MAX_OTHER_PROMPT = 224  # tokens
+WITH_CONTEXT = ("closed_qa", "information_extraction", "summarization")  # categories of Dolly
 SOURCES = {
     "selfinst": "user_oriented_instructions.jsonl, from the folder human_eval of github.com/yizhongw/self-instruct",
     "vicuna": "a folder with question.jsonl and answer_gpt35.jsonl, from github.com/lm-sys/FastChat",
@@ -35,11 +37,7 @@ def other_rows(benchmark: "Benchmark") -> int:
 
 
 def prepare_test_sets(benchmark: "Benchmark") -> None:
-    """Prepare the prompts of the other test sets that are given.
-
-    Raises:
-        SystemExit: if a test prompt is among those that the models are trained or chosen on.
-    """
+    """Prepare the other test sets, without prompts that the models are trained or chosen on."""
     from minillm_trl.cli import main as cli
     from minillm_trl.data import load_examples
 
@@ -49,18 +47,32 @@ def prepare_test_sets(benchmark: "Benchmark") -> None:
         for split in ("train", "validation")
         for prompt in load_examples(dolly, split=split)["prompt"]
     }
-    for name, source in benchmark.test_sets.items():
-        words = ["prepare-data", "--task", name, "--template", "chat", "--overwrite", "true"]
-        if name == "vicuna":
-            words += ["--source", str(source / "question.jsonl"), "--answers", str(source / "answer_gpt35.jsonl")]
-        else:
-            words += ["--source", str(source)]
-        words += ["--tokenizer", str(benchmark.model("teacher")), "--max_prompt_length", str(MAX_OTHER_PROMPT)]
-        if cli([*words, "--output_dir", str(folder := test_set(benchmark, name))]) != 0:
+    for name, words in _preparations(benchmark).items():
+        prepared = benchmark.folder / "data" / "prepared" / name
+        words += ["--template", "chat", "--tokenizer", str(benchmark.model("teacher")), "--overwrite", "true"]
+        words += ["--max_prompt_length", str(MAX_OTHER_PROMPT), "--output_dir", str(prepared)]
+        if cli(["prepare-data", *words]) != 0:
             raise SystemExit(f"preparing {name} failed")
-        for prompt in load_examples(folder, split="test")["prompt"]:
-            if json.dumps(prompt) in seen:
-                raise SystemExit(f"{folder}: the models are trained or chosen on the prompt {prompt}")
+        lines = (prepared / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        held_out = [line for line in lines if json.dumps(json.loads(line)["prompt"]) not in seen]
+        if not held_out:
+            raise SystemExit(f"{name}: the models are trained or chosen on all {len(lines)} prompts")
+        path = test_set(benchmark, name) / "test.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(held_out), encoding="utf-8")
+        print(f"{name}: {len(held_out)} of {len(lines)} prompts are held out")
+
+
+def _preparations(benchmark: "Benchmark") -> dict[str, list[str]]:
+    """Return the words of `prepare-data` for each other test set."""
+    dolly = [] if benchmark.dolly is None else ["--source", str(benchmark.dolly)]
+    rows = ["--test_rows", str(benchmark.scale.test_rows), "--validation_rows", "0"]
+    words = {"context": ["--task", "dolly", *dolly, "--context", "with", "--categories", *WITH_CONTEXT, *rows]}
+    for name, source in benchmark.test_sets.items():
+        files = [source / "question.jsonl", source / "answer_gpt35.jsonl"] if name == "vicuna" else [source]
+        options = zip(("--source", "--answers"), map(str, files), strict=False)
+        words[name] = ["--task", name, *chain.from_iterable(options)]
+    return words
 
 
 def test_set(benchmark: "Benchmark", name: str) -> Path:
@@ -75,7 +87,7 @@ def missing_parts(benchmark: "Benchmark", name: str) -> dict[str, Callable[["Ben
     if name == "teacher":
         del parts["forward_errors"]  # it makes no error
     missing = {part: measure for part, measure in parts.items() if part not in record}
-    if benchmark.test_sets.keys() - record.get("other_prompts", {}).keys():
+    if set(_preparations(benchmark)) - record.get("other_prompts", {}).keys():
         missing["other_prompts"] = other_prompts
     return missing
 
@@ -104,9 +116,11 @@ def _evaluate(benchmark: "Benchmark", name: str, output: Path, decodings: tuple[
     """Run `minillm-trl evaluate`, which keeps finished results."""
     from minillm_trl.cli import main as cli
 
-    common = ["--model", str(benchmark.model(name)), "--output_dir", str(output), "--seeds", str(SEED)]
-    common += ["--temperatures", *decodings, "--no_repeat_ngram_size", "0", "--batch_size", "50"]
-    common += ["--max_new_tokens", str(benchmark.scale.answer_tokens)]
+    common = ["--model", str(benchmark.model(name)), "--output_dir", str(output), "--temperatures", *decodings]
+    common += ["--no_repeat_ngram_size", "0", "--max_new_tokens", str(benchmark.scale.answer_tokens)]
+    common += ["--batch_size", "50"]
+    if decodings != ("greedy",):
+        common += ["--seeds", str(SEED)]
     if cli(["evaluate", *common, *words]) != 0:
         raise SystemExit(f"evaluation of {name} failed")
 
@@ -208,17 +222,19 @@ def teacher_samples(benchmark: "Benchmark", teacher: Any, tokenizer: Any, prompt
 
 
 def other_prompts(benchmark: "Benchmark", name: str) -> dict[str, PerPrompt]:
-    """Evaluate a model on the other test sets that are given.
+    """Evaluate a model on the other test sets that the record lacks.
 
     Returns:
         `dict`: for each test set and decoding the measures of each prompt, by measure.
     """
+    found = benchmark.record(name).get("other_prompts", {})
+    tasks = [task for task in _preparations(benchmark) if task not in found]
     output = benchmark.folder / "evaluation" / "other" / name
-    tasks = [f"{task}={test_set(benchmark, task)}" for task in benchmark.test_sets]
-    words = ["--tasks", *tasks, "--max_rows", str(other_rows(benchmark))]
-    _evaluate(benchmark, name, output, OTHER_DECODINGS, words)
-    found = {
-        task: {decoding: _per_prompt(output / task, decoding) for decoding in OTHER_DECODINGS}
-        for task in benchmark.test_sets
-    }
-    return benchmark.record(name).get("other_prompts", {}) | found
+    for decodings in sorted({OTHERS[task] for task in tasks}):  # one command, and one loaded model, for each
+        together = [task for task in tasks if OTHERS[task] == decodings]
+        words = ["--tasks", *(f"{task}={test_set(benchmark, task)}" for task in together)]
+        _evaluate(benchmark, name, output, decodings, [*words, "--max_rows", str(other_rows(benchmark))])
+        found |= {
+            task: {decoding: _per_prompt(output / task, decoding) for decoding in decodings} for task in together
+        }
+    return found

@@ -48,8 +48,16 @@ def benchmark(tmp_path, monkeypatch) -> real_run.Benchmark:
     teacher = save_small_smollm2(tmp_path / "teacher")
     folder = tmp_path / "runs"
     folder.mkdir()
+    dolly = write_small_dolly(tmp_path, 40)
+    kinds = [("it is", "closed_qa"), ("", "closed_qa"), ("it is", "open_qa"), ("it is", "summarization")]
+    kinds += [("it is", "information_extraction")] * 9
+    rows = [
+        {"instruction": f"read {number}", "context": context, "response": "it", "category": category}
+        for number, (context, category) in enumerate(kinds)
+    ]
+    write_lines(dolly, [*rows, *map(json.loads, dolly.read_text().splitlines())])
     test_sets = {"selfinst": write_small_selfinst(tmp_path), "vicuna": write_small_vicuna(tmp_path / "vicuna")}
-    return real_run.Benchmark(folder, "small", str(teacher), write_small_dolly(tmp_path, 40), test_sets)
+    return real_run.Benchmark(folder, "small", str(teacher), dolly, test_sets)
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:
@@ -99,6 +107,7 @@ def test_whole_benchmark(benchmark, capsys):
     assert set(benchmark.record("heal")["healing"]) == {"seconds", "forward_kl"}
     record = benchmark.record("minillm-0.001-4")
     assert {name: len(found["greedy"]["rouge_l"]) for name, found in record["other_prompts"].items()} == {
+        "context": 5,
         "selfinst": 5,
         "vicuna": 2,
     }
@@ -174,7 +183,7 @@ def test_lacking_measures_are_added_while_the_model_exists(benchmark, monkeypatc
     assert "sft-0.001-3 lacks answers, distinct, forward_errors, other_prompts" in capsys.readouterr().out
     benchmark.model(run.name).mkdir(parents=True)
     for part in ("first_answers", "distinct", "forward_errors", "other_prompts"):
-        values = {"selfinst": {}, "vicuna": {}} if part == "other_prompts" else {}
+        values = {"context": {}, "selfinst": {}, "vicuna": {}} if part == "other_prompts" else {}
         monkeypatch.setattr(real_measures, part, lambda benchmark, name, values=values: values)
     ((name, job),) = real_run._runs(benchmark, [run], test=True)
     job()
@@ -197,16 +206,29 @@ def test_record_of_another_student_does_not_count(benchmark):
 
 def test_further_test_set_is_added_to_a_record(benchmark):
     parts = {part: {} for part in ("test", "answers", "distinct")}
-    benchmark.write("teacher", parts | {"other_prompts": {"selfinst": {}}})
+    benchmark.write("teacher", parts | {"other_prompts": {"context": {}, "selfinst": {}}})
     assert list(real_measures.missing_parts(benchmark, "teacher")) == ["other_prompts"]
     assert not real_measures.missing_parts(replace(benchmark, test_sets={"selfinst": Path()}), "teacher")
 
 
-def test_prompts_of_the_training_are_not_tested(measured):
-    real_measures.prepare_test_sets(measured)
-    assert len((real_measures.test_set(measured, "selfinst") / "test.jsonl").read_text().splitlines()) == 7
-    write_lines(measured.test_sets["selfinst"], [{"instruction": "say 11", "instances": [{"output": "it is"}]}])
-    with pytest.raises(SystemExit, match="say 11"):
+def test_other_test_sets_are_held_out(measured, capsys):
+    def chosen() -> dict[str, list[str]]:
+        real_measures.prepare_test_sets(measured)
+        files = {name: real_measures.test_set(measured, name) / "test.jsonl" for name in real_measures.OTHERS}
+        rows = {name: map(json.loads, path.read_text().splitlines()) for name, path in files.items()}
+        return {name: [row["prompt"][0]["content"] for row in found] for name, found in rows.items()}
+
+    with_context = [f"read {number}\n\nit is" for number in (0, *range(3, 12))]
+    found = {"context": with_context, "selfinst": [f"name {row}" for row in range(7)], "vicuna": ["why", "how"]}
+    assert chosen() == found
+    for split, prompt in (("train", with_context[0]), ("validation", "how")):
+        question = [{"role": "user", "content": prompt}]
+        row = {"prompt": question, "completion": [{"role": "assistant", "content": "it is"}]}
+        write_lines(measured.folder / "data" / "smollm2_dolly" / f"{split}.jsonl", [row])
+    assert chosen() == found | {"context": with_context[1:], "vicuna": ["why"]}
+    assert "context: 9 of 10 prompts are held out" in capsys.readouterr().out
+    write_lines(measured.test_sets["selfinst"], [{"instruction": "how", "instances": [{"output": "it is"}]}])
+    with pytest.raises(SystemExit, match="selfinst: the models are trained or chosen on all 1 prompts"):
         real_measures.prepare_test_sets(measured)
 
 
