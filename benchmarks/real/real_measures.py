@@ -8,6 +8,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from real_run import Benchmark
 
 TEMPERATURES = ("1.0", "0.7", "0.4", "greedy")
-OTHERS = {"context": ("greedy",), "selfinst": ("0.7", "greedy"), "vicuna": ("0.7", "greedy")}
+OTHERS = {"selfinst": ("0.7", "greedy"), "vicuna": ("0.7", "greedy"), "context": ("greedy",)}
 SEED = 10
 ANSWERS = 10
 NGRAMS = (1, 2, 3)
@@ -29,11 +30,6 @@ SOURCES = {
 }
 
 PerPrompt = dict[str, dict[str, list[float]]]  # by decoding and measure
-
-
-def other_rows(benchmark: "Benchmark") -> int:
-    """Return the number of prompts of each other test set, and of those for `forward_errors`: half of the test's."""
-    return max(1, benchmark.scale.test_rows // 2)
 
 
 def prepare_test_sets(benchmark: "Benchmark") -> None:
@@ -59,7 +55,9 @@ def prepare_test_sets(benchmark: "Benchmark") -> None:
             raise SystemExit(f"{name}: the models are trained or chosen on all {len(lines)} prompts")
         path = test_set(benchmark, name) / "test.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(held_out), encoding="utf-8")
+        text = "".join(held_out)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # results must not be older than their data
+            path.write_text(text, encoding="utf-8")
         print(f"{name}: {len(held_out)} of {len(lines)} prompts are held out")
 
 
@@ -92,6 +90,16 @@ def missing_parts(benchmark: "Benchmark", name: str) -> dict[str, Callable[["Ben
     return missing
 
 
+def evaluation_folder(benchmark: "Benchmark", prompts: str, name: str) -> Path:
+    """Return the folder with the results of a model on these prompts, without those of a former model of this name."""
+    folder = benchmark.folder / "measures" / prompts / name
+    weights = [path for model in (name, "teacher") for path in benchmark.model(model).glob("*.safetensors")]
+    newest = max((path.stat().st_mtime_ns for path in weights), default=0)
+    if any(path.stat().st_mtime_ns < newest for path in folder.glob("**/results.json")):
+        shutil.rmtree(folder)
+    return folder
+
+
 def evaluate(benchmark: "Benchmark", name: str, split: str) -> PerPrompt:
     """Evaluate a model at every temperature with `minillm-trl evaluate`; on the test prompts also against the teacher.
 
@@ -102,7 +110,7 @@ def evaluate(benchmark: "Benchmark", name: str, split: str) -> PerPrompt:
     words = ["--dataset", str(benchmark.folder / "data" / "smollm2_dolly"), "--split", split, "--max_rows", str(rows)]
     if split == "test" and name != "teacher":
         words += ["--teacher", str(benchmark.model("teacher"))]
-    output = benchmark.folder / "evaluation" / split / name
+    output = evaluation_folder(benchmark, split, name)
     _evaluate(benchmark, name, output, TEMPERATURES, words)
     return {decoding: _per_prompt(output, decoding) for decoding in TEMPERATURES}
 
@@ -118,7 +126,7 @@ def _evaluate(benchmark: "Benchmark", name: str, output: Path, decodings: tuple[
 
     common = ["--model", str(benchmark.model(name)), "--output_dir", str(output), "--temperatures", *decodings]
     common += ["--no_repeat_ngram_size", "0", "--max_new_tokens", str(benchmark.scale.answer_tokens)]
-    common += ["--batch_size", "50"]
+    common += ["--batch_size", "50", "--no_loss"]
     if decodings != ("greedy",):
         common += ["--seeds", str(SEED)]
     if cli(["evaluate", *common, *words]) != 0:
@@ -137,7 +145,7 @@ def _per_prompt(output: Path, decoding: str) -> dict[str, list[float]]:
 
 def _samples(benchmark: "Benchmark", name: str, decoding: str) -> list[dict[str, Any]]:
     """Return prompts and outputs of the test; they are sampled again if the folder of the evaluation is gone."""
-    path = _results(benchmark.folder / "evaluation" / "test" / name, decoding, "samples.jsonl")
+    path = _results(evaluation_folder(benchmark, "test", name), decoding, "samples.jsonl")
     if not path.is_file():
         evaluate(benchmark, name, "test")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -201,7 +209,7 @@ def _first_prompts(benchmark: "Benchmark") -> list[Any]:
     from minillm_trl.data import load_examples, unique_prompts
 
     rows = unique_prompts(load_examples(benchmark.folder / "data" / "smollm2_dolly", split="test"))
-    return rows["prompt"][: other_rows(benchmark)]
+    return rows["prompt"][: benchmark.scale.test_rows // 2]
 
 
 def teacher_samples(benchmark: "Benchmark", teacher: Any, tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
@@ -210,7 +218,7 @@ def teacher_samples(benchmark: "Benchmark", teacher: Any, tokenizer: Any, prompt
 
     from minillm_trl.rollouts.prompts import generate_completions
 
-    path = benchmark.folder / "evaluation" / "teacher_samples.json"
+    path = benchmark.folder / "measures" / "teacher_samples.json"
     identity = {"prompts": prompts, "seed": SEED, "max_new_tokens": benchmark.scale.answer_tokens}
     if (record := read_record(path)).get("identity") != identity:
         completions = generate_completions(
@@ -229,11 +237,14 @@ def other_prompts(benchmark: "Benchmark", name: str) -> dict[str, PerPrompt]:
     """
     found = benchmark.record(name).get("other_prompts", {})
     tasks = [task for task in _preparations(benchmark) if task not in found]
-    output = benchmark.folder / "evaluation" / "other" / name
-    for decodings in sorted({OTHERS[task] for task in tasks}):  # one command, and one loaded model, for each
-        together = [task for task in tasks if OTHERS[task] == decodings]
-        words = ["--tasks", *(f"{task}={test_set(benchmark, task)}" for task in together)]
-        _evaluate(benchmark, name, output, decodings, [*words, "--max_rows", str(other_rows(benchmark))])
+    output = evaluation_folder(benchmark, "other", name)
+    groups = (["context"], benchmark.scale.test_rows), (list(SOURCES), benchmark.scale.test_rows // 2)
+    for group, rows in groups:  # one command, and one loaded model, for each
+        if not (together := [task for task in group if task in tasks]):
+            continue
+        decodings = OTHERS[together[0]]
+        words = ["--tasks", *(f"{task}={test_set(benchmark, task)}" for task in together), "--max_rows", str(rows)]
+        _evaluate(benchmark, name, output, decodings, words)
         found |= {
             task: {decoding: _per_prompt(output / task, decoding) for decoding in decodings} for task in together
         }

@@ -210,6 +210,7 @@ def _evaluate(
         teacher=teacher,
         teacher_temperature=arguments.teacher_temperature,
         forward_kl=arguments.forward_kl and teacher is not None,
+        loss=not arguments.no_loss,
         shared=shared,
         exposure_bias_samples=arguments.exposure_bias_samples if teacher not in (None, model) else 0,
         parts=parts,
@@ -310,7 +311,9 @@ def _settings(arguments: argparse.Namespace, dataset: str, prompts: "Dataset") -
         "split": arguments.split,
         "decoding": arguments.decoding,  # name of the folder with --temperatures, else None
         "teacher_temperature": arguments.teacher_temperature,
-        "chat": arguments.chat or None,  # None, so that results from before this option existed still match
+        # None, so that results from before these options existed still match
+        "no_loss": arguments.no_loss or None,
+        "chat": arguments.chat or None,
         **chat_options(arguments),
     }
 

@@ -102,6 +102,9 @@ def _add_measuring_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--forward_kl", action="store_true", help="sample from the teacher too, for forward KL")
     parser.add_argument(
+        "--no_loss", action="store_true", help="leave out the loss of the references, which takes a forward pass"
+    )
+    parser.add_argument(
         "--exposure_bias_samples",
         type=int,
         default=0,
@@ -205,7 +208,15 @@ def _check_classification(arguments: argparse.Namespace) -> None:
     if len({word.strip() for word in arguments.label_words} - {""}) < max(2, len(arguments.label_words)):
         raise UserError(f"--label_words needs at least two different words, got {arguments.label_words}.")
     parser = build_parser()
-    for name in (*SAMPLING, "temperatures", "validation_split", "teacher_temperature", "teacher", "eos_tokens"):
+    for name in (
+        *SAMPLING,
+        "temperatures",
+        "validation_split",
+        "teacher_temperature",
+        "teacher",
+        "no_loss",
+        "eos_tokens",
+    ):
         defaults = (parser.get_default(name), 1.0) if name == "temperature" else (parser.get_default(name),)
         if getattr(arguments, name) not in defaults:
             raise UserError(f"--{name} has no effect with --label_words, which samples nothing. Drop one of them.")

@@ -63,6 +63,7 @@ def evaluate_model(
     teacher: PreTrainedModel | None = None,
     teacher_temperature: float | None = None,
     forward_kl: bool = False,
+    loss: bool = True,
     shared: SharedMeasures | None = None,
     exposure_bias_samples: int = 0,
     eos_tokens: Sequence[str] | None = None,
@@ -95,6 +96,8 @@ def evaluate_model(
             means `temperature`. Below temperature 1, pass 1 to compare with the teacher as it is.
         forward_kl (`bool`, *optional*, defaults to `False`): also sample from the teacher, once per prompt and
             seed, to measure `forward_kl`.
+        loss (`bool`, *optional*, defaults to `True`): whether to measure the references' `loss`, which takes a forward
+            pass over prompts and references.
         shared ([`SharedMeasures`], *optional*): what does not depend on the temperature. Pass the same object to
             evaluations that differ only in `temperature` or greedy decoding, so that it is measured once.
         exposure_bias_samples (`int`, *optional*, defaults to `0`): samples per prompt from model and teacher to
@@ -126,7 +129,7 @@ def evaluate_model(
     )
     runs: list[int | None] = [None] if seeds is None else list(seeds)
     records = _measure_runs(task, runs, teacher if forward_kl else None, parts, progress)
-    losses = None if task.references is None else _kept(parts, "loss", task.measure_losses)
+    losses = None if task.references is None or not loss else _kept(parts, "loss", task.measure_losses)
     exposure_bias = None
     if teacher is not None and exposure_bias_samples:
         measure_errors = partial(task.measure_errors, teacher, exposure_bias_samples, runs[0], progress)

@@ -63,6 +63,17 @@ def test_results_hold_every_measure_and_each_sample_s_scores(tmp_path, rows, mod
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
+def test_loss_of_the_references_is_left_out(tmp_path, rows, model_dir, monkeypatch, capsys):
+    assert main(words(rows, model_dir("llama"), tmp_path / "with")) == 0
+    with_loss = read(tmp_path / "with")[0]["per_prompt"]
+    monkeypatch.setattr("minillm_trl.evaluation.task_measures.completion_losses", None)  # it is not even measured
+    assert main(words(rows, model_dir("llama"), tmp_path / "without", "--no_loss")) == 0
+    without = read(tmp_path / "without")[0]["per_prompt"]
+    assert without == [{name: value for name, value in row.items() if name != "loss"} for row in with_loss]
+    assert main(words(rows, model_dir("llama"), tmp_path / "with", "--no_loss")) == 2
+    assert "holds results of no_loss=None, now True" in capsys.readouterr().err
+
+
 def test_prompts_are_in_the_bucket_of_their_reference_s_tokens(tmp_path, rows, model_dir):
     assert main(words(rows, model_dir("llama"), tmp_path / "out")) == 0
     results, _ = read(tmp_path / "out")
@@ -265,6 +276,7 @@ class TestClassification:
         [
             (["--seeds", "1"], "--seeds has no effect with --label_words"),
             (["--teacher", "t"], "--teacher has no effect with --label_words"),
+            (["--no_loss"], "--no_loss has no effect with --label_words"),
             (["--label_words", "a", " a"], "--label_words needs at least two different words"),
             (["--label_words", " cheap", " good"], "has the completions ['italian']. Give it one of the label words"),
         ],

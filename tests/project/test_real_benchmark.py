@@ -1,6 +1,7 @@
 """The benchmark on real models, with a tiny teacher: stages, every method, both tables; finished runs stay."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -107,7 +108,7 @@ def test_whole_benchmark(benchmark, capsys):
     assert set(benchmark.record("heal")["healing"]) == {"seconds", "forward_kl"}
     record = benchmark.record("minillm-0.001-4")
     assert {name: len(found["greedy"]["rouge_l"]) for name, found in record["other_prompts"].items()} == {
-        "context": 5,
+        "context": 8,
         "selfinst": 5,
         "vicuna": 2,
     }
@@ -131,7 +132,7 @@ def test_whole_benchmark(benchmark, capsys):
 
 def test_forward_errors_are_the_divergences_of_the_samples(measured):
     errors = real_measures.forward_errors(measured, "heal")
-    tokens = json.loads((measured.folder / "evaluation" / "teacher_samples.json").read_text())["token_ids"]
+    tokens = json.loads((measured.folder / "measures" / "teacher_samples.json").read_text())["token_ids"]
     tokenizer = AutoTokenizer.from_pretrained(measured.model("heal"))
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(measured.model(name)).double() for name in ("teacher", "heal")
@@ -153,7 +154,7 @@ def test_forward_errors_are_the_divergences_of_the_samples(measured):
 
 def test_teacher_is_sampled_once(measured, monkeypatch):
     found = real_measures.forward_errors(measured, "heal")["on_teacher"]
-    path = measured.folder / "evaluation" / "teacher_samples.json"
+    path = measured.folder / "measures" / "teacher_samples.json"
     record = json.loads(path.read_text())
     record["token_ids"] = [ids[:2] for ids in record["token_ids"]]
     path.write_text(json.dumps(record))
@@ -166,7 +167,7 @@ def test_distinct_ngrams_are_those_of_all_answers(benchmark):
     for decoding in real_measures.TEMPERATURES:
         folder = "greedy" if decoding == "greedy" else f"temperature_{decoding}"
         rows = [{"outputs": ["a b a"]}, {"outputs": ["a b"]}] if decoding == "greedy" else [{"outputs": ["a b c"]}]
-        path = benchmark.folder / "evaluation" / "test" / "heal" / folder / "samples.jsonl"
+        path = benchmark.folder / "measures" / "test" / "heal" / folder / "samples.jsonl"
         path.parent.mkdir(parents=True)
         write_lines(path, rows)
     found = real_measures.distinct(benchmark, "heal")
@@ -202,6 +203,17 @@ def test_record_of_another_student_does_not_count(benchmark):
     vars(benchmark)["scale"] = scale  # a cached property
     del vars(benchmark)["recipe"]
     assert benchmark.record("heal") == {}
+
+
+def test_results_of_a_former_model_do_not_stay(measured):
+    path = real_measures.evaluation_folder(measured, "test", "heal") / "greedy" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert real_measures.evaluation_folder(measured, "test", "heal") == path.parent.parent
+    assert path.is_file()
+    os.utime(path, ns=(0, 0))
+    real_measures.evaluation_folder(measured, "test", "heal")
+    assert not path.exists()
 
 
 def test_further_test_set_is_added_to_a_record(benchmark):
