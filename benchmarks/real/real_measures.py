@@ -196,7 +196,7 @@ def forward_errors(benchmark: "Benchmark", name: str) -> dict[str, list[list[flo
     vocab_size = shared_vocab_size(model, teacher, tokenizer)
     return {
         source: [
-            [round(value, 3) for value in values]
+            [round(value, 4) for value in values]
             for values in token_divergences(
                 teacher.eval(), model.eval(), prompt_ids, token_ids, vocab_size=vocab_size, **options
             )

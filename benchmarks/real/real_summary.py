@@ -1,15 +1,18 @@
-"""Makes `results/real_<scale>.json`, its figure and the tables of this folder's README from `real_run.py`'s records.
+"""Makes `results/real_<scale>.json`, its figure, and the tables and answers of the pages from `real_run.py`'s records.
 
     python benchmarks/real/real_summary.py [--scale cpu|gpu]
 
-The table has what is finished: rows name their training seeds and the learning rates that were tried. Intervals are
-those of `frontier_statistics.py`. The teacher's log-prob of an answer's token is minus entropy and reverse KL a token,
-whose sum is the cross-entropy of the student's distribution from the teacher's.
+The tables have what is finished: rows name their training seeds and the learning rates that were tried, and a measure
+that a record lacks is a dash. Intervals are those of `frontier_statistics.py`. The teacher's log-prob of an answer's
+token is minus entropy and reverse KL a token, whose sum is the cross-entropy of the student's distribution from the
+teacher's. Exposure bias is the excess accumulated error at the last position that half of the samples of every model
+reach, so that all rows are compared at the same one.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,211 +22,209 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "frontier"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 
-from frontier_statistics import Frontier, difference, interval
-from matplotlib.figure import Figure
+from frontier_statistics import Frontier, difference, interval, prompt_weights
 from measurement import write_record
-from real_measures import TEMPERATURES
+from real_measures import OTHERS, TEMPERATURES
 from real_methods import METHODS, SCALES
 from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, Run
-from summarize import format_interval, insert_table
+from real_tables import LABELS, SAMPLED, plot, write_pages
 
-README = Path(__file__).with_name("README.md")
-SAMPLED = [decoding for decoding in TEMPERATURES if decoding != "greedy"]
-LABELS = {"teacher": "teacher", "heal": "healed student (the start)"}
 MEASURES = ("rouge_l", "reverse_kl_per_token", "length", "eos_rate", "repeated_4grams", "entropy_per_token")
-SHOWN = "low_variance_cool"  # whose answers are shown
 RIVALS = ("heal", "sft", "healing", "distillation", "distillation_cool")
 
-
-def read_records(scale: str) -> dict[str, dict[str, Any]]:
-    """Return all records of the scale by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / scale).glob("*.json"))}
+Record = dict[str, Any]
 
 
-def chosen_runs(records: dict[str, dict[str, Any]], method: str) -> dict[str, dict[str, Any]]:
+def read_records(scale: str) -> dict[str, Record]:
+    """Return the records of the scale by name, without those of another recipe than the healed student's."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / scale).glob("*.json"))}
+    recipe = records["heal"].get("recipe")
+    return {name: record for name, record in records.items() if record.get("recipe") == recipe}
+
+
+def validation_scores(records: dict[str, Record], method: str) -> dict[float, float]:
+    """Return the mean validation Rouge-L over the decodings at the first training seed, by learning rate."""
+    return {
+        rate: float(np.mean([np.mean(found["rouge_l"]) for found in record["validation"].values()]))
+        for rate in LEARNING_RATES
+        if "validation" in (record := records.get(Run(method, rate, SEEDS[0]).name, {}))
+    }
+
+
+def chosen_runs(records: dict[str, Record], method: str) -> dict[str, Record]:
     """Return the tested runs of the method at its best learning rate of those tried, by name."""
-    scores = {}
-    for rate in LEARNING_RATES:
-        if "validation" in (record := records.get(Run(method, rate, SEEDS[0]).name, {})):
-            scores[rate] = np.mean([np.mean(found["rouge_l"]) for found in record["validation"].values()])
-    if not scores:
+    if not (scores := validation_scores(records, method)):
         return {}
     names = [Run(method, max(scores, key=scores.__getitem__), seed).name for seed in SEEDS]
     return {name: records[name] for name in names if "test" in records.get(name, {})}
 
 
+def best_setting(records: dict[str, Record]) -> str | None:
+    """Return the MiniLLM setting with the highest validation Rouge-L at its best rate; None before any is tested."""
+    scores = {
+        name: max(validation_scores(records, name).values())
+        for name, method in METHODS.items()
+        if method.kind == "minillm" and method.options.get("rkl_advantage", True) and chosen_runs(records, name)
+    }
+    return max(scores, key=scores.__getitem__, default=None)
+
+
 def summarize(scale: str) -> dict[str, Any]:
-    """Return the rows of the table, and the differences between them."""
+    """Return the rows of the tables, the differences between them, and the answers."""
     records = read_records(scale)
     found = {name: {name: records[name]} for name in LABELS if "test" in records.get(name, {})}
     found |= {method: runs for method in METHODS if (runs := chosen_runs(records, method))}
-    entropies = shared_entropies([run for runs in found.values() for run in runs.values()])
-    frontiers = {
-        name: Frontier([run["test"] for run in runs.values()], SAMPLED, entropies) for name, runs in found.items()
-    }
-    rows = {name: row_of(frontiers[name], list(runs.values())) for name, runs in found.items()}
-    for name, row in rows.items():
+    every_run = [run for runs in found.values() for run in runs.values()]
+    entropies, position = shared_entropies(every_run), shared_position(every_run)
+    rows, replicates = {}, {}
+    for name, runs_by_name in found.items():
+        runs = list(runs_by_name.values())
+        frontier = Frontier([run["test"] for run in runs], SAMPLED, entropies)
+        rows[name] = row_of(frontier, runs)
+        replicates[name] = replicates_of(frontier, runs, rows[name]["tuned"], position)
+        rows[name]["measures"] = {measure: interval(values) for measure, values in replicates[name].items()}
         if name in METHODS:
-            rates = [rate for rate in LEARNING_RATES if Run(name, rate, SEEDS[0]).name in records]
-            runs = list(found[name].values())
-            row |= {
+            rows[name] |= {
                 "label": METHODS[name].label,
                 "learning_rate": runs[0]["identity"]["run"]["learning_rate"],
-                "learning_rates_tried": rates,
+                "learning_rates_tried": [rate for rate in LEARNING_RATES if Run(name, rate, SEEDS[0]).name in records],
                 "seeds": [run["identity"]["run"]["seed"] for run in runs],
                 "updates": runs[0]["updates"],
                 "seconds": float(np.mean([run["seconds"] for run in runs])),
             }
-            row["minus"] = {
-                rival: differences(frontiers[name], frontiers[rival], row, rows[rival])
-                for rival in RIVALS
-                if rival in rows and rival != name and frontiers[rival].seeds in (1, frontiers[name].seeds)
-            }
-    return {"entropies": entropies.tolist(), "prompts": frontiers["heal"].prompts, "rows": rows}
+    for name in METHODS.keys() & rows.keys():
+        rows[name]["minus"] = {
+            rival: differences(replicates[name], replicates[rival])
+            for rival in RIVALS
+            if rival in rows and rival != name and len(found[rival]) in (1, len(found[name]))
+        }
+    return {
+        "entropies": entropies.tolist(),
+        "exposure_bias_position": position,
+        "prompts": len(records["heal"]["test"]["1.0"]["rouge_l"]),
+        "answer_tokens": SCALES[scale].answer_tokens,
+        "rows": rows,
+        "answers": answers_of(records),
+    }
 
 
-def shared_entropies(runs: list[dict[str, Any]]) -> np.ndarray:
+def shared_entropies(runs: Sequence[Record]) -> np.ndarray:
     """Return entropies that every run reaches between its highest and its lowest temperature, in nats a token."""
     means = [[np.mean(run["test"][decoding]["entropy_per_token"]) for decoding in SAMPLED] for run in runs]
     return np.linspace(max(map(min, means)), min(map(max, means)), 9)
 
 
-def row_of(frontier: Frontier, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the measures of a row, and the decoding with the best validation Rouge-L."""
+def shared_position(runs: Sequence[Record]) -> int | None:
+    """Return the last position that half of the samples of every run, and of the teacher, reach; None without any."""
+    samples = [samples for run in runs for samples in run.get("forward_errors", {}).values()]
+    lengths = [sorted(map(len, of_one), reverse=True) for of_one in samples]
+    return min((by_length[(len(by_length) - 1) // 2] for by_length in lengths), default=None)
+
+
+def row_of(frontier: Frontier, runs: Sequence[Record]) -> dict[str, Any]:
+    """Return the measures of a row by decoding, distinct-n, and the decoding with the best validation Rouge-L."""
     validation = {
         decoding: np.mean([run["validation"][decoding]["rouge_l"] for run in runs]) for decoding in TEMPERATURES
     }
-    decodings: dict[str, dict[str, list[float]]] = {}
-    for decoding, values in frontier.values.items():
-        decodings[decoding] = {
-            name: interval(frontier.replicates(decoding, name)) for name in MEASURES if name in values
-        }
-        if "reverse_kl_per_token" in values:
-            both = (frontier.replicates(decoding, name) for name in ("entropy_per_token", "reverse_kl_per_token"))
-            decodings[decoding]["teacher_logp"] = interval(-sum(both))
-    return {
-        "decodings": decodings,
-        "tuned": max(validation, key=validation.__getitem__),
-        "at_equal_entropy": {
-            name: interval(frontier.at_entropies(name))
-            for name in ("rouge_l", "reverse_kl_per_token")
-            if name in frontier.values["1.0"]
+    row: dict[str, Any] = {
+        "decodings": {
+            decoding: {name: interval(frontier.replicates(decoding, name)) for name in MEASURES if name in values}
+            for decoding, values in frontier.values.items()
         },
+        "tuned": max(validation, key=validation.__getitem__),
     }
+    if all("distinct" in run for run in runs):
+        row["distinct"] = {
+            decoding: {n: float(np.mean([run["distinct"][decoding][n] for run in runs])) for n in values}
+            for decoding, values in runs[0]["distinct"].items()
+        }
+    return row
 
 
-def differences(first: Frontier, second: Frontier, row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of two rows, paired by prompt and training seed."""
+def replicates_of(
+    frontier: Frontier, runs: Sequence[Record], tuned: str, position: int | None
+) -> dict[str, np.ndarray]:
+    """Return the bootstrap's replicates of each measure that is compared, `(replicates + 1, seeds)`.
 
-    def of(name: str, one: str, two: str) -> list[float]:
-        return difference(first.replicates(one, name), second.replicates(two, name))
-
-    return {
-        "reverse_kl_per_token": of("reverse_kl_per_token", "1.0", "1.0"),
-        "tuned_rouge_l": of("rouge_l", row["tuned"], other["tuned"]),
-        "greedy_rouge_l": of("rouge_l", "greedy", "greedy"),
-        "greedy_teacher_logp": [
-            -value for value in np.array(of("reverse_kl_per_token", "greedy", "greedy"))[[0, 2, 1]].tolist()
-        ],
-        "equal_entropy_rouge_l": difference(first.at_entropies("rouge_l"), second.at_entropies("rouge_l")),
-        "equal_entropy_reverse_kl": difference(
-            first.at_entropies("reverse_kl_per_token"), second.at_entropies("reverse_kl_per_token")
-        ),
+    A measure that one of the runs lacks is left out.
+    """
+    found = {
+        "tuned_rouge_l": frontier.replicates(tuned, "rouge_l"),
+        "greedy_rouge_l": frontier.replicates("greedy", "rouge_l"),
+        "equal_entropy_rouge_l": frontier.at_entropies("rouge_l"),
     }
+    if "reverse_kl_per_token" in frontier.values["1.0"]:
+        found["reverse_kl_per_token"] = frontier.replicates("1.0", "reverse_kl_per_token")
+        found["equal_entropy_reverse_kl"] = frontier.at_entropies("reverse_kl_per_token")
+        found["greedy_teacher_logp"] = -(
+            frontier.replicates("greedy", "entropy_per_token") + frontier.replicates("greedy", "reverse_kl_per_token")
+        )
+    if position is not None and all("forward_errors" in run for run in runs):
+        errors = [run["forward_errors"] for run in runs]
+        found["forward_kl_per_token"] = _mean_replicates(
+            [[np.mean(values) for values in run["on_teacher"]] for run in errors]
+        )
+        found["exposure_bias"] = np.stack([exposure_replicates(run, position) for run in errors], axis=1)
+    for task, decodings in OTHERS.items():
+        for decoding in decodings:
+            tests = [run.get("other_prompts", {}).get(task, {}).get(decoding) for run in runs]
+            if all(test is not None for test in tests):
+                values = [test["rouge_l"] for test in tests]
+                found[f"{task}_{decoding}_rouge_l"] = _mean_replicates(values)
+    return found
 
 
-def main_table(summary: dict[str, Any]) -> str:
-    """Return the Markdown table of the rows."""
-    head = [
-        *("", "updates", "rate (tried)", "seeds", "reverse KL a token at 1", "entropy at 1", "best decoding"),
-        *("Rouge-L there", "Rouge-L, greedy", "teacher's log-prob a token, greedy", "ends, greedy"),
-        *("repeated 4-grams, greedy", "Rouge-L at equal entropy", "reverse KL a token at equal entropy"),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for name, row in summary["rows"].items():
-        at_one, best, greedy = (row["decodings"][decoding] for decoding in ("1.0", row["tuned"], "greedy"))
-        trained, equal = "label" in row, row["at_equal_entropy"]
-        cells = [
-            row.get("label", LABELS.get(name, name)),
-            str(row["updates"]) if trained else "–",
-            f"{row['learning_rate']:g} ({len(row['learning_rates_tried'])})" if trained else "–",
-            str(len(row["seeds"])) if trained else "–",
-            format_interval(at_one.get("reverse_kl_per_token"), 2),
-            format_interval(at_one["entropy_per_token"], 2),
-            row["tuned"],
-            format_interval(best["rouge_l"], 1),
-            format_interval(greedy["rouge_l"], 1),
-            format_interval(greedy.get("teacher_logp"), 2),
-            f"{100 * greedy['eos_rate'][0]:.0f} %",
-            f"{greedy['repeated_4grams'][0]:.2f}",
-            format_interval(equal["rouge_l"], 1),
-            format_interval(equal.get("reverse_kl_per_token"), 2),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _mean_replicates(values: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the means over prompts of each seed's values, `(replicates + 1, seeds)`."""
+    by_seed = np.array(values)
+    return prompt_weights(by_seed.shape[1]) @ by_seed.T
 
 
-def differences_table(summary: dict[str, Any]) -> str:
-    """Return the Markdown table of the differences between MiniLLM and its rivals."""
-    columns = {
-        "reverse_kl_per_token": ("reverse KL a token at 1", 2),
-        "tuned_rouge_l": ("Rouge-L, best decoding of each", 1),
-        "greedy_rouge_l": ("Rouge-L, greedy", 1),
-        "greedy_teacher_logp": ("teacher's log-prob a token, greedy", 2),
-        "equal_entropy_rouge_l": ("Rouge-L at equal entropy", 1),
-        "equal_entropy_reverse_kl": ("reverse KL a token at equal entropy", 2),
-    }
-    lines = ["| | minus | " + " | ".join(title for title, _ in columns.values()) + " |"]
-    lines.append("|---|---|" + "---:|" * len(columns))
-    rows = summary["rows"]
-    for name in [name for name in rows if name in METHODS and METHODS[name].kind == "minillm"]:
-        for rival, found in rows[name]["minus"].items():
-            cells = [rows[name]["label"], rows[rival].get("label", LABELS.get(rival, rival))]
-            cells += [format_interval(found[key], digits, sign=True) for key, (_, digits) in columns.items()]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def exposure_replicates(errors: dict[str, list[list[float]]], position: int) -> np.ndarray:
+    """Return the excess accumulated error at the position in per cent, `(replicates + 1,)`.
 
-
-def answers_table(records: dict[str, dict[str, Any]], student: dict[str, Any]) -> str:
-    """Return the Markdown table of the first answers of teacher, start and the student of a run."""
-    columns = {"teacher": records["teacher"], "healed student": records["heal"], "MiniLLM student": student}
-    lines = ["| prompt | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, first in enumerate(records["teacher"]["answers"]):
-        cells = [first["prompt"], *(record["answers"][row]["answer"] for record in columns.values())]
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Draw Rouge-L and reverse KL over entropy."""
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    titles = ("Rouge-L →", "← reverse KL (nats a token)")
-    for axes, key, title in zip(panels, ("rouge_l", "reverse_kl_per_token"), titles, strict=True):
-        for number, (name, row) in enumerate(summary["rows"].items()):
-            points = [row["decodings"][decoding] for decoding in SAMPLED]
-            if key in points[0]:
-                values = np.array([point[key] for point in points])
-                axes.errorbar(
-                    [point["entropy_per_token"][0] for point in points],
-                    values[:, 0],
-                    yerr=[values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]],
-                    color=f"C{number}",
-                    linestyle="--" if name in LABELS else "-",
-                    marker="o",
-                    markersize=4,
-                    capsize=2,
-                    label=row.get("label", LABELS.get(name, name)),
-                )
-        axes.set_xlabel("entropy (nats a token), at temperatures " + ", ".join(SAMPLED), fontsize=9)
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5
+    See `minillm_trl.evaluation.exposure_bias`; the bootstrap draws prompts, with one sample of each model.
+    """
+    own, teachers = (
+        accumulated_error(errors[source], position, prompt_weights(len(errors[source])))
+        for source in ("on_model", "on_teacher")
     )
-    figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
+    return 100 * (own - teachers) / teachers
+
+
+def accumulated_error(samples: Sequence[Sequence[float]], position: int, weights: np.ndarray) -> np.ndarray:
+    """Return the sum over positions up to this one of the mean error, with each row of weights of the samples.
+
+    The mean at a position is over the samples that have a token there. Where a draw has no such sample, it counts as
+    zero: if half of 40 samples reach the position, that is one draw in 10^12.
+    """
+    errors, reached = np.zeros((2, len(samples), position))
+    for row, values in enumerate(samples):
+        kept = values[:position]
+        errors[row, : len(kept)], reached[row, : len(kept)] = kept, 1
+    totals, counts = weights @ errors, weights @ reached
+    return np.divide(totals, counts, out=np.zeros_like(totals), where=counts > 0).sum(axis=1)
+
+
+def differences(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Return the differences of two rows, paired by prompt and training seed."""
+    return {name: difference(values, second[name]) for name, values in first.items() if name in second}
+
+
+def answers_of(records: dict[str, Record]) -> dict[str, Any] | None:
+    """Return the first greedy answers of teacher, start and MiniLLM student; None before they are measured."""
+    if (setting := best_setting(records)) is None:
+        return None
+    student = next(iter(chosen_runs(records, setting).values()))
+    writers = {"teacher": records["teacher"], "start": records["heal"], "student": student}
+    return {
+        "label": METHODS[setting].label,
+        "seed": student["identity"]["run"]["seed"],
+        "rows": [
+            {"prompt": first["prompt"]} | {name: record["answers"][row]["answer"] for name, record in writers.items()}
+            for row, first in enumerate(records["teacher"]["answers"])
+        ],
+    }
 
 
 def main() -> None:
@@ -232,16 +233,14 @@ def main() -> None:
     scale = parser.parse_args().scale
     summary = summarize(scale)
     settings = {"training_seeds": SEEDS, "learning_rates": LEARNING_RATES, "decodings": TEMPERATURES}
-    command = " && ".join(f"python benchmarks/real/real_{script}.py --scale {scale}" for script in ("run", "summary"))
+    options = {"run": " --selfinst FILE --vicuna FOLDER", "summary": ""}
+    command = " && ".join(
+        f"python benchmarks/real/real_{script}.py --scale {scale}{words}" for script, words in options.items()
+    )
     path = write_record(f"real_{scale}", PACKAGES, settings, summary, command)
     plot(summary, path.with_suffix(".png"))
-    tables = {"main": main_table(summary), "differences": differences_table(summary)}
-    if students := chosen_runs(records := read_records(scale), SHOWN):
-        tables["answers"] = answers_table(records, next(iter(students.values())))
-    for name, table in tables.items():
-        if scale == "cpu":
-            insert_table(README, name, table)
-        print(table, "\n")
+    if scale == "cpu":
+        write_pages(summary)
 
 
 if __name__ == "__main__":

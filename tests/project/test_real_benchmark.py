@@ -13,6 +13,8 @@ import torch
 from chat_models import save_small_smollm2, write_small_dolly
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minillm_trl.evaluation.exposure_bias import excess_accumulated_error
+
 REAL = Path(__file__).parents[2] / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
@@ -20,6 +22,7 @@ import real_measures  # noqa: E402 - lies in a folder that is no package
 import real_methods  # noqa: E402
 import real_run  # noqa: E402
 import real_summary  # noqa: E402
+import real_tables  # noqa: E402
 
 SMALL = replace(
     real_methods.SCALES["cpu"],
@@ -86,6 +89,9 @@ def measured(benchmark) -> real_run.Benchmark:
     for seed, name in enumerate(("teacher", "heal")):
         torch.manual_seed(seed)
         save_small_smollm2(benchmark.model(name))
+        model = AutoModelForCausalLM.from_pretrained(benchmark.model(name))
+        model.get_input_embeddings().weight.data *= 30  # so that the models differ; the head is tied
+        model.save_pretrained(benchmark.model(name))
     prompts = [[{"role": "user", "content": f"say {row}"}] for row in range(12)]
     rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "it is"}]} for prompt in prompts]
     data = benchmark.folder / "data" / "smollm2_dolly"
@@ -117,17 +123,19 @@ def test_whole_benchmark(benchmark, capsys):
     assert list(summary["rows"]) == ["teacher", "heal", *real_methods.METHODS]
     assert summary["rows"]["minillm"]["seeds"] == [3, 4]
     assert summary["rows"]["minillm"]["updates"] == real_methods.METHODS["minillm"].multiple
-    start, student = (summary["rows"][name]["decodings"]["1.0"] for name in ("heal", "minillm"))
-    gain = summary["rows"]["minillm"]["minus"]["heal"]["reverse_kl_per_token"][0]
-    assert gain == pytest.approx(student["reverse_kl_per_token"][0] - start["reverse_kl_per_token"][0])
+    measures = summary["rows"]["minillm"]["measures"]
+    assert measures.keys() >= real_tables.QUALITY.keys() | real_tables.DIVERGENCE.keys()
+    (position,) = {summary["exposure_bias_position"]} & set(range(1, 5))
+    errors = [benchmark.record(f"minillm-0.001-{seed}")["forward_errors"] for seed in (3, 4)]
+    biases = [excess_accumulated_error(run["on_model"], run["on_teacher"]).excess_error for run in errors]
+    assert measures["exposure_bias"][0] == pytest.approx(np.mean([bias[position - 1] for bias in biases]))
     greedy = summary["rows"]["sft"]["decodings"]["greedy"]
-    assert greedy["teacher_logp"][0] == pytest.approx(-greedy["reverse_kl_per_token"][0])
-    for table in (real_summary.main_table(summary), real_summary.differences_table(summary)):
-        assert "MiniLLM (the paper's)" in table
-    records = real_summary.read_records("small")
-    answers = real_summary.answers_table(records, next(iter(real_summary.chosen_runs(records, "minillm").values())))
-    assert answers.count("\n") == 1 + real_measures.ANSWERS
-    real_summary.plot(summary, benchmark.folder / "figure.png")
+    logp = summary["rows"]["sft"]["measures"]["greedy_teacher_logp"][0]
+    assert logp == pytest.approx(-greedy["reverse_kl_per_token"][0])
+    for parts in real_tables.pages(summary).values():
+        assert all("MiniLLM" in part for part in parts.values())
+    assert len(summary["answers"]["rows"]) == real_measures.ANSWERS
+    real_tables.plot(summary, benchmark.folder / "figure.png")
 
 
 def test_forward_errors_are_the_divergences_of_the_samples(measured):
@@ -148,7 +156,8 @@ def test_forward_errors_are_the_divergences_of_the_samples(measured):
                 model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 for model in (teacher, student)
             )
-        assert found == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=6e-4)
+        assert found == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=6e-5)
+        assert min(found) > 0.1
     assert errors["on_model"] != errors["on_teacher"]
 
 
@@ -183,6 +192,8 @@ def test_lacking_measures_are_added_while_the_model_exists(benchmark, monkeypatc
     real_run.print_incomplete(benchmark)
     assert "sft-0.001-3 lacks answers, distinct, forward_errors, other_prompts" in capsys.readouterr().out
     benchmark.model(run.name).mkdir(parents=True)
+    real_run.print_incomplete(benchmark)
+    assert not capsys.readouterr().out
     for part in ("first_answers", "distinct", "forward_errors", "other_prompts"):
         values = {"context": {}, "selfinst": {}, "vicuna": {}} if part == "other_prompts" else {}
         monkeypatch.setattr(real_measures, part, lambda benchmark, name, values=values: values)
