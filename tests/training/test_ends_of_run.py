@@ -213,11 +213,11 @@ class TestFineTuning:
         assert ends == (2 if option == {"eos_tokens": TURN_END} else [0, 2] if stays else [2, 0])
         assert tokenizer.eos_token_id == (0 if stays else 2)
 
-    @pytest.mark.parametrize(("options", "eos"), [({"eos_token": TEXT_END}, 0), ({}, 2)])
-    def test_chosen_eos_stays_though_turns_end_otherwise(self, tmp_path, options, eos):
-        tokenizer = build_chat_tokenizer(TEXT_END)
-        fine_tuner(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 0), **options)
-        assert tokenizer.eos_token_id == eos
+    def test_chosen_eos_stays_though_turns_end_otherwise(self, tmp_path):
+        for options, eos in (({"eos_token": TEXT_END}, 0), ({}, 2)):
+            tokenizer = build_chat_tokenizer(TEXT_END)
+            fine_tuner(tmp_path, CHATS, tokenizer, build_chat_model(tokenizer, 0), **options)
+            assert tokenizer.eos_token_id == eos
 
     def test_eos_token_outside_eos_tokens_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"eos_token='<\|im_end\|>' is not in eos_tokens="):
