@@ -153,10 +153,11 @@ def test_model_whose_compiled_steps_differ_is_refused(monkeypatch: pytest.Monkey
         check_compiled_decoding(build_model("gpt2"), "student")
 
 
-def test_tolerance_grows_with_the_states():
+def test_tolerance_grows_with_the_largest_state():
     model = build_model("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(1e4)
+        model.transformer.ln_f.weight[0] = 0.0
     check_compiled_decoding(model, "student")
 
 
