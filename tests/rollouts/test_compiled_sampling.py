@@ -193,6 +193,13 @@ def test_prompts_of_all_lengths_run_compiled_over_caches_of_bounded_size(long_mo
     assert sum(sizes) < 2 * max(sizes)
 
 
+def test_lengths_up_to_a_power_of_two_share_their_tensors():
+    compiled = CompiledDecoding(build_model("gpt2"), "eager")
+    shapes = [compiled.start(compiled.models, 2, length)[0].shape for length in (130, 200, 256, 257)]
+    assert shapes == [(2, 256)] * 3 + [(2, 512)]
+    assert len(compiled._shapes) == 2
+
+
 def test_cache_that_is_not_used_any_more_is_freed(long_models, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(minillm_trl.rollouts.compiled_steps, "_IDLE_BATCHES", 2)
     student, teacher = long_models
