@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
-from transformers import PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 import minillm_trl.rollouts.compiled_steps
+from minillm_trl.models.lm_head import accepts_position_ids
 from minillm_trl.rollouts.compiled_sampling import check_compiled_decoding
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader, StaticLayer, StepPlan, StepTensors
 from minillm_trl.rollouts.sampling import Completions, sample_completions, sample_prompts
@@ -151,6 +152,12 @@ def test_model_whose_compiled_steps_differ_is_refused(monkeypatch: pytest.Monkey
         monkeypatch.setattr(StaticLayer, "update", wrong_columns)
     with pytest.raises(ValueError, match=r"steps of the student \(GPT2LMHeadModel\) cannot be compiled"):
         check_compiled_decoding(build_model("gpt2"), "student")
+
+
+def test_model_that_takes_no_positions_is_checked():
+    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)).eval()
+    assert not accepts_position_ids(model)
+    check_compiled_decoding(model, "student")
 
 
 def test_tolerance_grows_with_the_largest_state():
