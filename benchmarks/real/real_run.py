@@ -234,12 +234,15 @@ def train_run(benchmark: Benchmark, run: Run) -> None:
 
 
 def healing_record(benchmark: Benchmark) -> dict[str, Any]:
-    """Return the seconds of the teacher's answers and of healing, and the forward KL in its logs, nats a token."""
+    """Return the seconds of the teacher's answers and of healing, and the forward KL in its logs, nats a token.
+
+    A stage that was interrupted and resumed has no time.
+    """
     runs = benchmark.folder / "runs" / "smollm2"
-    seconds = {
-        stage: json.loads((runs / stage / "run.json").read_text())["attempts"][-1]["seconds"]["total"]
-        for stage in ("answers", "heal")
+    attempts = {
+        stage: json.loads((runs / stage / "run.json").read_text())["attempts"] for stage in ("answers", "heal")
     }
+    seconds = {stage: found[0]["seconds"]["total"] for stage, found in attempts.items() if len(found) == 1}
     (checkpoint,) = (runs / "heal").glob("checkpoint-*")
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return {"seconds": seconds, "forward_kl": [row["kd/forward_kl"] for row in history if "kd/forward_kl" in row]}

@@ -30,7 +30,7 @@ from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, Run
 from real_tables import LABELS, SAMPLED, plot, write_pages
 
 MEASURES = ("rouge_l", "reverse_kl_per_token", "length", "eos_rate", "repeated_4grams", "entropy_per_token")
-RIVALS = ("heal", "sft", "healing", "distillation", "distillation_cool")
+RIVALS = ("heal", "sft", "healing", "kd", "seqkd", "gkd", "distillation", "distillation_cool")
 
 Record = dict[str, Any]
 

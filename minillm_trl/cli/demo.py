@@ -16,8 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a small teacher and a much smaller student from scratch on real restaurant descriptions "
         "(E2E NLG, ships with the package), distil the teacher into the student with MiniLLM, compare it with a "
         "student that was fine-tuned for as long, and write report.html and report.md. With --models smollm2, cut a "
-        "real language model to half its size, heal it, distil, and show answers. Runs on a CPU; rerun the same "
-        "command to resume a stopped run.",
+        "real language model to two thirds of its size, heal it, distil, and show answers. Runs on a CPU; rerun the "
+        "same command to resume a stopped run.",
     )
     parser.add_argument(
         "--models",
