@@ -79,8 +79,10 @@ class TestRewardFunctions:
         shown = []
         printed = "trl.trainer.grpo_trainer.print_prompt_completions_sample"
         monkeypatch.setattr(printed, lambda *columns, **options: shown.append(columns[4]))
-        make_trainer(tmp_path, max_steps=3, logging_steps=1, log_completions=True).train()
+        trainer = make_trainer(tmp_path, max_steps=3, logging_steps=1, log_completions=True)
+        trainer.train()
         assert shown == [1, 2, 3]
+        assert trainer.log_completions  # in a further call of `train()` too
         shown.clear()
         make_trainer(tmp_path / "b", max_steps=3, logging_steps=2, log_completions=True).train()
         assert shown == [2, 3]  # those of the third step are shown by the log that ends the run

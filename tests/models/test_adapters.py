@@ -92,6 +92,17 @@ class TestHead:
             base = model(score_requests=[request])[0].logps
         assert (base - expected).abs().max() > 0.01
 
+    def test_head_of_a_class_of_its_own_is_read(self):
+        class Head(torch.nn.Linear):
+            """As of models whose code comes with them."""
+
+        config, module = build_model("llama").config, Head(4, 6)
+        head = LMHead.of_projection(module, config)
+        assert head.weight is module.weight
+        assert head.bias is module.bias
+        del module.bias
+        assert LMHead.of_projection(module, config).bias is None
+
     def test_copy_of_the_head_is_not_read_while_adapters_are_disabled(self):
         """As the reference model of `beta` has them."""
         model = adapt(build_model("llama", 40), target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -173,6 +184,14 @@ class TestSharedBase:
         assert len(own) == 2 * (2 * len(LAYERS) + 1)
         assert all("lora_" in name and ".teacher." in name for name in own)
         assert not any(parameter.requires_grad for parameter in shared.teacher_model.parameters())
+
+    def test_base_without_a_name_is_taken_for_that_of_the_adapter(self, model_dir, teacher_adapter: str):
+        """A model that was built in this process."""
+        base = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+        base.config._name_or_path = ""
+        teacher, ids = adapter_on_base(adapt(base, target_modules=LAYERS), teacher_adapter), torch.arange(2, 9)[None]
+        plain = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+        torch.testing.assert_close(teacher(ids).logits, PeftModel.from_pretrained(plain, teacher_adapter)(ids).logits)
 
     def test_what_cannot_share_is_refused(self, tmp_path, model_dir, teacher_adapter: str):
         with pytest.raises(ValueError, match="needs a student with an adapter"):

@@ -2,9 +2,17 @@
 
 import pytest
 from chat_models import CHATML, TEXT_END, TURN_END, TURN_START, answer, build_chat_tokenizer, question
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from minillm_trl.models.encoding import added_tokens, encode_pair, encode_prompts, encode_texts, stop_appending
+from minillm_trl.models.encoding import (
+    added_tokens,
+    encode_after_prompt,
+    encode_pair,
+    encode_prompts,
+    encode_texts,
+    stop_appending,
+)
 
 PLAIN = build_chat_tokenizer(TEXT_END)
 
@@ -56,8 +64,27 @@ def test_a_text_that_holds_the_bos_gets_no_second_one():
 
 def test_tokenizer_that_adds_nothing_is_left_as_it_is():
     assert added_tokens(PLAIN) == ([], [])
+    before = PLAIN.backend_tokenizer.to_str()
+    assert stop_appending(PLAIN) == []
+    assert PLAIN.backend_tokenizer.to_str() == before
     assert encode_texts(PLAIN, ["<|im_end|>the<|im_end|>", ""]) == [[2, *PLAIN("the")["input_ids"], 2], []]
     assert encode_texts(PLAIN, []) == []
+
+
+class TestAfterPrompt:
+    def test_completion_has_the_tokens_that_it_has_after_its_prompt(self):
+        """Not those of a text of its own, which starts with a space here, as with SentencePiece."""
+        tokenizer = build_chat_tokenizer(TURN_END)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        prompt, completion = tokenizer("the\n")["input_ids"], PLAIN("mill")["input_ids"]
+        assert tokenizer("mill")["input_ids"] != completion
+        assert encode_after_prompt(tokenizer, "the\n", "mill") == (len(prompt), [*prompt, *completion, 2])
+
+    def test_prompt_keeps_its_tokens_where_one_would_span_the_border(self):
+        prompt = PLAIN("near ")["input_ids"]
+        assert PLAIN("near the")["input_ids"][: len(prompt)] != prompt
+        expected = [*prompt, *PLAIN("the")["input_ids"], 0]
+        assert encode_after_prompt(PLAIN, "near ", "the") == (len(prompt), expected)
 
 
 class TestPair:

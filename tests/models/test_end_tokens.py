@@ -111,10 +111,11 @@ class TestEnds:
         with pytest.raises(ValueError, match=r"eos_tokens: '<\|eot\|>' is not a token"):
             self.find(eos_tokens=["<|eot|>"])
 
-    @pytest.mark.parametrize("bad", ["x", 1.5, True, 2**40])
+    @pytest.mark.parametrize("bad", ["x", 1.5, True, 2**31, -(2**31)])
     def test_generation_config_with_something_else_is_refused(self, bad):
         with pytest.raises(ValueError, match="eos_token_id"):
             declared_ends(GenerationConfig(eos_token_id=[0, bad]))
+        assert declared_ends(config(0, 2**31 - 1)) == [0, 2**31 - 1]
 
 
 class TestTokenizerWithoutEos:

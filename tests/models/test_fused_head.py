@@ -14,7 +14,7 @@ from minillm_trl.divergences import DIVERGENCES, choose_divergence, forward_kl, 
 from minillm_trl.models.divergence_gradients import divergence_of
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead, check_head, completion_hidden_states, position_ids
-from minillm_trl.models.token_scores import TokenScores
+from minillm_trl.models.token_scores import TokenScores, score_logits_in_place
 from minillm_trl.rollouts.decoding import check_decoding
 
 
@@ -193,6 +193,18 @@ def test_another_divergence_has_no_gradient_in_closed_form():
     request = ScoreRequest(ids, ids, ids.bool(), 1.0, hidden.detach(), None, lambda student, teacher: student.sum(-1))
     with pytest.raises(ValueError, match="divergence must be a function of minillm_trl"):
         score_hidden_states(hidden, head, request._replace(loss=lambda scores, _: scores.divergence), 6, head)
+
+
+def test_gradient_of_the_log_probs_alone_is_that_without_a_teacher():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 5, 9, dtype=torch.float64).unbind()
+    targets, coefficients = torch.randint(9, (5,)), torch.randn(5, dtype=torch.float64)
+
+    def gradient(teacher_logits: torch.Tensor | None) -> torch.Tensor:
+        scored = score_logits_in_place(logits.clone(), targets, teacher_logits, 0.7, 2.0, reverse_kl)
+        return scored[1](coefficients)
+
+    assert torch.equal(gradient(teacher), gradient(None))
 
 
 def test_head_is_projected_once_for_a_loss(monkeypatch: pytest.MonkeyPatch):

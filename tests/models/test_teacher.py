@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from peft import LoraConfig
 from test_adapters import train
 from tokenizers import normalizers
 from transformers import BitsAndBytesConfig
@@ -13,11 +14,13 @@ from minillm_trl import MiniLLMConfig
 from minillm_trl.errors import UserError
 from minillm_trl.models.context import max_context
 from minillm_trl.models.teacher import (
+    PROBE_TEXT,
     check_same_tokenizer,
     load_teacher,
     place_teacher,
     shard_blocks,
     shared_vocab_size,
+    tokenizer_source,
 )
 from minillm_trl.training.checks import check_arguments
 
@@ -37,6 +40,14 @@ class TestCheckSameTokenizer:
         teacher = build_tokenizer()
         teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
         with pytest.raises(ValueError, match=r"encode the same text differently, .*token 0"):
+            check_same_tokenizer(build_tokenizer(), teacher)
+
+    def test_encoding_that_ends_earlier_is_refused_at_its_end(self):
+        teacher = build_tokenizer()
+        teacher.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+        length = len(teacher(PROBE_TEXT)["input_ids"])
+        assert 0 < length < len(build_tokenizer()(PROBE_TEXT)["input_ids"])
+        with pytest.raises(ValueError, match=rf"starting at token {length}: \[\d.*\] and \[\]"):
             check_same_tokenizer(build_tokenizer(), teacher)
 
     def test_other_chat_template_matters_for_conversations_only(self):
@@ -141,6 +152,13 @@ def test_shared_vocabulary_is_the_smaller_one():
 def test_head_smaller_than_the_tokenizer_is_refused():
     with pytest.raises(ValueError, match="the teacher's LM head has 50 rows"):
         shared_vocab_size(build_model("gpt2"), build_model("gpt2", 50), build_tokenizer())
+
+
+def test_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
+    LoraConfig(base_model_name_or_path="base").save_pretrained(tmp_path)
+    assert tokenizer_source(str(tmp_path)) == "base"
+    build_tokenizer().save_pretrained(tmp_path)
+    assert tokenizer_source(str(tmp_path)) == str(tmp_path)
 
 
 def test_context_is_the_shorter_one():

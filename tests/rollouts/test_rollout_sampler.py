@@ -52,6 +52,7 @@ def test_scores_are_those_of_plain_forward_passes(alpha: float):
             torch.testing.assert_close(scores.teacher_logps[row, : len(completion)], expected, rtol=1e-4, atol=1e-5)
     assert (scores.teacher_logps is None) == (alpha == 0.0)  # the teacher has not run
     assert (scores.teacher_hidden_states is None) == (alpha == 0.0)
+    assert scores.entropy is scores.student_top_ids is scores.expected_rewards is None  # not asked for
 
 
 def test_turn_without_scores_has_the_same_completions():
@@ -61,6 +62,14 @@ def test_turn_without_scores_has_the_same_completions():
     assert plain.completions == scored.completions
     assert plain.scores.parts == []
     assert plain.scores.field("student_logps", torch.Size((3, 6))) is None
+
+
+def test_states_are_copied_from_their_device_on_request_alone():
+    states = torch.empty(2, 3, device="meta")  # which cannot be copied from
+    assert build_sampler(0.5).teacher.keep(states) is states
+    assert build_sampler(0.5, kept_on="recompute").teacher.keep(states) is None
+    with pytest.raises(NotImplementedError):
+        build_sampler(0.5, kept_on="cpu").teacher.keep(states)
 
 
 def test_states_that_are_recomputed_are_not_kept():

@@ -3,6 +3,7 @@
 import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from test_trainer import DATASET, make_config, make_trainer, weights
 import minillm_trl.training.teacher_mixed_trainer
 from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
-from minillm_trl.models.student_copy import RolloutCopy
+from minillm_trl.models.student_copy import RolloutCopy, rollout_copy, shards_student
 from minillm_trl.models.teacher import TeacherOffload
-from minillm_trl.rollouts.buffer import by_length, parts_by_length, sequences, trim
+from minillm_trl.rollouts.buffer import by_length, fill_empty_completions, parts_by_length, sequences, trim
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, TeacherStates
 
@@ -34,6 +35,7 @@ def test_scores_of_sampling_equal_those_of_a_scoring_pass(tmp_path, family: str,
     trainer.eos_token_ids = list(range(0, 60, 2))
     trainer.model.train()
     batch = trainer._generate_and_score_completions([DATASET[i] for i in range(8)])
+    assert not trainer._rollout.scores.parts  # the hidden states of the rollout are freed
     mask = sequences(batch)[2]
     assert len(set(mask.sum(dim=1).tolist())) > 1
     tokens = (batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
@@ -190,6 +192,31 @@ class TestRolloutCopy:
         copied = RolloutCopy(build_model("gpt2"), torch.bfloat16).model
         assert copied.lm_head.weight is copied.transformer.wte.weight
 
+    def test_copy_of_a_sharded_student_keeps_the_weights_of_its_last_refresh(self):
+        model = build_model("gpt2")
+        copied, ids = RolloutCopy(model, sharded=True), torch.arange(2, 9)[None]
+        before = copied.model(ids).logits
+        assert torch.equal(before, model(ids).logits)
+        with torch.no_grad():
+            for each in model.parameters():
+                each += 0.1
+        assert torch.equal(copied.model(ids).logits, before)
+        copied.release()
+        assert not any(each.numel() for each in copied.model.parameters())
+        copied.refresh(model)
+        assert torch.equal(copied.model(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize(
+        ("stage", "fsdp", "sharded"), [(None, None, False), (None, "plugin", True), (2, None, False), (3, None, True)]
+    )
+    def test_sharded_student_samples_from_a_copy(self, tmp_path, stage, fsdp, sharded: bool):
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        state = SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin=fsdp)
+        accelerator = SimpleNamespace(state=state, mixed_precision="no")
+        assert shards_student(accelerator) == sharded
+        copied = rollout_copy(build_model("gpt2"), make_config(tmp_path, bf16=False), accelerator, merges=True)
+        assert (copied is not None) == sharded
+
     def test_rollouts_come_from_the_copy_and_the_trained_weights_stay_float32(self, tmp_path, monkeypatch):
         trainer = make_trainer(tmp_path, bf16=True, half_precision_rollouts=True, max_steps=2)
         refreshed, decoded = [], []
@@ -226,6 +253,24 @@ class TestRolloutCopy:
     def test_needs_mixed_precision(self, tmp_path):
         with pytest.raises(ValueError, match="half_precision_rollouts=True"):
             make_config(tmp_path, half_precision_rollouts=True)
+
+
+class TestEmptyCompletions:
+    OUTPUT = {"prompt_ids": [[1], [2]], "completion_ids": [[5, 6], []], "logprobs": None}  # noqa: RUF012 - read only
+
+    def test_they_get_a_token_in_each_field_that_there_is(self):
+        filled, empty = fill_empty_completions(self.OUTPUT, 9)
+        assert empty == [1]
+        assert filled == {**self.OUTPUT, "completion_ids": [[5, 6], [9]]}
+        output = {**self.OUTPUT, "logprobs": [[-1.0, -2.0], []], "env_mask": [[1, 1], []]}
+        filled, _ = fill_empty_completions(output, 9)
+        assert filled["completion_ids"] == [[5, 6], [9]]
+        assert filled["logprobs"] == [[-1.0, -2.0], [0.0]]
+        assert filled["env_mask"] == [[1, 1], [0]]
+
+    def test_others_are_left_as_they_are(self):
+        output = {**self.OUTPUT, "completion_ids": [[5, 6], [7]]}
+        assert fill_empty_completions(output, 9) == (output, [])
 
 
 class TestLengths:

@@ -312,6 +312,41 @@ def test_rows_with_shared_coins_leave_their_batch_soon_after_they_end(keep_state
         assert tokens < 1.15 * least
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("keep_states", [True, False])
+def test_process_without_prompts_makes_the_calls_of_another_one(shared: bool, keep_states: bool):
+    """It replays the flags of the other process, which are those of both, as its own are always True."""
+
+    def run(prompts: list[list[int]], on_every_process) -> tuple[list[list[int]], list[str]]:
+        models, calls = [build_model("llama", vocab_size=50, width=16, layers=1, seed=seed) for seed in (0, 1)], []
+        for name, model in zip(("student", "teacher"), models, strict=True):
+            model.base_model.register_forward_pre_hook(lambda *unused, name=name: calls.append(name))
+        completions = sample_prompts(
+            models[0],
+            prompts,
+            keys=[(7, row) for row in range(len(prompts))],
+            max_new_tokens=8,
+            eos_token_ids=[0, 3],
+            pad_token_id=1,
+            batch_size=5,
+            teacher=models[1],
+            alpha=0.4,
+            shared_coins=shared,
+            keep_states=keep_states,
+            on_every_process=on_every_process,
+        )
+        return completions, calls
+
+    flags, own = [], []
+    completions, calls = run(LONG_PROMPTS, lambda flag: flags.append(flag) or flag)
+    answers = iter(flags)
+    assert run([], lambda flag: own.append(flag) or next(answers)) == ([], calls)
+    assert all(own)
+    assert len(own) == len(flags)
+    alone, _ = run(LONG_PROMPTS, None)
+    assert completions == alone
+
+
 def test_cudnn_attention_is_off_while_sampling_alone():
     model, seen = build_model("gpt2", vocab_size=50, width=16), []
     model.base_model.register_forward_hook(lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))

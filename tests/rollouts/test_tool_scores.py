@@ -82,3 +82,14 @@ def test_later_turns_end_at_the_context(tmp_path):
         for batch in trainer.buffer.batches
     ]
     assert max(lengths) == trainer.max_context
+
+
+def test_limit_of_a_turn_that_processes_take_together(tmp_path):
+    """A context that is full leaves no tokens, which differs from a process without prompts."""
+    trainer = build_trainer(tmp_path)
+    trainer.model.train()
+    trainer._rollout.turn, trainer._collective_turns = 1, True
+    assert trainer._turn_budget([[5] * trainer.max_context, [5]]) == 0
+    assert trainer._turn_budget([[5] * (trainer.max_context - 3), [5]]) == 3
+    assert trainer._turn_budget([[5]]) == MAX_LENGTH
+    assert trainer._turn_budget([]) is None
