@@ -16,6 +16,7 @@ from .models.activation_checkpointing import use_new_names
 from .models.end_tokens import EOS_TOKENS_HELP, check_eos_tokens
 from .models.init_kwargs import rename_dtypes
 from .objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
+from .rollout_config import RolloutConfig
 from .training.config_checks import RESHAPING_FIELDS, check_config
 from .training.metric_directions import greater_is_better
 
@@ -31,12 +32,12 @@ class _OneGeneration(int):
 
 
 @dataclass
-class MiniLLMConfig(FamilyConfig):
+class MiniLLMConfig(FamilyConfig, RolloutConfig):
     r"""Configure [`MiniLLMTrainer`].
 
-    Lists only the fields that MiniLLM adds or changes. [`~minillm_trl.family_config.FamilyConfig`] has the fields of
-    related methods, and the others are as in [`~trl.GRPOConfig`]. Settings of GRPO that
-    have no effect here are refused with a reason.
+    Lists only the fields that MiniLLM adds or changes. [`~minillm_trl.rollout_config.RolloutConfig`] has those that
+    say how rollouts are computed, [`~minillm_trl.family_config.FamilyConfig`] those of related methods. The others are
+    as in [`~trl.GRPOConfig`]. Settings of GRPO that have no effect here are refused with a reason.
 
     Args:
         teacher_model_init_kwargs (`dict`, *optional*):
@@ -126,36 +127,8 @@ class MiniLLMConfig(FamilyConfig):
             The tokens that end a completion, such as `["<|im_end|>"]`. By default all of these: the EOS of the
             tokenizer and of the generation configs of student and teacher and, for prompts that are conversations, the
             end of an assistant's turn in the chat template. The student is saved with them.
-        sampling_batch_size (`int`, *optional*):
-            Rows decoded together on a process; all rows of a rollout by default.
-        shared_coins (`bool`, *optional*, defaults to `True`):
-            Whether rows decoded together share the coins of teacher-mixed sampling, so that only one of the models
-            runs at a step. Each row follows the mixture in both cases. `False` makes rows independent of each other
-            and of the number of processes, and runs both models at most steps.
-        mixing (`str`, *optional*, defaults to `"coins"`):
-            How rollouts are sampled from the mixture. `"coins"`: a coin before each token decides which model draws
-            it. `"speculative"`: the student drafts blocks of tokens, and one pass of the teacher over a block corrects
-            it, see [`rollouts.speculative`]. Rows are then independent of each other and of the number of processes,
-            as with `shared_coins=False`, but take fewer calls of the teacher. `"auto"`: a short measurement at the
-            first rollout decides. The decision is logged, and checkpoints store it. With `use_vllm`, vLLM drafts,
-            see [`rollouts.engine_drafts`], and `"auto"` is `"speculative"`.
         num_generations (`int`, *optional*, defaults to `1`):
             Completions per prompt.
-        half_precision_rollouts (`bool`, *optional*):
-            Whether to sample rollouts from a copy of the student in the half precision of `fp16` or `bf16`, which is
-            updated before each rollout. Used by default on CUDA devices with mixed precision, where every decoding
-            step would otherwise cast the float32 weights again. The ratio to the behavior policy uses the log-probs of
-            this copy.
-        merged_rollouts (`bool`, *optional*):
-            Whether rollouts are sampled from a copy of the student with its adapters merged into the weights, see
-            `models.merged_adapters`. By default they are, where the weights are not quantised.
-        compile_rollouts (`str`, *optional*):
-            Backend of `torch.compile` for decoding steps, with a static KV cache: `"inductor"`, `"cudagraphs"` on
-            devices without Triton, or `"auto"`: the former on GPUs from compute capability 8.0 on, the latter on older
-            ones (V100), nothing on a CPU. A step is one graph: body and head of the student or of a teacher in full
-            weights that stays on its device, the draw and the end test. Each shape (rows, length rounded up to a power
-            of two; 1, 4 or 16 tokens at once) is compiled once. Layers with a sliding window cache all positions. By
-            default, nothing is compiled.
         teacher_hidden_states (`str`, *optional*, defaults to `"device"`):
             Where to keep the teacher's hidden states of a rollout for the inner passes. `"device"`: on the device.
             `"cpu"`: in main memory, from which each batch is copied. `"recompute"`: not at all; every inner pass runs
@@ -297,36 +270,6 @@ class MiniLLMConfig(FamilyConfig):
         },
     )
     eos_tokens: list[str] | None = field(default=None, metadata={"help": EOS_TOKENS_HELP})
-    sampling_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows decoded together on a process; by default all rows of a rollout."}
-    )
-    shared_coins: bool = field(
-        default=True,
-        metadata={"help": "Share coins among rows decoded together: fewer forward passes, but dependent rows."},
-    )
-    mixing: str = field(
-        default="coins",
-        metadata={
-            "help": "How to sample from the mixture: a coin before each token, or drafts of the student that the "
-            "teacher corrects; auto measures both.",
-            "choices": ["coins", "speculative", "auto"],
-        },
-    )
-    half_precision_rollouts: bool | None = field(
-        default=None,
-        metadata={"help": "Sample from a half-precision copy of the student; by default on GPUs in fp16 or bf16."},
-    )
-    merged_rollouts: bool | None = field(
-        default=None,
-        metadata={"help": "Sample with the adapters merged; by default where the weights are not quantised."},
-    )
-    compile_rollouts: str | None = field(
-        default=None,
-        metadata={
-            "help": "Compile decoding steps, with a static KV cache, by this backend of torch.compile.",
-            "choices": ["inductor", "cudagraphs", "auto"],
-        },
-    )
     teacher_hidden_states: str = field(
         default="device",
         metadata={

@@ -31,14 +31,14 @@ Differences from the paper, by default:
     1. The single step has no importance weight, as in the authors' code. This changes only its variance.
     2. The loss is the mean over tokens, as in the authors' code; `loss_reduction="sequence_sum"` is the paper's.
     3. A return is divided by the number of its summands (T - t), where Eq. 6 has T - t - 1.
-    4. Completions decoded together share their coins (`shared_coins`): each follows the mixture, but they are not
-       independent.
+    4. Completions decoded together share coins (`shared_coins`): each follows the mixture, but depends on others.
     5. L_PT requires an `lm_dataset`.
 
 `docs/method.md` has the equations. The overrides of TRL below all begin with a comment on TRL's own implementation.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -62,7 +62,7 @@ from .training.nonfinite_rows import explain_empty_step, explain_loss, explain_v
 from .training.prompt_order import EpochRepeatSampler, mark_filler, split_columns
 from .training.rollout_buffer import loss_normalizer
 from .training.rollout_in_progress import RolloutInProgress
-from .training.teacher_choice import choose_teacher, given_teachers, index_entry, row_teachers
+from .training.teacher_choice import choose_teacher, given_teachers, index_entry
 from .training.teacher_mixed_trainer import TeacherMixedTrainer
 
 
@@ -292,9 +292,7 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         training = self.model.training
         prompt_index, are_real, inputs = split_columns(inputs)
         counts = torch.tensor(are_real, device=self.accelerator.device)
-        rollout = self._begin_rollout(counts)
-        rollout.given = self._given_completions(inputs)
-        rollout.teacher_index = row_teachers(inputs, self.args.teacher_column, self._teacher_names)
+        rollout = self._begin_rollout(counts, inputs)
         output = super()._generate_and_score_completions(inputs)
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
         batch = {name: output[name] for name in names if name in output}
@@ -382,7 +380,8 @@ class MiniLLMTrainer(TeacherMixedTrainer):
         """Train as [`ReliableTrainer`] does, after checking that all prompts leave room for their completions."""
         # TRL: inherits the loop of transformers' Trainer
         self._check_prompt_lengths()
-        return super().train(*args, **kwargs)
+        with self._overlap or nullcontext():
+            return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the number of completions left out and, in float16, of steps that overflowed."""

@@ -161,6 +161,14 @@ CASES = {
         },
         idle=("epsilon", "max_completion_length", "scale_rewards"),
     ),
+    "overlapped rollouts": Case(
+        {
+            **{"overlap_rollouts": True, "lm_kd_ratio": 0.0, "importance_weighting": "decoupled"},
+            **{"importance_weight_cap": 1.3, "reward_estimator": "expected", "advantage_baseline": "position"},
+            **{"top_entropy_quantile": 0.6, "sampling_batch_size": 5},
+        },
+        idle=("max_completion_length", "scale_rewards"),
+    ),
     "rewards without the long term": Case(
         {
             **{"rkl_advantage": False, "num_generations": 2},

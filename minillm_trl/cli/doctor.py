@@ -223,6 +223,7 @@ def choose_strategy(
         packs_weights=not machine.gpus and packs_weights(),
         teacher_samples=args.teacher_mixed_alpha > 0.0,
         compiles=decodes and args.compile_rollouts not in (None, *([] if machine.gpus else ["auto"])),
+        overlaps=args.overlap_rollouts,
     )
     strategies = ["ddp"]
     if len(machine.gpus) > 1:

@@ -38,6 +38,7 @@ class Workload:
         packs_weights: whether float32 weights are packed while sampling, as on x86 CPUs.
         teacher_samples: whether the teacher samples tokens (`teacher_mixed_alpha` > 0).
         compiles: whether decoding steps are compiled (`compile_rollouts`), whose tensors stay between rollouts.
+        overlaps: whether the next rollout is sampled while updating (`overlap_rollouts`).
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Workload:
     packs_weights: bool = False
     teacher_samples: bool = True
     compiles: bool = False
+    overlaps: bool = False
 
     @property
     def width(self) -> float:
@@ -93,8 +95,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     NF4 and float32 bases.
 
     Returns:
-        `dict[str, float]`: bytes by purpose, with the sums "while sampling" and "while updating". The two phases never
-        overlap.
+        `dict[str, float]`: bytes by purpose, with the sums "while sampling" and "while updating". The two phases
+        alternate; with `overlaps`, the second sum has both.
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
@@ -120,7 +122,8 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     parts["while updating"] = (
         trained
         + (copied if load.compiles or not _is_sharded(load) else 0.0)
-        + (caches + merged if load.compiles else 0.0)
+        + (caches + merged if load.compiles or load.overlaps else 0.0)
+        + (packed + states if load.overlaps else 0.0)  # states of the next rollout, too
         + (teacher_bytes if load.keeps_teacher else teacher.vocab_size * teacher.hidden_size * load.width)
         + (states if load.keeps_states else 0.0)
         + parts["activations of a micro-batch"]
@@ -185,7 +188,7 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
         return updating, updating, 0.0
     if _is_sharded(load):  # float32 weights and two moments take 12 bytes, gradients 4 more
         return (trained * 12.0 + frozen) / load.processes, (trained * 16.0 + frozen) / load.processes, copied
-    copied = copied if load.half_precision_rollouts else 0.0
+    copied = copied if load.half_precision_rollouts else trained * _FULL if load.overlaps else 0.0
     cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
 

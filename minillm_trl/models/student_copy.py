@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -56,14 +57,15 @@ def copy_modules(model: Module, replaced: Mapping[int, torch.Tensor] | None = No
 class RolloutCopy:
     """A complete copy of the student on each process, for sampling.
 
-    It is needed in three cases. Under mixed precision every forward pass casts the float32 weights, which moves six
+    It is needed in four cases. Under mixed precision every forward pass casts the float32 weights, which moves six
     bytes per weight, while the product with a few tokens reads two. Sharded weights (ZeRO-3, FSDP) would be
-    gathered for every token, by all processes at once. And adapters take two more products for each layer and token,
-    unless they are merged into the weights.
+    gathered for every token, by all processes at once. Adapters take two more products for each layer and token,
+    unless they are merged into the weights. And updates that run while the copy samples would change its weights.
 
     Weights that are neither sharded, nor in float32, nor merged (the frozen base of a LoRA student, quantised or not)
     are shared with the model. With a `dtype`, those in float32 are copied; without one, only sharded and merged ones.
-    `refresh` updates copied and merged weights. The model's own tensors are never written to.
+    `apart` copies trained ones in both cases. `refresh` updates copied and merged weights. The model's own tensors are
+    never written to.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the trained model, not wrapped, before it is sharded.
@@ -72,6 +74,7 @@ class RolloutCopy:
             and `release`.
         merged (`Sequence[AdaptedLayer]`): layers of the model whose adapters are merged. They too take memory only
             between `refresh` and `release`.
+        apart (`bool`): whether to copy all weights that are trained, so that updates do not change the copy.
 
     Attributes:
         model ([`~transformers.PreTrainedModel`]): the copy, in eval mode.
@@ -84,6 +87,7 @@ class RolloutCopy:
         dtype: torch.dtype | None = None,
         sharded: bool = False,
         merged: Sequence[AdaptedLayer] = (),
+        apart: bool = False,
     ):
         self._sharded = sharded
         self._merged: list[MergedLayer] = []
@@ -93,7 +97,8 @@ class RolloutCopy:
         adapters = {id(parameter) for layer in merged for parameter in layer.adapters(model)}
         for name, parameter in model.named_parameters():
             is_adapter = id(parameter) in adapters  # merged in its own precision, and rounded afterwards
-            if sharded or (dtype is not None and parameter.dtype == torch.float32 and not is_adapter):
+            cast = dtype is not None and parameter.dtype == torch.float32 and not is_adapter
+            if sharded or cast or (apart and parameter.requires_grad):
                 own = parameter.new_empty(0, dtype=parameter.dtype if is_adapter else dtype or parameter.dtype)
                 # empty until `refresh`, which allocates on the device of the trained weights
                 self._copies[name] = replaced[id(parameter)] = torch.nn.Parameter(own, requires_grad=False)
@@ -120,6 +125,10 @@ class RolloutCopy:
         if any(buffer.device != device for buffer in self.model.buffers()):
             self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
+    def precision(self, accelerator: Accelerator) -> AbstractContextManager:
+        """Return the context in which the current thread samples from the copy: autocast, unless it has a `dtype`."""
+        return nullcontext() if self.casts else accelerator.autocast()
+
     def release(self) -> None:
         """Free the memory of merged layers, and of a sharded model's copy, until the next `refresh`."""
         for layer in self._merged:
@@ -143,7 +152,7 @@ def rollout_copy(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): the student, not wrapped, before it is sharded.
-        args ([`MiniLLMConfig`]): with `half_precision_rollouts` and `merged_rollouts`.
+        args ([`MiniLLMConfig`]): with `half_precision_rollouts`, `merged_rollouts` and `overlap_rollouts`.
         accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
         merges (`bool`): whether adapters may be merged: not for a copy that does not sample.
 
@@ -158,6 +167,7 @@ def rollout_copy(
         raise UserError(
             "merged_rollouts=True, but the student has no adapters on weights that are not quantised. Drop it."
         )
-    if not (casts or layers):
+    apart = args.overlap_rollouts
+    if not (casts or layers or apart):
         return None
-    return RolloutCopy(student, half_precision(accelerator) if casts else None, sharded, layers)
+    return RolloutCopy(student, half_precision(accelerator) if casts else None, sharded, layers, apart)

@@ -132,6 +132,11 @@ def _check_own_rollouts(args: MiniLLMConfig, given: Sequence[str]) -> None:
             if is_set:
                 value, off = getattr(args, setting), 1.0 if setting == "lmbda" else None
                 raise UserError(f"{setting}={value} makes texts of its own, which excludes {name}. Set it to {off}.")
+        if args.overlap_rollouts and name != "reward_funcs":
+            raise UserError(
+                f"overlap_rollouts=True samples from the copy of the student in a thread, which excludes {name}. Drop "
+                "one of them."
+            )
         if args.horizon_start is not None and name == "rollout_func":
             raise UserError(
                 f"horizon_start={args.horizon_start} has no effect with rollout_func, which samples itself. Drop it."

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..models.init_kwargs import parsed_kwargs
 from ..models.weight_formats import check_init_kwargs, quantization_settings, refuse_8bit_teacher
 from ..objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
-from ..teacher_server.addresses import base_urls, is_address
+from ..teacher_server.addresses import base_urls, is_address, served_names
 from ..teacher_server.settings import check_server_settings
 from .family_checks import check_family
 
@@ -105,6 +105,7 @@ def check_config(args: "MiniLLMConfig") -> None:
     check_family(args)
     _check_weights(args)
     _check_memory(args)
+    _check_overlap(args)
     if args.teachers is not None:
         _check_teachers(args)
     check_server_settings(args)
@@ -211,6 +212,42 @@ def _check_memory(args: "MiniLLMConfig") -> None:
             raise UserError(
                 "offload_teacher=True keeps the teacher on the CPU during the inner passes, but "
                 f"{name}={value!r} runs it in them. Drop one of them."
+            )
+
+
+def _check_overlap(args: "MiniLLMConfig") -> None:
+    """Check that the next rollout can be sampled in a thread while the student is updated.
+
+    Raises:
+        UserError: with the field that a thread does not work with.
+    """
+    if not args.overlap_rollouts:
+        return
+    asks_server = args.teacher_server_url is not None or bool(served_names(args))
+    runs_teacher = "it runs the teacher in the updates, while the rollout runs it too"
+    not_of_copy = "its completions would be scored by the trained student, not by the copy that sampled"
+    reasons: dict[str, tuple[bool, str]] = {
+        "use_vllm": (args.use_vllm, "vLLM is called by the thread that updates"),
+        **dict.fromkeys(args.reshaping_fields(), (True, "TRL samples then, from the trained student")),
+        "compile_rollouts": (args.compile_rollouts is not None, "torch.compile does not run in two threads"),
+        "teacher_hidden_states": (args.teacher_hidden_states == "recompute", runs_teacher),
+        "lm_kd_ratio": (args.lm_kd_ratio > 0.0, runs_teacher),
+        "offload_teacher": (args.offload_teacher, "the rollout needs the teacher during the updates"),
+        "shard_teacher": (args.shard_teacher, "two threads would gather weights from the other processes"),
+        "lmbda": (args.lmbda < 1.0, not_of_copy),
+        "skd_top_k": (args.skd_top_k is not None, not_of_copy),
+        "reward_estimator": (
+            asks_server and args.reward_estimator == "expected",
+            "the thread would ask the teacher's servers, and a failure could not be resumed exactly",
+        ),
+        "ignore_data_skip": (args.ignore_data_skip, "the rows of the next rollout follow from the optimizer step"),
+        "dataloader_num_workers": (args.dataloader_num_workers > 0, "processes are not forked while a thread samples"),
+    }
+    for name, (is_set, reason) in reasons.items():
+        if is_set:
+            raise UserError(
+                f"{name}={getattr(args, name)!r} does not work with overlap_rollouts=True: {reason}. Drop {name}, or "
+                "set overlap_rollouts=False."
             )
 
 

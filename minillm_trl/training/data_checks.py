@@ -23,6 +23,11 @@ def check_train_dataset(dataset: Dataset | IterableDataset | None, args: MiniLLM
     check_columns(dataset, "train_dataset", first)
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise UserError("train_dataset is a stream, which has no known length to end the run. Set max_steps.")
+    if isinstance(dataset, IterableDataset) and args.overlap_rollouts:
+        raise UserError(
+            "train_dataset is a stream, whose next rows are not known when overlap_rollouts=True needs them. Load the "
+            "rows (dataset_streaming=False), or set overlap_rollouts=False."
+        )
     if isinstance(dataset, IterableDataset) and args.offline_teacher is not None:
         raise UserError(
             f"train_dataset is a stream, whose rows cannot be checked for scores in offline_teacher="

@@ -1,13 +1,27 @@
 """Completions that the dataset gives in place of sampled ones: GKD's share of fixed texts (`lmbda`)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..models.encoding import encode_after_prompt
-from ..rollouts.keyed_random import keyed_uniforms
+from ..models.init_kwargs import parsed_kwargs
+from ..rollouts.keyed_random import GIVEN, keyed_uniforms
+
+if TYPE_CHECKING:
+    from .teacher_mixed_trainer import TeacherMixedTrainer
+
+
+def given_completions(trainer: "TeacherMixedTrainer", rows: Sequence[Mapping[str, Any]]) -> list[list[int] | None]:
+    """Return the dataset's completion of each row that trains on it; nothing if all rows are sampled."""
+    lmbda, seed = trainer.args.lmbda, trainer.args.seed
+    if not trainer.model.training or lmbda == 1.0:
+        return []
+    step, first = trainer.state.global_step, trainer.accelerator.process_index * len(rows)
+    keys = [(seed, GIVEN, step, first + row) for row in range(len(rows))]
+    return choose_given(rows, lmbda, keys, trainer._tokenizer, parsed_kwargs(trainer.chat_template_kwargs))
 
 
 def choose_given(

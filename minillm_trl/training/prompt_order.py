@@ -1,5 +1,7 @@
 """The order of prompts, which depends on seed and epoch alone, and the columns that mark rows."""
 
+from itertools import islice
+
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
@@ -25,6 +27,14 @@ class EpochRepeatSampler(RepeatSampler):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch to read next."""
         self.epoch = epoch
+
+    def rollout(self, number: int) -> list[int]:
+        """Return the numbers of the rows of a rollout of all processes; rollouts count from the start of the run."""
+        epoch, number = divmod(number, self.num_samples // self.batch_size)
+        once = EpochRepeatSampler.of(self)
+        once.repeat_count, once.epoch = 1, epoch
+        size = self.batch_size * self.mini_repeat_count
+        return list(islice(once, number * size, (number + 1) * size))
 
     def __iter__(self):
         if self.shuffle:  # TRL's generator is advanced by one permutation an epoch

@@ -58,6 +58,13 @@ class RolloutBuffer:
     def _is_used_up(self) -> bool:
         return self._position % (self.micro_batches * self.args.num_iterations) == 0
 
+    @property
+    def next_rollout(self) -> tuple[int, int]:
+        """Return the number of the rollout after the current one, and the optimizer steps before it."""
+        of_a_rollout = self.micro_batches * self.args.num_iterations
+        number = self._position // of_a_rollout + 1
+        return number, number * of_a_rollout // self.args.gradient_accumulation_steps
+
     def next(self, step: int, make_rollout: Callable[[], Batch]) -> tuple[int, Batch]:
         """Return the number of a micro-batch in its optimizer step, and the micro-batch.
 
@@ -126,24 +133,27 @@ class RolloutBuffer:
         rollouts = None
         if not self._is_used_up:
             assert self.batches is not None
-            rollouts = [_pack(batch) for batch in self.batches]
+            rollouts = [pack(batch) for batch in self.batches]
         return {"made_by": self._made_by(), "step": self._position, "rollouts": rollouts}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue with saved micro-batches, unless the settings that made them have changed."""
-        made_by = self._made_by()
-        before = saved.get("made_by") or saved["cut_by"]  # the name in older checkpoints, with fewer settings
-        changed = {name: value for name, value in before.items() if value != made_by[name]}
         if saved["rollouts"] is None:
             return
-        if changed:
+        if changed := self.changed_settings(saved):
             then = ", ".join(f"{name}={value}" for name, value in changed.items())
             logger.warning(
                 f"The checkpoint's rollouts were made with {then}. They are discarded; new ones are sampled."
             )
             return
         self._position = saved["step"]
-        self.batches = [self._unpack(batch) for batch in saved["rollouts"]]
+        self.batches = [self.unpack(batch) for batch in saved["rollouts"]]
+
+    def changed_settings(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that made the rollouts of a checkpoint, as far as they have changed."""
+        made_by = self._made_by()
+        before = saved.get("made_by") or saved["cut_by"]  # the name in older checkpoints, with fewer settings
+        return {name: value for name, value in before.items() if value != made_by[name]}
 
     def _made_by(self) -> dict[str, Any]:
         """Return the settings that the rollout buffer depends on."""
@@ -153,14 +163,15 @@ class RolloutBuffer:
         is_served = self.args.teacher_server_url is not None or stored or served_names(self.args) or False
         return {**values, "teacher_model": self._teacher, "teacher_is_served": is_served}
 
-    def _unpack(self, batch: Batch) -> Batch:
+    def unpack(self, batch: Batch) -> Batch:
+        """Place the tensors of a checkpoint."""
         stays = {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()
         device = self.accelerator.device
         placed = {name: values if name in stays else values.to(device) for name, values in batch.items()}
         return pin_states(placed, device)
 
 
-def _pack(batch: Batch) -> Batch:
+def pack(batch: Batch) -> Batch:
     """Copy a batch to the CPU. Cloning keeps `torch.save` from writing the whole storage behind a view."""
     return {name: values.detach().cpu().clone() for name, values in batch.items()}
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..config import MiniLLMConfig
@@ -17,13 +17,14 @@ from ..models.init_kwargs import parsed_kwargs
 from ..objectives import expected_rewards, importance_weights, mixture_logps, token_rewards
 from ..rollouts.buffer import Batch, assemble_fields, parts_by_length, sequences
 from ..rollouts.cross_tokenizer import CrossTokenizerScorer
-from ..rollouts.rollout_sampler import ScoredRows
+from ..rollouts.rollout_sampler import RolloutSampler, SampledTurn, ScoredRows
 from ..rollouts.rollout_teacher import Teacher
 from ..rollouts.scores import RolloutRequest, RolloutScorer, RolloutScores, TeacherStates
 from .checks import check_completion_ids
 from .logged_metrics import Totals
 from .nonfinite_rows import explain_faults
 from .rollout_rewards import RolloutAdvantages
+from .turns import Turn
 
 
 class ScoredBatch(NamedTuple):
@@ -159,21 +160,49 @@ class RolloutScoring:
         scores = sampled.assemble(mask.shape)
         if scores.student_logps is None:
             scores = self.of_student(model, input_ids, attention_mask, mask, batch.get("teacher_index"))
-        if scores.teacher_logps is None and self.spans is None:
-            states = self.teacher.hidden_states(
-                input_ids, attention_mask, mask.shape[1], scores.student_top_ids, batch.get("teacher_index")
-            )
-            with self.accelerator.autocast():
-                teacher = self.scorer.score(
-                    batch["completion_ids"], mask, teacher=TeacherStates(states, self.teacher.head)
-                )
-            scores = scores._replace(
-                teacher_logps=teacher.teacher_logps,
-                teacher_kd_logps=teacher.teacher_kd_logps,
-                teacher_hidden_states=self.teacher.keep(states),
-            )
+        scores = self.add_teacher(batch, scores)
         self.teacher.raise_failures()
         return scores
+
+    def add_teacher(self, batch: Batch, scores: RolloutScores) -> RolloutScores:
+        """Return the scores with those of a teacher that reads the student's tokens, after a pass if they lack them.
+
+        Args:
+            batch (`dict` of `torch.Tensor`): prompts and completions.
+            scores ([`RolloutScores`]): those of the student at least.
+        """
+        if scores.teacher_logps is not None or self.spans is not None:
+            return scores
+        input_ids, attention_mask, mask = sequences(batch)
+        states = self.teacher.hidden_states(
+            input_ids, attention_mask, mask.shape[1], scores.student_top_ids, batch.get("teacher_index")
+        )
+        with self.accelerator.autocast():
+            teacher = self.scorer.score(
+                batch["completion_ids"], mask, teacher=TeacherStates(states, self.teacher.head)
+            )
+        return scores._replace(
+            teacher_logps=teacher.teacher_logps,
+            teacher_kd_logps=teacher.teacher_kd_logps,
+            teacher_hidden_states=self.teacher.keep(states),
+        )
+
+    def sample_ahead(self, sampler: RolloutSampler, student: PreTrainedModel, turn: Turn) -> SampledTurn:
+        """Sample a rollout in a thread, and score it; a teacher on a server is asked when the rollout is due.
+
+        If its servers fail then, the run stops with a checkpoint that has the samples.
+
+        Args:
+            sampler ([`RolloutSampler`]): with the way of mixing.
+            student ([`~transformers.PreTrainedModel`]): a copy that no update changes.
+            turn ([`Turn`]): prompts and random numbers.
+        """
+        sampled = turn.sample(sampler, student)
+        if self.teacher.is_served:
+            return sampled
+        batch = turn.batch(sampled.completions, sampler.pad_token_id, self.accelerator.device)
+        scores = self.add_teacher(batch, sampled.scores.assemble(batch["completion_mask"].shape))
+        return sampled._replace(scores=ScoredRows([(list(range(len(turn.keys))), scores)]))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Check that a teacher with another tokenizer can read prompts; the others read the student's tokens.

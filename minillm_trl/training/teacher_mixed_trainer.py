@@ -1,7 +1,8 @@
 """`TeacherMixedTrainer`: a `GRPOTrainer` that samples from teacher and student, and scores both models in chunks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,17 +26,17 @@ from ..monitoring.degeneration_watch import DegenerationWatch
 from ..positions import rollout_horizon
 from ..rollouts.buffer import Batch, fill_empty_completions
 from ..rollouts.compiled_steps import CompiledDecoding
-from ..rollouts.keyed_random import COINS, GIVEN, turn_keys
-from ..rollouts.rollout_sampler import RolloutSampler
+from ..rollouts.rollout_sampler import RolloutSampler, SampledTurn
 from ..teacher_server.failed_rollout import saving_checkpoint
 from ..teacher_server.stored import OfflineTeacher
 from .checks import check_model
 from .decoding_setup import prepare_decoding
 from .ends_of_run import settle_ends
-from .given_completions import choose_given
+from .given_completions import given_completions
 from .language_modeling import lm_batches
 from .logged_metrics import make_totals, token_totals
 from .mixing_choice import MixingChoice
+from .overlapped_rollouts import OverlappedRollouts, overlapped_rollouts
 from .prompt_order import number_prompts
 from .reliable_trainer import ReliableTrainer
 from .rollout_buffer import RolloutBuffer, RolloutCounts
@@ -44,8 +45,9 @@ from .rollout_metrics import CompletionTable, RolloutMetrics
 from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
 from .rollout_scoring import RolloutScoring, make_scorer
 from .run_settings import describe_dataset, describe_teachers, teacher_digest
-from .teacher_choice import GivenTeachers, declared_by
+from .teacher_choice import GivenTeachers, declared_by, row_teachers
 from .teacher_setup import use_own_tokenizer, use_teachers
+from .turns import Turn, make_turn, next_turn
 from .vllm_drafts import update_vllm, vllm_drafts
 
 
@@ -97,6 +99,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, dict) else []
         self._rollout_copy: RolloutCopy | None = None
         self._compiled_decoding: CompiledDecoding | None = None
+        self._overlap: OverlappedRollouts | None = None
         self._rollout = RolloutInProgress(torch.empty(0, dtype=torch.bool))  # replaced for each rollout
         self._add_parts(described)
         self._add_teacher(teacher_model)
@@ -173,6 +176,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             self.args, self.accelerator, self._teacher, scorer, self.advantages, self._tokenizer
         )
         self._prepare_decoding(student)
+        self._overlap = overlapped_rollouts(self)
+        self.resume.parts += [] if self._overlap is None else [self._overlap]
 
     def _prepare_decoding(self, student: PreTrainedModel) -> None:
         """Check that the models can be decoded with a cache, and compile their steps on request."""
@@ -205,13 +210,15 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
 
         return filled
 
-    def _begin_rollout(self, counts: torch.Tensor) -> RolloutInProgress:
-        """Return the new rollout in progress, of rows that count or not `(B,)`."""
+    def _begin_rollout(self, counts: torch.Tensor, rows: Sequence[dict[str, Any]] = ()) -> RolloutInProgress:
+        """Return the new rollout in progress, of rows of the dataset that count or not `(B,)`."""
         if self._drafts is not None:  # an evaluation has TRL's samples, with GRPO's correction of the mismatch
             self._decodes_with_trl = not self.model.training
             corrects = self.args.vllm_importance_sampling_correction and not self.model.training
             self.vllm_importance_sampling_correction = corrects
         self._rollout = RolloutInProgress(counts, self._grpo_scores_rollouts)
+        self._rollout.given = given_completions(self, rows)
+        self._rollout.teacher_index = row_teachers(rows, self.args.teacher_column, self._teacher_names)
         return self._rollout
 
     def _turn_budget(self, prompt_ids: list[list[int]]) -> int | None:
@@ -232,11 +239,19 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
     def _sample_turn(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Sample the completions of a turn; keep the scores of a first turn."""
         rollout = self._rollout
-        sampler = self._make_sampler()  # first, as the next lines switch the student to eval mode
-        keys, coin_key = self._turn_keys(prompt_ids, rollout.turn)
         first_turn = rollout.turn == 0  # later turns follow answers of tools
-        rollout.turn += 1
         numbers = rollout.teacher_index if first_turn else []  # later turns have other rows
+        turn = make_turn(self, prompt_ids, max_new_tokens, self.state.global_step, rollout.turn, numbers)
+        rollout.turn += 1
+        sampled = self._overlap.take(turn) if self._overlap is not None and self.model.training else None
+        if sampled is None:
+            sampled = self._sample_now(turn, first_turn)
+        rollout.scores = sampled.scores
+        return sampled.completions
+
+    def _sample_now(self, turn: Turn, with_scores: bool) -> SampledTurn:
+        """Sample a turn from the student with its current weights."""
+        sampler = self._make_sampler()  # first, as the next lines switch the student to eval mode
         if sampler.drafts is not None:
             update_vllm(self)
         with (
@@ -248,12 +263,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             ),
             self._sampling_model() as student,
         ):
-            sampler = self._mixing.applied_to(sampler, student, prompt_ids, max_new_tokens)
-            sampled = sampler.sample(
-                student, prompt_ids, keys, coin_key, max_new_tokens, first_turn, rollout.given, numbers
-            )
-        rollout.scores = sampled.scores
-        return sampled.completions
+            sampler = self._mixing.applied_to(sampler, student, turn.prompt_ids, turn.max_new_tokens)
+            return turn.sample(sampler, student, with_scores, self._rollout.given)
 
     def _make_sampler(self) -> RolloutSampler:
         """Return the sampler of a turn; an evaluation samples from the student alone."""
@@ -272,19 +283,6 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
             skd_top_k=self.args.skd_top_k if mixes else None,
         )
 
-    def _turn_keys(self, prompt_ids: list[list[int]], turn: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-        """Return the keys of the random numbers of a turn: a key for the tokens of each row, and one for the coins."""
-        seed, step, process = self.args.seed, self.state.global_step, self.accelerator.process_index
-        rows, group = self.args.eval_batch_size, self.num_generations_eval if not self.model.training else None
-        if self.model.training:
-            rows = self.args.per_device_train_batch_size * self.buffer.micro_batches
-        keys = turn_keys(prompt_ids, seed, step, turn, process * rows, group)
-        if not self.args.shared_coins:  # the keys of the rows complete it
-            return keys, (seed, COINS)
-        # all processes call a sharded teacher at the same time, so they share their coins
-        group = 0 if self._teacher.is_sharded else process
-        return keys, (seed, COINS, step, group, turn + 1)
-
     @property
     def _grpo_scores_rollouts(self) -> bool:
         """Return whether GRPO requests the log-probs of a rollout's tokens under the student that sampled them."""
@@ -295,9 +293,11 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
     @contextmanager
     def _sampling_model(self) -> Iterator[PreTrainedModel]:
         """Yield the student in eval mode, or its copy with the current weights."""
+        if self._overlap is not None:
+            self._overlap.wait()  # for its copy, which this changes
         if self._rollout_copy is not None:
             self._rollout_copy.refresh(self._student)
-            with nullcontext() if self._rollout_copy.casts else self.accelerator.autocast():
+            with self._rollout_copy.precision(self.accelerator):
                 yield self._rollout_copy.model
             if self._compiled_decoding is None:
                 self._rollout_copy.release()
@@ -319,7 +319,13 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         # without its buffer, a run has just started or resumed, and there is nothing to save
         with saving_checkpoint(self) if self._teacher.is_served and not is_resumed else nullcontext():
             batch: Any = self._generate_and_score_completions(rows)
-        return self.counts.leave_out_faulty(batch)
+        batch = self.counts.leave_out_faulty(batch)
+        if self._overlap is not None and (turn := next_turn(self)) is not None:
+            sampler = self._mixing.applied_to(
+                self._make_sampler(), self._student, turn.prompt_ids, turn.max_new_tokens
+            )
+            self._overlap.start(self._student, turn, partial(self.scoring.sample_ahead, sampler))
+        return batch
 
     # Scoring
 
@@ -341,17 +347,9 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         if self._compiled_decoding is not None:
             steps = {"rollout/compiled_steps": self._compiled_decoding.take_counts()}
             self.means.add(self.mode, make_totals(steps, self.accelerator.device))
-        if self._drafts is not None and self.mode == "train":
-            self.means.add(self.mode, make_totals(self._drafts.take_totals(), self.accelerator.device))
-
-    def _given_completions(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
-        """Return the dataset's completion of each row that trains on it; nothing if all rows are sampled."""
-        if not self.model.training or self.args.lmbda == 1.0:
-            return []
-        step, first = self.state.global_step, self.accelerator.process_index * len(rows)
-        keys = [(self.args.seed, GIVEN, step, first + row) for row in range(len(rows))]
-        kwargs = parsed_kwargs(self.chat_template_kwargs)
-        return choose_given(rows, self.args.lmbda, keys, self._tokenizer, kwargs)
+        for source in (self._drafts, self._overlap) if self.mode == "train" else ():
+            if source is not None:
+                self.means.add(self.mode, make_totals(source.take_totals(), self.accelerator.device))
 
     @property
     def rollout_seconds(self) -> float:

@@ -4,6 +4,7 @@ Weights, metrics and the evaluation are compared in one process and in two. Each
 default, or swapped, changes the reference by far more than the tolerance.
 """
 
+import copy
 import functools
 import pickle
 from collections.abc import Callable, Sequence
@@ -90,13 +91,15 @@ class Replay:
         return [self.written[row.prompt] for row in rows]
 
     def _train(self, rows: list[list[Row]]) -> list[Step]:
-        method, steps = slow(self.case), []
+        method, steps, one_buffer_ago = slow(self.case), [], copy.deepcopy(self.student)
         steps_of_a_buffer = STEPS_OF_A_PASS * self.case.all_options["num_iterations"]
         for number, rows_of_step in enumerate(rows):
             if number % steps_of_a_buffer == 0:
                 buffer = list(chain.from_iterable(rows[number : number + STEPS_OF_A_PASS]))
+                sampler = one_buffer_ago if self.case.options.get("overlap_rollouts") else self.student
                 with torch.no_grad():
-                    sampled_from = next_token_logits(self.student, buffer)
+                    sampled_from = next_token_logits(sampler, buffer)
+                one_buffer_ago = copy.deepcopy(self.student)
                 constants = method.constants(buffer, sampled_from, self.teacher, self.reference)
             logits = next_token_logits(self.student, rows_of_step)
             corpus_logits = next_token_logits(self.student, self.corpus_rows)

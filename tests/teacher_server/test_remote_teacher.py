@@ -54,7 +54,7 @@ def make_trainer(tmp_path, teacher_model=None, *, tokenizer=None, dataset=DATASE
 
 
 def log_of(trainer) -> list[dict[str, float]]:
-    timing = ("time", "runtime", "per_second")
+    timing = ("time", "runtime", "per_second", "seconds")
     return [
         {name: value for name, value in entry.items() if not any(word in name for word in timing)}
         for entry in trainer.state.log_history
@@ -217,7 +217,8 @@ class TestSeveralServers:
 class TestFailure:
     """Servers that die in the middle of a run."""
 
-    def test_the_run_saves_its_last_step_and_resumes_exactly(self, tmp_path, teacher):
+    @pytest.mark.parametrize("overlap_rollouts", [False, True])
+    def test_the_run_saves_its_last_step_and_resumes_exactly(self, tmp_path, teacher, overlap_rollouts: bool):
         allowed = [math.inf]
         app = own_app(teacher)
 
@@ -231,6 +232,7 @@ class TestFailure:
 
         app.middlewares.insert(0, fail)
         options = {"max_steps": 8, "teacher_server_retries": 0, "logging_steps": 3, "optim": "adamw_torch"}
+        options["overlap_rollouts"] = overlap_rollouts
         with serving(app) as url:
             undisturbed = make_trainer(tmp_path / "a", teacher_server_url=url, **options)
             undisturbed.train()

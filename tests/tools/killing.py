@@ -61,7 +61,7 @@ MOMENTS = (
     "evaluation",
 )
 STEPS, SAVE_EVERY = 44, 4
-TIMES = ("runtime", "per_second", "step_time")  # times
+TIMES = ("runtime", "per_second", "step_time", "seconds")  # times
 
 
 class Counts:

@@ -208,6 +208,21 @@ def test_tensors_of_compiled_steps_have_a_power_of_two_of_columns_and_stay():
     assert lora[1]["while updating"] - lora[0]["while updating"] == pytest.approx(kept)
 
 
+def test_overlapped_rollouts_take_their_memory_while_updating():
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=1024)
+    half, full = ({"half_precision_rollouts": each, "mixed_precision": each} for each in (True, False))
+    for change in (half, full, {**full, "packs_weights": True}, {**half, "lora_rank": 4, "merged_rollouts": True}):
+        turns, both = (estimate_memory(config, config, replace(LOAD, **change, overlaps=each)) for each in (0, 1))
+        size = count_parameters(config) if "lora_rank" not in change else 0
+        copied = 0.0 if change.get("half_precision_rollouts") else 4.0 * size
+        assert both["copy for rollouts"] - turns["copy for rollouts"] == copied
+        assert both["while sampling"] - turns["while sampling"] == pytest.approx(copied)
+        names = ("key-value caches while sampling", "teacher's states of a rollout")
+        sampling = sum(turns[name] for name in names)
+        sampling += sum(turns.get(f"weights {name} while sampling", 0.0) for name in ("packed", "merged"))
+        assert both["while updating"] - turns["while updating"] == pytest.approx(copied + sampling)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

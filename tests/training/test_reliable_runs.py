@@ -72,7 +72,11 @@ def make_fine_tuning(tmp_path, kind: type = FineTuningTrainer, **options) -> Fin
 def history(trainer) -> list[dict]:
     """What was logged, but for what the clock decides."""
     return [
-        {key: value for key, value in log.items() if not key.endswith(("runtime", "per_second", "step_time"))}
+        {
+            key: value
+            for key, value in log.items()
+            if not key.endswith(("runtime", "per_second", "step_time", "seconds"))
+        }
         for log in trainer.state.log_history
     ]
 
