@@ -91,6 +91,26 @@ def test_page_on_speed_says_what_merged_adapters_save():
     assert f"samples {results['speedup'][1]:.2f}x as fast, merging included" in text
 
 
+def test_page_on_speed_says_what_overlap_gains_and_costs():
+    results = json.loads((BENCHMARKS / "results" / "overlap.json").read_text())["results"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text().split())
+    assert f"at most {results['bound'][1]:.2f}x as fast" in text
+    assert f"got {results['cores'][1]:.2f} cores, and overlap gained nothing ({results['speedup'][1]:.2f}x)" in text
+
+    def mean(way: str, measure: str, *passes: int) -> float:
+        rows = [row[way] for row in results["reverse_kl"] if row["passes"] in passes]
+        return sum(row[measure] for row in rows) / len(rows)
+
+    after = [mean(way, "after", passes) for passes in (1, 4) for way in ("in turn", "overlapped")]
+    assert f"from {mean('in turn', 'before', 1, 4):.1f} nats" in text
+    assert (
+        f"is {after[0]:.1f} in turn and {after[1]:.1f} overlapped with one pass, {after[2]:.1f} and {after[3]:.1f}"
+        in text
+    )
+    drift = [mean(way, "clip_ratio/drift", 4) for way in ("in turn", "overlapped")]
+    assert f"`clip_ratio/drift` rises from {drift[0]:.2f} to {drift[1]:.2f}" in text
+
+
 def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     found = list(report.memory_errors())
     assert len(found) == 12
