@@ -16,7 +16,7 @@ from minillm_trl.models.lm_head import cache_argument
 from minillm_trl.rollouts.buffer import deal_rows
 from minillm_trl.rollouts.decoding import check_decoding
 from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms, toss_coins
-from minillm_trl.rollouts.sampling import draw_tokens, sample_completions, sample_prompts
+from minillm_trl.rollouts.sampling import draw_tokens, left_pad, sample_completions, sample_prompts
 from minillm_trl.rollouts.slots import Buffer
 
 VOCAB, HORIZON, EOS = 3, 3, 0
@@ -445,6 +445,13 @@ def test_blocked_ngrams_are_those_of_generate(size: int):
             no_repeat_ngram_size=size,
         )
         assert completion == expected[0, len(prompt) :].tolist()
+
+
+def test_left_padding_leaves_a_column_without_any_token():
+    ids, mask = left_pad([[5, 6], [], [7]], 1)
+    assert ids.tolist() == [[5, 6], [1, 1], [1, 7]]
+    assert mask.tolist() == [[True, True], [False, False], [False, True]]
+    assert [part.tolist() for part in left_pad([[]], 1)] == [[[1]], [[False]]]
 
 
 class TestDrawTokens:
