@@ -268,3 +268,5 @@ class TestSignalAndVariance:
     def test_a_half_without_tokens_counts_for_nothing(self):
         totals = gradient_totals(torch.ones(2, 2, 3), torch.tensor([0, 4]))
         assert totals.values.tolist() == [[0.0, 0.0]] * 4
+        nothing = gradient_totals(torch.zeros(2, 2, 3), torch.tensor([0, 0]))
+        assert nothing.values.tolist() == [[0.0, 0.0]] * 4
