@@ -21,7 +21,7 @@ from minillm_trl.models.trained_products import use_onednn_products
 WEIGHTS = {"attention 576": (576, 576), "feed-forward 576": (1536, 576), "feed-forward 768": (3072, 768)}
 ROWS = (8, 64)
 PRODUCTS = 100  # in a measurement
-UPDATE_ROWS, UPDATE_PRODUCTS = 512, 8
+UPDATE_ROWS, UPDATE_PRODUCTS = 530, 8  # rows that are padded to 544
 
 
 @torch.no_grad()

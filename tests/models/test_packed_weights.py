@@ -250,4 +250,4 @@ def test_page_has_the_measured_speeds():
     speeds, updates = ([result["speedup"][1] for result in results[name]] for name in ("decoding", "updates"))
     page = (root / "docs/memory_and_speed.md").read_text()
     assert f"products with packed weights are {min(speeds):.1f} to {max(speeds):.1f} times as fast" in page
-    assert f"With their gradients, they are {min(updates):.1f} to {max(updates):.1f} times as fast" in page
+    assert f"With their gradients, they are {min(updates):.2f} to {max(updates):.2f} times as fast" in page
