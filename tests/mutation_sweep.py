@@ -53,6 +53,7 @@ MODULES = (
     *("trainer", "teacher_mixed_trainer", "language_modeling", "given_completions", "decoding_setup", "vllm_drafts"),
     *("mixing_choice", "rollout_buffer", "rollout_rewards", "rollout_scoring", "finite_steps", "nonfinite_rows"),
     *("trained_weights", "exact_resume", "resumed_settings", "hyperparameters", "prompt_order", "ends_of_run"),
+    *("overlapped_rollouts", "turns"),
     # what it reports
     *("logged_metrics", "rollout_metrics", "run_metrics", "metric_directions", "evaluation_rows", "degeneration"),
     # baselines and evaluation
@@ -73,7 +74,17 @@ TESTS = tuple(
         *("trainer", "trainer_gradient", "trainer_options", "trl_contract", "whole_steps", "exact_metrics", "config"),
         *("language_modeling", "given_completions", "decoding_setup", "vllm_drafts", "mixing_choice", "drop_in"),
         *("mixed_precision", "distributed", "trained_weights", "reliable_runs", "resumed_settings", "ends_of_run"),
-        *("degeneration", "metric_directions", "kd", "seqkd"),
+        *(
+            "overlap",
+            "turns",
+            "finite_steps",
+            "rollout_rewards",
+            "degeneration",
+            "metric_directions",
+            "metric_names",
+            "kd",
+            "seqkd",
+        ),
         *("evaluation", "evaluate_command", "evaluate_tasks", "metrics", "divergence", "exposure_bias"),
         *(
             "calibration",

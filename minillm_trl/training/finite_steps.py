@@ -80,7 +80,7 @@ class StepGuard:
         """Agree with all processes before an optimizer step on whether to skip it, and on whether to stop after it.
 
         Args:
-            grad_norm (*optional*): norm of the step's gradient.
+            grad_norm (*optional*): norm of the step's gradient; None if DeepSpeed has none.
             step (`int`): optimizer steps so far.
             model, optimizer: what the step would change.
             engine (*optional*): DeepSpeed's engine, if it wraps the model.
@@ -101,9 +101,10 @@ class StepGuard:
         if not (faulty or gradient_is_bad):
             self.skipped_in_row = 0
             return stops
-        explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
         if faulty:
             explained, self.faults = gather_object(self.faults), []
+        else:
+            explained = [f"the gradient's norm is {float(grad_norm)}, while all losses are finite"]
         # DeepSpeed has stepped within the backward pass; its ZeRO optimizers skip a gradient that is not finite
         if engine is not None and not optimizer.step_was_skipped:
             raise FloatingPointError(f"Step {step} broke the weights: {explained[0]}. {_REMEDY}")

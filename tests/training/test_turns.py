@@ -1,0 +1,63 @@
+"""The keys of a turn's random numbers: none is used twice, and the number of processes does not matter."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from minillm_trl.rollouts.coins import row_coin_keys
+from minillm_trl.training.turns import Turn, make_turn
+
+ROWS = 6  # of a process: three micro-batches of two
+
+
+def turn(process: int, step: int, number: int, rows: int = ROWS, *, training: bool = True, **options: bool) -> Turn:
+    """The turn of a trainer on one process, with `shared_coins` and a teacher that is sharded or not."""
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(
+            seed=7, per_device_train_batch_size=rows // 3, eval_batch_size=rows, shared_coins=options.get("shared")
+        ),
+        accelerator=SimpleNamespace(process_index=process),
+        model=SimpleNamespace(training=training),
+        buffer=SimpleNamespace(micro_batches=3),
+        num_generations_eval=4,
+        _teacher=SimpleNamespace(is_sharded=options.get("sharded", False)),
+    )
+    return make_turn(trainer, [[5, row // 4] for row in range(rows)], 5, step, number)
+
+
+PLACES = [(process, step, number) for process in range(3) for step in (0, 1, 4) for number in range(3)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_key_is_used_twice(shared: bool):
+    used = []
+    for place in PLACES:
+        made = turn(*place, shared=shared)
+        used += made.keys
+        if shared:  # the number of the batch completes the key
+            used += [(*made.coin_key, batch) for batch in range(2)]
+        else:
+            used += row_coin_keys(made.coin_key, 0, made.keys)
+    assert len(set(used)) == len(used) == len(PLACES) * (ROWS + (2 if shared else ROWS))
+
+
+def test_processes_have_the_keys_of_one_that_has_all_rows():
+    one, (first, second) = turn(0, 3, 1, 2 * ROWS), (turn(process, 3, 1) for process in range(2))
+    assert first.keys + second.keys == one.keys
+    assert first.coin_key == second.coin_key == one.coin_key
+
+
+def test_processes_toss_the_same_coins_for_a_sharded_teacher_alone():
+    coins = {place: turn(*place, shared=True, sharded=True).coin_key for place in PLACES}
+    assert all(coins[place] == coins[0, place[1], place[2]] for place in PLACES)
+    assert len(set(coins.values())) == len(PLACES) / 3
+    assert turn(0, 0, 0, shared=True).coin_key != turn(1, 0, 0, shared=True).coin_key
+
+
+def test_evaluation_numbers_the_samples_of_a_prompt_over_all_processes_at_any_step():
+    keys = [key for process in range(2) for key in turn(process, 4, 0, training=False).keys]
+    assert [key[3] for key in keys] == [0, 1, 2, 3] * 3
+    assert keys == [key for process in range(2) for key in turn(process, 9, 0, training=False).keys]
+    assert turn(0, 4, 1, training=False).keys[0] not in keys
+    trained = {key for place in PLACES for key in turn(*place).keys}
+    assert not trained & {*keys}
