@@ -494,6 +494,7 @@ class TestKeyedUniforms:
     def test_keys_of_the_package_keep_the_numbers_that_they_had(self):
         """A run that is resumed, or repeated with a later version, samples what it did."""
         keys = [(5, 7), (5, 0), (3, 0, 1, 2, 0), (3, 2, 4, 0, 1, 0), (3, 3, 1, 1), (3, 0, 2)]
+        keys += [(3, 1, 2**32 - 1, 0, 0), (2**31, 7)]  # a checksum of a prompt, a large seed
         found = [keyed_uniforms(2, *key).tolist() for key in keys]
         expected = [np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(2) for key in keys]
         expected = [numbers.tolist() for numbers in expected]

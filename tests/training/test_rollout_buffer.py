@@ -1,6 +1,7 @@
 """`RolloutBuffer`: which changes of a resumed run discard the rollouts of its checkpoint."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +63,22 @@ def test_buffer_pins_new_and_restored_micro_batches(tmp_path: Path, monkeypatch)
     after = buffer(tmp_path, steps_per_generation=2, teacher_hidden_states="cpu")
     after.restore(before.state())
     assert len(pinned) == 4
+
+
+@pytest.mark.parametrize(("steps", "generations"), [(1, 1), (2, 1), (4, 2), (8, 4)])
+def test_halves_of_processes_are_those_of_one_that_has_all_rows(tmp_path: Path, steps: int, generations: int):
+    """Completions of a prompt are in one half, and each half has as many rows."""
+
+    def halves(process: int, processes: int) -> list[int]:
+        part = buffer(tmp_path, steps_per_generation=steps, num_generations=generations)
+        of = {"process_index": process, "num_processes": processes, "device": torch.device("cpu")}
+        part.accelerator = SimpleNamespace(**of)
+        return part.halves(16 // processes).tolist()
+
+    one = halves(0, 1)
+    assert [half for process in range(2) for half in halves(process, 2)] == one
+    assert [half for process in range(4) for half in halves(process, 4)] == one
+    assert sum(one) == 8
+    groups = [set(one[start : start + generations]) for start in range(0, 16, generations)]
+    assert all(len(group) == 1 for group in groups)
+    assert groups[0] == {0}
