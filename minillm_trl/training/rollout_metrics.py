@@ -53,8 +53,9 @@ class CompletionTable:
             return
         columns = [self.columns[name] for name in ("prompt", "completion", "advantages")]
         for column in (*columns, *self.columns["rewards"].values(), *self.columns["extra"].values()):
-            last = [column.pop() for _ in range(min(len(counts), len(column)))]
-            column.extend(value for value, is_real in zip(last, reversed(counts), strict=False) if is_real)
+            last = [column.pop() for _ in range(min(len(counts), len(column)))]  # the newest one first
+            kept = [value for value, is_real in zip(last, reversed(counts), strict=False) if is_real]
+            column.extend(reversed(kept))
 
     def reset(self) -> None:
         """Do nothing: new rows replace the old ones."""
