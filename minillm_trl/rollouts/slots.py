@@ -6,6 +6,7 @@ that end at the newest one. Buffers are allocated once, written in place, and re
 doubling, unless enough columns at their start belong to no row any more: then the rest moves to the front.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,7 +84,7 @@ class Slots:
         self.row, self.start, self.first, self.sampled, self.last = np.zeros((5, size), dtype=np.int64)
         self._ids = Buffer(torch.zeros(1, 1, dtype=torch.long, device=device), size, 0, dim=1)
         self._mask = Buffer(torch.zeros(1, 1, dtype=torch.bool, device=device), size, 0, dim=1)
-        self.caches: list[SlotCache] = []
+        self.caches: weakref.WeakSet[SlotCache] = weakref.WeakSet()  # a cycle would keep their memory after sampling
 
     @property
     def ids(self) -> torch.Tensor:
@@ -236,7 +237,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
-        self._cache = cache
+        self._cache: SlotCache = weakref.proxy(cache)
         self.buffers: list[Buffer] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -297,7 +298,7 @@ class SlotCache(Cache):
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in layers)
         self._layers = [SlotLayer(self) for _ in layers]
         super().__init__(layers=list(self._layers))
-        slots.caches.append(self)
+        slots.caches.add(self)
 
     def keep_states(self, hidden_states: torch.Tensor) -> None:
         """Keep the hidden states `(count, n, H)` of the last n columns before `fed`."""

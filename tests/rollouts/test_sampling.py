@@ -1,5 +1,6 @@
 """The law of sampled completions against enumeration, and what does not change it."""
 
+import gc
 import math
 from itertools import product
 
@@ -345,6 +346,29 @@ def test_process_without_prompts_makes_the_calls_of_another_one(shared: bool, ke
     assert len(own) == len(flags)
     alone, _ = run(LONG_PROMPTS, None)
     assert completions == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"mixing": "speculative"}, {"keep_states": True}], ids=str)
+def test_memory_of_caches_is_free_as_soon_as_sampling_ends(options: dict):
+    """Not at the next garbage collection: each batch has caches of its own."""
+    student, teacher = tiny(0), tiny(1)
+    gc.collect()
+    gc.disable()
+    try:
+        sample_prompts(
+            student,
+            PROMPTS,
+            keys=[(0, 0), (0, 1)],
+            max_new_tokens=4,
+            eos_token_ids=[EOS],
+            pad_token_id=EOS,
+            teacher=teacher,
+            alpha=0.5,
+            **options,
+        )
+        assert not [found for found in gc.get_objects() if isinstance(found, Buffer)]
+    finally:
+        gc.enable()
 
 
 def test_cudnn_attention_is_off_while_sampling_alone():
