@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--quick",
-        dest="full",
-        action="store_false",
-        default=False,
+        action="store_true",
         help="about six minutes of training on two CPU cores, in which no model converges (the default)",
     )
     length.add_argument(
@@ -48,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train about four times as long: all models are better, and MiniLLM's lead is clearer",
     )
-    parser.add_argument("--seed", type=int, default=0, help="e2e: seed of initialisation, data order and rollouts")
+    parser.add_argument("--seed", type=int, help="e2e: seed of initialisation, data order and rollouts (default: 0)")
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Parse the arguments and run the demo."""
     arguments = parse_plain(build_parser(), argv)
-    if arguments.seed < 0:
+    if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed must not be negative, got {arguments.seed}.")
 
     # threads that spin while they wait slow each other down on a busy machine
@@ -67,7 +65,7 @@ def run(argv: list[str]) -> int:
         return run_real_demo(arguments.output_dir or Path("runs/demo-smollm2"), arguments.teacher, arguments.dolly)
     from ..demo import DemoSettings, run_demo  # torch and transformers take seconds to import
 
-    settings = replace(DemoSettings(), seed=arguments.seed)
+    settings = replace(DemoSettings(), seed=arguments.seed or 0)
     folder = arguments.output_dir or Path("runs") / ("demo-full" if arguments.full else "demo")
     run_demo(folder, settings if arguments.full else settings.quick())
     return 0
@@ -76,8 +74,8 @@ def run(argv: list[str]) -> int:
 def _check_models(arguments: argparse.Namespace) -> None:
     """Check that no option belongs to the other models."""
     if arguments.models == "smollm2":
-        given = [name for name, value in (("--full", arguments.full), ("--seed", arguments.seed)) if value]
-        if given:
+        names = {"--full": arguments.full, "--quick": arguments.quick, "--seed": arguments.seed is not None}
+        if given := [name for name, is_given in names.items() if is_given]:
             raise UserError(f"{given[0]} has no effect with --models smollm2, whose recipe has its own. Drop it.")
     elif arguments.teacher is not None or arguments.dolly is not None:
         raise UserError("--teacher and --dolly belong to --models smollm2. Add it, or drop them.")

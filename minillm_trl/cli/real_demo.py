@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.whole_files import make_folder
 from . import recipe
 from .launch import recipes_folder
 from .stages import read_recipe
@@ -37,7 +38,7 @@ def run_real_demo(folder: Path, teacher: str | None, dolly: Path | None) -> int:
         teacher = str(Path(teacher).resolve())
     dolly = dolly and dolly.resolve()
     stages = recipes_folder(RECIPE)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with contextlib.chdir(folder):
         print(f"Run folder: {Path.cwd()}")
         if teacher is not None:
@@ -55,10 +56,11 @@ def _run_stage(folder: Path, name: str, subcommand: str, words: Sequence[str]) -
 
     The subcommand leaves a finished result as it is, and refuses one that was made from another source.
     """
-    from . import main  # which imports this module
-
-    if main([subcommand, "--config", str(folder / f"{name}.yaml"), *words]) != 0:
-        raise UserError(f"stage {name} failed, see the lines above.")
+    if recipe.run_subcommand(subcommand, ["--config", str(folder / f"{name}.yaml"), *words]) != 0:
+        raise UserError(
+            f"stage {name} failed, see the lines above. If {Path.cwd()} has a run with another teacher or other data, "
+            "name another --output_dir."
+        )
     whole = read_recipe(folder)
     (stage,) = whole.named([name])
     if not stage.is_accepted:

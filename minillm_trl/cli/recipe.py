@@ -4,6 +4,7 @@ import argparse
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -155,11 +156,15 @@ def _check_chosen(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> No
 
 def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
     inputs = recipe.inputs(stage)
+    was_finished = stage.is_finished
     if stage.subcommand in TRAINING:
         stage.mark(inputs, finished=False)
         words = [*stage.words, *launch, "--resume_from_checkpoint", "true"]
-        # a separate process, which frees its GPU memory
-        status = _run_child([sys.executable, "-m", "minillm_trl", stage.subcommand, *words])
+        status = run_subcommand(stage.subcommand, words)
+    elif stage.subcommand == "shrink":
+        status = run_subcommand("shrink", stage.words)
+        if status != 0 and was_finished:
+            raise UserError(f"stage {stage.name} failed, see above. {remedy(stage)}")
     else:
         status = _run_here(stage)
     # prepare-data leaves an up-to-date folder and its marker unchanged
@@ -178,9 +183,12 @@ def _run_here(stage: Stage) -> int:
         raise UserError(f"stage {stage.name}: {error} {remedy(stage)}") from error
 
 
-def _run_child(command: list[str]) -> int:
-    """Run a command and wait for it even if this process is stopped; return its status, 128 + N for a signal N."""
-    process = subprocess.Popen(command)
+def run_subcommand(subcommand: str, words: Sequence[str]) -> int:
+    """Run a subcommand in a process of its own, which frees its memory, and return its status.
+
+    The status is 128 + N for a signal N. If this process is interrupted, it waits for the other one.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "minillm_trl", subcommand, *words])
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         status = process.wait()

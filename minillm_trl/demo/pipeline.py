@@ -21,6 +21,7 @@ from ..evaluation.evaluate import evaluate_model
 from ..evaluation.report import format_sections
 from ..evaluation.report_files import write_report
 from ..files.result_folder import ResultFolder
+from ..files.whole_files import make_folder
 from .models import build_model, train_tokenizer
 from .report import build_report
 from .settings import DemoSettings, Shape
@@ -42,6 +43,7 @@ def run_demo(folder: Path, settings: DemoSettings) -> Path:
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
+    make_folder(folder)
     results = _prepare(folder, settings)
     data = load_e2e()
     print(f"Run folder: {folder}")

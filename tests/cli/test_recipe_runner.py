@@ -331,7 +331,7 @@ class TestStates:
         assert Path("runs/sft").is_dir()
 
     def test_accept_runs_nothing(self, recipe, capsys, monkeypatch):
-        monkeypatch.setattr("minillm_trl.cli.recipe._run_child", lambda command: pytest.fail(f"ran {command}"))
+        monkeypatch.setattr("minillm_trl.cli.recipe.run_subcommand", lambda *words: pytest.fail(f"ran {words}"))
         Path("runs/sft").mkdir(parents=True)
         assert main(["recipe", "toy", "--accept", "sft"]) == 0
         states = [" ".join(line.split()[2:]) for line in capsys.readouterr().out.splitlines()]
@@ -391,11 +391,11 @@ class TestStates:
     def test_launch_flags_go_to_training_stages_only(self, recipe, monkeypatch):
         commands = []
 
-        def record(command: list[str]) -> int:
-            commands.append(command[3:])
+        def record(subcommand: str, words: list[str]) -> int:
+            commands.append([subcommand, *words])
             return 0
 
-        monkeypatch.setattr("minillm_trl.cli.recipe._run_child", record)
+        monkeypatch.setattr("minillm_trl.cli.recipe.run_subcommand", record)
         launch = ["--accelerate_config", "cpu", "--num_processes", "2"]
         assert main(["recipe", "toy", "--stages", "sft", "minillm", *launch]) == 0
         assert [command[0] for command in commands] == ["sft", "minillm"]

@@ -61,6 +61,10 @@ def test_runs_from_folders_and_resumes(tmp_path, teacher, dolly, short_recipe, c
     assert "MiniLLM student:" in capfd.readouterr().out
     assert (runs / "minillm" / "model.safetensors").stat().st_mtime_ns == made  # nothing ran again
     assert main([*words[:-4], "--dolly", str(dolly.with_name("other.jsonl")), *words[-2:]]) == 2
+    other = write_small_dolly(tmp_path, 461)
+    capfd.readouterr()
+    assert main([*words[:-4], "--dolly", str(other), *words[-2:]]) == 2
+    assert "name another --output_dir" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -81,7 +85,8 @@ def test_teacher_comes_by_its_name_from_the_hub(tmp_path, teacher):
     ("words", "message"),
     [
         (["--models", "smollm2", "--full"], "--full has no effect with --models smollm2"),
-        (["--models", "smollm2", "--seed", "3"], "--seed has no effect with --models smollm2"),
+        (["--models", "smollm2", "--quick"], "--quick has no effect with --models smollm2"),
+        (["--models", "smollm2", "--seed", "0"], "--seed has no effect with --models smollm2"),
         (["--teacher", "somewhere"], "--teacher and --dolly belong to --models smollm2"),
         (["--models", "smollm2", "--dolly", "nowhere.jsonl"], "--dolly nowhere.jsonl: no such file"),
     ],
@@ -89,3 +94,11 @@ def test_teacher_comes_by_its_name_from_the_hub(tmp_path, teacher):
 def test_options_without_effect_are_refused(words, message, capsys):
     assert main(["demo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("models", ["e2e", "smollm2"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, models, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["demo", "--models", models, "--output_dir", str(file)]) == 2
+    assert f"{file} cannot be written" in capsys.readouterr().err
