@@ -44,7 +44,7 @@ README = Path(__file__).with_name("README.md")
 SCRIPTS = ("run", "summary")
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 FAMILY_PAGE = README.parents[2] / "docs" / "family.md"
-COMPARED = ("sft", "distillation_at_one", "distillation_cool", "minillm")
+COMPARED = ("sft_student", "sft", "distillation_at_one", "distillation_cool", "minillm")
 SHOWN = {  # in the figure
     "teacher": "#444444",
     "sft_student": "#999999",
@@ -99,7 +99,7 @@ def summarize(benchmark: Benchmark) -> dict[str, Any]:
         rows[name]["minus"] = {
             rival: _differences(frontiers[name], frontiers[rival], rows[name], rows[rival])
             for rival in (*COMPARED, "single_step_cool")
-            if rival in rates and rival != name
+            if rival in rows and rival != name
         }
     order = ("teacher", "sft_student", *MAIN, *FAMILY)
     rows = {name: rows[name] for name in order if name in rows}
@@ -256,7 +256,7 @@ def differences_table(summary: dict[str, Any]) -> str:
         for rival, found in rows.get(name, {}).get("minus", {}).items():
             if rival not in COMPARED:
                 continue
-            cells = [rows[name]["label"], rows[rival]["label"]]
+            cells = [rows[name]["label"], LABELS.get(rival) or rows[rival]["label"]]
             cells += [format_interval(found[key], 1, sign=True) for key in columns]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

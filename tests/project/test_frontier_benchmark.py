@@ -153,6 +153,20 @@ def test_pages_say_what_a_gap_of_172_does():
     assert sum(lowest > 0 for lowest in others) == 1  # of DistiLLM: "every other method is level ... or behind"
 
 
+def test_front_page_says_what_the_setting_leads_by():
+    minus = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]["rows"][
+        "low_variance_cool"
+    ]["minus"]
+    front = (FRONTIER.parents[1] / "README.md").read_text()
+    of_start, of_sft, of_trl = (minus[name]["tuned_rouge_l"] for name in ("sft_student", "sft", "distillation_cool"))
+    assert "that it started from by {:.1f} Rouge-L [{:.1f}, {:.1f}]".format(*of_start) in front
+    assert "(SFT continued) by {:.1f} [{:.1f}, {:.1f}]".format(*of_sft) in front
+    equal = "(at equal entropy by {:.1f} [{:.1f}, {:.1f}])".format(
+        *minus["distillation_cool"]["equal_entropy_rouge_l"]
+    )
+    assert "trained at 0.55 by {:.1f} [{:.1f}, {:.1f}] ".format(*of_trl) + equal in front
+
+
 def test_pages_say_that_fine_tuning_leads_on_dolly():
     rows = json.loads((FRONTIER.parent / "results" / "frontier_dolly.json").read_text())["results"]["rows"]
     page = " ".join(frontier_summary.README.read_text().split())
@@ -162,7 +176,9 @@ def test_pages_say_that_fine_tuning_leads_on_dolly():
         leads.append((f"{-middle:.1f}", f"[{-high:.1f}, {-low:.1f}]"))
     assert "by {} Rouge-L {} at the best decoding".format(*leads[0]) in page
     assert "leads on E2E by {} {}".format(*leads[1]) in page
-    assert "by {} Rouge-L {}".format(*leads[0]) in (FRONTIER.parents[1] / "README.md").read_text()
+    front = (FRONTIER.parents[1] / "README.md").read_text()
+    assert "leads the setting that wins on E2E by {} Rouge-L {}".format(*leads[1]) in front
+    assert "and the paper's MiniLLM by {} Rouge-L {}".format(*leads[0]) in front
     falls = [-rows[name]["minus"]["sft"]["reverse_kl"][0] for name in ("minillm", "low_variance_cool")]
     assert "by {:.0f} and {:.0f} nats".format(*falls) in page
     cool = [row["decodings"]["0.4"]["entropy_per_token"][0] for name, row in rows.items() if name != "teacher"]
