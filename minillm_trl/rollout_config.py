@@ -44,6 +44,13 @@ class RolloutConfig(GRPOConfig):
             from before the updates on the previous buffer. Rewards and importance weights use the log-probs of this
             copy, so the ratio accounts for its distance from the trained student. See
             [`~minillm_trl.training.overlapped_rollouts.OverlappedRollouts`].
+        rollout_device (`str`, *optional*):
+            Device on which rollouts are sampled with `overlap_rollouts`, such as `"cuda:1"`; by default the one that
+            trains. The copy of the student and a teacher in this process are there, also for the first rollout and for
+            evaluations. The device that trains keeps the teacher's head. Process i of a machine takes this index plus
+            i: two that train on `cuda:0` and `cuda:1` need `"cuda:2"`, and sample on `cuda:2` and `cuda:3`. A process
+            without a launcher trains on its first GPU alone. Checkpoints do not depend on the device. Refused for a
+            quantised student, a split teacher and `teacher_shares_base`.
     """
 
     sampling_batch_size: int | None = field(
@@ -79,4 +86,8 @@ class RolloutConfig(GRPOConfig):
     overlap_rollouts: bool = field(
         default=False,
         metadata={"help": "Sample the next rollout during the updates, from a copy that is one buffer older."},
+    )
+    rollout_device: str | None = field(
+        default=None,
+        metadata={"help": "Device that samples with overlap_rollouts, such as cuda:1; process i takes its index + i."},
     )

@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
 
     machine = probe()
     print("\n".join(describe(machine)))
-    found, strategy = problems(machine), "ddp"
+    found, strategy, processes = problems(machine), "ddp", len(machine.gpus)
     if options.config is not None:
         try:
             teachers = _read(options.config)
@@ -61,6 +61,7 @@ def run(argv: list[str]) -> int:
             found.append(str(error))
         else:
             settings = next(iter(teachers.values()))
+            processes = training_processes(machine, settings[2].rollout_device)
             found = check(machine, *settings)
             for name, pair in teachers.items():
                 found += [problem if name is None else f"Teacher {name!r}: {problem}" for problem in check_pair(*pair)]
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> int:
             strategy, parts = with_all_teachers(estimates, offloads=settings[2].offload_teacher)
             print("\n" + "\n".join(describe_memory(machine, strategy, parts)))
             print("\n" + "\n".join(describe_ends(*settings)))
-    print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy)}")
+    print("\n" + f"Launch with\n  {launch_line(machine, options.config, strategy, processes)}")
     print("\n" + ("\n".join(f"PROBLEM  {problem}" for problem in found) or "No problems found."))
     return 1 if found else 0
 
@@ -105,7 +106,7 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
     from ..hardware.machine import problems
 
     teacher_kwargs = parsed_kwargs(args.teacher_model_init_kwargs)
-    return problems(
+    of_student = problems(
         machine,
         bf16=bool(args.bf16),
         fp16=args.fp16,
@@ -113,12 +114,30 @@ def check(machine: "Machine", model: ModelConfig, teacher: TeacherArguments, arg
         load_in_8bit=model.load_in_8bit,
         use_cpu=args.use_cpu,
         compile_rollouts=args.compile_rollouts,
-    ) + problems(
+    )
+    of_teacher = problems(
         machine,
         attn_implementation=(teacher_kwargs or {}).get("attn_implementation"),
         load_in_8bit=quantization_settings(teacher_kwargs).get("load_in_8bit", False),
         use_cpu=args.use_cpu,
     )
+    return of_student + of_teacher + _problems_of_rollout_device(model, args)
+
+
+def _problems_of_rollout_device(model: ModelConfig, args: "MiniLLMConfig") -> list[str]:
+    from ..training.rollout_device import rollout_device
+
+    name = args.rollout_device
+    found = [
+        f"rollout_device={name!r} needs a copy of the student, which {option}=True quantises. Drop one of them."
+        for option in ("load_in_4bit", "load_in_8bit")
+        if name is not None and getattr(model, option)
+    ]
+    try:
+        rollout_device(args)
+    except UserError as error:
+        found.append(str(error))
+    return found
 
 
 def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[str]:
@@ -214,7 +233,7 @@ def choose_strategy(
         teacher_4bit=quantization_settings(teacher_kwargs).get("load_in_4bit", False),
         keeps_states=args.teacher_hidden_states == "device",
         keeps_teacher=not args.offload_teacher,
-        processes=max(len(machine.gpus), 1),
+        processes=max(training_processes(machine, args.rollout_device), 1),
         shard_teacher=args.shard_teacher,
         teacher_shares_base=args.teacher_shares_base,
         mixed_precision=bool(machine.gpus or args.bf16 or args.fp16),
@@ -224,9 +243,10 @@ def choose_strategy(
         teacher_samples=args.teacher_mixed_alpha > 0.0,
         compiles=decodes and args.compile_rollouts not in (None, *([] if machine.gpus else ["auto"])),
         overlaps=args.overlap_rollouts,
+        rollout_device=args.rollout_device,
     )
     strategies = ["ddp"]
-    if len(machine.gpus) > 1:
+    if load.processes > 1 and not args.overlap_rollouts:
         able = {"zero2": bool(machine.versions.get("deepspeed")), "fsdp": not load.student_4bit}
         strategies += [name for name, is_able in able.items() if is_able and not args.teacher_shares_base]
     estimates = {name: estimate_memory(configs[0], configs[1], replace(load, strategy=name)) for name in strategies}
@@ -248,7 +268,7 @@ def with_all_teachers(
     ordered = sorted(estimates, key=lambda estimate: -estimate[1]["teacher"])
     (strategy, parts), *others = ordered
     added = 0.0 if offloads else sum(other["teacher"] for _, other in others)
-    phases = ("teacher", "while sampling", "while updating")
+    phases = ("teacher", *(_of_rollout_device(parts) or ["while sampling", "while updating"]))
     return strategy, {name: value + (added if name in phases else 0.0) for name, value in parts.items()}
 
 
@@ -266,16 +286,27 @@ def describe_memory(machine: "Machine", strategy: str, parts: dict[str, float]) 
     return lines
 
 
-def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp") -> str:
-    """Return the command that starts a run on all GPUs of a machine."""
+def training_processes(machine: "Machine", rollout_device: str | None) -> int:
+    """Return the number of GPUs of a machine that train: with a `rollout_device`, each has one that samples."""
+    import torch
+
+    number = len(machine.gpus)
+    device = None if rollout_device is None else torch.device(rollout_device)
+    if device is None or device.type != "cuda" or device.index is None:
+        return number
+    return min(max(min(device.index, number - device.index), 1), number)
+
+
+def launch_line(machine: "Machine", config: str | None, strategy: str = "ddp", processes: int | None = None) -> str:
+    """Return the command that starts a run on a machine, with a process for each GPU that trains, by default all."""
     from ..hardware.machine import best_precision
 
-    number, precision = len(machine.gpus), best_precision(machine)
+    number, precision = len(machine.gpus) if processes is None else processes, best_precision(machine)
     name = {0: "cpu", 1: "single_gpu"}.get(number, strategy)
     if number > 1 or precision == "fp16":
         name = f"{'v100_' if precision == 'fp16' else ''}{name}_{precision}"
-    processes = f" --num_processes {number}" if number > 1 else ""
-    return f"minillm-trl minillm --config {config or 'FILE.yaml'} --accelerate_config {name}{processes}"
+    of_launcher = f" --num_processes {number}" if number > 1 else ""
+    return f"minillm-trl minillm --config {config or 'FILE.yaml'} --accelerate_config {name}{of_launcher}"
 
 
 def _sources(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig") -> list[tuple[str, str | None]]:
@@ -289,7 +320,13 @@ def _sources(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConfig
 
 
 def _peak(parts: dict[str, float]) -> float:
-    return max(parts["while sampling"], parts["while updating"])
+    others = [name for name in _of_rollout_device(parts) if not name.startswith("on cpu")]
+    return max(parts[name] for name in ("while sampling", "while updating", *others))
+
+
+def _of_rollout_device(parts: dict[str, float]) -> list[str]:
+    """Return the name of the sum over what is on `rollout_device`, if there is one."""
+    return [name for name in parts if name.startswith("on ")]
 
 
 def _read(path: str) -> "dict[str | None, tuple[ModelConfig, TeacherArguments, MiniLLMConfig]]":

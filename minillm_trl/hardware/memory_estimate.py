@@ -39,6 +39,7 @@ class Workload:
         teacher_samples: whether the teacher samples tokens (`teacher_mixed_alpha` > 0).
         compiles: whether decoding steps are compiled (`compile_rollouts`), whose tensors stay between rollouts.
         overlaps: whether the next rollout is sampled while updating (`overlap_rollouts`).
+        rollout_device: as in [`MiniLLMConfig`].
     """
 
     rows: int
@@ -64,6 +65,7 @@ class Workload:
     teacher_samples: bool = True
     compiles: bool = False
     overlaps: bool = False
+    rollout_device: str | None = None
 
     @property
     def width(self) -> float:
@@ -96,10 +98,12 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
 
     Returns:
         `dict[str, float]`: bytes by purpose, with the sums "while sampling" and "while updating". The two phases
-        alternate; with `overlaps`, the second sum has both.
+        alternate; with `overlaps`, the second sum has both. With a `rollout_device`, a third sum says what is there,
+        and the two others what is on the device that trains.
     """
     sizes = {"student": count_parameters(student), "teacher": count_parameters(teacher)}
     held, trained, copied = _trained_bytes(student, sizes["student"], load)
+    copied = copied if load.rollout_device is None else _whole_copy_bytes(student, sizes["student"], load)
     packed = _packed_bytes(student, teacher, load)
     student, teacher = student.get_text_config(), teacher.get_text_config()
     states = load.buffered_rows * load.completion_tokens * teacher.hidden_size * load.width
@@ -118,6 +122,13 @@ def estimate_memory(student: PreTrainedConfig, teacher: PreTrainedConfig, load: 
     for name, value in (("packed", packed), ("merged", merged)):
         if value > 0.0:
             parts[f"weights {name} while sampling"] = value
+    if load.rollout_device is not None:
+        kept = teacher.vocab_size * teacher.hidden_size * load.width + (states if load.keeps_states else 0.0)
+        parts["while sampling"] = held + kept
+        parts["while updating"] = trained + kept + parts["activations of a micro-batch"] + parts["heads in chunks"]
+        there = copied + teacher_bytes + caches + states + packed + merged
+        parts[f"on {load.rollout_device}, for the next rollout"] = there
+        return parts
     parts["while sampling"] = held + copied + teacher_bytes + caches + states + packed + merged
     parts["while updating"] = (
         trained
@@ -179,8 +190,7 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
     else:
         wide = _has_wide_base(load)
         frozen = _nf4_bytes(text, size) if load.student_4bit else size * (4.0 if wide else _HALF)
-        # A layer has about 12 H^2 weights in matrices of width H to 4 H, so adapters have at most 2 r (H + 4 H) x 3
-        trained = text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
+        trained = _adapter_weights(text, load)
         # a base in half precision is shared with the copy
         copied = trained * _HALF + (size * _HALF if wide or _is_sharded(load) else 0.0)
     if load.strategy == "zero2":  # each process has all half-precision weights, and samples from them
@@ -191,6 +201,22 @@ def _trained_bytes(config: PreTrainedConfig, size: int, load: Workload) -> tuple
     copied = copied if load.half_precision_rollouts else trained * _FULL if load.overlaps else 0.0
     cast = _HALF if load.mixed_precision and not load.gradient_checkpointing else 0.0
     return trained * 12.0 + frozen, trained * (16.0 + cast) + frozen, copied
+
+
+def _whole_copy_bytes(config: PreTrainedConfig, size: int, load: Workload) -> float:
+    """Return the bytes of a student's copy that shares no weight with it."""
+    is_wide = load.lora_rank is None or _has_wide_base(load)
+    copied = size * (_FULL if is_wide and not load.half_precision_rollouts else _HALF)
+    return copied if load.lora_rank is None else copied + _adapter_weights(config.get_text_config(), load) * _FULL
+
+
+def _adapter_weights(text: PreTrainedConfig, load: Workload) -> float:
+    """Return the most weights that adapters on all linear layers have.
+
+    A layer has about 12 H^2 weights in matrices of width H to 4 H, so adapters have at most 2 r (H + 4 H) x 3.
+    """
+    assert load.lora_rank is not None, "only for a student with adapters"
+    return text.num_hidden_layers * 30.0 * text.hidden_size * load.lora_rank
 
 
 def _cache_bytes(samplers: Sequence[PreTrainedConfig], load: Workload) -> float:
@@ -208,6 +234,7 @@ def _cache_bytes(samplers: Sequence[PreTrainedConfig], load: Workload) -> float:
 def _merged_bytes(text: PreTrainedConfig, size: int, load: Workload) -> float:
     """Return the bytes of weights with merged adapters, beyond those of the copy for rollouts."""
     is_copied = _is_sharded(load) or (_has_wide_base(load) and load.half_precision_rollouts)
+    is_copied |= load.rollout_device is not None
     if load.lora_rank is None or load.student_4bit or not load.merged_rollouts or is_copied:
         return 0.0
     return (size - _end_parameters(text)) * (_FULL if _has_wide_base(load) else load.width)

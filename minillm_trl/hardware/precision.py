@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ def _check_bf16(args: TrainingArguments) -> None:
 def half_precision(accelerator: Accelerator) -> torch.dtype | None:
     """Return the dtype of matrix products under mixed precision; None in float32."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+
+
+def autocast_on(device: torch.device, accelerator: Accelerator) -> AbstractContextManager:
+    """Return the autocast of the run for work on `device`, which may be of another type than the one that trains."""
+    if device.type == accelerator.device.type:
+        return accelerator.autocast()
+    dtype = half_precision(accelerator)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def keep_adapters_in_float32(model: PreTrainedModel) -> None:

@@ -45,6 +45,11 @@ def check_processes() -> None:
     )
 
 
+def count_local_processes(number: int) -> int:
+    """Return the number of processes on this machine, of `number` processes in all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", number))
+
+
 def connected_state() -> PartialState:
     """Return the process state for a command without training arguments, checked by [`check_processes`]."""
     state = PartialState(cpu=launched_on_cpu())

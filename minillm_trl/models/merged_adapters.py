@@ -99,16 +99,17 @@ class MergedLayer:
         """The layer's own weights."""
         return [self._base._parameters[name] for name in self._sources]
 
-    def refresh(self, trained: Mapping[str, torch.Tensor]) -> None:
+    def refresh(self, trained: Mapping[str, torch.Tensor], device: torch.device | None = None) -> None:
         """Merge the adapters into the current weights `trained`, by name.
 
-        The sum is formed in at least float32 and rounded once.
+        The sum is formed in at least float32 and rounded once, on the device of the copy, if it has one of its own.
         """
         own = dict(zip(self._sources, self.parameters, strict=True))
         before = {name: weight.data for name, weight in own.items()}
         for name, weight in own.items():
             with whole_tensor(trained[self._sources[name]]) as values:
-                weight.data = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+                wide = torch.promote_types(values.dtype, torch.float32)
+                weight.data = values.to(device or values.device, wide, copy=True)
         for adapted in self._adapted:
             adapted.merged_adapters.clear()
             adapted.merge()
@@ -132,7 +133,12 @@ class MergedLayer:
             adapted.merged_adapters.clear()
 
 
-def merge_layers(model: PreTrainedModel, copied: PreTrainedModel, layers: Sequence[AdaptedLayer]) -> list[MergedLayer]:
+def merge_layers(
+    model: PreTrainedModel,
+    copied: PreTrainedModel,
+    layers: Sequence[AdaptedLayer],
+    device: torch.device | None = None,
+) -> list[MergedLayer]:
     """Give the adapted layers of a copy merged weights of their own.
 
     Layers whose kind of adapter cannot be merged run their adapters as before, and a warning names the kind: aLoRA,
@@ -142,6 +148,7 @@ def merge_layers(model: PreTrainedModel, copied: PreTrainedModel, layers: Sequen
         model ([`~transformers.PreTrainedModel`]): the student.
         copied ([`~transformers.PreTrainedModel`]): its copy, whose weights have the dtypes of the merged ones.
         layers (`Sequence[AdaptedLayer]`): the layers of `model`.
+        device (`torch.device`, *optional*): device of the copy, if it is another one than that of `model`.
     """
     trained = dict(model.named_parameters())
     weight_names = {id(weight): name for name, weight in trained.items()}
@@ -151,7 +158,7 @@ def merge_layers(model: PreTrainedModel, copied: PreTrainedModel, layers: Sequen
         shared = dict(copied.get_submodule(layer.names[0]).get_base_layer()._parameters)  # type: ignore[operator]
         own = MergedLayer(copied, layer, weight_names)
         try:
-            own.refresh(trained)
+            own.refresh(trained, device)
         except (NotImplementedError, RuntimeError, ValueError) as error:  # what peft raises for such kinds
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -11,7 +11,7 @@ from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..hardware.precision import half_precision
+from ..hardware.precision import autocast_on, half_precision
 from .merged_adapters import AdaptedLayer, MergedLayer, adapted_layers, merge_layers, whole_tensor
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class RolloutCopy:
 
     Weights that are neither sharded, nor in float32, nor merged (the frozen base of a LoRA student, quantised or not)
     are shared with the model. With a `dtype`, those in float32 are copied; without one, only sharded and merged ones.
-    `apart` copies trained ones in both cases. `refresh` updates copied and merged weights. The model's own tensors are
-    never written to.
+    `apart` copies trained ones in both cases. With a `device` of its own, the copy shares nothing. `refresh` updates
+    copied and merged weights. The model's own tensors are never written to.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the trained model, not wrapped, before it is sharded.
@@ -75,6 +75,8 @@ class RolloutCopy:
         merged (`Sequence[AdaptedLayer]`): layers of the model whose adapters are merged. They too take memory only
             between `refresh` and `release`.
         apart (`bool`): whether to copy all weights that are trained, so that updates do not change the copy.
+        device (`torch.device`, *optional*): device of the copy; by default that of the model. The base of merged
+            layers is read from the model at each `refresh`; other frozen weights only when they have changed.
 
     Attributes:
         model ([`~transformers.PreTrainedModel`]): the copy, in eval mode.
@@ -88,24 +90,29 @@ class RolloutCopy:
         sharded: bool = False,
         merged: Sequence[AdaptedLayer] = (),
         apart: bool = False,
+        device: torch.device | None = None,
     ):
         self._sharded = sharded
+        self._device = device
         self._merged: list[MergedLayer] = []
         self._copies: dict[str, torch.nn.Parameter] = {}
+        self._versions: dict[str, tuple[int, int]] = {}  # of frozen weights that were copied to the device
         self.casts = dtype is not None
         replaced: dict[int, torch.Tensor] = {}
         adapters = {id(parameter) for layer in merged for parameter in layer.adapters(model)}
         for name, parameter in model.named_parameters():
             is_adapter = id(parameter) in adapters  # merged in its own precision, and rounded afterwards
             cast = dtype is not None and parameter.dtype == torch.float32 and not is_adapter
-            if sharded or cast or (apart and parameter.requires_grad):
-                own = parameter.new_empty(0, dtype=parameter.dtype if is_adapter else dtype or parameter.dtype)
-                # empty until `refresh`, which allocates on the device of the trained weights
+            differs = sharded or cast or (apart and parameter.requires_grad)
+            if differs or device is not None:
+                own_dtype = parameter.dtype if is_adapter or not differs else dtype or parameter.dtype
+                own = parameter.new_empty(0, dtype=own_dtype, device=device)
+                # empty until `refresh`, which allocates on `device`, or on that of the trained weights
                 self._copies[name] = replaced[id(parameter)] = torch.nn.Parameter(own, requires_grad=False)
         self.model = copy_modules(model, replaced)
         self.refresh(model)
         if merged:
-            self._merged = merge_layers(model, self.model, merged)
+            self._merged = merge_layers(model, self.model, merged, device)
             used = {id(parameter) for parameter in self.model.parameters()}
             self._copies = {name: own for name, own in self._copies.items() if id(own) in used}
             self.refresh(model)
@@ -116,18 +123,28 @@ class RolloutCopy:
         # FSDP's activation checkpointing changes the names
         trained = fsdp2_canonicalize_names(dict(model.named_parameters()))
         for name, own in self._copies.items():
+            if self._device is not None and self._has_copied(name, trained[name]):
+                continue
             with whole_tensor(trained[name]) as values:
-                _assign(own, values)
+                _assign(own, values, self._device or values.device)
         for layer in self._merged:
-            layer.refresh(trained)
-        device = next(model.parameters()).device
-        # DeepSpeed moves the model after it was copied
+            layer.refresh(trained, self._device)
+        device = self._device or next(model.parameters()).device
+        # DeepSpeed moves the model after it was copied, and a copy with a device of its own starts with shared buffers
         if any(buffer.device != device for buffer in self.model.buffers()):
             self.model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
+    def _has_copied(self, name: str, weight: torch.Tensor) -> bool:
+        """Return whether a frozen weight has not changed since the last call; note its version."""
+        if weight.requires_grad:
+            return False
+        version = weight.data_ptr(), weight._version
+        known, self._versions[name] = self._versions.get(name), version
+        return known == version
+
     def precision(self, accelerator: Accelerator) -> AbstractContextManager:
         """Return the context in which the current thread samples from the copy: autocast, unless it has a `dtype`."""
-        return nullcontext() if self.casts else accelerator.autocast()
+        return nullcontext() if self.casts else autocast_on(self.model.device, accelerator)
 
     def release(self) -> None:
         """Free the memory of merged layers, and of a sharded model's copy, until the next `refresh`."""
@@ -138,15 +155,19 @@ class RolloutCopy:
                 own.data = own.data.new_empty(0)
 
 
-def _assign(own: torch.nn.Parameter, values: torch.Tensor) -> None:
-    if own.shape == values.shape and own.device == values.device:
+def _assign(own: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> None:
+    if own.shape == values.shape and own.device == device:
         own.copy_(values)  # in place, since compiled code and CUDA graphs keep its address
     else:
-        own.data = values.to(own.dtype, copy=True)
+        own.data = values.to(device, own.dtype, copy=True)
 
 
 def rollout_copy(
-    student: PreTrainedModel, args: "MiniLLMConfig", accelerator: Accelerator, merges: bool
+    student: PreTrainedModel,
+    args: "MiniLLMConfig",
+    accelerator: Accelerator,
+    merges: bool,
+    device: torch.device | None = None,
 ) -> RolloutCopy | None:
     """Return the copy that samples, or None if the student itself does.
 
@@ -155,9 +176,10 @@ def rollout_copy(
         args ([`MiniLLMConfig`]): with `half_precision_rollouts`, `merged_rollouts` and `overlap_rollouts`.
         accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
         merges (`bool`): whether adapters may be merged: not for a copy that does not sample.
+        device (`torch.device`, *optional*): device of `rollout_device`.
 
     Raises:
-        ValueError: if adapters must be merged, and none can be.
+        ValueError: if adapters must be merged, and none can be, or the student cannot be copied to the device.
     """
     sharded = shards_student(accelerator)
     # under DeepSpeed, the student is in half precision already
@@ -170,4 +192,21 @@ def rollout_copy(
     apart = args.overlap_rollouts
     if not (casts or layers or apart):
         return None
-    return RolloutCopy(student, half_precision(accelerator) if casts else None, sharded, layers, apart)
+    if device is not None:
+        _check_movable(student, args.rollout_device)
+    return RolloutCopy(student, half_precision(accelerator) if casts else None, sharded, layers, apart, device)
+
+
+def _check_movable(student: PreTrainedModel, rollout_device: str | None) -> None:
+    """Check that the student can be copied to another device weight by weight."""
+    quantised = not all(parameter.is_floating_point() for parameter in student.parameters())
+    split = len(set(getattr(student, "hf_device_map", {}).values())) > 1
+    for is_so, what, fix in (
+        (quantised, "its base is quantised", "load the student without quantisation"),
+        (split, "its device_map splits it", "set model_init_kwargs={'device_map': None}"),
+    ):
+        if is_so:
+            raise UserError(
+                f"rollout_device={rollout_device!r} needs a copy of the student there, but {what}. Drop "
+                f"rollout_device, or {fix}."
+            )

@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from transformers.utils import cached_file, find_adapter_config_file
 
 from ..errors import UserError
+from ..hardware.processes import count_local_processes
 from ..rollouts.buffer import parts_by_length
 from .bitsandbytes_layout import keep_4bit_layout
 from .encoding import encode_texts
@@ -26,6 +27,7 @@ from .pickled_weights import refuse_pickled_weights
 from .reference import check_teacher_adapter
 from .student_copy import copy_modules
 from .trained_products import use_onednn_products
+from .weight_formats import quantization_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,7 +137,7 @@ def adapter_on_base(student: "PeftModel", adapter: str | PreTrainedModel) -> Pre
 @contextmanager
 def one_process_at_a_time(accelerator: Accelerator) -> Iterator[None]:
     """Run the block on one process of a machine after another, as all at once would exceed its memory."""
-    number = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    number = count_local_processes(accelerator.num_processes)
     for _ in range(accelerator.local_process_index):
         accelerator.wait_for_everyone()
     yield
@@ -165,6 +167,7 @@ def place_new_teacher(
     shard: bool = False,
     trust_remote_code: bool = False,
     allow_pickled_weights: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load the teacher and place it on this process's device, or shard its blocks over the processes.
 
@@ -173,11 +176,14 @@ def place_new_teacher(
         accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
         shard (`bool`, *optional*, defaults to `False`): whether to shard the blocks if there are several processes.
             The processes of a machine then load the teacher one after another.
+        device (`torch.device`, *optional*): device of the teacher, if it is another one than the process's.
     """
+    if device is not None and isinstance(teacher_model, str) and quantization_settings(init_kwargs):
+        init_kwargs = {"device_map": {"": device}, **(init_kwargs or {})}  # it cannot be moved once it is loaded
     arguments = teacher_model, init_kwargs, default_dtype, trust_remote_code, allow_pickled_weights
     with whole_weights(accelerator.state.deepspeed_plugin):
         if not shard or accelerator.num_processes == 1:
-            return place_teacher(load_teacher(*arguments), accelerator.device)
+            return place_teacher(load_teacher(*arguments), device or accelerator.device)
         with one_process_at_a_time(accelerator):
             teacher = shard_blocks(load_teacher(*arguments), accelerator.device.type)
         return teacher

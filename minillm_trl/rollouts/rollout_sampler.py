@@ -1,6 +1,6 @@
 """`RolloutSampler`: takes prompts and keys of random numbers, returns completions with their scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -38,6 +38,10 @@ class ScoredRows:
     def assemble(self, shape: torch.Size) -> RolloutScores:
         """Return the scores of all rows, padded to `shape` `(B, T)`."""
         return RolloutScores(*(self.field(name, shape) for name in RolloutScores._fields))
+
+    def to(self, device: torch.device, stay: Collection[str] = ()) -> "ScoredRows":
+        """Return the scores on `device`, except for the fields `stay`."""
+        return ScoredRows([(rows, scores.to(device, stay)) for rows, scores in self.parts])
 
 
 class SampledTurn(NamedTuple):
@@ -259,9 +263,8 @@ class RolloutSampler:
                 top_ids = lister.score(sampled.ids, sampled.mask, own).student_top_ids
             numbers = torch.tensor(teacher_index, device=ids.device) if teacher_index else None
             states = self.teacher.hidden_states(ids, mask, sampled.mask.shape[1], top_ids, numbers)
-        scores = self.scorer.score(
-            sampled.ids, sampled.mask, own, None if states is None else TeacherStates(states, self.teacher.head)
-        )
+        teacher = None if states is None else TeacherStates(states, self.teacher.head_on(states.device))
+        scores = self.scorer.score(sampled.ids, sampled.mask, own, teacher)
         return scores._replace(teacher_hidden_states=self.teacher.keep(states))
 
 

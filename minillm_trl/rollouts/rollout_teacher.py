@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from ..hardware.precision import autocast_on
 from ..models.lm_head import LMHead, TeacherHead
 from ..models.teacher import is_sharded, teacher_hidden_states
 from .buffer import Batch, sequences
@@ -45,6 +46,9 @@ class Teacher(Protocol):
 
     @property
     def head(self) -> TeacherHead: ...
+
+    def head_on(self, device: torch.device) -> TeacherHead:
+        """Return the head for states on `device`: that of the updates, or of `rollout_device`."""
 
     @property
     def is_sharded(self) -> bool: ...
@@ -87,6 +91,7 @@ class RolloutTeacher:
         batch_size (`int`): rows of one forward pass.
         kept_on (`str`): where the buffer keeps hidden states: on the `"device"`, the `"cpu"`, or not at all
             (`"recompute"`).
+        device (`torch.device`, *optional*): device of `model`, if it is another one than that of the updates.
     """
 
     model: PreTrainedModel
@@ -96,6 +101,7 @@ class RolloutTeacher:
     kept_on: str
     student_top_k: int = 0
     is_served: bool = False
+    device: torch.device | None = None
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -117,6 +123,10 @@ class RolloutTeacher:
         """Whether its weights are sharded over processes."""
         return is_sharded(self.model)
 
+    def head_on(self, device: torch.device) -> LMHead:
+        """Return the head for states on `device`; on that of the model, it shares the model's weights."""
+        return self.head if device == self.head.weight.device else LMHead.of(self.model).frozen(device)
+
     def hidden_states(
         self,
         input_ids: torch.Tensor,
@@ -125,9 +135,16 @@ class RolloutTeacher:
         student_top_ids: torch.Tensor | None = None,
         teacher_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens."""
-        with self.accelerator.autocast():
-            return teacher_hidden_states(self.model, input_ids, attention_mask, length, self.batch_size)
+        """Run the teacher over sequences `(B, P+T)`; return the states `(B, T, H)` of their last `length` tokens.
+
+        The teacher runs on its own device. The states are on the device of `input_ids`.
+        """
+        device = input_ids.device
+        if self.device is not None:
+            input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        with autocast_on(input_ids.device, self.accelerator):
+            states = teacher_hidden_states(self.model, input_ids, attention_mask, length, self.batch_size)
+        return states.to(device)
 
     def hidden_states_of(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states of a batch's completions `(B, T, H)`, from the buffer or a forward pass."""

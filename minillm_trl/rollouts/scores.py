@@ -3,7 +3,7 @@
 Nothing here has a gradient: updates treat the scores of a rollout as constants.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +39,12 @@ class RolloutScores(NamedTuple):
     entropy: torch.Tensor | None = None
     student_top_ids: torch.Tensor | None = None
     teacher_hidden_states: torch.Tensor | None = None
+
+    def to(self, device: torch.device, stay: Collection[str] = ()) -> "RolloutScores":
+        """Return the scores on `device`, except for the fields `stay`."""
+        values = self._asdict()
+        moved = {name: value.to(device) for name, value in values.items() if value is not None and name not in stay}
+        return self._replace(**moved)
 
 
 class HeadStates(NamedTuple):

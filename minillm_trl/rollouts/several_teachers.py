@@ -104,6 +104,11 @@ class SeveralTeachers:
         members = self.members.values()
         return SeveralHeads([member.head for member in members], [member.state_width for member in members])
 
+    def head_on(self, device: torch.device) -> SeveralHeads:
+        """Return what turns states on `device` into logits."""
+        members = self.members.values()
+        return SeveralHeads([member.head_on(device) for member in members], [member.state_width for member in members])
+
     def tag(self, states: torch.Tensor, number: int) -> torch.Tensor:
         """Return the states `(..., W + 1)` of one teacher: padded, with the number of the teacher as last entry."""
         tagged = states.new_zeros(*states.shape[:-1], self.state_width, dtype=self.state_dtype)

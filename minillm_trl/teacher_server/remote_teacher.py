@@ -165,6 +165,10 @@ class RemoteTeacher:
         self.head = TopKHead(self.scoring.temperature)
         self._failure: TeacherServerError | None = None
 
+    def head_on(self, device: torch.device) -> TopKHead:
+        """Return the head, which has no weights and so no device."""
+        return self.head
+
     @property
     def models(self) -> list[PreTrainedModel]:
         """No model in this process."""

@@ -13,6 +13,7 @@ module of its own:
 - `run_metrics`, `logged_metrics`: means over all tokens and completions
 - `rollout_scoring`, `rollout_rewards`: the training batch of a rollout, its rewards and advantages
 - `overlapped_rollouts`, `turns`: the next rollout, sampled during updates; what fixes its samples
+- `rollout_device`: the device on which a process samples them
 - `rollout_buffer`, `prompt_order`: micro-batches of a rollout; the order of prompts
 - `rollout_metrics`, `rollout_in_progress`: metrics of rollouts and updates; the state of one rollout
 - `mixing_choice`: how the mixture is sampled, as configured or measured; `vllm_drafts`: with drafts of vLLM

@@ -13,6 +13,7 @@ from ..objectives import REWARD_ESTIMATORS, WEIGHTING_LEVELS
 from ..teacher_server.addresses import base_urls, is_address, served_names
 from ..teacher_server.settings import check_server_settings
 from .family_checks import check_family
+from .rollout_device import check_rollout_device
 
 if TYPE_CHECKING:
     from ..config import MiniLLMConfig
@@ -106,6 +107,7 @@ def check_config(args: "MiniLLMConfig") -> None:
     _check_weights(args)
     _check_memory(args)
     _check_overlap(args)
+    check_rollout_device(args)
     if args.teachers is not None:
         _check_teachers(args)
     check_server_settings(args)

@@ -57,6 +57,9 @@ class OverlappedRollouts:
     samples, under the copy and under the teacher. So all constants of the loss are those of $q_{\theta_k}$: the
     log-probs $\log \mu$ of the ratio, rewards, expected rewards and entropies.
 
+    With `rollout_device`, copy and teacher are on a device of their own, and the thread computes there alone. Each
+    sampled rollout is moved to the device of the updates in the main thread, where it is due.
+
     The samples depend on the copy and on the keys of their random numbers, not on how long the updates take. The
     thread draws from no generator and makes no collective call. What else samples or reads the teacher (evaluation),
     and every checkpoint, waits for it. A checkpoint stores its samples. So a resumed run continues with them, and is
@@ -76,6 +79,7 @@ class OverlappedRollouts:
         self._accelerator = accelerator
         self._ahead: _Ahead | None = None
         self._stop = threading.Event()
+        self._stream: torch.cuda.Stream | None = None  # of the thread, on the device of the copy
         self._counts = [0, 0]  # rollouts since the last log, and those of them that were sampled ahead
         self._seconds = 0.0  # of waiting for them
         # a forward pass of the copy is the longest that a stop has to wait for
@@ -100,7 +104,7 @@ class OverlappedRollouts:
         stream = self._own_stream()
 
         def run() -> None:
-            try:  # autocast and the current stream belong to a thread
+            try:  # autocast, the current stream and its device belong to a thread
                 with torch.cuda.stream(stream), self.copy.precision(self._accelerator):
                     found = sample(self.copy.model, turn)
                 if stream is not None:
@@ -115,13 +119,17 @@ class OverlappedRollouts:
         thread.start()
 
     def _own_stream(self) -> torch.cuda.Stream | None:
-        """Return a CUDA stream that runs after the work so far; None on other devices."""
-        device = self._accelerator.device
+        """Return a CUDA stream that runs after the work so far; None on other devices.
+
+        The copy's device waits for copies from another device by itself, in its current stream.
+        """
+        device = self.copy.model.device
         if device.type != "cuda":
             return None
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return stream
+        if self._stream is None:  # one for all rollouts, since memory that is freed serves its own stream alone
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        return self._stream
 
     def wait(self) -> None:
         """Wait until the rollout is sampled, if one is.

@@ -55,6 +55,11 @@ class RolloutBuffer:
         self._position = 0  # micro-batches handed out
 
     @property
+    def kept_on_cpu(self) -> set[str]:
+        """Return the names of the tensors that are not on the device of the updates."""
+        return {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()
+
+    @property
     def _is_used_up(self) -> bool:
         return self._position % (self.micro_batches * self.args.num_iterations) == 0
 
@@ -165,9 +170,8 @@ class RolloutBuffer:
 
     def unpack(self, batch: Batch) -> Batch:
         """Place the tensors of a checkpoint."""
-        stays = {"teacher_hidden_states"} if self.args.teacher_hidden_states == "cpu" else set()
-        device = self.accelerator.device
-        placed = {name: values if name in stays else values.to(device) for name, values in batch.items()}
+        device, stay = self.accelerator.device, self.kept_on_cpu
+        placed = {name: values if name in stay else values.to(device) for name, values in batch.items()}
         return pin_states(placed, device)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..config import MiniLLMConfig
+from ..hardware.precision import autocast_on
 from ..models.encoding import Prompt
 from ..models.fused_head import ScoreRequest
 from ..models.init_kwargs import parsed_kwargs
@@ -177,10 +178,9 @@ class RolloutScoring:
         states = self.teacher.hidden_states(
             input_ids, attention_mask, mask.shape[1], scores.student_top_ids, batch.get("teacher_index")
         )
-        with self.accelerator.autocast():
-            teacher = self.scorer.score(
-                batch["completion_ids"], mask, teacher=TeacherStates(states, self.teacher.head)
-            )
+        of_teacher = TeacherStates(states, self.teacher.head_on(states.device))
+        with autocast_on(states.device, self.accelerator):
+            teacher = self.scorer.score(batch["completion_ids"], mask, teacher=of_teacher)
         return scores._replace(
             teacher_logps=teacher.teacher_logps,
             teacher_kd_logps=teacher.teacher_kd_logps,
@@ -200,7 +200,7 @@ class RolloutScoring:
         sampled = turn.sample(sampler, student)
         if self.teacher.is_served:
             return sampled
-        batch = turn.batch(sampled.completions, sampler.pad_token_id, self.accelerator.device)
+        batch = turn.batch(sampled.completions, sampler.pad_token_id, student.device)
         scores = self.add_teacher(batch, sampled.scores.assemble(batch["completion_mask"].shape))
         return sampled._replace(scores=ScoredRows([(list(range(len(turn.keys))), scores)]))
 

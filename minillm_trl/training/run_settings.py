@@ -26,7 +26,7 @@ _WITHOUT_EFFECT = re.compile(
     r"include_for_metrics|batch_eval_metrics|load_best_model_at_end|hub_.*|push_to_hub.*|resume_from_checkpoint|"
     r"restore_callback_states_from_checkpoint|ignore_data_skip|dataloader_(?!drop_last).*|dataset_num_proc|"
     r"num_completions_to_print|skip_memory_metrics|ddp_.*|max_nonfinite_steps|allow_pickled_weights|"
-    r"teacher_server_(?!top_k|tokens).*|teachers|trust_remote_code|use_cpu|torch_empty_cache_steps"
+    r"teacher_server_(?!top_k|tokens).*|teachers|trust_remote_code|use_cpu|torch_empty_cache_steps|rollout_device"
 )
 # Taken from the optimizer's parameter groups instead, which also hold for an optimizer that the user created
 _OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

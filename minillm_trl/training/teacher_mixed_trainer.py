@@ -40,6 +40,7 @@ from .overlapped_rollouts import OverlappedRollouts, overlapped_rollouts
 from .prompt_order import number_prompts
 from .reliable_trainer import ReliableTrainer
 from .rollout_buffer import RolloutBuffer, RolloutCounts
+from .rollout_device import rollout_device, training_on_one_device
 from .rollout_in_progress import RolloutInProgress
 from .rollout_metrics import CompletionTable, RolloutMetrics
 from .rollout_rewards import FunctionRewards, RolloutAdvantages, placeholder_reward, remove_placeholder
@@ -87,7 +88,8 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         given = placeholder_reward if no_reward_funcs else reward_funcs
         # without a dataset, GRPOTrainer lets the environment bring the prompts
         numbered = None if train_dataset is None else number_prompts(train_dataset)
-        super().__init__(reward_funcs=given, train_dataset=numbered, **arguments)
+        with training_on_one_device(arguments["args"]):
+            super().__init__(reward_funcs=given, train_dataset=numbered, **arguments)
         if no_reward_funcs:
             remove_placeholder(self)
         keep_4bit_layout(self.model)
@@ -153,10 +155,11 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         avoid_cudnn_attention()
         configure_wrappers(self.accelerator)
         # Sampling and the checks below need a complete student
-        self._rollout_copy = rollout_copy(self._student, self.args, self.accelerator, not self._decodes_with_trl)
+        device, merges = rollout_device(self.args), not self._decodes_with_trl
+        self._rollout_copy = rollout_copy(self._student, self.args, self.accelerator, merges, device)
         student = self._student if self._rollout_copy is None else self._rollout_copy.model
         base = self.accelerator.unwrap_model(self.model)
-        found = use_teachers(teacher_model, student, base, self.args, self._tokenizer, self.accelerator)
+        found = use_teachers(teacher_model, student, base, self.args, self._tokenizer, self.accelerator, device)
         self._teacher, self._teacher_phase = found.teacher, found.phase
         self.teacher_model = found.teacher.model
         self.vocab_size, self.max_context, self._context_name = found.vocab_size, found.max_context, found.context_name
@@ -246,7 +249,7 @@ class TeacherMixedTrainer(ReliableTrainer, GRPOTrainer):
         sampled = self._overlap.take(turn) if self._overlap is not None and self.model.training else None
         if sampled is None:
             sampled = self._sample_now(turn, first_turn)
-        rollout.scores = sampled.scores
+        rollout.scores = sampled.scores.to(self.accelerator.device, stay=self.buffer.kept_on_cpu)
         return sampled.completions
 
     def _sample_now(self, turn: Turn, with_scores: bool) -> SampledTurn:

@@ -22,6 +22,7 @@ from ..rollouts.rollout_teacher import RolloutTeacher, Teacher
 from ..rollouts.scores import RolloutScorer
 from ..rollouts.several_teachers import SeveralTeachers
 from ..teacher_server.remote_teacher import RemoteTeacher, ServedTeacher
+from .rollout_device import check_placed
 from .teacher_choice import GivenTeachers, OneTeacher, naming_teacher
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def use_teachers(
     args: MiniLLMConfig,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
+    device: torch.device | None = None,
 ) -> TeacherSetup:
     """Load and place the teacher of a run, or several teachers by name; a folder named twice is loaded once.
 
@@ -62,6 +64,7 @@ def use_teachers(
         base: with `teacher_shares_base`, the student whose base the teachers' adapters share.
         args ([`MiniLLMConfig`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]),
             accelerator ([`~accelerate.Accelerator`]): those of the trainer.
+        device (`torch.device`, *optional*): device of `rollout_device`, for teachers in this process.
 
     Raises:
         ValueError: if a teacher and the student do not match, or a head cannot be reproduced.
@@ -70,7 +73,7 @@ def use_teachers(
     def use(teacher: OneTeacher) -> TeacherSetup:
         if isinstance(teacher, ServedTeacher):
             return use_served_teacher(teacher, student, args, tokenizer, accelerator)
-        return use_local_teacher(teacher, student, base, args, tokenizer, accelerator)
+        return use_local_teacher(teacher, student, base, args, tokenizer, accelerator, device)
 
     if not isinstance(given, dict):
         return use(given)
@@ -108,8 +111,11 @@ def use_local_teacher(
     args: MiniLLMConfig,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
+    device: torch.device | None = None,
 ) -> TeacherSetup:
     """Load and place a teacher in this process; with `teacher_shares_base`, it is an adapter on `base`.
+
+    Its head is on the device of the updates too, if the teacher is on another `device`.
 
     Raises:
         ValueError: if teacher and student do not match, or the head cannot be reproduced.
@@ -125,7 +131,10 @@ def use_local_teacher(
             shard=args.shard_teacher,
             trust_remote_code=args.trust_remote_code,
             allow_pickled_weights=args.allow_pickled_weights,
+            device=device,
         )
+        if device is not None:
+            check_placed(teacher, device, args.rollout_device)
     is_8bit = getattr(teacher, "is_loaded_in_8bit", False)  # also if its files are, or the caller's
     refuse_8bit_teacher(is_8bit, args.teacher_mixed_alpha)
     check_head(teacher, "teacher")
@@ -139,6 +148,7 @@ def use_local_teacher(
         accelerator,
         batch_size=args.per_device_train_batch_size,
         kept_on=args.teacher_hidden_states,
+        device=device,
     )
     phase = TeacherOffload(teacher) if args.offload_teacher else nullcontext()
     return TeacherSetup(of_rollouts, vocab_size, max_context(student, reader), name_context(student, reader), phase)

@@ -22,7 +22,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, split_tensor_dict
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    RepeatSampler,
+    add_fused_lm_head,
+    create_model_from_path,
+    split_tensor_dict,
+)
 
 import minillm_trl
 from minillm_trl import MiniLLMTrainer
@@ -547,3 +553,14 @@ def test_operators_of_onednn_take_the_arguments_that_packed_weights_give(name: s
     """minillm_trl/models/packed_weights.py calls these private operators of torch."""
     schema = str(getattr(torch.ops.mkldnn, name).default._schema)
     assert schema.replace(f"mkldnn::{name}", "", 1) == expected
+
+
+def test_number_of_gpus_and_device_map_of_a_process_can_be_set(tmp_path):
+    """minillm_trl/training/rollout_device.py sets both, so that a second GPU is free for rollouts."""
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    args._n_gpu = 3
+    assert args.n_gpu == 3  # as Trainer asks before it wraps the model
+    assert args.device.type == "cpu"
+    assert args.n_gpu == 3
+    assert 'if "device_map" not in kwargs' in inspect.getsource(create_model_from_path)
+    assert "dict(args.model_init_kwargs or {})" in inspect.getsource(GRPOTrainer.__init__)

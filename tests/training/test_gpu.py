@@ -263,6 +263,18 @@ class TestPlaces:
         moved = weights(expected) - before
         assert (weights(actual) - weights(expected)).norm() < 1e-4 * moved.norm()
 
+    @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+    def test_rollouts_on_another_device_change_no_training(self, tmp_path, device: str):
+        if device == "cuda:1" and torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        common = {"bf16": False, "optim": "sgd", "learning_rate": 0.05, "max_steps": 8, "overlap_rollouts": True}
+        before = weights(make_trainer(tmp_path, use_cpu=False, **common))
+        expected, actual = train(tmp_path, **common), train(tmp_path, **common, rollout_device=device)
+        assert {str(parameter.device) for parameter in actual.teacher_model.parameters()} == {device}
+        assert {parameter.device.index for parameter in actual.model.parameters()} == {0}
+        moved = weights(expected) - before
+        assert (weights(actual) - weights(expected)).norm() < 1e-3 * moved.norm()
+
     def test_training_in_float32_is_that_on_the_cpu(self, tmp_path):
         common = {"bf16": False, "optim": "sgd", "learning_rate": 0.05, "max_steps": 6, "num_iterations": 2}
         on_cpu = make_trainer(tmp_path, **common)

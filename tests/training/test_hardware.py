@@ -20,9 +20,11 @@ from minillm_trl.cli.doctor import (
     describe,
     describe_memory,
     launch_line,
+    training_processes,
     with_all_teachers,
 )
 from minillm_trl.hardware.machine import GPU, Machine, best_precision, probe, problems, runs_on
+from minillm_trl.training import rollout_device
 
 GIB = 2**30
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -277,3 +279,57 @@ class TestDoctor:
     def test_context_without_room_for_a_prompt_is_told(self, tmp_path, capsys, model_dir):
         assert main(["doctor", "--config", self.write(tmp_path, model_dir, max_completion_length=100_000)]) == 1
         assert "PROBLEM  max_completion_length=100000 leaves no room for a prompt" in capsys.readouterr().out
+
+
+class TestRolloutDevice:
+    def test_the_estimate_has_a_sum_for_each_device(self, tmp_path, model_dir):
+        name = str(model_dir("gpt2"))
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, overlap_rollouts=True, rollout_device="cuda:1")
+        models = ModelConfig(model_name_or_path=name), TeacherArguments(name)
+        strategy, parts = choose_strategy(machine(V100, V100), *models, args, prompt_tokens=8)
+        shown = describe_memory(machine(V100, V100), strategy, parts)
+        assert strategy == "ddp"
+        assert any(line.endswith("GiB  on cuda:1, for the next rollout") for line in shown)
+        _, several = with_all_teachers([(strategy, parts), (strategy, parts)], offloads=False)
+        there = "on cuda:1, for the next rollout"
+        assert several[there] - parts[there] == parts["teacher"]
+        assert several["while updating"] == parts["while updating"]
+
+    @pytest.mark.parametrize(("device", "verdict"), [("cuda:1", "does not fit"), ("cpu", "available: fits")])
+    def test_what_does_not_fit_there_is_told(self, tmp_path, model_dir, device: str, verdict: str):
+        name = str(model_dir("gpt2"))
+        args = MiniLLMConfig(str(tmp_path), use_cpu=True, overlap_rollouts=True, rollout_device=device)
+        models = ModelConfig(model_name_or_path=name), TeacherArguments(name)
+        _, parts = choose_strategy(machine(V100, V100), *models, args, prompt_tokens=8)
+        parts[f"on {device}, for the next rollout"] = 40.0 * GIB
+        assert verdict in "\n".join(describe_memory(machine(V100, V100), "ddp", parts))
+
+    @pytest.mark.parametrize(
+        ("device", "cards", "processes"),
+        [(None, 4, 4), ("cpu", 4, 4), ("cuda:1", 2, 1), ("cuda:2", 4, 2), ("cuda:3", 4, 1), ("cuda:1", 1, 1)],
+    )
+    def test_each_launched_process_has_a_gpu_for_rollouts(self, device: str | None, cards: int, processes: int):
+        facts = machine(*[V100] * cards)
+        assert training_processes(facts, device) == processes
+        line = launch_line(facts, "run.yaml", "ddp", training_processes(facts, device))
+        name = "single_gpu_fp16" if processes == 1 else f"ddp_fp16 --num_processes {processes}"
+        assert line.endswith(f"--accelerate_config v100_{name}")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rollout_device": "cuda:1"}, "needs overlap_rollouts=True"),
+            ({"rollout_device": "cuda:1", "overlap_rollouts": True}, "needs cuda:1, but torch finds 0 devices"),
+            ({"rollout_device": "cpu", "overlap_rollouts": True}, "PROBLEM  rollout_device='cpu': the cpu trains"),
+            (
+                {"rollout_device": "xpu:1", "overlap_rollouts": True, "load_in_4bit": True},
+                "PROBLEM  rollout_device='xpu:1' needs a copy of the student, which load_in_4bit=True quantises",
+            ),
+        ],
+    )
+    def test_settings_that_the_run_would_refuse_are_told(
+        self, tmp_path, capsys, monkeypatch, model_dir, options: dict, message: str
+    ):
+        monkeypatch.setattr(rollout_device, "count_devices", lambda kind: {"xpu": 2}.get(kind, 0))
+        assert main(["doctor", "--config", TestDoctor().write(tmp_path, model_dir, **options)]) == 1
+        assert message in capsys.readouterr().out

@@ -223,6 +223,26 @@ def test_overlapped_rollouts_take_their_memory_while_updating():
         assert both["while updating"] - turns["while updating"] == pytest.approx(copied + sampling)
 
 
+def test_a_device_for_rollouts_takes_what_sampling_needs():
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=1000, n_positions=1024)
+    size = count_parameters(config)
+    half, full = ({"half_precision_rollouts": each, "mixed_precision": each} for each in (True, False))
+    lora = {**full, "lora_rank": 4, "base_in_float32": True, "merged_rollouts": True}
+    for change, copied in ((half, 2 * size), (full, 4 * size), (lora, 4 * size + 4 * 2 * 30 * 64 * 4)):
+        load = replace(LOAD, **change, overlaps=True)
+        one, two = (estimate_memory(config, config, replace(load, rollout_device=each)) for each in (None, "cuda:1"))
+        parts = ("teacher", "key-value caches while sampling", "teacher's states of a rollout")
+        assert two["copy for rollouts"] == copied
+        assert two["on cuda:1, for the next rollout"] == pytest.approx(copied + sum(one[name] for name in parts))
+        trains = ("student, gradients and optimizer", "activations of a micro-batch", "heads in chunks")
+        head = 1000 * 64 * load.width
+        assert two["while updating"] == pytest.approx(
+            sum(one[name] for name in (*trains, "teacher's states of a rollout")) + head
+        )
+        held = two["while sampling"] - head - one["teacher's states of a rollout"]
+        assert 0.0 < held < one["student, gradients and optimizer"]
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
