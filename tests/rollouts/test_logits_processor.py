@@ -134,6 +134,34 @@ def test_coins_are_those_of_the_seed_or_else_of_the_generator_of_torch():
     assert coins(None) == first
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scores_of_the_teacher_are_those_of_a_plain_forward_pass_at_every_step(family: str):
+    teacher, steps = tiny(1, family), 6
+    tokens = torch.randint(VOCAB, (8, steps), generator=torch.Generator().manual_seed(0))
+    processor = TeacherMixedLogitsProcessor(teacher, 1.0, MASK)
+    for step in range(steps):
+        found = processor(torch.cat([IDS, tokens[:, :step]], dim=1), torch.zeros(8, VOCAB, dtype=torch.float64))
+        for row in range(8):
+            expected = teacher(torch.tensor([[*PROMPT, *tokens[row, :step]]])).logits[0, -1]
+            torch.testing.assert_close(found[row], expected)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 2], ids=["teacher has more", "same", "student has more"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_tokens_that_one_model_lacks_are_never_sampled(more: int, alpha: float):
+    scores = torch.arange(8.0 * (VOCAB + more)).view(8, VOCAB + more)
+    given, shared = scores.clone(), min(VOCAB, VOCAB + more)
+    found = TeacherMixedLogitsProcessor(tiny(1), alpha, MASK)(IDS, scores)
+    assert torch.equal(scores, given)  # which other processors and the caller may keep
+    assert found.shape == scores.shape
+    assert found[:, shared:].eq(-torch.inf).all()
+    with torch.no_grad():
+        of_teacher = tiny(1)(torch.tensor([PROMPT])).logits[:, -1].to(scores)
+    expected = of_teacher.expand(8, -1) if alpha else given
+    torch.testing.assert_close(found[:, :shared], expected[:, :shared])
+
+
 @pytest.mark.parametrize("rows", [2, 5])
 def test_second_call_of_generate_is_refused(rows: int):
     processor = TeacherMixedLogitsProcessor(tiny(1), 0.5, torch.ones(2, 2))

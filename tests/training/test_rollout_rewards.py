@@ -1,11 +1,13 @@
 """Advantages of a rollout with rows that are left out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from test_trainer import make_config
 
-from minillm_trl.training.rollout_rewards import RolloutAdvantages
+from minillm_trl.training.rollout_rewards import FunctionRewards, RolloutAdvantages
 
 
 @pytest.mark.parametrize("whiten", ["none", "tokens", "padding"])
@@ -40,3 +42,52 @@ def test_tokens_have_no_weights_where_all_would_be_1(tmp_path):
     for options, names in (({}, set()), ({"iw_opd_gamma": 0.5}, {"token_weights"})):
         advantages = RolloutAdvantages(make_config(tmp_path, **options), Accelerator(cpu=True))
         assert set(advantages.token_weights(values, None, mask, faulty)) == names
+
+
+def test_a_process_has_the_rewards_and_faults_of_its_own_rows(tmp_path):
+    """Rewards are gathered: six rows of two functions, of which the second process has the last three."""
+    inf, nan = torch.inf, torch.nan
+    values = torch.tensor([[1.0, inf], [2.0, 0.5], [3.0, 1.0], [4.0, nan], [-inf, 2.0], [6.0, inf]])
+    rewards = FunctionRewards.of(values, group=2)
+    assert rewards.faults(0, 3, ["a", "b"]) == {0: "reward function b returned inf"}
+    assert rewards.faults(3, 3, ["a", "b"]) == {
+        1: "reward function a returned inf",
+        2: "reward function b returned inf",
+    }
+    weights = torch.tensor([1.0, 2.0])
+    whole = RolloutAdvantages(make_config(tmp_path), Accelerator(cpu=True)).of_buffer(rewards, weights, 6)
+    parts = []
+    for process in range(2):
+        accelerator = SimpleNamespace(process_index=process)
+        parts.append(RolloutAdvantages(make_config(tmp_path), accelerator).of_buffer(rewards, weights, 3))
+    assert whole.isfinite().all()
+    assert whole.unique().numel() > 3
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("kind", ["position", "group"])
+def test_baseline_of_processes_is_that_of_one_that_has_all_rows(tmp_path, kind: str):
+    """The rows of the second process are shorter, so they are padded for the baseline alone."""
+    torch.manual_seed(0)
+    returns, mask = torch.randn(4, 5), torch.arange(5) < torch.tensor([5, 3, 2, 3])[:, None]
+
+    class Gathering:
+        """Gathers the rows of both processes, whichever of them asks."""
+
+        def __init__(self, process: int):
+            self.process_index = process
+
+        def pad_across_processes(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, 5 - values.shape[dim]))
+
+        def gather(self, values: torch.Tensor) -> torch.Tensor:
+            whole = mask.int() if values.dtype == torch.int32 else returns
+            assert torch.equal(values[:, :3], whole[2 * self.process_index :][:2, :3])
+            return whole
+
+    config = make_config(tmp_path, num_generations=2)
+    whole = RolloutAdvantages(config, Accelerator(cpu=True))._baseline(returns, mask, kind)
+    first = RolloutAdvantages(config, Gathering(0))._baseline(returns[:2], mask[:2], kind)
+    second = RolloutAdvantages(config, Gathering(1))._baseline(returns[2:, :3], mask[2:, :3], kind)
+    assert torch.equal(first, whole[:2])
+    assert torch.equal(second, whole[2:, :3])
