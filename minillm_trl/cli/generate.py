@@ -54,6 +54,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--seed must not be negative, got {arguments.seed}.")
     if arguments.max_rows is not None and arguments.max_rows < 1:
         raise UserError(f"--max_rows must be positive, got {arguments.max_rows}.")
+    if arguments.output != "-" and Path(arguments.output).is_dir():
+        raise UserError(f"--output {arguments.output}: this is a folder. Name a file in it.")
     if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
         raise UserError(
             f"--output {arguments.output}: there is no folder {Path(arguments.output).parent}. Make it first."

@@ -67,6 +67,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     from ..models.adapters import find_adapter
     from ..models.files import check_model_folder, explained
+    from ..models.generation_config import make_saveable
 
     adapter = find_adapter(arguments.adapter, arguments.model, arguments.trust_remote_code)
     output = arguments.output_dir.resolve()
@@ -81,6 +82,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     print(f"Merging {adapter.name} into {adapter.base}.{_caveat(Path(adapter.name))}")
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = adapter.load_merged(dtype, arguments.trust_remote_code, arguments.allow_pickled_weights, progress=True)
+    make_saveable(model.generation_config, repr(adapter.name))
     with writing(output), whole_folder(output) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:

@@ -1,6 +1,7 @@
 """`minillm-trl shrink`: make a student out of a teacher, by dropping layers and narrowing feed-forward layers."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +15,17 @@ from .option_values import json_object
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _EXAMPLE = """\
 example:
-  minillm-trl shrink --model HuggingFaceTB/SmolLM2-135M-Instruct --num_layers 10 --output_dir runs/student
+  minillm-trl shrink --model HuggingFaceTB/SmolLM2-135M-Instruct --num_layers 24 --intermediate_size 1024 \
+    --dataset data/dolly --output_dir runs/student
 
-  keeps 10 of 30 layers: the first, the last, and others at equal distances. Add --by influence and --dataset to keep
-  those that change the hidden states most. Heal the result (minillm-trl kd or seqkd) before MiniLLM.
+  keeps 24 of 30 layers (the first, the last, and others at equal distances), and the 1,024 most active of the 1,536
+  channels in each. Add --by influence to keep the layers that change the hidden states most. The result writes no
+  sentences: before MiniLLM, train it on the teacher's answers (seqkd --generate_only, then kd --kd_ratio 1).
 """
 
 
@@ -102,16 +106,22 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Parse the arguments, check folders and data before the model is loaded, shrink, and save.
 
-    A folder that holds the result of the same settings is left as it is.
+    A folder that holds the result of the same settings, model and data is left as it is.
     """
     arguments, launch = parse_with_config(build_parser(), argv)
     if launch:
         raise UserError(f"{next(iter(launch))}: shrink runs in a single process. Leave the option out.")
     _check(arguments)
-    if read_settings(arguments.output_dir) == _settings(arguments) and not arguments.overwrite:
-        print(f"{arguments.output_dir} holds this student already (--overwrite makes it again).")
-        return 0
-    return _shrink(arguments)
+    examples = None if arguments.dataset is None else _load_examples(arguments)
+    settings = _settings(arguments, examples)
+    if not arguments.overwrite and (found := read_settings(arguments.output_dir)) is not None:
+        differing = {name for name in found.keys() | settings.keys() if found.get(name) != settings.get(name)}
+        if not differing:
+            print(f"{arguments.output_dir} holds this student already (--overwrite makes it again).")
+            return 0
+        if differing <= _FILES.keys():  # other options: refused as any folder that is not empty
+            _refuse_other_files(arguments, differing)
+    return _shrink(arguments, settings, examples)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -126,10 +136,37 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return read_json(path, _Record, "Delete it if the folder holds a model that you want to keep.")["settings"]
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, examples: "Dataset | None") -> dict[str, Any]:
+    """Return the options that the student depends on, with digests of a local model's files and of the rows."""
+    from ..models.fingerprints import model_fingerprint
+
     names = ("model", "num_layers", "layers", "by", "intermediate_size", "dtype")
     data = ("dataset", "split", "prompt_column", "completion_column", "chat_template_kwargs", "max_rows", "max_length")
-    return {name: getattr(arguments, name) for name in (*names, *(data if arguments.dataset else ()))}
+    settings = {name: getattr(arguments, name) for name in (*names, *(data if arguments.dataset else ()))}
+    settings["model_files"] = model_fingerprint(Path(arguments.model))
+    if examples is not None:
+        settings["data_sha256"] = _digest(examples)
+    return settings
+
+
+def _digest(examples: "Dataset") -> str:
+    digest = hashlib.sha256()
+    for row in examples.select_columns(["prompt", "completion"]):
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+_FILES = {"model_files": "model", "data_sha256": "dataset"}  # digests in the settings, and their options
+
+
+def _refuse_other_files(arguments: argparse.Namespace, differing: set[str]) -> None:
+    """Refuse a student that was made with the same options from a model or data that has changed since."""
+    options = [f"--{option} {getattr(arguments, option)}" for name, option in _FILES.items() if name in differing]
+    raise UserError(
+        f"--output_dir {arguments.output_dir}: this folder holds a student of the same options, but not of the same "
+        f"files: the content of {' and of '.join(options)} has changed since, or {RECORD} does not record it. Add "
+        "--overwrite to make the student again."
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -149,9 +186,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} is measured on data: give --dataset.")
 
 
-def _shrink(arguments: argparse.Namespace) -> int:
+def _shrink(arguments: argparse.Namespace, settings: dict[str, Any], examples: "Dataset | None") -> int:
     # torch and transformers take seconds to import, and `--help` does not need them
     from ..models.files import check_model_folder
+    from ..models.generation_config import make_saveable
     from ..models.loading import load_config, load_model, load_tokenizer
     from ..models.shrink import Sizes, shrink
 
@@ -159,19 +197,20 @@ def _shrink(arguments: argparse.Namespace) -> int:
     check_model_folder(output, {"model": arguments.model}, arguments.overwrite)
     _check_sizes(arguments, load_config(arguments.model, arguments.trust_remote_code))
     tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    pairs = None if arguments.dataset is None else _load_pairs(arguments, tokenizer)
+    pairs = None if examples is None else _encode_pairs(arguments, examples, tokenizer)
     teacher = load_model(
         arguments.model,
         dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
         allow_pickled_weights=arguments.allow_pickled_weights,
     )
+    make_saveable(teacher.generation_config, repr(arguments.model))
     layers = _choose_layers(arguments, teacher, pairs)
     channels = _choose_channels(arguments, teacher, pairs)
     student = shrink(teacher, layers, channels)
     sizes = [Sizes.of(model) for model in (teacher, student)]
     record: _Record = {
-        "settings": _settings(arguments),
+        "settings": settings,
         "layers": layers,
         "parameters": [size.total for size in sizes],
         "parameters_per_token": [size.per_token for size in sizes],
@@ -206,11 +245,10 @@ def _check_sizes(arguments: argparse.Namespace, config: "PreTrainedConfig") -> N
         )
 
 
-def _load_pairs(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> _Pairs:
+def _load_examples(arguments: argparse.Namespace) -> "Dataset":
     from ..data import load_examples
-    from ..models.encoding import encode_pair
 
-    examples = load_examples(
+    return load_examples(
         arguments.dataset,
         split=arguments.split,
         prompt_column=arguments.prompt_column,
@@ -218,6 +256,11 @@ def _load_pairs(arguments: argparse.Namespace, tokenizer: "PreTrainedTokenizerBa
         require_completion=True,
         max_rows=arguments.max_rows,
     )
+
+
+def _encode_pairs(arguments: argparse.Namespace, examples: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> _Pairs:
+    from ..models.encoding import encode_pair
+
     pairs = []
     for row in examples:
         prompt, completion = encode_pair(tokenizer, row["prompt"], row["completion"], arguments.chat_template_kwargs)
@@ -288,4 +331,4 @@ def _report(record: _Record, arguments: argparse.Namespace) -> None:
         teacher_loss, student_loss = record["loss"]
         print(f"{'loss (nats a token)':<26}{teacher_loss:>12.3f}{student_loss:>12.3f}")
     print(f"Estimated speed-up of decoding: {before / after:.1f}x (weights that a step reads)")
-    print(f"Saved to {arguments.output_dir}. Heal it before MiniLLM: minillm-trl kd, or seqkd, with the teacher.")
+    print(f"Saved to {arguments.output_dir}. Before MiniLLM, train it on the teacher's answers (docs/shrinking.md).")

@@ -8,6 +8,7 @@ for a chunk of tokens at a time, so that the logits of a whole batch never exist
 - `teacher`: loads, freezes, places and shards the teacher, and checks that it fits the student
 - `shrink`: a student made from a teacher's layers; `layers` finds them, `layer_importance` ranks them
 - `context`: the longest sequence that models take, and LongRoPE's limit
+- `generation_config`: makes a model's generation config one that can be saved
 - `encoding`, `end_tokens`: text to token ids, and what ends a completion; `token_bytes`: the bytes of each token
 - `lm_head`: the head of any family, with its bias, scale and soft cap
 - `fused_head`: log-probs, entropy and KL from hidden states, in chunks of `CHUNK_ELEMENTS`; `token_scores`: those of

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from ..hardware.processes import check_processes
 from ..models.activation_checkpointing import ignore_old_names
+from ..models.generation_config import SaveableOnTrainBegin
 from ..models.trained_products import use_onednn_products
 from .checkpoint_folder import CheckpointFolder
 from .checkpoints import STATE, UNFINISHED, record_files, replace_folder
@@ -79,7 +80,8 @@ class ReliableTrainer(Trainer):
 
         Raises:
             CheckpointError: if `output_dir` is not writable, or a checkpoint is damaged or cannot be written.
-            UserError: if the checkpoint's optimizer or schedule is of another class.
+            UserError: if the checkpoint's optimizer or schedule is of another class, or the student's generation
+                config cannot be saved.
             FloatingPointError: after `max_nonfinite_steps` skipped steps in a row.
             Terminated: after SIGTERM.
         """
@@ -88,7 +90,8 @@ class ReliableTrainer(Trainer):
         sharded = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
         self.settings.compare(checkpoint, describe_inputs(self), sharded)
         self.resume.begin(checkpoint)
-        added = [RestoreOnTrainBegin(self.resume, self._loop, self.settings, self.callback_handler), self.stop]
+        restore = RestoreOnTrainBegin(self.resume, self._loop, self.settings, self.callback_handler)
+        added = [restore, SaveableOnTrainBegin(), self.stop]
         for callback in added:
             self.add_callback(callback)
         eval_on_start = self.args.eval_on_start

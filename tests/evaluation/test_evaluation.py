@@ -235,6 +235,12 @@ def test_folder_of_a_model_that_is_not_there_is_said_to_be_none(tmp_path, capsys
     assert f"no tokenizer at {name!r} (no such folder)" in capsys.readouterr().err
 
 
+def test_output_that_is_a_folder_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minillm_trl.models.loading.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    assert main(["generate", "--model", "gpt2", "--prompt", "a", "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path}: this is a folder" in capsys.readouterr().err
+
+
 def test_name_that_may_be_on_the_hub_is_looked_up_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a clone has a folder `runs` once the demo ran in it
     assert not any(map(is_lost_folder, ("gpt2", "owner/name")))

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, build_model, build_tokenizer
+from safetensors.torch import load_file, save_file
 from test_cli import refused
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -229,6 +231,35 @@ def test_command_leaves_its_own_result_and_refuses_another(teacher: Path, tmp_pa
     assert AutoConfig.from_pretrained(tmp_path / "student").num_hidden_layers == 2
 
 
+def test_student_of_changed_files_is_not_taken_for_this_one(teacher: Path, data: Path, tmp_path: Path, capsys):
+    model, output = tmp_path / "model", tmp_path / "student"
+    shutil.copytree(teacher, model)
+    words = ["shrink", "--model", str(model), "--layers", "0", "5", "--dataset", str(data)]
+    words += ["--output_dir", str(output)]
+    assert main(words) == 0
+    copied = tmp_path / "copied.safetensors"
+    shutil.copy(model / "model.safetensors", copied)
+    weights = load_file(copied)
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert f"--model {model}" in refused(capsys, *words)
+    shutil.copy(copied, model / "model.safetensors")
+    assert main(words) == 0
+    rows = data.read_text()
+    data.write_text("\n".join(map(json.dumps, [*ROWS[:-1], {**ROWS[-1], "completion": " other"}])))
+    message = refused(capsys, *words)
+    assert f"--dataset {data}" in message
+    assert "--model" not in message
+    assert "--overwrite" in message
+    data.write_text(rows)
+    record = json.loads((output / "shrink.json").read_text())
+    del record["settings"]["model_files"]
+    (output / "shrink.json").write_text(json.dumps(record))
+    assert "does not record it" in refused(capsys, *words)
+    assert main([*words, "--overwrite"]) == 0
+    assert main(words) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -253,6 +284,7 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(
     assert expected in message
 
 
+@pytest.mark.cli
 def test_recipes_shrink_and_doctor_says_that_the_student_is_not_healed(teacher: Path, tmp_path: Path, capsys):
     student = tmp_path / "student"
     (tmp_path / "shrink.yaml").write_text(f"model: {teacher}\noutput_dir: {student}\nlayers: [0, 3, 5]\n")
