@@ -206,12 +206,10 @@ class MiniLLMTrainer(TeacherMixedTrainer):
                 importance weight overflows. Training leaves such rows out of the update.
         """
         check_groups(self.args, len(prompt_ids), self.accelerator.num_processes)
-        batch = {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": completion_ids,
-            "completion_mask": completion_mask,
-        }
+        if self._overlap is not None:
+            self._overlap.wait()  # its thread runs the teacher
+        batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        batch |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
         batch |= index_entry(given_teachers(teachers, self._teacher_names, len(prompt_ids)), prompt_ids.device)
         with self._teacher_phase:
             scored = self.scoring.training_batch(

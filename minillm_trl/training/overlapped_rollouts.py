@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,16 @@ class OverlappedRollouts:
         copy ([`RolloutCopy`]): has weights of its own for all that is trained.
         buffer ([`RolloutBuffer`]): the trainer's, which knows whether rollouts of a checkpoint can be used.
         accelerator ([`~accelerate.Accelerator`]): accelerator of the trainer.
+        teachers (`Sequence[PreTrainedModel]`, *optional*): the teachers that the thread calls.
     """
 
-    def __init__(self, copy: RolloutCopy, buffer: RolloutBuffer, accelerator: Accelerator):
+    def __init__(
+        self,
+        copy: RolloutCopy,
+        buffer: RolloutBuffer,
+        accelerator: Accelerator,
+        teachers: Sequence[PreTrainedModel] = (),
+    ):
         self.copy = copy
         self._buffer = buffer
         self._accelerator = accelerator
@@ -82,8 +89,9 @@ class OverlappedRollouts:
         self._stream: torch.cuda.Stream | None = None  # of the thread, on the device of the copy
         self._counts = [0, 0]  # rollouts since the last log, and those of them that were sampled ahead
         self._seconds = 0.0  # of waiting for them
-        # a forward pass of the copy is the longest that a stop has to wait for
-        copy.model.base_model.register_forward_pre_hook(self._end_if_stopped)
+        # a forward pass of one of them is the longest that a stop has to wait for
+        for model in (copy.model, *teachers):
+            model.base_model.register_forward_pre_hook(self._end_if_stopped)
 
     def _end_if_stopped(self, *unused: Any) -> None:
         if self._stop.is_set():
@@ -152,16 +160,18 @@ class OverlappedRollouts:
     def take(self, turn: Turn) -> SampledTurn | None:
         """Return the rollout that was sampled ahead, after waiting for it; None if there is none for this turn.
 
-        There is none at the start of a run, and in a resumed run whose prompts or seed have changed.
+        There is none at the start of a run, and in a resumed run whose prompts, teachers or seed have changed.
+        Completions that were mixed with other coins are still samples of the mixture, so they are taken.
         """
         self.wait()
         ahead, self._ahead = self._ahead, None
         self._counts[0] += 1
         if ahead is None:
             return None
-        if ahead.turn != turn:
+        if ahead.turn._replace(coin_key=turn.coin_key) != turn:
             logger.warning(
-                "The rollout that was sampled ahead has other prompts. It is discarded; one is sampled now."
+                "The rollout that was sampled ahead has other prompts or teachers. It is discarded, and another is "
+                "sampled now."
             )
             return None
         self._counts[1] += 1
@@ -247,4 +257,4 @@ def overlapped_rollouts(trainer: "TeacherMixedTrainer") -> OverlappedRollouts | 
             "overlap_rollouts=False."
         )
     assert trainer._rollout_copy is not None  # `rollout_copy` makes one for this purpose
-    return OverlappedRollouts(trainer._rollout_copy, trainer.buffer, trainer.accelerator)
+    return OverlappedRollouts(trainer._rollout_copy, trainer.buffer, trainer.accelerator, trainer._teacher.models)

@@ -3,7 +3,6 @@
 import copy
 import shutil
 import threading
-import traceback
 from pathlib import Path
 
 import pytest
@@ -257,7 +256,7 @@ class TestResume:
         ("changes", "message"),
         [
             ({"temperature": 0.9}, "next rollout was sampled with temperature=1.0"),
-            ({"dataset": "others"}, "has other prompts"),
+            ({"dataset": "others"}, "has other prompts or teachers"),
         ],
         ids=["settings", "prompts"],
     )
@@ -275,52 +274,20 @@ class TestResume:
         logged = [log["rollout/staleness"] for log in resumed.state.log_history if "rollout/staleness" in log]
         assert logged[-2:] == [0.0, 1.0]
 
+    def test_with_other_coins_takes_the_rollout(self, tmp_path, caplog):
+        make_trainer(tmp_path, **{**SAVED, "max_steps": 4}).train()
+        resumed = make_trainer(tmp_path, **SAVED, shared_coins=False)
+        with caplog.at_level("WARNING", logger="minillm_trl"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert "It is discarded" not in caplog.text
+        logged = [log["rollout/staleness"] for log in resumed.state.log_history if "rollout/staleness" in log]
+        assert logged[-2:] == [1.0, 1.0]
+
     def test_without_overlap_drops_the_rollout(self, tmp_path):
         make_trainer(tmp_path, **{**SAVED, "max_steps": 4}).train()
         resumed = make_trainer(tmp_path, **{**SAVED, "overlap_rollouts": False})
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert resumed.state.global_step == 6
-
-
-class TestThread:
-    def test_error_is_raised_when_its_rollout_is_due_with_the_traceback(self, tmp_path, monkeypatch):
-        trainer = make_trainer(tmp_path, max_steps=6, overlap_rollouts=True)
-
-        def fail(self, batch, scores):
-            if threading.current_thread().name == THREAD:
-                raise ArithmeticError("the teacher broke")
-            return scores
-
-        monkeypatch.setattr(RolloutScoring, "add_teacher", fail)
-        with pytest.raises(ArithmeticError, match="the teacher broke") as raised:
-            trainer.train()
-        names = {frame.name for frame in traceback.extract_tb(raised.value.__traceback__)}
-        assert {"sample_ahead", "fail", "wait", "train"} <= names
-        assert trainer.state.global_step == 2  # the updates on the first buffer were done
-        assert not threads()
-
-    def test_interrupt_ends_it_after_the_current_forward_pass(self, tmp_path):
-        trainer = make_trainer(tmp_path, max_steps=6, max_completion_length=100, overlap_rollouts=True)
-        passes, reached = [], threading.Event()
-
-        def slow(*unused):
-            if threading.current_thread().name == THREAD:
-                passes.append(1)
-                reached.set()
-                threading.Event().wait(0.05)
-
-        trainer._overlap.copy.model.base_model.register_forward_pre_hook(slow)
-
-        def interrupt():
-            assert reached.wait(60)
-            raise KeyboardInterrupt
-
-        trainer.add_callback(AtStep(1, interrupt))
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        assert not threads()
-        assert len(passes) < 50
-        assert trainer.evaluate(DATASET.select(range(4)))["eval_loss"] > 0  # its copy still samples
 
 
 @pytest.mark.parametrize(
