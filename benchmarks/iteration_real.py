@@ -2,12 +2,18 @@
 
     python benchmarks/iteration_real.py --student PATH --teacher PATH --prompts PATH [--repeats 2]
 
-trains a student of 64M, ten layers of SmolLM2 healed as in `recipes/smollm2-92m`, for one iteration with the paper's
-mixing (alpha = 0.2): a rollout of `--rows` completions, its scores, and four passes over it, which are four updates.
-TRL's DistillationTrainer (beta = 1) does as many updates with as many rows, and samples in each. Prompts are the first
-ones of a JSONL of conversations (`prepare-data --task dolly`), completions have their natural lengths up to
-`--max_new_tokens`. Precision, optimizer, temperature and rate are the same. `--mini_batches 4` makes a rollout of four
-mini-batches, which are 16 updates.
+trains a student of 64M for one iteration with the paper's mixing (alpha = 0.2): a rollout of `--rows` completions, its
+scores, and four passes over it, which are four updates. TRL's DistillationTrainer (beta = 1) does as many updates with
+as many rows, and samples in each. Prompts are the first ones of a JSONL of conversations (`prepare-data --task
+dolly`), completions have their natural lengths up to `--max_new_tokens`. Precision, optimizer, temperature and rate
+are the same. `--mini_batches 4` makes a rollout of four mini-batches, which are 16 updates.
+
+The student is SmolLM2-135M-Instruct with ten of its 30 layers, healed on the teacher's answers
+(`recipes/smollm2-92m/answers.yaml`):
+
+    minillm-trl shrink --model PATH --layers 0 1 2 3 4 5 6 27 28 29 --dtype float32 --output_dir START
+    minillm-trl kd --config recipes/smollm2-92m/heal.yaml --model_name_or_path START --learning_rate 2e-3 \\
+        --output_dir PATH
 
 Every run is a separate process with one thread, which counts the CPU-seconds of `train()`, so that other jobs on the
 machine change little. The runs alternate. Results are ratios of CPU-seconds per update within a round, and the shares
@@ -29,7 +35,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from measurement import percentiles, write_record
+from measurement import given_command, percentiles, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 from transformers.utils import logging
 
@@ -207,7 +213,7 @@ def main() -> None:
             rounds[-1][name] = run(name, repeat, options)
             print(f"{repeat}: {name}: {rounds[-1][name]}", flush=True)
     settings = {
-        "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed as in recipes/smollm2-92m",
+        "student": "SmolLM2-135M-Instruct, layers 0 to 6 and 27 to 29 of 30, healed at a rate of 2e-3",
         "teacher": "SmolLM2-135M-Instruct",
         "rows_per_update": options.rows,
         "rows_per_rollout": options.rows * options.mini_batches,
@@ -219,7 +225,7 @@ def main() -> None:
         "seeds": list(range(options.repeats)),
     }
     results = summarize(rounds)
-    command = "python benchmarks/iteration_real.py --student PATH --teacher PATH --prompts PATH"
+    command = given_command(("student", "teacher", "prompts"))
     write_record("iteration_real", PACKAGES, settings, results, command)
     for name, result in results.items():
         print(f"{name}: {result['speedup'][1]:.2f}x as fast as TRL")

@@ -146,6 +146,19 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def given_command(paths: Sequence[str]) -> str:
+    """Return the command that runs now, with PATH for the values of the options in `paths`, which are private."""
+    words = list(sys.argv[1:])
+    for position, word in enumerate(words):
+        option, equals, _ = word.removeprefix("--").partition("=")
+        if word.startswith("--") and option in paths:
+            if equals:
+                words[position] = f"--{option}=PATH"
+            else:
+                words[position + 1] = "PATH"
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 def write_record(
     name: str, packages: Sequence[str], settings: dict[str, Any], results: Any, command: str | None = None
 ) -> Path:
@@ -153,10 +166,10 @@ def write_record(
 
     The file also has the command, commit, machine and versions of the measurement.
 
-    Pass `command` if the command line has private folders, or if several commands ran.
+    Pass `command` if the command line has private folders (see [`given_command`]), or if several commands ran.
     """
     record = {
-        "command": command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command or given_command(()),
         "commit": commit(),
         "machine": machine(),
         "versions": {package: version(package) for package in packages},

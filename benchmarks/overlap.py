@@ -177,7 +177,7 @@ def main() -> None:
         **{"rows": ROWS, "tokens": TOKENS, "steps_of_a_pass": STEPS_OF_A_PASS, "iterations": ITERATIONS},
         **{"learning_rate": LEARNING_RATE, "rounds": arguments.rounds, "seeds": arguments.seeds},
     }
-    write_record("overlap", ("torch", "transformers"), settings, results, "python benchmarks/overlap.py")
+    write_record("overlap", ("torch", "transformers"), settings, results)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def sampling() -> Iterator[Measured]:
 def rollouts_real() -> Iterator[Measured]:
     for case, result in read("rollouts_real").items():
         what = "rollouts of SmolLM2 and its 64M student against those before slots and packed weights"
+        if case == "speculative":
+            case = "speculative against own coins before"
         case = case if case == "alpha 0" else f"alpha 0.2, {case}"
         yield Measured(what, case, "rollouts_real", result["speedup"], 2.0)
 

@@ -8,6 +8,8 @@ commit before slots. Each checkout runs in its own process with one thread. The 
 changes from round to round, and times are CPU-seconds of the process, which other jobs on the machine change little.
 Hidden states are kept, as in a rollout. Results are ratios of tokens per CPU-second within a round.
 
+The student is that of [iteration_real.py](iteration_real.py), which says how to make it.
+
 Rounding differs between the two loops, and a token whose random number lies within rounding of the border between two
 tokens becomes the other one. So the script counts the completions that are equal token for token. `--exact` runs a few
 rows in float64 instead, where all of them must be equal, and fails otherwise. Writes `results/rollouts_real.json`.
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import percentiles, write_record
+from measurement import given_command, percentiles, write_record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ALPHA, TEMPERATURE = 0.2, 0.7
@@ -184,7 +186,7 @@ def main() -> None:
             print(f"{name}: {tokens / answers[name]['seconds']:.0f} tokens per CPU-second", flush=True)
         rounds.append(answers)
         settings = {
-            "student": "SmolLM2-135M-Instruct with 10 of its 30 layers, healed as in recipes/smollm2-92m",
+            "student": "SmolLM2-135M-Instruct, layers 0 to 6 and 27 to 29 of 30, healed at a rate of 2e-3",
             "teacher": "SmolLM2-135M-Instruct",
             "before": subprocess.run(
                 ["git", "-C", str(arguments.before), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
@@ -197,7 +199,7 @@ def main() -> None:
             "dtype": "float32",
             "seeds": {"tokens": 0, "coins": 1},
         }
-        command = "python benchmarks/rollouts_real.py --before PATH --student PATH --teacher PATH --prompts PATH"
+        command = given_command(("before", "student", "teacher", "prompts"))
         path = write_record("rollouts_real", ("torch", "transformers"), settings, compare(rounds), command)
     for name, result in json.loads(path.read_text())["results"].items():
         print(f"{name}: {result['speedup'][1]:.2f}x as fast as before")

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import degeneration  # noqa: E402 - lies in benchmarks/, which is no package
 import demo_seeds  # noqa: E402
+import measurement  # noqa: E402
 import report  # noqa: E402
 
 
@@ -117,6 +118,28 @@ def test_memory_estimate_is_near_what_training_took_on_a_gpu():
     assert len(found) == 12
     for case, phase, measured, estimated in found:
         assert 0.9 < estimated / measured < 1.15, f"{case}, {phase}"
+
+
+def test_command_of_a_record_is_the_one_given_without_its_paths(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/home/me/benchmarks/a.py", "--student", "/home/me/b", "--teacher=/home/me/c", "--repeats", "3"]
+    )
+    expected = "python benchmarks/a.py --student PATH --teacher=PATH --repeats 3"
+    assert measurement.given_command(("student", "teacher", "prompts")) == expected
+    monkeypatch.setattr(sys, "argv", ["benchmarks/a.py", "--student", "b"])
+    assert measurement.given_command(()) == "python benchmarks/a.py --student b"
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "rounds"),
+    [("overlap", "rounds", None), ("iteration_real", "repeats", 2), ("rollouts_real", "repeats", 2)],
+)
+def test_command_of_a_record_has_the_number_of_its_rounds(name: str, option: str, rounds: int | None):
+    record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    words = record["command"].split()
+    given = int(words[words.index(f"--{option}") + 1]) if f"--{option}" in words else rounds
+    settings = record["settings"]
+    assert given == (settings["rounds"] if "rounds" in settings else len(settings["seeds"]))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
