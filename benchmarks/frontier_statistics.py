@@ -17,7 +17,8 @@ class Frontier:
     """Results of one method: `values[decoding][measure]` of shape `(seeds, prompts)`.
 
     Args:
-        tests: for each training seed the values of the prompts, by decoding and measure.
+        tests: for each training seed the values of the prompts, by decoding and measure. Measures that one of them
+            lacks are left out.
         temperatures: the decodings that are temperatures.
         entropies: where [`at_entropies`] compares, in nats a token.
     """
@@ -25,8 +26,12 @@ class Frontier:
     def __init__(self, tests: list[dict[str, Any]], temperatures: Sequence[str], entropies: np.ndarray):
         self.temperatures, self.entropies = temperatures, entropies
         self.values = {
-            decoding: {name: np.array([test[decoding][name] for test in tests]) for name in tests[0][decoding]}
-            for decoding in tests[0]
+            decoding: {
+                name: np.array([test[decoding][name] for test in tests])
+                for name in values
+                if all(name in test[decoding] for test in tests)
+            }
+            for decoding, values in tests[0].items()
         }
         self.seeds, self.prompts = self.values[temperatures[0]]["rouge_l"].shape
         self._at_entropies: dict[str, np.ndarray] = {}
