@@ -22,7 +22,8 @@ class Scale:
 
     Attributes:
         batch: completions of one update.
-        answer_tokens: length limit of every answer, the teacher's, the student's and those of the tests.
+        answer_tokens: length limit of every answer that a model writes. Dolly's own answers have 128 tokens more,
+            with their prompts.
         seconds: CPU or GPU seconds of the updates of each method.
         validation_rows, test_rows: prompts.
         recipe: values that replace those of the recipe's YAMLs, by stage.

@@ -43,7 +43,7 @@ RECIPE = ROOT / "recipes" / "smollm2-92m"
 RESULTS = Path(__file__).parents[1] / "results" / "real"
 STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 SEEDS = (3, 4)
-LEARNING_RATES = (3e-4, 1e-3, 1e-4)
+LEARNING_RATES = (3e-4, 1e-4)
 PROBE_UPDATES = 4
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "minillm-trl")
 

@@ -51,11 +51,18 @@ def validation_scores(records: dict[str, Record], method: str) -> dict[float, fl
     }
 
 
+def chosen_rate(records: dict[str, Record], method: str) -> float | None:
+    """Return the best learning rate of the method among those with a test; None before any is tested."""
+    scores = validation_scores(records, method)
+    tested = [rate for rate in scores if "test" in records[Run(method, rate, SEEDS[0]).name]]
+    return max(tested, key=scores.__getitem__, default=None)
+
+
 def chosen_runs(records: dict[str, Record], method: str) -> dict[str, Record]:
-    """Return the tested runs of the method at its best learning rate of those tried, by name."""
-    if not (scores := validation_scores(records, method)):
+    """Return the tested runs of the method at its chosen learning rate, by name."""
+    if (rate := chosen_rate(records, method)) is None:
         return {}
-    names = [Run(method, max(scores, key=scores.__getitem__), seed).name for seed in SEEDS]
+    names = [Run(method, rate, seed).name for seed in SEEDS]
     return {name: records[name] for name in names if "test" in records.get(name, {})}
 
 
@@ -84,10 +91,12 @@ def summarize(scale: str) -> dict[str, Any]:
         replicates[name] = replicates_of(frontier, runs, rows[name]["tuned"], position)
         rows[name]["measures"] = {measure: interval(values) for measure, values in replicates[name].items()}
         if name in METHODS:
+            scores = validation_scores(records, name)
             rows[name] |= {
                 "label": METHODS[name].label,
+                "learning_rate_is_best": max(scores, key=scores.__getitem__) == chosen_rate(records, name),
                 "learning_rate": runs[0]["identity"]["run"]["learning_rate"],
-                "learning_rates_tried": [rate for rate in LEARNING_RATES if Run(name, rate, SEEDS[0]).name in records],
+                "learning_rates_tried": list(scores),
                 "seeds": [run["identity"]["run"]["seed"] for run in runs],
                 "updates": runs[0]["updates"],
                 "seconds": float(np.mean([run["seconds"] for run in runs])),

@@ -59,13 +59,22 @@ def _measures(found: dict[str, list[float]], columns: dict[str, tuple[str, int]]
 
 def quality_table(summary: dict[str, Any]) -> str:
     """Return the Markdown table of training and Rouge-L."""
-    head = ["", "updates", "rate (tried)", "seeds", "best decoding", *(title for title, _ in QUALITY.values())]
+    head = [
+        "",
+        "CPU-seconds",
+        "updates",
+        "rate (tried)",
+        "seeds",
+        "best decoding",
+        *(title for title, _ in QUALITY.values()),
+    ]
     lines = []
     for name, row in summary["rows"].items():
-        training = ["–"] * 3
+        training = ["–"] * 4
         if "updates" in row:
             rate = f"{row['learning_rate']:g} ({len(row['learning_rates_tried'])})"
-            training = [str(row["updates"]), rate, str(len(row["seeds"]))]
+            rate += "" if row["learning_rate_is_best"] else ", the best is not tested yet"
+            training = [f"{row['seconds']:.0f}", str(row["updates"]), rate, str(len(row["seeds"]))]
         lines.append([label_of(name, row), *training, row["tuned"], *_measures(row["measures"], QUALITY)])
     return _table(head, lines)
 
@@ -104,6 +113,32 @@ def differences_table(summary: dict[str, Any], columns: dict[str, tuple[str, int
             labels = [label_of(name, rows[name]), label_of(rival, rows[rival])]
             lines.append([*labels, *_measures(found, columns, sign=True)])
     return _table(["", "minus", *(title for title, _ in columns.values())], lines, texts=2)
+
+
+def clear_differences(summary: dict[str, Any]) -> str:
+    """Return a list of the Rouge-L differences whose intervals exclude 0, with the number of all of them."""
+    rows, total, clear, lines = summary["rows"], 0, 0, []
+    for name in [name for name in rows if name in METHODS and METHODS[name].kind == "minillm"]:
+        sides: dict[str, list[str]] = {"ahead of": [], "behind": []}
+        for rival, found in rows[name]["minus"].items():
+            values = {title: found[key] for key, (title, _) in QUALITY.items() if key in found}
+            total += len(values)
+            for side, is_on in (("ahead of", lambda low, high: low > 0), ("behind", lambda low, high: high < 0)):
+                cells = [
+                    f"{title.removeprefix('Rouge-L, ')} {format_interval(value, 1, sign=True)}"
+                    for title, value in values.items()
+                    if is_on(*value[1:])
+                ]
+                clear += len(cells)
+                if cells:
+                    sides[side].append(f"{label_of(rival, rows[rival])} ({'; '.join(cells)})")
+        texts = [f"{side} {', '.join(found)}" for side, found in sides.items() if found]
+        lines.append(f"- {label_of(name, rows[name])}: {'; '.join(texts) or 'none'}.")
+    head = (
+        f"{clear} of these {total} differences have an interval that excludes 0. If there were no differences, about "
+        f"{total / 20:.0f} would:"
+    )
+    return "\n".join([head, "", *lines])
 
 
 def answers_table(answers: dict[str, Any], rows: slice = slice(None)) -> str:
@@ -146,6 +181,7 @@ def pages(summary: dict[str, Any]) -> dict[Path, dict[str, str]]:
             "divergence": divergence_table(summary),
             "text": text_table(summary),
             "quality differences": differences_table(summary, QUALITY),
+            "clear differences": clear_differences(summary),
             "divergence differences": differences_table(summary, DIVERGENCE),
         }
     }

@@ -138,6 +138,21 @@ def test_student_of_the_answers_is_the_best_minillm_setting_on_the_validation_pr
     assert real_summary.best_setting(records) == "minillm"
 
 
+def test_row_shows_the_best_rate_on_the_validation_prompts_of_those_with_a_test(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_summary, "LEARNING_RATES", (1e-3, 1e-4))
+    run = real_summary.Run("minillm", 1e-4, 3)
+    better = make_record(50, run)  # its number is its validation score
+    without_test = {name: value for name, value in better.items() if name != "test"}
+    for record, rate, note in (
+        (without_test, 1e-3, "0.001 (2), the best is not tested yet"),
+        (better, 1e-4, "0.0001 (2)"),
+    ):
+        write(tmp_path, records | {run.name: record})
+        summary = real_summary.summarize("cpu")
+        assert summary["rows"]["minillm"]["learning_rate"] == rate
+        assert f"| 480 | 16 | {note} |" in real_tables.quality_table(summary)
+
+
 def test_records_of_another_recipe_are_left_out(records, tmp_path):
     for seed in (3, 4):
         records[f"minillm-0.001-{seed}"]["recipe"] = {"start": {"num_layers": 3}}
@@ -148,6 +163,7 @@ def test_records_of_another_recipe_are_left_out(records, tmp_path):
 def test_measures_that_a_record_lacks_are_dashes(records, tmp_path):
     for part in ("forward_errors", "distinct", "other_prompts"):
         del records["minillm-0.001-4"][part]
+    records["minillm-0.001-3"]["test"]["greedy"]["loss"] = [1.0] * PROMPTS
     write(tmp_path, records)
     summary = real_summary.summarize("cpu")
     label = real_methods.METHODS["minillm"].label
@@ -168,8 +184,25 @@ def test_tables_have_a_cell_for_every_title(records):
     for path, parts in real_tables.pages(summary).items():
         for name, text in parts.items():
             lines = [line for line in text.splitlines() if line.startswith("|")]
-            assert len({line.count(" | ") for line in lines if not line.startswith("|---")}) == 1, (path, name)
+            assert len({line.count(" | ") for line in lines if not line.startswith("|---")}) <= 1, (path, name)
             assert all(line.count("|") == lines[0].count("|") for line in lines), (path, name)
+
+
+def test_list_has_every_difference_whose_interval_excludes_zero():
+    label = {name: real_methods.METHODS[name].label for name in ("minillm", "sft")}
+    minus = {
+        "greedy_rouge_l": [2.0, 0.1, 3.0],
+        "tuned_rouge_l": [-2.0, -3.0, -0.1],
+        "vicuna_greedy_rouge_l": [1, -1, 2],
+    }
+    rows = {name: {"label": text, "minus": {}} for name, text in label.items()}
+    rows["minillm"]["minus"] = {"sft": minus}
+    assert real_tables.clear_differences({"rows": rows}).splitlines() == [
+        "2 of these 3 differences have an interval that excludes 0. If there were no differences, about 0 would:",
+        "",
+        f"- {label['minillm']}: ahead of {label['sft']} (greedy +2.0 [+0.1, +3.0]); "
+        f"behind {label['sft']} (best decoding -2.0 [-3.0, -0.1]).",
+    ]
 
 
 def test_answers_show_the_text_as_it_is(records):
