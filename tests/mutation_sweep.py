@@ -98,6 +98,7 @@ TESTS = tuple(
             "turns",
             "finite_steps",
             "completion_table",
+            "run_metrics",
             "rollout_rewards",
             "degeneration",
             "metric_directions",
@@ -333,7 +334,7 @@ def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -
         return {"outcome": "killed", "by": failure.name} if failure.name else {"outcome": "survived"}
 
     expected = sum(trace[name]["seconds"] for name in tests)
-    result = in_fork(run, 120 + 3 * PATIENCE * expected)
+    result = in_fork(run, 300 + 3 * PATIENCE * expected)  # also on a busy machine
     if result is None:
         return {"outcome": "killed", "by": "the time limit, or the end of the process"}
     return result | ({"tests": len(tests)} if result["outcome"] == "survived" else {})

@@ -9,7 +9,9 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+import minillm_trl.trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
+from minillm_trl.training.teacher_mixed_trainer import TeacherMixedTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": [f"the mill {i}" for i in range(17)], "answer": [str(i) for i in range(17)]})
 
@@ -163,6 +165,26 @@ def test_full_constructor_by_position(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 1
     assert "rewards/rewards/mean" in trainer.state.log_history[0]
+
+
+def test_every_argument_of_the_constructor_is_checked_and_reaches_grpo(monkeypatch: pytest.MonkeyPatch):
+    given = {name: object() for name in inspect.signature(MiniLLMTrainer.__init__).parameters if name != "self"}
+    reached, checked = {}, {}
+    signature = inspect.signature(minillm_trl.trainer.check_arguments)
+    monkeypatch.setattr(TeacherMixedTrainer, "__init__", lambda self, **arguments: reached.update(arguments))
+    monkeypatch.setattr(minillm_trl.trainer, "choose_teacher", lambda teacher, args: teacher)
+    monkeypatch.setattr(minillm_trl.trainer, "check_machine", lambda *arguments: checked.update(machine=arguments))
+
+    def check(*arguments: object, **named: object) -> None:
+        checked.update(signature.bind(*arguments, **named).arguments)
+
+    monkeypatch.setattr(minillm_trl.trainer, "check_arguments", check)
+    MiniLLMTrainer(**given)
+    assert {name: reached[name] for name in given} == given
+    assert checked.pop("machine") == (given["args"], given["quantization_config"])
+    assert checked.pop("has_environment") is True
+    names = [name for name in signature.parameters if name != "has_environment"]
+    assert checked == {name: given[name] for name in names}
 
 
 def test_conversations_are_rendered_with_the_chat_template(tmp_path):

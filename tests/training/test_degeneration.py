@@ -96,8 +96,17 @@ def test_well_until_is_the_value_in_the_middle_of_the_last_good_median():
     (rule,) = (rule for rule in RULES if rule.metric == "entropy")
     # median 1.0 up to index 11: the window 7..11 has three good values; its middle is 9
     assert judge([1.0] * 10 + [0.1] * 6, rule, TRAINING).well_until == 9
+    assert judge([1.0] * 10 + [0.6] * 6, rule, TRAINING).well_until == 9  # the limit is 0.5, half way to it 0.75
     assert judge([1.0, 1.0, 0.1], rule, EVALUATION).well_until == 1
     assert judge([0.1, 0.1], rule, EVALUATION).is_well  # a baseline of its own
+
+
+def test_value_beyond_a_fixed_limit_is_not_well_however_bad_the_baseline_is():
+    (rule,) = (rule for rule in RULES if rule.metric.endswith("effective_sample_size"))
+    verdict = judge([0.2] + [0.27] * 9, rule)  # the limit is 0.3, half way to it 0.25
+    assert verdict.is_beyond
+    assert verdict.well_until == -1
+    assert judge([0.2] + [0.35] * 9, rule).well_until == 7
 
 
 def test_metrics_of_other_names_are_no_entropy():

@@ -137,3 +137,20 @@ class TestDeepSpeed:
         guard.faults.append("the loss is nan")
         with pytest.raises(FloatingPointError, match="Step 2 broke the weights: the loss is nan"):
             guard.agree_on_step(1.0, 2, torch.nn.Linear(1, 1), SimpleNamespace(step_was_skipped=False), object())
+
+    def test_skipped_step_keeps_the_loss_scale(self, guard: StepGuard):
+        """DeepSpeed takes the NaN for an overflow, and lowers its scale within the backward pass."""
+        scaler = SimpleNamespace(cur_scale=1024.0)
+        engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+        for loss, kept in ((torch.nan, 1024.0), (1.0, 512.0)):
+            guard.check_loss(torch.tensor(loss), str, engine)
+            scaler.cur_scale = 512.0
+            guard.agree_on_step(None, 0, torch.nn.Linear(1, 1), SimpleNamespace(step_was_skipped=True), engine)
+            assert scaler.cur_scale == kept
+        assert guard.skipped == 1
+
+    def test_engine_without_a_scale_skips_too(self, guard: StepGuard):
+        engine = SimpleNamespace(optimizer=SimpleNamespace())
+        guard.check_loss(torch.tensor(torch.nan), str, engine)
+        guard.agree_on_step(None, 0, torch.nn.Linear(1, 1), SimpleNamespace(step_was_skipped=True), engine)
+        assert guard.skipped == 1

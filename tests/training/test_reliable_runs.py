@@ -182,6 +182,17 @@ class TestResume:
         assert len(states[2]["rollouts"]) == 2
         assert states[2]["rollouts"][0]["teacher_hidden_states"].shape[0] == 4
 
+    def test_checkpoint_without_the_state_of_this_process_resumes_and_says_so(self, tmp_path, caplog):
+        """As one of another program, or of another number of processes."""
+        make_trainer(tmp_path, **{**SAVED, "max_steps": 2}).train()
+        for name in ("run_state_0-of-1.pt", "files.json"):
+            (tmp_path / "checkpoint-2" / name).unlink()
+        resumed = make_trainer(tmp_path, **{**SAVED, "max_steps": 4})
+        with caplog.at_level(logging.WARNING):
+            resumed.train(resume_from_checkpoint=True)
+        assert "has no run_state_0-of-1.pt" in caplog.text
+        assert resumed.state.global_step == 4
+
     def test_teacher_states_that_are_computed_anew_are_not_saved(self, tmp_path):
         options = {**SAVED, "teacher_hidden_states": "recompute"}
         whole = make_trainer(tmp_path, **options)

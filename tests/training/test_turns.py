@@ -5,16 +5,20 @@ from types import SimpleNamespace
 import pytest
 
 from minillm_trl.rollouts.coins import row_coin_keys
+from minillm_trl.rollouts.keyed_random import evaluation_key
 from minillm_trl.training.turns import Turn, make_turn
 
-ROWS = 6  # of a process: three micro-batches of two
+ROWS, EVAL_ROWS = 6, 5  # of a process: three micro-batches of two, or a batch of an evaluation
 
 
 def turn(process: int, step: int, number: int, rows: int = ROWS, *, training: bool = True, **options: bool) -> Turn:
     """The turn of a trainer on one process, with `shared_coins` and a teacher that is sharded or not."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(
-            seed=7, per_device_train_batch_size=rows // 3, eval_batch_size=rows, shared_coins=options.get("shared")
+            seed=7,
+            per_device_train_batch_size=rows // 3,
+            eval_batch_size=EVAL_ROWS,
+            shared_coins=options.get("shared"),
         ),
         accelerator=SimpleNamespace(process_index=process),
         model=SimpleNamespace(training=training),
@@ -55,9 +59,13 @@ def test_processes_toss_the_same_coins_for_a_sharded_teacher_alone():
 
 
 def test_evaluation_numbers_the_samples_of_a_prompt_over_all_processes_at_any_step():
-    keys = [key for process in range(2) for key in turn(process, 4, 0, training=False).keys]
-    assert [key[3] for key in keys] == [0, 1, 2, 3] * 3
-    assert keys == [key for process in range(2) for key in turn(process, 9, 0, training=False).keys]
-    assert turn(0, 4, 1, training=False).keys[0] not in keys
+    def evaluated(step: int, number: int) -> list[tuple[int, ...]]:
+        return [key for process in range(2) for key in turn(process, step, number, EVAL_ROWS, training=False).keys]
+
+    keys = evaluated(4, 0)
+    assert [key[3] for key in keys] == [row % 4 for row in range(2 * EVAL_ROWS)]
+    assert keys == evaluated(9, 0)
+    assert not {*keys} & {*evaluated(4, 1)}
+    assert keys[0] == evaluation_key(7, [5, 0])  # as trainers with one sample of a prompt have it
     trained = {key for place in PLACES for key in turn(*place).keys}
     assert not trained & {*keys}
