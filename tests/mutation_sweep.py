@@ -95,6 +95,8 @@ TESTS = tuple(
         *("mixed_precision", "distributed", "trained_weights", "reliable_runs", "resumed_settings", "ends_of_run"),
         *(
             "overlap",
+            "overlap_thread",
+            "prompt_order",
             "turns",
             "finite_steps",
             "completion_table",
@@ -106,7 +108,15 @@ TESTS = tuple(
             "kd",
             "seqkd",
         ),
-        *("evaluation", "evaluate_command", "evaluate_tasks", "metrics", "divergence", "exposure_bias"),
+        *(
+            "evaluation",
+            "evaluate_command",
+            "evaluate_tasks",
+            "evaluate_temperatures",
+            "metrics",
+            "divergence",
+            "exposure_bias",
+        ),
         *(
             "calibration",
             "statistics",

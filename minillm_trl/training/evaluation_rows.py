@@ -42,6 +42,8 @@ class FilledDataset(data.Dataset):
     def __getitem__(self, index: int) -> Row:
         if index < len(self.rows):
             return self.rows[index]
+        if index >= self.length:
+            raise IndexError(f"row {index} of {self.length}")  # ends a loop over the rows
         return self.blank(self.rows[index % len(self.rows)])
 
 

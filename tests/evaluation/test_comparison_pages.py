@@ -151,6 +151,15 @@ class TestAnswers:
         assert differing[0].outputs["sft"] == f"sft {row} of seed 1"
         assert differing[0].scores["sft"] == "Rouge-L 11.0 (all seeds 10.0), 8 tokens"
 
+    def test_a_single_student_is_compared_with_the_other_models(self, tmp_path):
+        for name in ("teacher", "sft"):
+            rouge = [10.0 + 50.0 * (name == "teacher" and row == 3) for row in range(40)]
+            write_results(tmp_path / name, {"rouge_l": rouge})
+        groups = self.samples(tmp_path, "teacher", "sft", teacher="teacher")
+        (differing,) = groups.pop("Where the models differ most in Rouge-L, mean over seeds")
+        assert differing.prompt.endswith("3")
+        assert list(groups) == ["Drawn at random (seed 0)"]
+
     def test_one_model_has_random_ones_alone_and_no_more_than_there_are(self, tmp_path):
         write_results(tmp_path / "a", {"rouge_l": [1.0, 2.0, 3.0]}, prompts=["x", "y", "z"])
         (drawn,) = self.samples(tmp_path, "a").values()

@@ -15,7 +15,7 @@ from minillm_trl import MiniLLMTrainer
 from minillm_trl.errors import UserError
 from minillm_trl.models.encoding import encode_prompts
 from minillm_trl.presets import preset
-from minillm_trl.rollouts.cross_tokenizer import TwoTokenizers
+from minillm_trl.rollouts.cross_tokenizer import CrossTokenizerScorer, TwoTokenizers
 
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
@@ -199,6 +199,21 @@ def test_prompt_that_is_too_long_for_the_teacher_is_left_out_or_refused(tmp_path
     assert not trainer.score_rollouts(*inputs)["faulty"].any()
     with pytest.raises(UserError, match="27 tokens of the teacher, whose context of 24"):
         trainer.train()
+
+
+def test_prompt_needs_room_for_a_token_where_the_teacher_has_a_context():
+    prompt = "the mill " * 10
+    count = len(SECOND(prompt)["input_ids"])
+
+    def check(max_context: int | None) -> None:
+        CrossTokenizerScorer(TwoTokenizers(SECOND, SECOND), None, None, [0], False, max_context).check_prompts(
+            [prompt]
+        )
+
+    check(None)
+    check(count + 1)
+    with pytest.raises(UserError, match=f"has {count} tokens of the teacher, whose context of {count}"):
+        check(count)
 
 
 def test_weights_resume(tmp_path: Path):

@@ -47,6 +47,23 @@ def test_batch_that_would_end_between_the_samples_of_a_prompt_is_refused():
     assert len(filled(4, 2)) == 4  # a batch of eight rows has two prompts
 
 
+def test_rows_are_filled_where_several_processes_share_them():
+    def filled(rows: Any, processes: int, dispatch: bool | None = None, drop_last: bool = False) -> tuple[Any, Any]:
+        loading = SimpleNamespace(dispatch_batches=dispatch)
+        accelerator = SimpleNamespace(num_processes=processes, dataloader_config=loading)
+        split = SimpleNamespace(split_batches=False)
+        args = SimpleNamespace(accelerator_config=split, dataloader_drop_last=drop_last)
+        return fill_rows(rows, 2, accelerator, args, lambda row: -1), loading.dispatch_batches
+
+    for rows in (range(3), Stream(3)):
+        assert filled(rows, 1) == (rows, None)
+    assert list(filled(range(3), 3)[0]) == [0, 1, 2, -1, -1, -1]
+    assert filled(range(3), 3, drop_last=True) == (range(3), None)
+    for dispatch, expected in ((None, False), (True, True), (False, False)):
+        stream, found = filled(Stream(3), 3, dispatch)
+        assert (list(stream), found) == ([0, 1, 2, -1, -1, -1], expected)
+
+
 class TestEvaluation:
     @pytest.mark.distributed
     def test_two_processes_find_what_one_finds(self, tmp_path):
@@ -68,6 +85,13 @@ class TestEvaluation:
         found = [values(evaluate_minillm(str(tmp_path), size, rows=5, **options)["metrics"]) for size in (10, 4, 2)]
         for other in found[1:]:
             assert other == pytest.approx(found[0], rel=1e-5)
+
+    @pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
+    def test_loss_of_minillm_is_the_sum_of_its_terms(self, tmp_path, reduction: str):
+        found = evaluate_minillm(str(tmp_path), 4, rows=5, loss_reduction=reduction)["metrics"]
+        terms = found["eval_objective/long_term"] + found["eval_objective/single_step"]
+        tokens = found["eval_completions/mean_length"] if reduction == "sequence_sum" else 1
+        assert found["eval_loss"] == pytest.approx(terms * tokens, rel=1e-5)
 
     @pytest.mark.parametrize("kd", [False, True])
     def test_fine_tuning_finds_the_same_whatever_the_batch(self, tmp_path, kd: bool):
@@ -134,7 +158,7 @@ def test_fillers_come_after_the_rows_and_complete_the_last_batch(length: int):
 
     expected = [*range(length), *[-1] * (-length % 4)]
     filled = FilledDataset(range(length), 4, blank)
-    assert [filled[i] for i in range(len(filled))] == expected
+    assert list(filled) == expected
     assert filled.total_dataset_length == length
     stream = FilledStream(Stream(length), 4, blank)
     assert list(stream) == expected

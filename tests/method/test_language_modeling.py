@@ -85,7 +85,11 @@ class TestEncoding:
         assert len(list(encode_corpus(rows, TOKENIZER, 64, {}))) == 1
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("prompt", None), ("completion", None), ("completion", []), ("prompt", []), ("text", None)]
+        ("name", "value"),
+        [
+            *(("prompt", None), ("completion", None), ("completion", []), ("prompt", []), ("text", None)),
+            ("text", [{"role": "user", "content": "a"}]),
+        ],
     )
     def test_row_without_a_text_is_refused_by_number_and_field(self, name: str, value):
         good = "a" if value is None else [{"role": "user", "content": "a"}]

@@ -1,5 +1,8 @@
 """The sampler of rollouts on its own, without a trainer: completions and their scores."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,6 +12,7 @@ from minillm_trl.models.lm_head import LMHead
 from minillm_trl.rollouts.rollout_sampler import RolloutSampler
 from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
 from minillm_trl.rollouts.scores import RolloutScorer
+from minillm_trl.rollouts.several_teachers import SeveralTeachers
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 TEMPERATURE = 0.7
@@ -77,3 +81,16 @@ def test_states_that_are_recomputed_are_not_kept():
     scores = turn.scores.assemble(torch.Size((3, 6)))
     assert scores.teacher_hidden_states is None
     assert scores.teacher_logps is not None
+
+
+def test_a_row_beside_given_ones_keeps_its_own_teacher():
+    """With coins of its own, each row is what it is where no completion is given."""
+    first, second = build_sampler(0.9), build_sampler(0.9)
+    second.teacher.model.load_state_dict(build_model("gpt2", 40, seed=2, width=48).state_dict())
+    teachers = SeveralTeachers({"a": first.teacher, "b": second.teacher}, {name: nullcontext() for name in ("a", "b")})
+    sampler = replace(first, teacher=teachers, shared_coins=False)
+    _, free = sample(sampler, teacher_index=[0, 1, 0])
+    _, swapped = sample(sampler, teacher_index=[1, 0, 1])
+    assert free.completions[1:] != swapped.completions[1:]
+    _, turn = sample(sampler, teacher_index=[0, 1, 0], given=[[7, 8, 9, 10, 11, 12, 13], None, None])
+    assert turn.completions == [[7, 8, 9, 10, 11, 12], *free.completions[1:]]

@@ -47,7 +47,8 @@ def trained(text: str, vocab_size: int = 320) -> PreTrainedTokenizerFast:
 def sentencepiece(prefix: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer in SentencePiece's form: spaces as U+2581, and unknown characters as bytes."""
     words = ["<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"helowrd", "he", "ll", "▁w", "or"]
-    merges = [("h", "e"), ("l", "l"), ("▁", "w"), ("o", "r")]
+    words += ["▁wor", "ld", "▁world"]
+    merges = [("h", "e"), ("l", "l"), ("▁", "w"), ("o", "r"), ("▁w", "or"), ("l", "d"), ("▁wor", "ld")]
     model = models.BPE({token: id_ for id_, token in enumerate(words)}, merges, byte_fallback=True)
     tokenizer = Tokenizer(model)
     parts = [normalizers.Prepend("▁")] if prefix else []
@@ -78,6 +79,19 @@ class TestBytes:
 
     def test_name_of_an_added_token_is_its_text(self):
         assert token_bytes(FIRST, "student")[FIRST.eos_token_id] == b"<eos>"
+
+    @pytest.mark.parametrize("make", [lambda: bpe([]), sentencepiece])
+    def test_name_of_an_added_token_is_read_as_it_stands(self, make):
+        tokenizer, names = make(), ["<é>", "of ▁", "<0x4>", "<0x41>s"]
+        assert tokenizer.add_tokens(names) == 4
+        table = token_bytes(tokenizer, "student")
+        assert [table[id_] for id_ in tokenizer.convert_tokens_to_ids(names)] == [name.encode() for name in names]
+
+    def test_only_byte_tokens_of_sentencepiece_stand_for_a_byte(self):
+        tokenizer = sentencepiece()
+        names = {"<0x41>": b"A", "▁world": b" world", "▁": b" ", "or": b"or"}
+        table = token_bytes(tokenizer, "student")
+        assert {name: table[tokenizer.convert_tokens_to_ids(name)] for name in names} == names
 
     def test_ids_that_no_token_has_are_a_gap(self):
         """As before the added tokens of Phi-4-mini, where `len(tokenizer)` is less than the largest id."""

@@ -101,6 +101,18 @@ def test_well_until_is_the_value_in_the_middle_of_the_last_good_median():
     assert judge([0.1, 0.1], rule, EVALUATION).is_well  # a baseline of its own
 
 
+def test_limits_of_a_healthy_run():
+    found = {rule.metric: rule.limit(HEALTHY[rule.metric]) for rule in RULES}
+    assert found == pytest.approx(dict(zip(HEALTHY, (21.0, 45.0, 0.8, 0.065, 0.75, 0.3, 0.85, 36.0), strict=True)))
+
+
+def test_series_is_well_by_its_last_median_alone():
+    (rule,) = (rule for rule in RULES if rule.metric == "entropy")
+    verdict = judge([1.0] * 10 + [0.6] * 6, rule)  # between half of the way, 0.75, and the limit, 0.5
+    assert (verdict.is_well, verdict.is_beyond) == (False, False)
+    assert judge([1.0] * 10 + [0.6] * 6 + [0.9] * 6, rule).is_well
+
+
 def test_value_beyond_a_fixed_limit_is_not_well_however_bad_the_baseline_is():
     (rule,) = (rule for rule in RULES if rule.metric.endswith("effective_sample_size"))
     verdict = judge([0.2] + [0.27] * 9, rule)  # the limit is 0.3, half way to it 0.25

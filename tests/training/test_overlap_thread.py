@@ -2,6 +2,7 @@
 
 import threading
 import traceback
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_overlap import THREAD, threads
 from test_reliable_runs import AtStep
 from test_trainer import DATASET, make_trainer
 
+from minillm_trl.rollouts.rollout_sampler import SampledTurn, ScoredRows
 from minillm_trl.training.rollout_scoring import RolloutScoring
 
 
@@ -70,3 +72,25 @@ def test_scoring_given_completions_waits_for_the_thread(tmp_path):
     trainer.add_callback(AtStep(1, score))
     trainer.train()
     assert alive == [[]]
+
+
+def test_a_rollout_is_handed_over_when_its_stream_has_ended(tmp_path, monkeypatch):
+    """As its kernels may still run when the thread has queued them; a CPU has no streams, so this one is pretended."""
+    overlap, order = make_trainer(tmp_path, overlap_rollouts=True)._overlap, []
+
+    class Stream:
+        def synchronize(self) -> None:
+            order.append("stream")
+            order.append(overlap._ahead.sampled.done())
+
+    def sample(*unused) -> SampledTurn:
+        order.append("sample")
+        return SampledTurn([[5]], ScoredRows())
+
+    monkeypatch.setattr(overlap, "_own_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    started, overlap.copy.refresh = [], lambda student: started.append(student)
+    overlap.start("student", "turn", sample)
+    overlap.wait()
+    assert (started, order) == (["student"], ["sample", "stream", False])
+    assert overlap._ahead.sampled.result().completions == [[5]]
