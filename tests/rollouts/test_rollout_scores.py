@@ -48,6 +48,29 @@ def test_scores_of_sampling_equal_those_of_a_scoring_pass(tmp_path, family: str,
     assert other["advantages"].shape == mask.shape
 
 
+def set_dropout(model: torch.nn.Module) -> None:
+    """Set the probability of every dropout to one half, in training mode."""
+    model.train()
+    ids = torch.arange(2, 9)[None]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_scores_are_those_without_dropout_and_the_mode_stays(tmp_path):
+    trainer = make_trainer(tmp_path, teacher_mixed_alpha=0.0)
+    ids, mask = torch.arange(5, 17).view(2, 6), torch.ones(2, 3, dtype=torch.long)
+    expected = trainer.score_rollouts(ids[:, :3], mask, ids[:, 3:], mask)
+    set_dropout(trainer.model)
+    for training in (True, False):
+        trainer.model.train(training)
+        found = trainer.score_rollouts(ids[:, :3], mask, ids[:, 3:], mask)
+        assert all(module.training == training for module in trainer.model.modules())
+        for name in SCORES:
+            torch.testing.assert_close(found[name], expected[name])
+
+
 def test_both_temperatures_come_from_one_product_of_each_head(monkeypatch):
     """In rollouts and in updates, with the bits of scores at each temperature alone."""
     torch.manual_seed(0)
@@ -187,6 +210,23 @@ class TestRolloutCopy:
         assert shared
         assert own
         assert all("lora_" in name for name in own)
+
+    def test_copy_of_a_model_in_training_mode_has_no_dropout(self):
+        model, ids = build_model("gpt2"), torch.arange(2, 9)[None]
+        expected = model.eval()(ids).logits
+        set_dropout(model)
+        copied = RolloutCopy(model, apart=True).model
+        torch.testing.assert_close(copied(ids).logits, expected)
+        assert not any(module.training for module in copied.modules())
+        assert all(module.training for module in model.modules())
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    def test_autocast_is_for_a_copy_in_the_dtype_of_the_model_alone(self, dtype: torch.dtype | None):
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"), mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+        )
+        with RolloutCopy(build_model("gpt2"), dtype, apart=True).precision(accelerator):
+            assert torch.is_autocast_enabled("cpu") == (dtype is None)
 
     def test_tied_weights_stay_tied(self):
         copied = RolloutCopy(build_model("gpt2"), torch.bfloat16).model
