@@ -195,6 +195,11 @@ def test_prompt_that_is_too_long_for_the_teacher_is_left_out_or_refused(tmp_path
     inputs = batch_of(tokenizer, prompts, [tokenizer("pub")["input_ids"]] * 2)
     with pytest.raises(FloatingPointError, match=r"Completion 1: .*its context 24"):
         trainer.score_rollouts(*inputs)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    batch = trainer.scoring.training_batch(trainer.model, dict(zip(names, inputs, strict=True)), 0.0).batch
+    assert batch["faulty"].tolist() == [False, True]
+    assert batch["sampled_reverse_kl"].isfinite().all()
+    assert batch["sampled_reverse_kl"].any(dim=1).tolist() == [True, False]
     inputs[3][1] = 0
     assert not trainer.score_rollouts(*inputs)["faulty"].any()
     with pytest.raises(UserError, match="27 tokens of the teacher, whose context of 24"):

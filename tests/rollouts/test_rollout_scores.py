@@ -71,6 +71,17 @@ def test_scores_are_those_without_dropout_and_the_mode_stays(tmp_path):
             torch.testing.assert_close(found[name], expected[name])
 
 
+def test_teacher_that_is_the_student_gives_no_reward_in_half_precision(tmp_path):
+    """Both score in the autocast of the run; the rounding of one of them alone would be a reward."""
+    trainer = make_trainer(tmp_path, bf16=True, teacher_mixed_alpha=0.0, teacher=build_model("gpt2"))
+    ids, mask = torch.arange(5, 21).view(2, 8), torch.ones(2, 4, dtype=torch.long)
+    batch = trainer.score_rollouts(ids[:, :4], mask, ids[:, 4:], mask)
+    assert not batch["advantages"].any()
+    with torch.no_grad():
+        plain = trainer.model(ids).logits[:, 3:-1].float().log_softmax(-1).gather(2, ids[:, 4:, None])[..., 0]
+    assert 1e-5 < (batch["student_logps"] - plain).abs().max() < 0.05
+
+
 def test_both_temperatures_come_from_one_product_of_each_head(monkeypatch):
     """In rollouts and in updates, with the bits of scores at each temperature alone."""
     torch.manual_seed(0)
