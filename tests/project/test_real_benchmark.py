@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,8 @@ from minillm_trl.evaluation.exposure_bias import excess_accumulated_error
 REAL = Path(__file__).parents[2] / "benchmarks" / "real"
 sys.path.insert(0, str(REAL))
 
-import real_measures  # noqa: E402 - lies in a folder that is no package
+import demo_time  # noqa: E402 - lies in a folder that is no package
+import real_measures  # noqa: E402
 import real_methods  # noqa: E402
 import real_run  # noqa: E402
 import real_summary  # noqa: E402
@@ -396,3 +398,13 @@ def test_page_says_what_the_first_student_gave():
         for name in ("real_cpu", "real_cpu_first")
     ]
     assert "{:.1f} Rouge-L with greedy decoding, against {:.1f}".format(*(value[0] for value in greedy)) in page
+
+
+def test_time_of_the_demo_counts_the_memory_of_its_processes(monkeypatch):
+    monkeypatch.setattr(demo_time, "SECONDS_BETWEEN_SAMPLES", 0.05)
+    allocate = "values = b'x' * 150_000_000; import time; time.sleep(0.5)"
+    found = demo_time.measure(["sh", "-c", f'{sys.executable} -S -c "{allocate}"; true'])
+    assert 150e6 < found["peak_bytes"] < 400e6
+    assert 0.5 < found["seconds"] < 60
+    with pytest.raises(subprocess.CalledProcessError):
+        demo_time.measure(["false"])
