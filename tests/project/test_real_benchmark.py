@@ -408,3 +408,14 @@ def test_time_of_the_demo_counts_the_memory_of_its_processes(monkeypatch):
     assert 0.5 < found["seconds"] < 60
     with pytest.raises(subprocess.CalledProcessError):
         demo_time.measure(["false"])
+
+
+def test_page_of_the_recipe_says_how_long_the_demo_took():
+    root = REAL.parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "real_demo.json").read_text())["results"]
+    page = " ".join((root / "recipes" / "smollm2-92m" / "README.md").read_text().split())
+    minutes = {stage: round(seconds / 60) for stage, seconds in results["stages"].items()}
+    assert "answers took {answers} minutes, healing {heal}, SFT {sft} and MiniLLM {minillm}".format(**minutes) in page
+    assert f"The peak memory was {results['peak_bytes'] / 1e9:.1f} GB" in page
+    if results["seconds"] is not None:
+        assert f"all stages {round(results['seconds'] / 60)} minutes" in page
