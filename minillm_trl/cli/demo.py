@@ -23,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--models",
         choices=("e2e", "smollm2"),
         default="e2e",
-        help="e2e: two small models from scratch (the default); smollm2: SmolLM2-135M-Instruct and a student of 92M",
+        help="e2e: two small models from scratch (the default); smollm2: SmolLM2-135M-Instruct and a student of 92M, "
+        "about an hour on two CPU cores",
     )
     parser.add_argument(
         "--output_dir",
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     length.add_argument(
         "--quick",
         action="store_true",
-        help="about six minutes of training on two CPU cores, in which no model converges (the default)",
+        help="a few minutes of training on two CPU cores, in which no model converges (the default)",
     )
     length.add_argument(
         "--full",

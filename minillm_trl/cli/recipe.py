@@ -156,12 +156,12 @@ def _check_chosen(recipe: Recipe, chosen: list[Stage], again: list[Stage]) -> No
 
 def _run_stage(recipe: Recipe, stage: Stage, launch: list[str]) -> int:
     inputs = recipe.inputs(stage)
-    was_finished = stage.is_finished
     if stage.subcommand in TRAINING:
         stage.mark(inputs, finished=False)
         words = [*stage.words, *launch, "--resume_from_checkpoint", "true"]
         status = run_subcommand(stage.subcommand, words)
     elif stage.subcommand == "shrink":
+        was_finished = stage.is_finished
         status = run_subcommand("shrink", stage.words)
         if status != 0 and was_finished:
             raise UserError(f"stage {stage.name} failed, see above. {remedy(stage)}")

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,25 @@ class OverlappedRollouts:
         self._stream: torch.cuda.Stream | None = None  # of the thread, on the device of the copy
         self._counts = [0, 0]  # rollouts since the last log, and those of them that were sampled ahead
         self._seconds = 0.0  # of waiting for them
-        # a forward pass of one of them is the longest that a stop has to wait for
-        for model in (copy.model, *teachers):
-            model.base_model.register_forward_pre_hook(self._end_if_stopped)
+        self._models = (copy.model, *teachers)
 
-    def _end_if_stopped(self, *unused: Any) -> None:
-        if self._stop.is_set():
-            raise _Stopped
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Let a stop end the block at the next forward pass of the copy or a teacher.
+
+        The hooks go with the block: a teacher may belong to the caller, and would keep this object and its copy.
+        """
+
+        def end_if_stopped(*unused: Any) -> None:
+            if self._stop.is_set():
+                raise _Stopped
+
+        hooks = [model.base_model.register_forward_pre_hook(end_if_stopped) for model in self._models]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def start(
         self, student: PreTrainedModel, turn: Turn, sample: Callable[[PreTrainedModel, Turn], SampledTurn]
@@ -113,7 +126,7 @@ class OverlappedRollouts:
 
         def run() -> None:
             try:  # autocast, the current stream and its device belong to a thread
-                with torch.cuda.stream(stream), self.copy.precision(self._accelerator):
+                with self._stoppable(), torch.cuda.stream(stream), self.copy.precision(self._accelerator):
                     found = sample(self.copy.model, turn)
                 if stream is not None:
                     stream.synchronize()

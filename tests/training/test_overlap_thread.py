@@ -60,6 +60,13 @@ def test_interrupt_ends_it_after_the_current_forward_pass(tmp_path, scores: bool
     assert trainer.evaluate(DATASET.select(range(4)))["eval_loss"] > 0  # its copy still samples
 
 
+def test_teacher_of_the_caller_keeps_no_hook(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, overlap_rollouts=True)
+    trainer.train()
+    models = (trainer._teacher.models[0], trainer._overlap.copy.model)
+    assert not any(model.base_model._forward_pre_hooks for model in models)
+
+
 def test_scoring_given_completions_waits_for_the_thread(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, overlap_rollouts=True)
     ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 2, dtype=torch.long)
