@@ -94,7 +94,10 @@ class TestReadme:
             return line.replace(" Rouge-L [", " [")
 
         line = written("**wins** where people decode")
-        assert f"started from by {lead('sft_student', 'tuned_rouge_l')}, SFT continued by {lead('sft', 'tuned_rouge_l')}" in line
+        assert (
+            f"started from by {lead('sft_student', 'tuned_rouge_l')}, SFT continued by {lead('sft', 'tuned_rouge_l')}"
+            in line
+        )
         assert f"`DistillationTrainer` trained at 0.55 by {lead('distillation_cool', 'tuned_rouge_l')}" in line
         assert f"(at equal entropy by {lead('distillation_cool', 'equal_entropy_rouge_l')})" in line
         assert f"(the single step alone) by {lead('single_step_cool', 'equal_entropy_rouge_l')}" in line
