@@ -37,11 +37,10 @@ def prepare_test_sets(benchmark: "Benchmark") -> None:
     from minillm_trl.cli import main as cli
     from minillm_trl.data import load_examples
 
-    dolly = benchmark.folder / "data" / "smollm2_dolly"
     seen = {
         json.dumps(prompt)
         for split in ("train", "validation")
-        for prompt in load_examples(dolly, split=split)["prompt"]
+        for prompt in load_examples(benchmark.data, split=split)["prompt"]
     }
     for name, words in _preparations(benchmark).items():
         prepared = benchmark.folder / "data" / "prepared" / name
@@ -63,6 +62,8 @@ def prepare_test_sets(benchmark: "Benchmark") -> None:
 
 def _preparations(benchmark: "Benchmark") -> dict[str, list[str]]:
     """Return the words of `prepare-data` for each other test set."""
+    if not benchmark.task.has_other_tests:
+        return {}
     dolly = [] if benchmark.dolly is None else ["--source", str(benchmark.dolly)]
     rows = ["--test_rows", str(benchmark.scale.test_rows), "--validation_rows", "0"]
     words = {"context": ["--task", "dolly", *dolly, "--context", "with", "--categories", *WITH_CONTEXT, *rows]}
@@ -82,7 +83,7 @@ def missing_parts(benchmark: "Benchmark", name: str) -> dict[str, Callable[["Ben
     """Return the parts that the record of a tested model lacks, with the function that measures each."""
     record = benchmark.record(name)
     parts = {"test": evaluate_test, "answers": first_answers, "distinct": distinct, "forward_errors": forward_errors}
-    if name == "teacher":
+    if name == benchmark.task.teacher:
         del parts["forward_errors"]  # it makes no error
     missing = {part: measure for part, measure in parts.items() if part not in record}
     if set(_preparations(benchmark)) - record.get("other_prompts", {}).keys():
@@ -92,8 +93,10 @@ def missing_parts(benchmark: "Benchmark", name: str) -> dict[str, Callable[["Ben
 
 def evaluation_folder(benchmark: "Benchmark", prompts: str, name: str) -> Path:
     """Return the folder with the results of a model on these prompts, without those of a former model of this name."""
-    folder = benchmark.folder / "measures" / prompts / name
-    weights = [path for model in (name, "teacher") for path in benchmark.model(model).glob("*.safetensors")]
+    folder = benchmark.own / "measures" / prompts / name
+    weights = [
+        path for model in (name, benchmark.task.teacher) for path in benchmark.model(model).glob("*.safetensors")
+    ]
     newest = max((path.stat().st_mtime_ns for path in weights), default=0)
     if any(path.stat().st_mtime_ns < newest for path in folder.glob("**/results.json")):
         shutil.rmtree(folder)
@@ -107,9 +110,9 @@ def evaluate(benchmark: "Benchmark", name: str, split: str) -> PerPrompt:
         `dict`: for each decoding the measures of each prompt, by measure.
     """
     rows = benchmark.scale.test_rows if split == "test" else benchmark.scale.validation_rows
-    words = ["--dataset", str(benchmark.folder / "data" / "smollm2_dolly"), "--split", split, "--max_rows", str(rows)]
-    if split == "test" and name != "teacher":
-        words += ["--teacher", str(benchmark.model("teacher"))]
+    words = ["--dataset", str(benchmark.data), "--split", split, "--max_rows", str(rows)]
+    if split == "test" and name != benchmark.task.teacher:
+        words += ["--teacher", str(benchmark.model(benchmark.task.teacher))]
     output = evaluation_folder(benchmark, split, name)
     _evaluate(benchmark, name, output, TEMPERATURES, words)
     return {decoding: _per_prompt(output, decoding) for decoding in TEMPERATURES}
@@ -182,7 +185,7 @@ def forward_errors(benchmark: "Benchmark", name: str) -> dict[str, list[list[flo
     from minillm_trl.rollouts.prompts import generate_completions
 
     prompts = _first_prompts(benchmark)
-    folders = str(benchmark.model("teacher")), str(benchmark.model(name))
+    folders = str(benchmark.model(benchmark.task.teacher)), str(benchmark.model(name))
     tokenizer, (teacher, model) = load_tokenizer(folders[1]), map(load_model, folders)
     prompt_ids = encode_prompts(tokenizer, prompts)
     options = {"batch_size": 50, "temperature": 1.0}
@@ -208,7 +211,7 @@ def forward_errors(benchmark: "Benchmark", name: str) -> dict[str, list[list[flo
 def _first_prompts(benchmark: "Benchmark") -> list[Any]:
     from minillm_trl.data import load_examples, unique_prompts
 
-    rows = unique_prompts(load_examples(benchmark.folder / "data" / "smollm2_dolly", split="test"))
+    rows = unique_prompts(load_examples(benchmark.data, split="test"))
     return rows["prompt"][: benchmark.scale.test_rows // 2]
 
 
@@ -218,7 +221,7 @@ def teacher_samples(benchmark: "Benchmark", teacher: Any, tokenizer: Any, prompt
 
     from minillm_trl.rollouts.prompts import generate_completions
 
-    path = benchmark.folder / "measures" / "teacher_samples.json"
+    path = benchmark.own / "measures" / "teacher_samples.json"
     identity = {"prompts": prompts, "seed": SEED, "max_new_tokens": benchmark.scale.answer_tokens}
     if (record := read_record(path)).get("identity") != identity:
         completions = generate_completions(

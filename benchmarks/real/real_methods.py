@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from real_tasks import TASKS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -22,10 +23,10 @@ class Scale:
 
     Attributes:
         batch: completions of one update.
-        answer_tokens: length limit of every answer that a model writes. Dolly's own answers have 128 tokens more,
-            with their prompts.
+        answer_tokens: length limit of every answer that a model writes.
         seconds: CPU or GPU seconds of the updates of each method.
         validation_rows, test_rows: prompts.
+        task: a key of `TASKS`.
         recipe: values that replace those of the recipe's YAMLs, by stage.
     """
 
@@ -34,11 +35,13 @@ class Scale:
     seconds: int
     validation_rows: int
     test_rows: int
+    task: str = "short"
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 SCALES = {
     "cpu": Scale(batch=8, answer_tokens=64, seconds=300, validation_rows=40, test_rows=80),
+    "cpu_context": Scale(batch=8, answer_tokens=48, seconds=600, validation_rows=40, test_rows=100, task="context"),
     "gpu": Scale(
         batch=32,
         answer_tokens=256,
@@ -107,14 +110,19 @@ class Data:
 
     Attributes:
         human: Dolly's prompts with their own answers.
-        answers: the prompts with the teacher's answers.
+        answers: the prompts with the teacher's answers; None unless [`takes_answers`].
         messages: Dolly's conversations for GKD, with answers cut at the limit. Its collator drops the prompt of a row
             that is too long.
     """
 
     human: Dataset
-    answers: Dataset
+    answers: Dataset | None
     messages: Dataset
+
+
+def takes_answers(method: Method) -> bool:
+    """Return whether the method is trained on the teacher's answers."""
+    return method.kind in ("seqkd", "healing")
 
 
 def make_trainer(method: Method, scale: Scale, data: Data, arguments: dict[str, Any]) -> Callable[..., Trainer]:
@@ -132,7 +140,7 @@ def make_trainer(method: Method, scale: Scale, data: Data, arguments: dict[str, 
         **arguments,
         **method.options,
     }
-    supervised = {**common, "max_length": 128 + scale.answer_tokens}
+    supervised = {**common, "max_length": TASKS[scale.task].prompt_tokens + scale.answer_tokens}
     sampled = {**common, "max_completion_length": scale.answer_tokens, "disable_dropout": True}
     prompts = data.human.select_columns(["prompt"])
     match method.kind:

@@ -5,7 +5,8 @@
 The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
 
 1. The first stages of `recipes/smollm2-92m`: data, a student of 92M parameters by `shrink`, the teacher's
-   answers, healing. Every method starts from the healed student.
+   answers, healing. Every method starts from the healed student. With `--scale cpu_context`, these of
+   `recipes/smollm2-92m-context` follow: prompts with a context, and teacher and student fine-tuned on them.
 2. For each method a few updates to measure the seconds of one, so that all methods train for as long as `Scale` says.
 3. Each method at the first training seed and at `LEARNING_RATES`, measured on the validation prompts.
 4. Each method at its best rate on the test prompts (`real_measures.py`); then the other training seeds.
@@ -36,12 +37,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `measurement`
 
 from real_measures import SOURCES, evaluate, missing_parts, prepare_test_sets
+from real_tasks import TASKS, Task
 from resumable_jobs import Job, Run, read_record, work, write_record_of_run
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "smollm2-92m"
 RESULTS = Path(__file__).parents[1] / "results" / "real"
-STAGES = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 SEEDS = (3, 4)
 LEARNING_RATES = (3e-4, 1e-4)
 PROBE_UPDATES = 4
@@ -72,18 +72,35 @@ class Benchmark:
 
         return SCALES[self.scale_name]
 
+    @cached_property
+    def task(self) -> Task:
+        return TASKS[self.scale.task]
+
+    @property
+    def own(self) -> Path:
+        """The folder of models and measures; tasks share nothing but the stages."""
+        return self.folder if self.scale.task == "short" else self.folder / self.scale.task
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prompts that the methods are trained and tested on."""
+        return self.folder / "data" / self.task.data
+
     def model(self, name: str) -> Path:
         """Return the folder of a stage's model or of a run's."""
-        if name in STAGES:
+        if name in self.task.stages:
             return self.folder / "runs" / "smollm2" / name
-        return self.folder / "models" / name
+        return self.own / "models" / name
 
     @cached_property
     def recipe(self) -> dict[str, dict[str, Any]]:
         """The options of the recipe's stages at this scale: what student and teacher's answers depend on."""
+        files = {
+            path.stem: path for recipe in self.task.recipes for path in (ROOT / "recipes" / recipe).glob("*.yaml")
+        }
         return {
-            stage: yaml.safe_load((RECIPE / f"{stage}.yaml").read_text()) | self.scale.recipe.get(stage, {})
-            for stage in STAGES
+            stage: yaml.safe_load(files[stage].read_text()) | self.scale.recipe.get(stage, {})
+            for stage in self.task.stages
         }
 
     def record(self, name: str) -> dict[str, Any]:
@@ -96,7 +113,8 @@ class Benchmark:
         from measurement import commit, machine
 
         facts = {
-            "command": f"python benchmarks/real/real_run.py --scale {self.scale_name} --selfinst FILE --vicuna FOLDER",
+            "command": f"python benchmarks/real/real_run.py --scale {self.scale_name}"
+            + self.task.has_other_tests * " --selfinst FILE --vicuna FOLDER",
             "commit": commit(),
             "machine": machine(),
             "versions": {name: version(name) for name in PACKAGES},
@@ -112,6 +130,7 @@ def identity(benchmark: Benchmark, run: Run) -> dict[str, Any]:
     method = asdict(METHODS[run.method])
     del method["label"]
     scale = asdict(benchmark.scale)
+    del scale["task"]  # the recipe has its stages
     return json.loads(json.dumps({"run": run._asdict(), "method": method, "scale": scale}))
 
 
@@ -121,12 +140,19 @@ def trained(benchmark: Benchmark, run: Run) -> dict[str, Any]:
     return record if record.get("identity") == identity(benchmark, run) else {}
 
 
-def run_stages(benchmark: Benchmark) -> None:
-    """Run the stages of the recipe that are not finished, in the benchmark's folder."""
+def run_stages(benchmark: Benchmark, methods: list[str]) -> None:
+    """Run the stages of the recipes that are not finished, in the benchmark's folder.
+
+    The teacher's answers are left out if they heal no student and no method takes them.
+    """
+    from real_methods import METHODS, takes_answers
+
     from minillm_trl.cli import main as cli
 
     os.chdir(benchmark.folder)
-    for stage, subcommand in STAGES.items():
+    for stage, subcommand in benchmark.task.stages.items():
+        if stage == "context_answers" and not any(takes_answers(METHODS[method]) for method in methods):
+            continue
         done = benchmark.folder / "stages" / f"{stage}.json"
         values = dict(benchmark.recipe[stage])
         if stage == "teacher":
@@ -138,14 +164,14 @@ def run_stages(benchmark: Benchmark) -> None:
         config = benchmark.folder / "stages" / f"{stage}.yaml"
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
-        words = ["--resume_from_checkpoint", "true"] if subcommand in ("seqkd", "kd") else []
+        words = ["--resume_from_checkpoint", "true"] if subcommand in ("seqkd", "kd", "sft") else []
         if cli([subcommand, "--config", str(config), *words]) != 0:
             raise SystemExit(f"stage {stage} failed")
         done.write_text(json.dumps(values))
 
 
 def train(benchmark: Benchmark, run: Run, updates: int) -> tuple[Any, float]:
-    """Train the healed student.
+    """Train the student that every method starts from.
 
     Returns:
         `tuple[PreTrainedModel, float]`: the student, and the seconds of the updates.
@@ -153,25 +179,28 @@ def train(benchmark: Benchmark, run: Run, updates: int) -> tuple[Any, float]:
     import random
 
     import torch
-    from real_methods import METHODS, Data, cut_conversations, make_trainer
+    from real_methods import METHODS, Data, cut_conversations, make_trainer, takes_answers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from minillm_trl.data import load_examples
 
     torch.manual_seed(run.seed)
     random.seed(run.seed)  # GKD tosses its coins with it
-    human = load_examples(benchmark.folder / "data" / "smollm2_dolly", split="train")
-    answers = load_examples(benchmark.folder / "runs" / "smollm2" / "answers_teacher_data", split="train")
+    columns = ["prompt", "completion"]
+    human = load_examples(benchmark.data, split="train")
+    answers = None
+    if takes_answers(METHODS[run.method]):
+        folder = benchmark.folder / "runs" / "smollm2" / f"{benchmark.task.answers}_teacher_data"
+        answers = load_examples(folder, split="train").select_columns(columns)
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(benchmark.model(name), dtype=torch.float32)
-        for name in ("heal", "teacher")
+        for name in (benchmark.task.start, benchmark.task.teacher)
     )
-    tokenizer = AutoTokenizer.from_pretrained(benchmark.model("heal"))
-    columns = ["prompt", "completion"]
+    tokenizer = AutoTokenizer.from_pretrained(benchmark.model(benchmark.task.start))
     messages = cut_conversations(human, tokenizer, benchmark.scale.answer_tokens)
-    data = Data(human.select_columns(columns), answers.select_columns(columns), messages)
+    data = Data(human.select_columns(columns), answers, messages)
     arguments = {
-        "output_dir": str(benchmark.folder / "trainer" / run.name),
+        "output_dir": str(benchmark.own / "trainer" / run.name),
         "max_steps": updates,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
@@ -225,7 +254,7 @@ def train_run(benchmark: Benchmark, run: Run) -> None:
     from transformers import AutoTokenizer
 
     student.save_pretrained(benchmark.model(run.name))
-    AutoTokenizer.from_pretrained(benchmark.model("heal")).save_pretrained(benchmark.model(run.name))
+    AutoTokenizer.from_pretrained(benchmark.model(benchmark.task.start)).save_pretrained(benchmark.model(run.name))
     del student
     gc.collect()
     record = {"identity": identity(benchmark, run), "updates": updates, "seconds": seconds}
@@ -250,7 +279,9 @@ def healing_record(benchmark: Benchmark) -> dict[str, Any]:
 
 def test_model(benchmark: Benchmark, name: str) -> None:
     """Measure what the record of a model lacks. Each part is in the record as soon as it is measured."""
-    if name in STAGES and "validation" not in benchmark.record(name):  # the runs were validated after training
+    if name in benchmark.task.stages and "validation" not in benchmark.record(
+        name
+    ):  # the runs were validated after training
         benchmark.write(name, benchmark.record(name) | {"validation": evaluate(benchmark, name, "validation")})
     if name == "heal" and "healing" not in benchmark.record(name):
         benchmark.write(name, benchmark.record(name) | {"healing": healing_record(benchmark)})
@@ -271,7 +302,7 @@ def best_rate(benchmark: Benchmark, method: str) -> float | None:
 
 def jobs(benchmark: Benchmark, methods: list[str]) -> Iterator[Job]:
     """Yield name and function of every job that can start and is not finished, the most urgent first."""
-    for name in ("heal", "teacher"):
+    for name in (benchmark.task.start, benchmark.task.teacher):
         if missing_parts(benchmark, name):
             yield name, partial(test_model, benchmark, name)
     for method in methods:
@@ -315,9 +346,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, help=source)
     parser.add_argument("--skip", choices=SOURCES, nargs="+", default=[], help="test sets to leave out")
     arguments = parser.parse_args()
+    has_other_tests = TASKS[SCALES[arguments.scale].task].has_other_tests
     test_sets = {name: path.resolve() for name in SOURCES if (path := getattr(arguments, name)) is not None}
     for name, source in SOURCES.items():
-        if (name in test_sets) == (name in arguments.skip):
+        if has_other_tests and (name in test_sets) == (name in arguments.skip):
             parser.error(f"give either --{name} ({source}) or --skip {name}, which leaves this test set out")
     folder = arguments.runs.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -325,10 +357,10 @@ def main() -> None:
     benchmark = Benchmark(folder, arguments.scale, arguments.teacher, dolly, test_sets)
     with (folder / "stages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run_stages(benchmark)
+        run_stages(benchmark, arguments.methods)
         prepare_test_sets(benchmark)
     print_incomplete(benchmark)
-    work(lambda: jobs(benchmark, arguments.methods), folder / "locks")
+    work(lambda: jobs(benchmark, arguments.methods), benchmark.own / "locks")
 
 
 if __name__ == "__main__":

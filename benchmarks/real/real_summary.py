@@ -1,6 +1,6 @@
 """Makes `results/real_<scale>.json`, its figure, and the tables and answers of the pages from `real_run.py`'s records.
 
-    python benchmarks/real/real_summary.py [--scale cpu|gpu]
+    python benchmarks/real/real_summary.py [--scale cpu|cpu_context|gpu]
 
 The tables have what is finished: rows name their training seeds and the learning rates that were tried, and a measure
 that a record lacks is a dash. Intervals are those of `frontier_statistics.py`. The teacher's log-prob of an answer's
@@ -27,18 +27,24 @@ from measurement import write_record
 from real_measures import OTHERS, TEMPERATURES
 from real_methods import METHODS, SCALES
 from real_run import LEARNING_RATES, PACKAGES, RESULTS, SEEDS, Run
-from real_tables import LABELS, SAMPLED, plot, write_pages
+from real_tables import SAMPLED, plot, write_pages
+from real_tasks import TASKS, Task
 
 MEASURES = ("rouge_l", "reverse_kl_per_token", "length", "eos_rate", "repeated_4grams", "entropy_per_token")
-RIVALS = ("heal", "sft", "healing", "kd", "seqkd", "gkd", "distillation", "distillation_cool")
+RIVALS = ("sft", "healing", "kd", "seqkd", "gkd", "distillation", "distillation_cool")
 
 Record = dict[str, Any]
 
 
+def task_of(scale: str) -> Task:
+    """Return the task of a scale."""
+    return TASKS[SCALES[scale].task]
+
+
 def read_records(scale: str) -> dict[str, Record]:
-    """Return the records of the scale by name, without those of another recipe than the healed student's."""
+    """Return the records of the scale by name, without those of another recipe than the start's."""
     records = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / scale).glob("*.json"))}
-    recipe = records["heal"].get("recipe")
+    recipe = records[task_of(scale).start].get("recipe")
     return {name: record for name, record in records.items() if record.get("recipe") == recipe}
 
 
@@ -78,8 +84,8 @@ def best_setting(records: dict[str, Record]) -> str | None:
 
 def summarize(scale: str) -> dict[str, Any]:
     """Return the rows of the tables, the differences between them, and the answers."""
-    records = read_records(scale)
-    found = {name: {name: records[name]} for name in LABELS if "test" in records.get(name, {})}
+    records, task = read_records(scale), task_of(scale)
+    found = {name: {name: records[name]} for name in (task.teacher, task.start) if "test" in records.get(name, {})}
     found |= {method: runs for method in METHODS if (runs := chosen_runs(records, method))}
     every_run = [run for runs in found.values() for run in runs.values()]
     entropies, position = shared_entropies(every_run), shared_position(every_run)
@@ -104,16 +110,16 @@ def summarize(scale: str) -> dict[str, Any]:
     for name in METHODS.keys() & rows.keys():
         rows[name]["minus"] = {
             rival: differences(replicates[name], replicates[rival])
-            for rival in RIVALS
+            for rival in (task.start, *RIVALS)
             if rival in rows and rival != name and len(found[rival]) in (1, len(found[name]))
         }
     return {
         "entropies": entropies.tolist(),
         "exposure_bias_position": position,
-        "prompts": len(records["heal"]["test"]["1.0"]["rouge_l"]),
+        "prompts": len(records[task.start]["test"]["1.0"]["rouge_l"]),
         "answer_tokens": SCALES[scale].answer_tokens,
         "rows": rows,
-        "answers": answers_of(records),
+        "answers": answers_of(records, task),
     }
 
 
@@ -220,18 +226,18 @@ def differences(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
     return {name: difference(values, second[name]) for name, values in first.items() if name in second}
 
 
-def answers_of(records: dict[str, Record]) -> dict[str, Any] | None:
+def answers_of(records: dict[str, Record], task: Task) -> dict[str, Any] | None:
     """Return the first greedy answers of teacher, start and MiniLLM student; None before they are measured."""
     if (setting := best_setting(records)) is None:
         return None
     student = next(iter(chosen_runs(records, setting).values()))
-    writers = {"teacher": records["teacher"], "start": records["heal"], "student": student}
+    writers = {"teacher": records[task.teacher], "start": records[task.start], "student": student}
     return {
         "label": METHODS[setting].label,
         "seed": student["identity"]["run"]["seed"],
         "rows": [
             {"prompt": first["prompt"]} | {name: record["answers"][row]["answer"] for name, record in writers.items()}
-            for row, first in enumerate(records["teacher"]["answers"])
+            for row, first in enumerate(writers["teacher"]["answers"])
         ],
     }
 
@@ -242,14 +248,14 @@ def main() -> None:
     scale = parser.parse_args().scale
     summary = summarize(scale)
     settings = {"training_seeds": SEEDS, "learning_rates": LEARNING_RATES, "decodings": TEMPERATURES}
-    options = {"run": " --selfinst FILE --vicuna FOLDER", "summary": ""}
+    options = {"run": " --selfinst FILE --vicuna FOLDER" * task_of(scale).has_other_tests, "summary": ""}
     command = " && ".join(
         f"python benchmarks/real/real_{script}.py --scale {scale}{words}" for script, words in options.items()
     )
     path = write_record(f"real_{scale}", PACKAGES, settings, summary, command)
     plot(summary, path.with_suffix(".png"))
-    if scale == "cpu":
-        write_pages(summary)
+    if scale != "gpu":
+        write_pages(summary, scale)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ README = Path(__file__).with_name("README.md")
 FRONT_PAGE = Path(__file__).parents[2] / "README.md"
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_quickstart_lora.ipynb"
 SAMPLED = [decoding for decoding in TEMPERATURES if decoding != "greedy"]
-LABELS = {"teacher": "teacher", "heal": "healed student (the start)"}
+LABELS = {
+    "teacher": "teacher",
+    "heal": "healed student (the start)",
+    "context_teacher": "teacher, fine-tuned",
+    "context_start": "healed student, fine-tuned (the start)",
+}
 OPEN_ANSWERS = 3  # on the front page and in the notebook; the others are folded
 
 # Titles and digits of the columns, by measure
@@ -53,12 +58,22 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) 
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(cells) + " |" for cells in lines)])
 
 
+def _measured(summary: dict[str, Any], columns: dict[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+    """Return the columns that any row has."""
+    return {
+        name: column
+        for name, column in columns.items()
+        if any(name in row["measures"] for row in summary["rows"].values())
+    }
+
+
 def _measures(found: dict[str, list[float]], columns: dict[str, tuple[str, int]], sign: bool = False) -> list[str]:
     return [format_interval(found.get(name), digits, sign) for name, (_, digits) in columns.items()]
 
 
 def quality_table(summary: dict[str, Any]) -> str:
     """Return the Markdown table of training and Rouge-L."""
+    columns = _measured(summary, QUALITY)
     head = [
         "",
         "CPU-seconds",
@@ -66,7 +81,7 @@ def quality_table(summary: dict[str, Any]) -> str:
         "rate (tried)",
         "seeds",
         "best decoding",
-        *(title for title, _ in QUALITY.values()),
+        *(title for title, _ in columns.values()),
     ]
     lines = []
     for name, row in summary["rows"].items():
@@ -75,7 +90,7 @@ def quality_table(summary: dict[str, Any]) -> str:
             rate = f"{row['learning_rate']:g} ({len(row['learning_rates_tried'])})"
             rate += "" if row["learning_rate_is_best"] else ", the best is not tested yet"
             training = [f"{row['seconds']:.0f}", str(row["updates"]), rate, str(len(row["seeds"]))]
-        lines.append([label_of(name, row), *training, row["tuned"], *_measures(row["measures"], QUALITY)])
+        lines.append([label_of(name, row), *training, row["tuned"], *_measures(row["measures"], columns)])
     return _table(head, lines)
 
 
@@ -107,7 +122,7 @@ def text_table(summary: dict[str, Any]) -> str:
 
 def differences_table(summary: dict[str, Any], columns: dict[str, tuple[str, int]]) -> str:
     """Return the Markdown table of the differences between MiniLLM and its rivals."""
-    rows, lines = summary["rows"], []
+    rows, lines, columns = summary["rows"], [], _measured(summary, columns)
     for name in [name for name in rows if name in METHODS and METHODS[name].kind == "minillm"]:
         for rival, found in rows[name]["minus"].items():
             labels = [label_of(name, rows[name]), label_of(rival, rows[rival])]
@@ -173,18 +188,19 @@ def answers_block(summary: dict[str, Any], opened: int | None = None) -> str:
     return "\n\n".join([*lines, "<!-- words: on -->"])
 
 
-def pages(summary: dict[str, Any]) -> dict[Path, dict[str, str]]:
-    """Return the generated parts of each page, by their marks."""
-    parts = {
-        README: {
-            "quality": quality_table(summary),
-            "divergence": divergence_table(summary),
-            "text": text_table(summary),
-            "quality differences": differences_table(summary, QUALITY),
-            "clear differences": clear_differences(summary),
-            "divergence differences": differences_table(summary, DIVERGENCE),
-        }
+def pages(summary: dict[str, Any], scale: str) -> dict[Path, dict[str, str]]:
+    """Return the generated parts of each page, by their marks; only the answers to short prompts are on pages."""
+    tables = {
+        "quality": quality_table(summary),
+        "divergence": divergence_table(summary),
+        "text": text_table(summary),
+        "quality differences": differences_table(summary, QUALITY),
+        "clear differences": clear_differences(summary),
+        "divergence differences": differences_table(summary, DIVERGENCE),
     }
+    if scale == "cpu_context":
+        return {README: {f"context {name}": table for name, table in tables.items()}}
+    parts = {README: tables}
     if summary["answers"] is not None:
         parts[README]["answers"] = answers_block(summary)
         parts |= {FRONT_PAGE: {"answers": answers_block(summary, OPEN_ANSWERS)}}
@@ -192,9 +208,9 @@ def pages(summary: dict[str, Any]) -> dict[Path, dict[str, str]]:
     return parts
 
 
-def write_pages(summary: dict[str, Any]) -> None:
+def write_pages(summary: dict[str, Any], scale: str) -> None:
     """Put the generated parts into the pages."""
-    for path, parts in pages(summary).items():
+    for path, parts in pages(summary, scale).items():
         for name, text in parts.items():
             insert_in_notebook(path, name, text) if path.suffix == ".ipynb" else insert_table(path, name, text)
 

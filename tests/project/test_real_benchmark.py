@@ -109,7 +109,7 @@ def work_all(benchmark: real_run.Benchmark, methods: list[str]) -> None:
 
 @pytest.mark.slow
 def test_whole_benchmark(benchmark, capsys):
-    real_run.run_stages(benchmark)
+    real_run.run_stages(benchmark, list(real_methods.METHODS))
     real_run.prepare_test_sets(benchmark)
     work_all(benchmark, list(real_methods.METHODS))
     assert not list(real_run.jobs(benchmark, list(real_methods.METHODS)))
@@ -134,7 +134,7 @@ def test_whole_benchmark(benchmark, capsys):
     greedy = summary["rows"]["sft"]["decodings"]["greedy"]
     logp = summary["rows"]["sft"]["measures"]["greedy_teacher_logp"][0]
     assert logp == pytest.approx(-greedy["reverse_kl_per_token"][0])
-    for parts in real_tables.pages(summary).values():
+    for parts in real_tables.pages(summary, "cpu").values():
         assert all("MiniLLM" in part for part in parts.values())
     assert len(summary["answers"]["rows"]) == real_measures.ANSWERS
     real_tables.plot(summary, benchmark.folder / "figure.png")

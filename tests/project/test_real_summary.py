@@ -181,7 +181,7 @@ def test_measures_that_a_record_lacks_are_dashes(records, tmp_path):
 
 def test_tables_have_a_cell_for_every_title(records):
     summary = real_summary.summarize("cpu")
-    for path, parts in real_tables.pages(summary).items():
+    for path, parts in real_tables.pages(summary, "cpu").items():
         for name, text in parts.items():
             lines = [line for line in text.splitlines() if line.startswith("|")]
             assert len({line.count(" | ") for line in lines if not line.startswith("|---")}) <= 1, (path, name)
@@ -237,8 +237,8 @@ def between_marks(text: str, name: str) -> str:
 
 def test_pages_show_what_the_records_have():
     summary = json.loads((RESULTS / "real_cpu.json").read_text())["results"]
-    assert summary["answers"] == real_summary.answers_of(real_summary.read_records("cpu"))
-    pages = real_tables.pages(summary)
+    assert summary["answers"] == real_summary.answers_of(real_summary.read_records("cpu"), real_summary.task_of("cpu"))
+    pages = real_tables.pages(summary, "cpu")
     assert pages.keys() == {real_tables.README, real_tables.FRONT_PAGE, real_tables.NOTEBOOK}
     for path, parts in pages.items():
         text = path.read_text()
