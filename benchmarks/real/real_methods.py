@@ -41,7 +41,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(batch=8, answer_tokens=64, seconds=300, validation_rows=40, test_rows=80),
-    "cpu_context": Scale(batch=8, answer_tokens=48, seconds=600, validation_rows=40, test_rows=100, task="context"),
+    "cpu_context": Scale(batch=8, answer_tokens=48, seconds=720, validation_rows=40, test_rows=100, task="context"),
     "gpu": Scale(
         batch=32,
         answer_tokens=256,
