@@ -157,7 +157,7 @@ def run_stages(benchmark: Benchmark, methods: list[str]) -> None:
         values = dict(benchmark.recipe[stage])
         if stage == "teacher":
             values["model"] = benchmark.teacher
-        if stage == "dolly" and benchmark.dolly is not None:
+        if subcommand == "prepare-data" and benchmark.dolly is not None:
             values["source"] = str(benchmark.dolly)
         if done.is_file() and json.loads(done.read_text()) == values:
             continue
