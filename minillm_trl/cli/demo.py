@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("e2e", "smollm2"),
         default="e2e",
         help="e2e: two small models from scratch (the default); smollm2: SmolLM2-135M-Instruct and a student of 92M, "
-        "about an hour on two CPU cores",
+        "about 40 minutes on two CPU cores",
     )
     parser.add_argument(
         "--output_dir",

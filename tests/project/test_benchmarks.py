@@ -95,9 +95,10 @@ def test_page_on_speed_says_what_merged_adapters_save():
 def test_page_on_speed_says_what_overlap_gains_and_costs():
     results = json.loads((BENCHMARKS / "results" / "overlap.json").read_text())["results"]
     text = " ".join((BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text().split())
-    assert results["cores"][1] > 1.8  # otherwise the speed-up says nothing
-    assert f"an iteration of two passes is {results['speedup'][1]:.2f}x as fast" in text
-    assert f"at most {results['bound'][1]:.2f}x as fast" in text
+    assert results["cores"][1] > 1.75  # otherwise the speed-ups say nothing
+    assert f"an iteration of two passes is {results['speedup_over_two_threads'][1]:.2f}x as fast as in turn" in text
+    assert f"it is {results['speedup'][1]:.2f}x as fast as in turn on one core" in text
+    assert f"at most {results['bound'][1]:.2f}x" in text
 
     def mean(way: str, measure: str, *passes: int) -> float:
         rows = [row[way] for row in results["reverse_kl"] if row["passes"] in passes]

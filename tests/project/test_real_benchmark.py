@@ -418,4 +418,4 @@ def test_page_of_the_recipe_says_how_long_the_demo_took():
     assert "answers took {answers} minutes, healing {heal}, SFT {sft} and MiniLLM {minillm}".format(**minutes) in page
     assert f"The peak memory was {results['peak_bytes'] / 1e9:.1f} GB" in page
     if results["seconds"] is not None:
-        assert f"all stages {round(results['seconds'] / 60)} minutes" in page
+        assert f"all stages took {round(results['seconds'] / 60)} minutes" in page
