@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from chat_models import save_small_smollm2, write_small_dolly
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,11 +41,22 @@ SMALL = replace(
     },
 )
 
+FEW_STEPS = {"max_steps": 1, "save_steps": 1}
+SMALL_CONTEXT = replace(
+    SMALL,
+    task="context",
+    test_rows=2,
+    recipe=SMALL.recipe
+    | {"context": {"validation_rows": 1, "test_rows": 2}, "context_answers": {"max_completion_length": 4}}
+    | {"context_teacher": FEW_STEPS, "context_start": FEW_STEPS},
+)
+
 
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch) -> real_run.Benchmark:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(real_methods.SCALES, "small", SMALL)
+    monkeypatch.setitem(real_methods.SCALES, "small_context", SMALL_CONTEXT)
     monkeypatch.setattr(real_run, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(real_summary, "RESULTS", tmp_path / "results")
     for module in (real_run, real_summary):
@@ -138,6 +150,47 @@ def test_whole_benchmark(benchmark, capsys):
         assert all("MiniLLM" in part for part in parts.values())
     assert len(summary["answers"]["rows"]) == real_measures.ANSWERS
     real_tables.plot(summary, benchmark.folder / "figure.png")
+
+
+@pytest.mark.slow
+def test_whole_benchmark_on_prompts_with_a_context(benchmark):
+    benchmark, methods = replace(benchmark, scale_name="small_context", test_sets={}), ["sft", "minillm", "healing"]
+    real_run.run_stages(benchmark, methods)
+    real_run.prepare_test_sets(benchmark)
+    work_all(benchmark, methods)
+    assert not list(real_run.jobs(benchmark, methods))
+    models = {path.name for path in (benchmark.folder / "context" / "models").iterdir()}
+    assert models == {f"{method}-0.001-{seed}" for method in methods for seed in (3, 4)}
+    assert not (benchmark.folder / "models").exists()  # those of the other task
+    record = benchmark.record("minillm-0.001-3")
+    assert "other_prompts" not in record
+    assert all("it is" in answer["prompt"] for answer in record["answers"])
+    summary = real_summary.summarize("small_context")
+    assert list(summary["rows"]) == ["context_teacher", "context_start", "sft", "healing", "minillm"]
+    assert set(summary["rows"]["minillm"]["minus"]) == {"context_start", "sft", "healing"}
+    (parts,) = real_tables.pages(summary, "cpu_context").values()
+    assert "SelfInst" not in parts["context quality"]  # a column without a value
+
+
+def test_answers_of_the_teacher_are_made_where_a_method_takes_them(benchmark, monkeypatch):
+    benchmark, stages = replace(benchmark, scale_name="small_context"), []
+    monkeypatch.setattr("minillm_trl.cli.main", lambda words: stages.append(Path(words[2]).stem) or 0)
+    real_run.run_stages(benchmark, ["sft", "kd"])
+    assert stages == ["teacher", "dolly", "start", "answers", "heal", "context", "context_teacher", "context_start"]
+    real_run.run_stages(benchmark, ["seqkd"])
+    assert stages[8:] == ["context_answers"]
+
+
+def test_stage_of_data_reads_the_given_copy_of_dolly(benchmark, monkeypatch):
+    benchmark, sources = replace(benchmark, scale_name="small_context"), {}
+
+    def run(words: list[str]) -> int:
+        sources[Path(words[2]).stem] = yaml.safe_load(Path(words[2]).read_text()).get("source")
+        return 0
+
+    monkeypatch.setattr("minillm_trl.cli.main", run)
+    real_run.run_stages(benchmark, ["sft"])
+    assert {stage for stage, source in sources.items() if source == str(benchmark.dolly)} == {"dolly", "context"}
 
 
 def test_forward_errors_are_the_divergences_of_the_samples(measured):
