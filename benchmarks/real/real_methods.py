@@ -1,7 +1,7 @@
 """The methods compared on a real model: training runs of the same healed student, for the same CPU or GPU time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,9 +39,12 @@ class Scale:
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+_CONTEXT = Scale(batch=8, answer_tokens=48, seconds=720, validation_rows=40, test_rows=100, task="context")
+
 SCALES = {
     "cpu": Scale(batch=8, answer_tokens=64, seconds=300, validation_rows=40, test_rows=80),
-    "cpu_context": Scale(batch=8, answer_tokens=48, seconds=720, validation_rows=40, test_rows=100, task="context"),
+    "cpu_context": _CONTEXT,
+    "cpu_context_long": replace(_CONTEXT, task="context_long"),
     "gpu": Scale(
         batch=32,
         answer_tokens=256,

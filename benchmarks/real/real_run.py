@@ -6,7 +6,8 @@ The teacher is SmolLM2-135M-Instruct, from the hub or `--teacher`. In order:
 
 1. The first stages of `recipes/smollm2-92m`: data, a student of 92M parameters by `shrink`, the teacher's
    answers, healing. Every method starts from the healed student. With `--scale cpu_context`, these of
-   `recipes/smollm2-92m-context` follow: prompts with a context, and teacher and student fine-tuned on them.
+   `recipes/smollm2-92m-context` follow: prompts with a context, and teacher and student fine-tuned on them; with
+   `cpu_context_long`, the student is fine-tuned for twice as long.
 2. For each method a few updates to measure the seconds of one, so that all methods train for as long as `Scale` says.
 3. Each method at the first training seed and at `LEARNING_RATES`, measured on the validation prompts.
 4. Each method at its best rate on the test prompts (`real_measures.py`); then the other training seeds.

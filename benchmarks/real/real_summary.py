@@ -1,6 +1,6 @@
 """Makes `results/real_<scale>.json`, its figure, and the tables and answers of the pages from `real_run.py`'s records.
 
-    python benchmarks/real/real_summary.py [--scale cpu|cpu_context|gpu]
+    python benchmarks/real/real_summary.py [--scale cpu|cpu_context|cpu_context_long|gpu]
 
 The tables have what is finished: rows name their training seeds and the learning rates that were tried, and a measure
 that a record lacks is a dash. Intervals are those of `frontier_statistics.py`. The teacher's log-prob of an answer's

@@ -26,6 +26,7 @@ LABELS = {
     "heal": "healed student (the start)",
     "context_teacher": "teacher, fine-tuned",
     "context_start": "healed student, fine-tuned (the start)",
+    "context_sft": "healed student, fine-tuned for longer (the start)",
 }
 OPEN_ANSWERS = 3  # on the front page and in the notebook; the others are folded
 
@@ -198,8 +199,9 @@ def pages(summary: dict[str, Any], scale: str) -> dict[Path, dict[str, str]]:
         "clear differences": clear_differences(summary),
         "divergence differences": differences_table(summary, DIVERGENCE),
     }
-    if scale == "cpu_context":
-        return {README: {f"context {name}": table for name, table in tables.items()}}
+    if scale != "cpu":
+        mark = scale.removeprefix("cpu_").replace("_", " ")
+        return {README: {f"{mark} {name}": table for name, table in tables.items()}}
     parts = {README: tables}
     if summary["answers"] is not None:
         parts[README]["answers"] = answers_block(summary)

@@ -29,6 +29,8 @@ class Task:
 
 _HEALING = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 
+_FINE_TUNING = {"context": "prepare-data", "context_teacher": "sft", "context_start": "sft"}
+
 TASKS = {
     "short": Task(
         recipes=("smollm2-92m",),
@@ -42,16 +44,21 @@ TASKS = {
     ),
     "context": Task(
         recipes=("smollm2-92m", "smollm2-92m-context"),
-        stages={
-            **_HEALING,
-            "context": "prepare-data",
-            "context_teacher": "sft",
-            "context_start": "sft",
-            "context_answers": "seqkd",
-        },
+        stages={**_HEALING, **_FINE_TUNING, "context_answers": "seqkd"},
         data="smollm2_with_context",
         teacher="context_teacher",
         start="context_start",
+        answers="context_answers",
+        prompt_tokens=160,
+        has_other_tests=False,
+    ),
+    # The same, from a student that was fine-tuned for twice as long
+    "context_long": Task(
+        recipes=("smollm2-92m", "smollm2-92m-context"),
+        stages={**_HEALING, **_FINE_TUNING, "context_sft": "sft", "context_answers": "seqkd"},
+        data="smollm2_with_context",
+        teacher="context_teacher",
+        start="context_sft",
         answers="context_answers",
         prompt_tokens=160,
         has_other_tests=False,
