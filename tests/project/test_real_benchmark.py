@@ -427,6 +427,47 @@ def test_pages_say_what_was_measured():
     assert "({:.2f} nats a token against {:.2f} at temperature 1)".format(*means) in method
 
 
+def test_page_on_prompts_with_a_context_says_what_was_measured():
+    summary = json.loads((REAL.parent / "results" / "real_cpu_context.json").read_text())["results"]
+    rows = summary["rows"]
+    page = " ".join((REAL / "README.md").read_text().split())
+    front = " ".join((REAL.parents[1] / "README.md").read_text().split())
+    gaps = [
+        rows["context_teacher"]["decodings"][decoding]["rouge_l"][0]
+        - rows["context_start"]["decodings"][decoding]["rouge_l"][0]
+        for decoding in ("greedy", "1.0")
+    ]
+    assert "{:.1f} Rouge-L apart with greedy decoding, and {:.1f} at temperature 1".format(*gaps) in page
+
+    def difference(rival: str, measure: str, sign: int = 1, digits: int = 2) -> str:
+        mean, *ends = (sign * value for value in rows["low_variance_cool"]["minus"][rival][measure])
+        return f"{mean:.{digits}f} [{min(ends):.{digits}f}, {max(ends):.{digits}f}]"
+
+    def in_nats(text: str) -> str:
+        return text.replace(" [", " nats a token [")
+
+    kl = difference("context_start", "reverse_kl_per_token", -1)
+    equal = {rival: difference(rival, "equal_entropy_reverse_kl", -1) for rival in ("context_start", "sft", "kd")}
+    assert f"lowers the reverse KL by {in_nats(kl)} at temperature 1" in page
+    assert f"at equal entropy by {equal['context_start']}. There, it is {equal['sft']} below SFT continued" in page
+    assert f"and {equal['kd']} below KD" in page
+    assert f"likelier, by {in_nats(difference('context_start', 'greedy_teacher_logp'))}" in page
+    bias = difference("context_start", "exposure_bias", -1, digits=0).replace(" [", " points [")
+    assert f"exposure bias falls by {bias}" in page
+    assert f"forward KL rises by {difference('context_start', 'forward_kl_per_token')}" in page
+    sft = difference("sft", "greedy_rouge_l", -1, digits=1)
+    assert f"SFT continued is {sft.replace(' [', ' ahead of it [')}" in page
+    quality = [
+        found[measure]
+        for found in rows["low_variance_cool"]["minus"].values()
+        for measure in real_tables.QUALITY
+        if measure in found
+    ]
+    assert all(low <= 0 <= high for _, low, high in quality)  # "no difference of MiniLLM is clear"
+    assert f"by {in_nats(kl)}, at equal entropy by {equal['context_start']}" in front
+    assert f"SFT continued is ahead by {sft.replace(' [', ' Rouge-L [')}" in front
+
+
 def test_page_says_what_the_first_student_gave():
     results = REAL.parent / "results"
     rows = json.loads((results / "real_cpu_first.json").read_text())["results"]["rows"]
