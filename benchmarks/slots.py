@@ -1,5 +1,6 @@
 """Claim: rows that take the slots of finished ones need fewer steps than batches that wait for their longest row.
 
+    python benchmarks/slots.py --student tiny --teacher tiny --repeats 5
     python benchmarks/slots.py [--student gpt2] [--teacher gpt2-large] [--slots 8 32] [--repeats 3]
 
 samples 64 completions of up to 256 tokens from GPT-2 shapes with random weights. A random part of the vocabulary ends
@@ -7,7 +8,8 @@ a row, so lengths have a long tail. The same loop decodes with slots that refill
 another (as it does for processes that sample together); both alternate, and results are ratios within a round.
 Without teacher, and with alpha = 0.2 and coins of each row. The student's forward passes after the prompts are counted
 too: they do not depend on the machine. The ratio of times lies between 1, where a step takes as long as it has rows
-(a CPU), and the ratio of passes, where it takes as long as reading the weights (a GPU). Writes `results/slots.json`.
+(a CPU with large models), and the ratio of passes, where it takes as long for any number of rows (tiny models, or a
+GPU that reads the weights). Writes `results/slots.json`, for tiny students `results/slots_small.json`.
 """
 
 import argparse
@@ -101,7 +103,8 @@ def main() -> None:
                 f"{passes['batches'] / passes['refilled']:.2f}x fewer passes",
                 flush=True,
             )
-            write_record("slots", ("torch", "transformers"), settings, results)  # each as it comes
+            name = "slots_small" if arguments.student == "tiny" else "slots"
+            write_record(name, ("torch", "transformers"), settings, results)  # each as it comes
 
 
 if __name__ == "__main__":

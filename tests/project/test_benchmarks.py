@@ -92,6 +92,19 @@ def test_page_on_speed_says_what_merged_adapters_save():
     assert f"samples {results['speedup'][1]:.2f}x as fast, merging included" in text
 
 
+def test_page_on_speed_says_what_slots_save():
+    results = json.loads((BENCHMARKS / "results" / "slots_small.json").read_text())["results"]
+    text = " ".join((BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text().split())
+    few, many = (row for row in results if row["alpha"] == 0)
+    assert (few["slots"], many["slots"]) == (8, 32)
+    assert (
+        f"with a median of {few['lengths']['median']}, 8 slots take {few['passes']['refilled']} forward passes" in text
+    )
+    assert f"where batches take {few['passes']['batches']:,}, and 32 slots" in text
+    assert f"take {many['passes']['refilled']} where batches take {many['passes']['batches']}." in text
+    assert f"sample {few['speedup'][1]:.2f}x and {many['speedup'][1]:.2f}x as fast" in text
+
+
 def test_page_on_speed_says_what_overlap_gains_and_costs():
     results = json.loads((BENCHMARKS / "results" / "overlap.json").read_text())["results"]
     text = " ".join((BENCHMARKS.parent / "docs" / "memory_and_speed.md").read_text().split())
