@@ -427,6 +427,19 @@ def test_pages_say_what_was_measured():
     assert "({:.2f} nats a token against {:.2f} at temperature 1)".format(*means) in method
 
 
+def test_page_says_what_a_longer_fine_tuned_start_gave():
+    rows = json.loads((REAL.parent / "results" / "real_cpu_context_long.json").read_text())["results"]["rows"]
+    page = " ".join((REAL / "README.md").read_text().split())
+    start, sft = (rows["low_variance_cool"]["minus"][rival] for rival in ("context_sft", "sft"))
+    mean, low, high = start["equal_entropy_rouge_l"]
+    assert f"MiniLLM gains {mean:.1f} Rouge-L [{low:.1f}, {high:.1f}] on this start at equal entropy" in page
+    assert sft["equal_entropy_rouge_l"][1] < 0 < sft["equal_entropy_rouge_l"][2]  # "as SFT continued does"
+    mean, high, low = (-value for value in start["equal_entropy_reverse_kl"])
+    assert f"falls by {mean:.2f} nats a token [{low:.2f}, {high:.2f}] at equal entropy" in page
+    mean, high, low = (-value for value in sft["equal_entropy_reverse_kl"])
+    assert f"ends {mean:.2f} [{low:.2f}, {high:.2f}] below SFT's" in page
+
+
 def test_page_on_prompts_with_a_context_says_what_was_measured():
     summary = json.loads((REAL.parent / "results" / "real_cpu_context.json").read_text())["results"]
     rows = summary["rows"]
