@@ -434,6 +434,8 @@ def test_page_says_what_a_longer_fine_tuned_start_gave():
     mean, low, high = start["equal_entropy_rouge_l"]
     assert f"MiniLLM gains {mean:.1f} Rouge-L [{low:.1f}, {high:.1f}] on this start at equal entropy" in page
     assert sft["equal_entropy_rouge_l"][1] < 0 < sft["equal_entropy_rouge_l"][2]  # "as SFT continued does"
+    less = 100 - 100 * rows["sft"]["seconds"] / rows["low_variance_cool"]["seconds"]
+    assert f"From the longer start, SFT trained for {less:.0f} % fewer." in page
     mean, high, low = (-value for value in start["equal_entropy_reverse_kl"])
     assert f"falls by {mean:.2f} nats a token [{low:.2f}, {high:.2f}] at equal entropy" in page
     mean, high, low = (-value for value in sft["equal_entropy_reverse_kl"])
@@ -468,6 +470,9 @@ def test_page_on_prompts_with_a_context_says_what_was_measured():
     bias = difference("context_start", "exposure_bias", -1, digits=0).replace(" [", " points [")
     assert f"exposure bias falls by {bias}" in page
     assert f"forward KL rises by {difference('context_start', 'forward_kl_per_token')}" in page
+    seconds = {name: row["seconds"] for name, row in rows.items() if "seconds" in row}
+    less = [100 - 100 * seconds[name] / seconds["low_variance_cool"] for name in ("sft", "kd", "distillation_cool")]
+    assert f"trained for {min(less):.0f} to {max(less):.0f} % fewer seconds than MiniLLM" in page
     sft = difference("sft", "greedy_rouge_l", -1, digits=1)
     assert f"SFT continued is {sft.replace(' [', ' ahead of it [')}" in page
     quality = [
