@@ -1,6 +1,6 @@
 """What the methods of the benchmark are trained and tested on: prompts, teacher and start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,22 @@ class Task:
 
 _HEALING = {"teacher": "shrink", "dolly": "prepare-data", "start": "shrink", "answers": "seqkd", "heal": "kd"}
 
-_FINE_TUNING = {"context": "prepare-data", "context_teacher": "sft", "context_start": "sft"}
+_CONTEXT = Task(
+    recipes=("smollm2-92m", "smollm2-92m-context"),
+    stages={
+        **_HEALING,
+        "context": "prepare-data",
+        "context_teacher": "sft",
+        "context_start": "sft",
+        "context_answers": "seqkd",
+    },
+    data="smollm2_with_context",
+    teacher="context_teacher",
+    start="context_start",
+    answers="context_answers",
+    prompt_tokens=160,
+    has_other_tests=False,
+)
 
 TASKS = {
     "short": Task(
@@ -42,25 +57,7 @@ TASKS = {
         prompt_tokens=128,
         has_other_tests=True,
     ),
-    "context": Task(
-        recipes=("smollm2-92m", "smollm2-92m-context"),
-        stages={**_HEALING, **_FINE_TUNING, "context_answers": "seqkd"},
-        data="smollm2_with_context",
-        teacher="context_teacher",
-        start="context_start",
-        answers="context_answers",
-        prompt_tokens=160,
-        has_other_tests=False,
-    ),
+    "context": _CONTEXT,
     # The same, from a student that was fine-tuned for twice as long
-    "context_long": Task(
-        recipes=("smollm2-92m", "smollm2-92m-context"),
-        stages={**_HEALING, **_FINE_TUNING, "context_sft": "sft", "context_answers": "seqkd"},
-        data="smollm2_with_context",
-        teacher="context_teacher",
-        start="context_sft",
-        answers="context_answers",
-        prompt_tokens=160,
-        has_other_tests=False,
-    ),
+    "context_long": replace(_CONTEXT, stages={**_CONTEXT.stages, "context_sft": "sft"}, start="context_sft"),
 }
