@@ -153,20 +153,6 @@ def test_pages_say_what_a_gap_of_172_does():
     assert sum(lowest > 0 for lowest in others) == 1  # of DistiLLM: "every other method is level ... or behind"
 
 
-def test_front_page_says_what_the_setting_leads_by():
-    minus = json.loads((FRONTIER.parent / "results" / "frontier_e2e.json").read_text())["results"]["rows"][
-        "low_variance_cool"
-    ]["minus"]
-    front = (FRONTIER.parents[1] / "README.md").read_text()
-    of_start, of_sft, of_trl = (minus[name]["tuned_rouge_l"] for name in ("sft_student", "sft", "distillation_cool"))
-    assert "that it started from by {:.1f} Rouge-L [{:.1f}, {:.1f}]".format(*of_start) in front
-    assert "(SFT continued) by {:.1f} [{:.1f}, {:.1f}]".format(*of_sft) in front
-    equal = "(at equal entropy by {:.1f} [{:.1f}, {:.1f}])".format(
-        *minus["distillation_cool"]["equal_entropy_rouge_l"]
-    )
-    assert "trained at 0.55 by {:.1f} [{:.1f}, {:.1f}] ".format(*of_trl) + equal in front
-
-
 def test_pages_say_that_fine_tuning_leads_on_dolly():
     rows = json.loads((FRONTIER.parent / "results" / "frontier_dolly.json").read_text())["results"]["rows"]
     page = " ".join(frontier_summary.README.read_text().split())
