@@ -152,7 +152,8 @@ def run_stages(benchmark: Benchmark, methods: list[str]) -> None:
 
     os.chdir(benchmark.folder)
     for stage, subcommand in benchmark.task.stages.items():
-        if stage == "context_answers" and not any(takes_answers(METHODS[method]) for method in methods):
+        heals = stage == TASKS["short"].answers
+        if stage == benchmark.task.answers and not (heals or any(takes_answers(METHODS[name]) for name in methods)):
             continue
         done = benchmark.folder / "stages" / f"{stage}.json"
         values = dict(benchmark.recipe[stage])
@@ -280,9 +281,8 @@ def healing_record(benchmark: Benchmark) -> dict[str, Any]:
 
 def test_model(benchmark: Benchmark, name: str) -> None:
     """Measure what the record of a model lacks. Each part is in the record as soon as it is measured."""
-    if name in benchmark.task.stages and "validation" not in benchmark.record(
-        name
-    ):  # the runs were validated after training
+    is_stage = name in benchmark.task.stages  # runs of methods were validated after training
+    if is_stage and "validation" not in benchmark.record(name):
         benchmark.write(name, benchmark.record(name) | {"validation": evaluate(benchmark, name, "validation")})
     if name == "heal" and "healing" not in benchmark.record(name):
         benchmark.write(name, benchmark.record(name) | {"healing": healing_record(benchmark)})

@@ -179,6 +179,10 @@ def test_answers_of_the_teacher_are_made_where_a_method_takes_them(benchmark, mo
     assert stages == ["teacher", "dolly", "start", "answers", "heal", "context", "context_teacher", "context_start"]
     real_run.run_stages(benchmark, ["seqkd"])
     assert stages[8:] == ["context_answers"]
+    stages.clear()
+    (benchmark.folder / "stages" / "answers.json").unlink()
+    real_run.run_stages(replace(benchmark, scale_name="small"), ["sft"])
+    assert stages == ["answers"]  # they heal the student
 
 
 def test_stage_of_data_reads_the_given_copy_of_dolly(benchmark, monkeypatch):
