@@ -68,6 +68,8 @@ class Mutant:
         replacement: the new node; None removes a statement.
         lines: a test that executes a line of this range runs the fault; the function's body for a fault in its
             signature.
+        in_function: whether the loaded function can be given the changed code. Not outside the body of a function,
+            which runs when the module is imported, and not where the function loses its `super()`.
         before, after: the changed code.
         function_hash: of the code around; a stored result with another hash is out of date.
     """
@@ -76,6 +78,7 @@ class Mutant:
     path: Path
     replacement: ast.AST | None
     lines: tuple[int, int]
+    in_function: bool
     before: str
     after: str
     function_hash: str
@@ -125,9 +128,19 @@ class _Finder:
             self.numbers[name, ""] += 1
             before, after = ast.unparse(node), "" if replacement is None else ast.unparse(replacement)
             identity = f"{name}::{self.numbers[name, '']}"
-            yield Mutant(identity, path, replacement, place.lines, before, after, place.hash)
+            in_function = _in_function(self.tree, path) and not (replacement is None and "super()" in before)
+            yield Mutant(identity, path, replacement, place.lines, in_function, before, after, place.hash)
         for step, child in _children(node):
             yield from self._visit(child, (*path, *step), place.of_child(node, step[0]))
+
+
+def _in_function(tree: ast.AST, path: Path) -> bool:
+    node: ast.AST | list = tree
+    for step in path:
+        if isinstance(node, ast.FunctionDef):
+            return step == "body"
+        node = node[step] if isinstance(node, list) else getattr(node, str(step))
+    return False
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
     python tests/mutation_sweep.py [--modules objectives loss] [--share 0.3] [--seed 0] [--results FILE]
 
-1. Run every test of `TESTS` once, and note which lines of `MODULES` it executes and how long it takes.
-2. For each mutant (see `mutants.py`), fork a process that has imported torch and TRL but not the package. The fork
-   imports the package with the fault and runs the tests of that line, quickest first, until one fails.
-3. Write the results after each mutant. The same command resumes an interrupted sweep; it repeats a mutant whose
-   function has changed. `--again survived` repeats the survivors.
+1. Import the package and collect the tests, once.
+2. In a fork for each test file, note which lines of `MODULES` each of its tests executes and how long it takes.
+3. For each mutant (see `mutants.py`), fork, give the loaded function its changed code, and run the tests of that line,
+   quickest first, until one fails. A fault outside functions acts when its module is imported: for those, fork a
+   process that has not imported the package.
+4. Write the results as they come. The same command resumes an interrupted sweep; it repeats a mutant whose function
+   has changed. `--again survived` repeats the survivors.
 
 Tests that start processes are left out, because those processes would not have the fault. Look at every survivor: it
 is equivalent, harmless (it changes a message or a speed), or a missing test. `--verdicts FILE`, a JSON of texts by
@@ -14,27 +16,24 @@ mutant, adds your findings to the results.
 """
 
 import argparse
-import hashlib
 import importlib
-import importlib.machinery
 import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mutants import Mutant, apply, mutants
-
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "minillm_trl"
+from mutants import Mutant, mutants
+from mutation_forks import Job, LoadedFunctions, change_imports, flush, in_forks
+from mutation_results import markdown, read, write
+from mutation_trace import ROOT, StoredTraces, Trace, Tracer, covering_tests, of_file, source_files
 
 # What is mutated, by file name, or with its folder where two files share the name. Which tests cover a line is traced,
 # not listed here. Left out: the command line, loading of data, pages and figures, and lists of refusals.
@@ -61,141 +60,25 @@ MODULES = (
     *("evaluation/evaluate", "evaluation/metrics", "answers", "divergence", "exposure_bias", "calibration"),
     *("statistics", "significance", "comparison", "frontier", "task_measures"),
 )
-# Tests that run the core in their own process
 TESTS = tuple(
-    str(next((ROOT / "tests").rglob(f"test_{name}.py")).relative_to(ROOT))
-    for name in (
-        *("objectives", "divergences", "loss", "positions", "variance_reduction", "exact_gradient", "original_code"),
-        *("fused_head", "packed_weights", "trained_products", "spans", "cross_tokenizer", "top_k"),
-        *("sampling", "compiled_sampling", "speculative", "engine_drafts", "teacher_replacement", "logits_processor"),
-        *(
-            "ngram_block",
-            "rollout_sampler",
-            "rollout_buffer",
-            "rollout_scores",
-            "tool_scores",
-            "several_teachers",
-            "stored",
-        ),
-        *(
-            "teacher",
-            "reference",
-            "context",
-            "dropout",
-            "families",
-            "adapters",
-            "merged_adapters",
-            "attention",
-            "encoding",
-            "end_tokens",
-        ),
-        *("shrink", "remote_teacher"),
-        *("trainer", "trainer_gradient", "trainer_options", "trl_contract", "whole_steps", "exact_metrics", "config"),
-        *("language_modeling", "given_completions", "decoding_setup", "vllm_drafts", "mixing_choice", "drop_in"),
-        *("mixed_precision", "distributed", "trained_weights", "reliable_runs", "resumed_settings", "ends_of_run"),
-        *(
-            "overlap",
-            "overlap_thread",
-            "prompt_order",
-            "turns",
-            "finite_steps",
-            "completion_table",
-            "run_metrics",
-            "rollout_rewards",
-            "degeneration",
-            "metric_directions",
-            "metric_names",
-            "kd",
-            "seqkd",
-        ),
-        *(
-            "evaluation",
-            "evaluate_command",
-            "evaluate_tasks",
-            "evaluate_temperatures",
-            "metrics",
-            "divergence",
-            "exposure_bias",
-        ),
-        *(
-            "calibration",
-            "statistics",
-            "judge",
-            "compare",
-            "compare_temperatures",
-            "comparison_pages",
-            "verdicts",
-            "frontier",
-        ),
-    )
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "tests").rglob("test_*.py"))
+    if path.parent.name != "project" and not path.name.startswith("test_vllm")
 )
-NOT_THOSE = "not distributed and not cli and not notebooks and not slow"
-PYTEST = ("-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", NOT_THOSE)
-PATIENCE = 8.0  # a test may take this many times its time in the trace
-
-Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
+NOT_THOSE = "not distributed and not cli and not notebooks and not slow and not smoke"  # most start processes
+PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--capture=sys", "-m", NOT_THOSE)
+PATIENCE = 5.0  # a test may take this many times its time in the trace
 
 
-def source_files(modules: Iterable[str]) -> dict[str, Path]:
-    """Return the file of each module, anywhere in the package."""
-    files = {}
-    for name in modules:
-        (files[name],) = PACKAGE.rglob(f"{name}.py")
-    return files
+class Collected:
+    """A pytest plugin that hands the collected tests to `work` instead of running them."""
 
+    def __init__(self, work: Callable[[Sequence[pytest.Item]], None]):
+        self._work = work
 
-class Tracer:
-    """A pytest plugin that records the lines that each test and its fixtures execute."""
-
-    def __init__(self, files: dict[str, Path]):
-        self.modules = {str(path): name for name, path in files.items()}
-        self.found: Trace = {}
-        self._lines: list[set[tuple[str, int]]] = []
-        self._of_fixture: dict[tuple[str, str], set[tuple[str, int]]] = {}
-        self._passed = True
-
-    def _call(self, frame: Any, event: str, argument: Any) -> Callable | None:
-        return self._line if frame.f_code.co_filename in self.modules else None
-
-    def _line(self, frame: Any, event: str, argument: Any) -> Callable:
-        self._lines[-1].add((self.modules[frame.f_code.co_filename], frame.f_lineno))
-        return self._line
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item):
-        self._lines, self._passed = [set()], True
-        start = time.process_time()
-        sys.settrace(self._call)
-        try:
-            result = yield
-        finally:
-            sys.settrace(None)
-        (lines,) = self._lines
-        for name in getattr(item, "fixturenames", ()):
-            for (argument, base), of_fixture in self._of_fixture.items():
-                if argument == name and item.nodeid.startswith(base):
-                    lines |= of_fixture
-        if self._passed and lines:
-            by_module: dict[str, list[int]] = {}
-            for module, line in sorted(lines):
-                by_module.setdefault(module, []).append(line)
-            self.found[item.nodeid] = {"seconds": round(time.process_time() - start, 3), "lines": by_module}
-        return result
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any, request: Any):
-        if fixturedef.scope == "function":
-            return (yield)
-        self._lines.append(set())
-        try:
-            return (yield)
-        finally:
-            lines = self._lines.pop()
-            self._of_fixture[fixturedef.argname, fixturedef.baseid] = lines
-            self._lines[-1] |= lines
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._passed = self._passed and report.outcome == "passed"
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._work(session.items)
+        return True
 
 
 class FirstFailure:
@@ -208,7 +91,7 @@ class FirstFailure:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
         # CPU time, here as in the trace: the machine may be busy
-        signal.setitimer(signal.ITIMER_PROF, 30 + PATIENCE * self._trace[item.nodeid]["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, 10 + PATIENCE * self._trace[item.nodeid]["seconds"])
         try:
             return (yield)
         finally:
@@ -223,30 +106,14 @@ class FirstFailure:
             self.name = f"import of {report.nodeid}"
 
 
-def in_fork(work: Callable[[], Any], seconds: float) -> Any:
-    """Return the JSON-able result of `work` in a fork; None if it takes too long or dies."""
-    with tempfile.NamedTemporaryFile("r") as answer:
-        child = os.fork()
-        if child == 0:
-            try:
-                os.setpgid(0, 0)
-                quiet = os.open(os.devnull, os.O_RDWR)
-                for stream in (0, 1, 2):
-                    os.dup2(quiet, stream)
-                result = json.dumps(work())
-                Path(answer.name).write_text(result)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        deadline = time.monotonic() + seconds
-        while os.waitpid(child, os.WNOHANG)[0] == 0:
-            if time.monotonic() > deadline:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return None
-            time.sleep(0.05)
-        text = answer.read()
-    return json.loads(text) if text else None
+def run_items(items: Sequence[pytest.Item], plugin: object, failed: Callable[[], bool] = lambda: False) -> None:
+    """Run collected tests with one more plugin, until one has failed."""
+    config = items[0].config
+    config.pluginmanager.register(plugin)
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if failed():
+            break
 
 
 def preload(tests: Sequence[str]) -> None:
@@ -255,14 +122,14 @@ def preload(tests: Sequence[str]) -> None:
     def names() -> list[str]:
         pytest.main([*PYTEST, "--collect-only", *tests])
         own = ("minillm_trl", "conftest", "test_", "__main__")
-        outside = [
+        return [
             name
             for name, module in sys.modules.items()
             if not name.startswith(own) and not str(getattr(module, "__file__", "")).startswith(str(ROOT / "tests"))
         ]
-        return outside
 
-    for name in in_fork(names, 600) or ():
+    ((_, found),) = in_forks([Job("preload", names, 600)], processes=1)
+    for name in found or ():
         if name not in sys.modules:
             try:
                 importlib.import_module(name)
@@ -270,84 +137,22 @@ def preload(tests: Sequence[str]) -> None:
                 continue
 
 
-def trace_test(files: dict[str, Path], test: str) -> Trace:
-    """Return the trace of one test file."""
+def trace_tests(items: Sequence[pytest.Item], arguments: argparse.Namespace) -> Trace:
+    """Return the lines of each test that passes; test files that have not changed are not traced again."""
+    stored = StoredTraces(arguments.trace)
+    files = source_files(MODULES)
 
-    def run() -> Trace:
+    def traced(test: str) -> Trace:
         tracer = Tracer(files)
-        options = [option for option in PYTEST if option != "-x"]
-        pytest.main([*options, test], plugins=[tracer])
+        if own := of_file(items, test):
+            run_items(own, tracer)
         return tracer.found
 
-    start = time.monotonic()
-    trace = in_fork(run, 3600) or {}
-    print(f"{test}: {len(trace)} tests, {time.monotonic() - start:.0f} s", flush=True)
-    return trace
-
-
-def load_trace(path: Path, files: dict[str, Path], tests: Sequence[str]) -> Trace:
-    """Return the trace in `path`, written after each test file, and made again where the code or the test changed."""
-    own = {Path(__file__), Path(__file__).with_name("mutants.py")}
-    every = {*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")} - own
-    shared = b"".join(source.read_bytes() for source in sorted(every) if not source.name.startswith("test_"))
-    code = {test: hashlib.sha1(shared + (ROOT / test).read_bytes()).hexdigest() for test in tests}
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    path.parent.mkdir(exist_ok=True)  # __pycache__ does not exist under PYTHONDONTWRITEBYTECODE
-    for test in tests:
-        if stored.get(test, {}).get("code") != code[test]:
-            stored[test] = {"code": code[test], "trace": trace_test(files, test)}
-            path.write_text(json.dumps(stored))
-    return {name: entry for test in tests for name, entry in stored[test]["trace"].items()}
-
-
-def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
-    """Return tests of the mutant's lines that fit into `seconds`; quick tests and frequent killers come first."""
-    first, last = mutant.lines
-    covering = [
-        name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
-    ]
-    chosen, total = [], 0.0
-    for name in sorted(covering, key=lambda name: trace[name]["seconds"] / (1 + kills[name])):
-        total += trace[name]["seconds"]
-        if chosen and total > seconds:
-            break
-        chosen.append(name)
-    return chosen
-
-
-def install(path: Path, mutant: Mutant) -> None:
-    """Make imports of `path` find the mutant."""
-    original = importlib.machinery.SourceFileLoader.get_code
-
-    def get_code(self: importlib.machinery.SourceFileLoader, fullname: str) -> Any:
-        if Path(self.path) != path:
-            return original(self, fullname)
-        return compile(apply(path.read_text(), mutant), str(path), "exec")
-
-    importlib.machinery.SourceFileLoader.get_code = get_code
-
-
-def try_mutant(mutant: Mutant, path: Path, tests: Sequence[str], trace: Trace) -> dict[str, Any]:
-    """Return whether a test sees the fault, and which one."""
-    if not tests:
-        return {"outcome": "not run by any test"}
-
-    def run() -> dict[str, Any]:
-        install(path, mutant)
-        failure = FirstFailure(trace)
-        quick = max(1, sum(total < 3 for total in accumulate(trace[name]["seconds"] for name in tests)))
-        for part in (tests[:quick], tests[quick:]):  # collecting all tests takes longer than most faults live
-            if part and failure.name is None:
-                code = pytest.main([*PYTEST, *part], plugins=[failure])
-                if code != 0 and failure.name is None:
-                    failure.name = f"pytest ended with {code!s}"
-        return {"outcome": "killed", "by": failure.name} if failure.name else {"outcome": "survived"}
-
-    expected = sum(trace[name]["seconds"] for name in tests)
-    result = in_fork(run, 300 + 3 * PATIENCE * expected)  # also on a busy machine
-    if result is None:
-        return {"outcome": "killed", "by": "the time limit, or the end of the process"}
-    return result | ({"tests": len(tests)} if result["outcome"] == "survived" else {})
+    jobs = (Job(test, lambda test=test: traced(test), 3600) for test in stored.missing(arguments.tests))
+    for test, trace in in_forks(jobs, arguments.processes):
+        flush(f"{test}: {len(trace or ())} of {len(of_file(items, test))} tests traced")
+        stored.add(test, trace or {})
+    return stored.of(arguments.tests)
 
 
 def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant]:
@@ -357,69 +162,116 @@ def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant
     return sorted(chosen, key=lambda mutant: draws[mutant.id])[: arguments.most]
 
 
-def sweep(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    files = source_files(arguments.modules)
-    preload(arguments.tests)
-    trace = load_trace(arguments.trace, source_files(MODULES), arguments.tests)
-    results: dict[str, dict[str, Any]] = {}
-    if arguments.results.is_file():
-        results = json.loads(arguments.results.read_text())["results"]
-    for module, path in files.items():
-        found = mutants(path.read_text(), module)
-        current = {mutant.id: mutant.function_hash for mutant in found}
-        for name in [name for name in results if name.split("::")[0] == module]:
-            if results[name]["function_hash"] != current.get(name):
-                del results[name]  # of code that has changed
-        for mutant in drawn(found, arguments):
-            if mutant.id in results and results[mutant.id]["outcome"] not in arguments.again:
-                continue
-            start = time.monotonic()
-            kills = Counter(result.get("by") for result in results.values())
-            tests = covering_tests(mutant, module, trace, kills, arguments.seconds)
-            outcome = try_mutant(mutant, path, tests, trace)
-            results[mutant.id] = {
-                "line": mutant.lines[0],
-                "before": mutant.before[:200],
-                "after": mutant.after[:200],
-                **outcome,
-                "function_hash": mutant.function_hash,
-            }
-            print(f"{time.monotonic() - start:5.1f} s  {outcome['outcome']:9}  {mutant.id}", flush=True)
-            write(arguments, results)
-    return results
+class Sweep:
+    """The mutants to try, and the results of those that were tried."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.files = source_files(arguments.modules)
+        self.results = read(arguments.results)
+        self.mutants: dict[str, Mutant] = {}
+        for module, path in self.files.items():
+            found = mutants(path.read_text(), module)
+            current = {mutant.id: mutant.function_hash for mutant in found}
+            for name in [name for name in self.results if module_of(name) == module]:
+                if self.results[name]["function_hash"] != current.get(name):
+                    del self.results[name]  # of code that has changed
+            for mutant in drawn(found, arguments):
+                if mutant.id not in self.results or self.results[mutant.id]["outcome"] in arguments.again:
+                    self.mutants[mutant.id] = mutant
+
+    def run(self, trace: Trace, inside: bool, run_tests: Callable[[Path, Mutant, list[str]], str | None]) -> None:
+        """Try the mutants that are inside functions, or those that are not.
+
+        `run_tests` puts the mutant into the file and returns the first test that fails, in a fork.
+        """
+        kills = Counter(result.get("by") for result in self.results.values())
+        written = time.monotonic()
+
+        def jobs() -> Iterator[Job]:
+            for mutant in self.mutants.values():
+                if mutant.in_function is not inside:
+                    continue
+                module = module_of(mutant.id)
+                tests = covering_tests(mutant, module, trace, kills, self.arguments.seconds)
+                if not tests:
+                    self._record(mutant.id, {"outcome": "not run by any test"})
+                    continue
+                seconds = 300 + 3 * PATIENCE * sum(trace[name]["seconds"] for name in tests)  # on a busy machine
+                yield Job(mutant.id, lambda mutant=mutant, tests=tests: attempt(mutant, tests), seconds)
+
+        def attempt(mutant: Mutant, tests: list[str]) -> dict[str, Any]:
+            failed = run_tests(self.files[module_of(mutant.id)], mutant, tests)
+            return {"outcome": "killed", "by": failed} if failed else {"outcome": "survived", "tests": len(tests)}
+
+        for identity, result in in_forks(jobs(), self.arguments.processes):
+            outcome = result or {"outcome": "killed", "by": "the time limit, or the end of the process"}
+            kills[outcome.get("by")] += 1
+            self._record(identity, outcome)
+            if time.monotonic() > written + 10:
+                self.write()
+                written = time.monotonic()
+        self.write()
+
+    def _record(self, identity: str, outcome: dict[str, Any]) -> None:
+        mutant = self.mutants[identity]
+        code = {"line": mutant.lines[0], "before": mutant.before[:200], "after": mutant.after[:200]}
+        killed = outcome["outcome"] == "killed"
+        self.results[identity] = outcome | ({} if killed else code) | {"function_hash": mutant.function_hash}
+        flush(f"{outcome['outcome']:9}  {identity}")
+
+    def write(self) -> None:
+        if self.arguments.verdicts:
+            verdicts = json.loads(self.arguments.verdicts.read_text())
+            for identity, result in self.results.items():
+                if result["outcome"] != "killed" and identity in verdicts:
+                    result["verdict"] = verdicts[identity]
+        write(self.arguments.results, self.results, seconds=self.arguments.seconds)
 
 
-def write(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    """Write the results atomically."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from measurement import commit, machine, version
-
-    if arguments.verdicts:
-        verdicts = json.loads(arguments.verdicts.read_text())
-        for identity, result in results.items():
-            if result["outcome"] != "killed" and identity in verdicts:
-                result["verdict"] = verdicts[identity]
-    record = {
-        "command": " ".join(["python", "tests/mutation_sweep.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "pytest")},
-        "settings": {"seconds": arguments.seconds},
-        "results": dict(sorted(results.items())),
-    }
-    part = arguments.results.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(part, arguments.results)
+def module_of(identity: str) -> str:
+    return identity.split("::")[0]
 
 
-def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Return a Markdown table of the modules, and a list of survivors."""
-    lines = ["| module | mutants | killed | survived | not run by any test |", "|---|---|---|---|---|"]
-    for module in sorted({name.split("::")[0] for name in results}):
-        outcomes = Counter(entry["outcome"] for name, entry in results.items() if name.startswith(f"{module}::"))
-        counts = [sum(outcomes.values()), *(outcomes[name] for name in ("killed", "survived", "not run by any test"))]
-        lines.append(f"| {module} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(lines)
+def sweep_functions(arguments: argparse.Namespace) -> None:
+    """Trace the tests and try the mutants inside functions; the package is imported before the forks."""
+
+    def work(items: Sequence[pytest.Item]) -> None:
+        trace = trace_tests(items, arguments)
+        by_name = {item.nodeid: item for item in items}
+        for path in source_files(arguments.modules).values():
+            importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        loaded = LoadedFunctions(source_files(arguments.modules).values())
+
+        def run_tests(path: Path, mutant: Mutant, tests: list[str]) -> str | None:
+            loaded.change(path, mutant)
+            failure = FirstFailure(trace)
+            run_items([by_name[name] for name in tests], failure, lambda: failure.name is not None)
+            return failure.name
+
+        Sweep(arguments).run(trace, True, run_tests)
+
+    code = pytest.main([*PYTEST, *arguments.tests], plugins=[Collected(work)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest ended with {code!s}")
+
+
+def sweep_modules(arguments: argparse.Namespace) -> None:
+    """Try the mutants outside functions; the forks import the package."""
+    trace = StoredTraces(arguments.trace).of(arguments.tests)
+
+    def run_tests(path: Path, mutant: Mutant, tests: list[str]) -> str | None:
+        change_imports(path, mutant)
+        failure = FirstFailure(trace)
+        quick = max(1, sum(total < 3 for total in accumulate(trace[name]["seconds"] for name in tests)))
+        for part in (tests[:quick], tests[quick:]):  # collecting all tests takes longer than most faults live
+            if part and failure.name is None:
+                code = pytest.main([*PYTEST, "-x", *part], plugins=[failure])
+                if code != 0 and failure.name is None:
+                    failure.name = f"pytest ended with {code!s}"
+        return failure.name
+
+    Sweep(arguments).run(trace, False, run_tests)
 
 
 def main() -> None:
@@ -434,6 +286,7 @@ def main() -> None:
         "--seconds", type=float, default=45.0, help="of tests for a mutant, by their time in the trace"
     )
     parser.add_argument("--again", nargs="+", default=(), help="outcomes to run again, such as survived")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that try mutants side by side")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "mutation_sweep.json")
     parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "__pycache__" / "mutation_trace.json")
     parser.add_argument("--verdicts", type=Path, help="JSON of what survivors are, by id")
@@ -441,7 +294,18 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     sys.path.insert(0, str(ROOT))
-    print(markdown(sweep(arguments)))
+    preload(arguments.tests)
+    child = os.fork()
+    if child == 0:
+        try:
+            sweep_functions(arguments)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit("The sweep of functions failed; see above.")
+    sweep_modules(arguments)
+    print(markdown(read(arguments.results)))
 
 
 if __name__ == "__main__":

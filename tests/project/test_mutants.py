@@ -1,13 +1,19 @@
 """The faults that the mutation sweep makes, and how it decides which tests have to see one."""
 
 import ast
+import importlib
 import json
+import os
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from mutants import apply, mutants
-from mutation_sweep import covering_tests, markdown
+from mutants import Mutant, apply, mutants
+from mutation_forks import Job, LoadedFunctions, in_forks
+from mutation_results import markdown, read, write
+from mutation_trace import covering_tests
 
 SOURCE = '''
 """A module."""
@@ -84,8 +90,77 @@ def test_every_test_of_a_module_runs_what_runs_at_its_import():
     assert places == {"3": everything, "4": everything, "5": (5, 5), "6": (5, 5)}
 
 
+def mutant_of(path: Path, operator: str) -> Mutant:
+    (found,) = (each for each in mutants(path.read_text(), path.stem) if each.id.split("::")[2] == operator)
+    return found
+
+
+MODULE = """
+from functools import cache
+
+class Scale:
+    limit = 3
+
+    def halved(self, value, floor=1.5):
+        return [part // self.limit for part in value]
+
+@cache
+def doubled(value):
+    return -value
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    (tmp_path / "scales.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "scales", raising=False)
+    return importlib.import_module("scales")
+
+
+def test_a_fork_runs_the_fault_and_its_parent_does_not(module: ModuleType):
+    path = Path(module.__file__)
+    loaded, alias, instance = LoadedFunctions([path]), module.doubled, module.Scale()
+    assert (alias(4), instance.halved([6])) == (-4, [2])  # the first result stays in the cache
+
+    def with_fault(operator: str) -> tuple[int, list[int]]:
+        loaded.change(path, mutant_of(path, operator))
+        return alias(4), instance.halved([6])
+
+    operators = ("removed sign or negation", "operation")
+    jobs = [Job(operator, lambda operator=operator: with_fault(operator), 60) for operator in operators]
+    assert dict(in_forks(jobs, processes=2)) == {"removed sign or negation": [4, [2]], "operation": [-4, [18]]}
+    assert (alias(4), instance.halved([6])) == (-4, [2])
+
+
+def test_faults_that_act_at_import_are_told_apart(module: ModuleType):
+    found = mutants(MODULE, "scales")
+    assert {each.before for each in found if not each.in_function} == {"3", "1.5"}
+    (removed,) = mutants("class A(B):\n    def f(self):\n        super().f()\n", "module")
+    assert not removed.in_function  # other code than the function's, which has a cell for its class
+
+
+def test_a_fork_that_dies_is_told_from_one_that_fails(tmp_path: Path):
+    assert list(in_forks([Job("dies", lambda: os._exit(0), 60)], processes=1)) == [("dies", None)]
+    with pytest.raises(RuntimeError, match=r"fails: Traceback[\s\S]*ZeroDivisionError"):
+        list(in_forks([Job("fails", lambda: 1 / 0, 60)], processes=1))
+
+
+def test_results_come_back_from_their_file(tmp_path: Path):
+    survivor = {"outcome": "survived", "line": 3, "before": "a", "after": "b", "tests": 2, "verdict": "equivalent"}
+    results = {
+        "loss::mean::constant + 1::1": {"outcome": "killed", "by": "tests/test_loss.py::test", "function_hash": "1"},
+        "loss::mean::constant + 1::2": survivor | {"function_hash": "1"},
+        "baselines/kd::KD.step::boundary::1": {"outcome": "killed", "by": "the time limit", "function_hash": "2"},
+    }
+    write(tmp_path / "results.json", results, seconds=8)
+    assert read(tmp_path / "results.json") == results
+    assert json.loads((tmp_path / "results.json").read_text())["settings"] == {"seconds": 8}
+    assert read(tmp_path / "missing.json") == {}
+
+
 def test_table_is_that_of_the_results_and_every_survivor_has_a_verdict():
     root = Path(__file__).parents[2]
-    results = json.loads((root / "benchmarks" / "results" / "mutation_sweep.json").read_text())["results"]
+    results = read(root / "benchmarks" / "results" / "mutation_sweep.json")
     assert markdown(results) in (root / "CONTRIBUTING.md").read_text()
     assert all(entry.get("verdict") for entry in results.values() if entry["outcome"] != "killed")
