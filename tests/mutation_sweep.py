@@ -33,7 +33,16 @@ import pytest
 from mutants import Mutant, mutants
 from mutation_forks import Job, LoadedFunctions, change_imports, flush, in_forks
 from mutation_results import markdown, read, write
-from mutation_trace import ROOT, StoredTraces, Trace, Tracer, covering_tests, of_file, source_files
+from mutation_trace import (
+    ROOT,
+    StoredTraces,
+    Trace,
+    Tracer,
+    covering_tests,
+    of_file,
+    source_files,
+    with_fixtures,
+)
 
 # What is mutated, by file name, or with its folder where two files share the name. Which tests cover a line is traced,
 # not listed here. Left out: the command line, loading of data, pages and figures, and lists of refusals.
@@ -67,7 +76,7 @@ TESTS = tuple(
 )
 NOT_THOSE = "not distributed and not cli and not notebooks and not slow and not smoke"  # most start processes
 PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--capture=sys", "-m", NOT_THOSE)
-PATIENCE = 5.0  # a test may take this many times its time in the trace
+PATIENCE = 3.0  # a test may take this many times its time in the trace
 
 
 class Collected:
@@ -91,7 +100,7 @@ class FirstFailure:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
         # CPU time, here as in the trace: the machine may be busy
-        signal.setitimer(signal.ITIMER_PROF, 10 + PATIENCE * self._trace[item.nodeid]["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, 3 + PATIENCE * with_fixtures(self._trace[item.nodeid]))
         try:
             return (yield)
         finally:
@@ -197,7 +206,7 @@ class Sweep:
                 if not tests:
                     self._record(mutant.id, {"outcome": "not run by any test"})
                     continue
-                seconds = 300 + 3 * PATIENCE * sum(trace[name]["seconds"] for name in tests)  # on a busy machine
+                seconds = 300 + 3 * PATIENCE * sum(with_fixtures(trace[name]) for name in tests)  # on a busy machine
                 yield Job(mutant.id, lambda mutant=mutant, tests=tests: attempt(mutant, tests), seconds)
 
         def attempt(mutant: Mutant, tests: list[str]) -> dict[str, Any]:
@@ -263,7 +272,7 @@ def sweep_modules(arguments: argparse.Namespace) -> None:
     def run_tests(path: Path, mutant: Mutant, tests: list[str]) -> str | None:
         change_imports(path, mutant)
         failure = FirstFailure(trace)
-        quick = max(1, sum(total < 3 for total in accumulate(trace[name]["seconds"] for name in tests)))
+        quick = max(1, sum(total < 3 for total in accumulate(with_fixtures(trace[name]) for name in tests)))
         for part in (tests[:quick], tests[quick:]):  # collecting all tests takes longer than most faults live
             if part and failure.name is None:
                 code = pytest.main([*PYTEST, "-x", *part], plugins=[failure])

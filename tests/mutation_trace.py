@@ -15,7 +15,8 @@ from mutants import Mutant
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minillm_trl"
 
-Trace = dict[str, dict[str, Any]]  # by test: "seconds", and "lines" by module
+# By test: its "seconds", "lines" by module, and the seconds of the "fixtures" that it shares with other tests
+Trace = dict[str, dict[str, Any]]
 
 
 def source_files(modules: Iterable[str]) -> dict[str, Path]:
@@ -33,7 +34,8 @@ class Tracer:
         self.modules = {str(path): name for name, path in files.items()}
         self.found: Trace = {}
         self._lines: list[set[tuple[str, int]]] = []
-        self._of_fixture: dict[tuple[str, str], set[tuple[str, int]]] = {}
+        self._of_fixture: dict[tuple[str, str], tuple[str, float, set[tuple[str, int]]]] = {}
+        self._seconds_of_fixtures = 0.0
         self._passed = True
 
     def _call(self, frame: Any, event: str, argument: Any) -> Callable | None:
@@ -45,23 +47,26 @@ class Tracer:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
-        self._lines, self._passed = [set()], True
+        self._lines, self._passed, self._seconds_of_fixtures = [set()], True, 0.0
         start = time.process_time()
         sys.settrace(self._call)
         try:
             result = yield
         finally:
             sys.settrace(None)
+        seconds = time.process_time() - start - self._seconds_of_fixtures
         (lines,) = self._lines
+        fixtures = {}
         for name in getattr(item, "fixturenames", ()):
-            for (argument, base), of_fixture in self._of_fixture.items():
+            for (argument, base), (key, seconds_of_fixture, of_fixture) in self._of_fixture.items():
                 if argument == name and item.nodeid.startswith(base):
                     lines |= of_fixture
+                    fixtures[key] = round(seconds_of_fixture, 3)
         if self._passed and lines:
             by_module: dict[str, list[int]] = {}
             for module, line in sorted(lines):
                 by_module.setdefault(module, []).append(line)
-            self.found[item.nodeid] = {"seconds": round(time.process_time() - start, 3), "lines": by_module}
+            self.found[item.nodeid] = {"seconds": round(seconds, 3), "fixtures": fixtures, "lines": by_module}
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -69,11 +74,15 @@ class Tracer:
         if fixturedef.scope == "function":
             return (yield)
         self._lines.append(set())
+        start, inner = time.process_time(), self._seconds_of_fixtures
         try:
             return (yield)
         finally:
             lines = self._lines.pop()
-            self._of_fixture[fixturedef.argname, fixturedef.baseid] = lines
+            seconds = time.process_time() - start - (self._seconds_of_fixtures - inner)  # without the fixtures inside
+            self._seconds_of_fixtures += seconds
+            key = f"{fixturedef.baseid}::{fixturedef.argname}[{request.param_index}]"
+            self._of_fixture[fixturedef.argname, fixturedef.baseid] = (key, seconds, lines)
             self._lines[-1] |= lines
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -109,18 +118,29 @@ class StoredTraces:
 
 
 def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
-    """Return tests of the mutant's lines that fit into `seconds`; quick tests and frequent killers come first."""
+    """Return tests of the mutant's lines that fit into `seconds`; quick tests and frequent killers come first.
+
+    Tests that share a fixture come together, and its time counts once.
+    """
     first, last = mutant.lines
     covering = [
         name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
     ]
-    chosen, total = [], 0.0
-    for name in sorted(covering, key=lambda name: trace[name]["seconds"] / (1 + kills[name])):
-        total += trace[name]["seconds"]
+    chosen: dict[frozenset[str], list[str]] = {}
+    total, ready = 0.0, set[str]()
+    for name in sorted(covering, key=lambda name: with_fixtures(trace[name]) / (1 + kills[name])):
+        fixtures = trace[name].get("fixtures", {})
+        total += trace[name]["seconds"] + sum(fixtures[key] for key in fixtures.keys() - ready)
         if chosen and total > seconds:
             break
-        chosen.append(name)
-    return chosen
+        ready |= fixtures.keys()
+        chosen.setdefault(frozenset(fixtures), []).append(name)
+    return [name for group in chosen.values() for name in group]
+
+
+def with_fixtures(entry: dict[str, Any]) -> float:
+    """Return the seconds of a test that sets up all its fixtures."""
+    return entry["seconds"] + sum(entry.get("fixtures", {}).values())
 
 
 def of_file(items: Sequence[pytest.Item], test: str) -> list[pytest.Item]:

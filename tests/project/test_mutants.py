@@ -7,13 +7,16 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import mutation_trace
 import pytest
 from mutants import Mutant, apply, mutants
 from mutation_forks import Job, LoadedFunctions, in_forks
 from mutation_results import markdown, read, write
-from mutation_trace import covering_tests
+from mutation_trace import Tracer, covering_tests
+
+pytest_plugins = ["pytester"]
 
 SOURCE = '''
 """A module."""
@@ -81,6 +84,49 @@ def test_tests_of_a_mutant_are_those_that_execute_its_lines_within_its_time():
     assert covering_tests(default, "module", trace, Counter(), 45) == ["quick", "slow"]  # a default acts in the body
     assert covering_tests(default, "module", trace, Counter(slow=2), 45) == ["slow", "quick"]
     assert covering_tests(last, "module", trace, Counter(), 45) == ["slow"]
+
+
+def test_a_shared_fixture_counts_once_and_its_tests_come_together():
+    *_, last = mutants(SOURCE, "module")
+
+    def entry(seconds: float, **fixtures: float) -> dict:
+        return {"seconds": seconds, "fixtures": fixtures, "lines": {"module": [9]}}
+
+    trace = {"a": entry(0.1, run=5.0), "b": entry(1.0), "c": entry(0.2, run=5.0), "d": entry(0.3, other=9.0)}
+    assert covering_tests(last, "module", trace, Counter(), 6.4) == ["b", "a", "c"]
+    assert covering_tests(last, "module", trace, Counter(c=9), 6.4) == ["c", "a", "b"]
+    assert covering_tests(last, "module", trace, Counter(), 6.2) == ["b", "a"]
+
+
+def test_time_of_a_shared_fixture_is_told_from_that_of_its_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+):
+    clock = SimpleNamespace(process_time=lambda: getattr(sys.modules.get("measured"), "now", 0.0))
+    monkeypatch.setattr(mutation_trace, "time", clock)
+    pytester.makepyfile(
+        measured="now = 0.0\ndef wait():\n    global now\n    now += 5.0\n",
+        test_it="""
+            import pytest
+            import measured
+
+            @pytest.fixture(scope="module", params=[0, 1])
+            def run(request):
+                measured.wait()
+
+            def test_first(run): pass
+            def test_second(run): pass
+            def test_own(): measured.wait()
+        """,
+    )
+    tracer = Tracer({"measured": pytester.path / "measured.py"})
+    assert pytester.inline_run("-p", "no:cacheprovider", plugins=[tracer]).ret == 0
+    found = {name.partition("::")[2]: entry for name, entry in tracer.found.items()}
+    assert all(entry["lines"] == {"measured": [4]} for entry in found.values())
+    seconds = {name: (entry["seconds"], list(entry["fixtures"].values())) for name, entry in found.items()}
+    shared = {f"test_{test}[{value}]": (0.0, [5.0]) for test in ("first", "second") for value in (0, 1)}
+    assert seconds == shared | {"test_own": (5.0, [])}
+    keys = [set(found[f"test_{test}"]["fixtures"]) for test in ("first[0]", "second[0]", "first[1]")]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_every_test_of_a_module_runs_what_runs_at_its_import():
