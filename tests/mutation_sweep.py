@@ -76,6 +76,7 @@ TESTS = tuple(
 )
 NOT_THOSE = "not distributed and not cli and not notebooks and not slow and not smoke"  # most start processes
 PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--capture=sys", "-m", NOT_THOSE)
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 PATIENCE = 3.0  # a test may take this many times its time in the trace
 
 
@@ -164,10 +165,36 @@ def trace_tests(items: Sequence[pytest.Item], arguments: argparse.Namespace) -> 
     return stored.of(arguments.tests)
 
 
+def import_late_modules(items: Sequence[pytest.Item], trace: Trace) -> None:
+    """Import what tests import as they run, so that not every fork does; some tests of each file show what that is."""
+    chosen: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=lambda item: trace.get(item.nodeid, {}).get("seconds", 0.0)):
+        if 0.1 < trace.get(item.nodeid, {}).get("seconds", 0.0) < 2.0:
+            chosen.setdefault(item.nodeid.partition("::")[0], []).append(item)
+
+    def imported(some: Sequence[pytest.Item]) -> list[str]:
+        before = set(sys.modules)
+        run_items(some, object())
+        return sorted(name for name in sys.modules.keys() - before if sys.modules[name].__spec__)
+
+    some_of_file = {file: own[:: len(own) // 3 + 1] for file, own in chosen.items()}
+    jobs = [Job(file, lambda some=some: imported(some), 600) for file, some in some_of_file.items()]
+    for _, names in in_forks(jobs, processes=os.cpu_count()):
+        for name in names or ():
+            if name not in sys.modules and name.split(".")[0] in LIBRARIES:
+                importlib.import_module(name)
+
+
 def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant]:
     """Return the chosen share of a module's mutants; a smaller share, or number, is part of a larger one."""
     draws = {mutant.id: random.Random(f"{arguments.seed} {mutant.id}").random() for mutant in found}
-    chosen = [mutant for mutant in found if draws[mutant.id] < arguments.share and arguments.only in mutant.id]
+    chosen = [
+        mutant
+        for mutant in found
+        if draws[mutant.id] < arguments.share
+        and arguments.only in mutant.id
+        and mutant.id.split("::")[2] not in arguments.without
+    ]
     return sorted(chosen, key=lambda mutant: draws[mutant.id])[: arguments.most]
 
 
@@ -247,6 +274,7 @@ def sweep_functions(arguments: argparse.Namespace) -> None:
 
     def work(items: Sequence[pytest.Item]) -> None:
         trace = trace_tests(items, arguments)
+        import_late_modules(items, trace)
         by_name = {item.nodeid: item for item in items}
         for path in source_files(arguments.modules).values():
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
@@ -288,6 +316,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=MODULES, choices=MODULES, metavar="MODULE")
     parser.add_argument("--tests", nargs="+", default=TESTS, choices=TESTS, metavar="FILE", help="run these alone")
     parser.add_argument("--only", default="", help="part of the mutants' ids, such as the name of a function")
+    parser.add_argument("--without", nargs="+", default=(), help="kinds of faults, such as 'swapped arguments'")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants, drawn by the seed")
     parser.add_argument("--most", type=int, help="mutants of each module")
     parser.add_argument("--seed", type=int, default=0)

@@ -118,17 +118,24 @@ class StoredTraces:
 
 
 def covering_tests(mutant: Mutant, module: str, trace: Trace, kills: Counter[str], seconds: float) -> list[str]:
-    """Return tests of the mutant's lines that fit into `seconds`; quick tests and frequent killers come first.
+    """Return tests of the mutant's lines that fit into `seconds`.
 
-    Tests that share a fixture come together, and its time counts once.
+    Quick tests and frequent killers come first, and a test with one set of parameters before other tests with their
+    second. Tests that share a fixture come together, and its time counts once.
     """
     first, last = mutant.lines
     covering = [
         name for name, entry in trace.items() if any(first <= line <= last for line in entry["lines"].get(module, ()))
     ]
+    cost = {name: with_fixtures(trace[name]) / (1 + kills[name]) for name in covering}
+    runs_of_test: Counter[str] = Counter()
+    for name in sorted(covering, key=cost.__getitem__):
+        test = name.partition("[")[0]
+        runs_of_test[test] += 1
+        cost[name] *= runs_of_test[test]
     chosen: dict[frozenset[str], list[str]] = {}
     total, ready = 0.0, set[str]()
-    for name in sorted(covering, key=lambda name: with_fixtures(trace[name]) / (1 + kills[name])):
+    for name in sorted(covering, key=cost.__getitem__):
         fixtures = trace[name].get("fixtures", {})
         total += trace[name]["seconds"] + sum(fixtures[key] for key in fixtures.keys() - ready)
         if chosen and total > seconds:

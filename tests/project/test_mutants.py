@@ -98,6 +98,15 @@ def test_a_shared_fixture_counts_once_and_its_tests_come_together():
     assert covering_tests(last, "module", trace, Counter(), 6.2) == ["b", "a"]
 
 
+def test_variants_of_a_test_come_after_other_tests():
+    *_, last = mutants(SOURCE, "module")
+    trace = {
+        name: {"seconds": seconds, "lines": {"module": [9]}}
+        for name, seconds in {"a[0]": 1.0, "a[1]": 1.1, "a[2]": 1.2, "b": 2.0, "c": 3.0}.items()
+    }
+    assert covering_tests(last, "module", trace, Counter(), 45) == ["a[0]", "b", "a[1]", "c", "a[2]"]
+
+
 def test_time_of_a_shared_fixture_is_told_from_that_of_its_tests(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ):
