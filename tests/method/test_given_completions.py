@@ -1,9 +1,11 @@
 """Completions given by the dataset (GKD's lambda): which rows, which tokens, and the loss on them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_models import CHATML, answer, question
 from conftest import build_tokenizer
 from datasets import Dataset
 from test_trainer import PROMPTS, make_config, make_trainer, weights
@@ -12,7 +14,7 @@ from trl.experimental.gkd import GKDTrainer
 from minillm_trl import MiniLLMConfig
 from minillm_trl.errors import UserError
 from minillm_trl.presets import preset
-from minillm_trl.training.given_completions import choose_given
+from minillm_trl.training.given_completions import choose_given, given_completions
 
 PAIRS = Dataset.from_dict(
     {"prompt": PROMPTS, "completion": [f"a cheap pub {'by the mill ' * (i % 3)}{i}" for i in range(len(PROMPTS))]}
@@ -44,6 +46,31 @@ class TestChoice:
     def test_row_without_a_completion_is_refused_by_its_prompt(self):
         with pytest.raises(UserError, match="the punter 0"):
             choose_given([{"prompt": "the punter 0", "completion": ""}], 0.0, [(0, 1, 2)], build_tokenizer())
+
+    def test_template_that_changes_the_prompt_is_refused_by_its_dataset(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = "{{ messages|length }}" + CHATML
+        row = {"prompt": question("a"), "completion": answer("b")}
+        with pytest.raises(UserError, match=r"^train_dataset: the chat template renders a prompt differently"):
+            choose_given([row], 0.0, [(0, 1, 2)], tokenizer)
+
+    def test_rows_of_processes_are_those_of_one_and_change_with_the_step(self):
+        def given(rows: list, process: int = 0, step: int = 3, seed: int = 5) -> list:
+            trainer = SimpleNamespace(
+                args=SimpleNamespace(lmbda=0.5, seed=seed),
+                model=SimpleNamespace(training=True),
+                state=SimpleNamespace(global_step=step),
+                accelerator=SimpleNamespace(process_index=process),
+                _tokenizer=build_tokenizer(),
+                chat_template_kwargs=None,
+            )
+            return given_completions(trainer, rows)
+
+        rows = list(PAIRS)
+        whole = given(rows)
+        assert None in whole
+        assert [each for process in range(4) for each in given(rows[8 * process :][:8], process)] == whole
+        assert given(rows, step=4) != whole != given(rows, seed=6)
 
 
 class TestRollouts:

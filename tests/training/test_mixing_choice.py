@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -62,13 +62,32 @@ def test_speculation_drafts_with_the_adapter_of_the_student(tmp_path, model_dir,
 
 @dataclass
 class FakeSampler:
-    """Takes no time and samples three tokens."""
+    """Samples four tokens in the seconds of a list, one by one, and notes what it is asked for."""
 
     mixing: str = "coins"
     alpha: float = 0.5
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    asked: list[tuple] = field(default_factory=list)
+    now: list[float] = field(default_factory=lambda: [100.0])
 
-    def sample(self, *args) -> SimpleNamespace:
-        return SimpleNamespace(completions=[[1, 2, 3]])
+    def sample(self, student, prompt_ids, keys, coin_key, length) -> SimpleNamespace:
+        self.asked.append((self.mixing, len(prompt_ids), len(set(keys)), length))
+        if self.seconds:
+            self.now[0] += self.seconds[self.mixing].pop(0)
+        return SimpleNamespace(completions=[[1, 2, 3], [4]])
+
+
+class OneOfTwo:
+    """An accelerator of one of two processes; the other one takes the times of `other`."""
+
+    device, num_processes = torch.device("cpu"), 2
+
+    def __init__(self, is_main_process: bool, other: list[float]):
+        self.is_main_process = is_main_process
+        self.other = torch.tensor(other)
+
+    def reduce(self, own: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        return (own + self.other) / (1 if reduction == "sum" else 2)
 
 
 class TestAuto:
@@ -107,7 +126,7 @@ class TestAuto:
         assert choice.method == "auto"
 
     def test_resumed_run_keeps_the_choice(self, tmp_path, monkeypatch):
-        options = {"mixing": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "num_iterations": 1}
+        options = {"mixing": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "num_iterations": 1}
         self.fake(monkeypatch, "speculative")
         whole = make_trainer(tmp_path, **options)
         whole.train()
@@ -116,6 +135,36 @@ class TestAuto:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert calls == []
         assert torch.equal(weights(whole), weights(resumed))
+
+    def test_saved_choice_is_kept_and_a_configured_way_wins(self):
+        auto, coins = (MixingChoice(mixing, Accelerator(cpu=True), is_sharded=False) for mixing in ("auto", "coins"))
+        auto.restore({})  # of an older checkpoint
+        assert auto.method == "auto"
+        for choice in (auto, coins):
+            choice.restore({"mixing": "speculative"})
+        assert (auto.method, coins.method) == ("speculative", "coins")
+
+    @pytest.mark.parametrize("is_main", [True, False])
+    def test_processes_decide_together(self, monkeypatch, caplog, is_main: bool):
+        self.fake(monkeypatch, "coins")  # 1 and 2 seconds here
+        choice = MixingChoice("auto", OneOfTwo(is_main, [0.006, -0.996]), is_sharded=False)
+        with caplog.at_level(logging.WARNING):
+            choice.applied_to(FakeSampler(), build_model("gpt2", 40), PROMPTS, 6)
+        assert choice.method == "speculative"
+        assert ("503.00 ms with coins and 502.00 ms with speculative" in caplog.text) is is_main
+
+    @pytest.mark.parametrize(("length", "measured"), [(10, 10), (64, 64), (300, 64)])
+    def test_measurement_is_of_a_few_short_rows_twice(self, length: int, measured: int):
+        sampler = FakeSampler()
+        choice = MixingChoice("auto", Accelerator(cpu=True), is_sharded=False)
+        choice.applied_to(sampler, build_model("gpt2", 40), [[1]] * 9, length)
+        assert sampler.asked == [("coins", 8, 8, measured), ("speculative", 8, 8, measured)] * 2
+
+    def test_measurement_is_the_least_time_of_a_token(self, monkeypatch):
+        sampler = FakeSampler(seconds={"coins": [6.0, 3.0], "speculative": [2.0, 8.0]})
+        monkeypatch.setattr(minillm_trl.training.mixing_choice.time, "process_time", lambda: sampler.now[0])
+        found = measure_mixing(sampler, SimpleNamespace(device=torch.device("cpu")), [[1], [2]], 4)
+        assert found == {"coins": 0.75, "speculative": 0.5}
 
     def test_measurement_times_both_ways_and_leaves_random_state_alone(self):
         student, sampler = build_model("gpt2", 40, seed=0), build_sampler(0.5)
@@ -143,6 +192,7 @@ class TestAuto:
 def test_sharded_teacher_is_refused():
     with pytest.raises(ValueError, match="mixing='speculative' does not work with a teacher that is sharded"):
         MixingChoice("speculative", Accelerator(cpu=True), is_sharded=True)
+    assert MixingChoice("coins", Accelerator(cpu=True), is_sharded=True).method == "coins"
 
 
 @pytest.mark.parametrize(
