@@ -72,7 +72,7 @@ MODULES = (
 TESTS = tuple(
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "tests").rglob("test_*.py"))
-    if path.parent.name != "project" and not path.name.startswith("test_vllm")
+    if path.parent.name not in ("project", "engines")
 )
 NOT_THOSE = "not distributed and not cli and not notebooks and not slow and not smoke"  # most start processes
 PYTEST = ("-q", "--no-header", "-p", "no:cacheprovider", "--capture=sys", "-m", NOT_THOSE)
