@@ -9,7 +9,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from minillm_trl.models.attention import attend_in_groups, grouped_attention
+from minillm_trl.models.attention import (
+    attend_in_groups,
+    avoid_cudnn_attention,
+    grouped_attention,
+    without_cudnn_attention,
+)
 from minillm_trl.rollouts.decoding import check_decoding
 from minillm_trl.rollouts.sampling import sample_prompts
 
@@ -88,6 +93,34 @@ def test_output_is_that_of_repeated_keys(length: int, kind: str):
     found, nothing = attend_in_groups(Layer(), **given, scaling=0.3)
     assert nothing is None
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous()  # as transformers' own, since some layers call `view`
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_bias_of_positions_differs_by_head(length: int):
+    given = inputs(length)
+    bias = torch.randn(1, 6, length, 10, dtype=torch.float64)
+    key, value = (given[name].repeat_interleave(3, dim=1) for name in ("key", "value"))
+    mask = bias.masked_fill(~given["attention_mask"], -1e300)
+    expected = torch.nn.functional.scaled_dot_product_attention(given["query"], key, value, mask, scale=0.3)
+    found, _ = attend_in_groups(Layer(), **given, scaling=0.3, position_bias=bias)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_kernels_of_cudnn_are_off_and_come_back(enabled: bool):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        with without_cudnn_attention():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with pytest.raises(ArithmeticError), without_cudnn_attention():
+            raise ArithmeticError
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        avoid_cudnn_attention()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def options(**more) -> dict:

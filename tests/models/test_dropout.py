@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_model
+from transformers import LlamaConfig
 
 from minillm_trl.models.dropout import disable_dropout
 
@@ -38,3 +39,22 @@ def test_other_numbers_stay():
     disable_dropout(torch.nn.Sequential(layer))
     assert (layer.layerdrop, layer.hidden_dropout) == (0.0, 0.0)
     assert (layer.scale, layer.drops_first, layer.drop_name) == (0.5, True, "x")
+
+
+def test_only_probabilities_of_a_configuration_change():
+    config = LlamaConfig(attention_dropout=0.5, rms_norm_eps=0.25)
+    config.update({"drop_path": None, "layerdrop": 0.5})
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+
+        def forward(self, states: torch.Tensor) -> tuple:
+            return self.config.attention_dropout, self.config.drop_path, self.config.rms_norm_eps
+
+    layers = torch.nn.Sequential(Layer(), Layer())
+    disable_dropout(layers)
+    assert layers[0](torch.ones(1)) == (0.0, None, 0.25)
+    assert layers[0].config is layers[1].config is not config
+    assert (layers[0].config.layerdrop, config.attention_dropout) == (0.5, 0.5)
