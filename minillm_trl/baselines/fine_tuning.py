@@ -191,10 +191,12 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
         return self.guard.check_loss(loss, explain, self._deepspeed_engine)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """Evaluate as [`~trl.SFTTrainer`] does, and with `predict_with_generate` also on samples."""
+        """Evaluate as [`~trl.SFTTrainer`] does, and with `predict_with_generate` also on samples.
+
+        Samples answer the prompts of the trainer's own `eval_dataset`, so another one here has none.
+        """
         # TRL: passes each of several datasets to transformers' evaluation
-        if self._eval_prompts is not None and metric_key_prefix == "eval":
-            self.model.eval()
+        if self._eval_prompts is not None and eval_dataset is None and metric_key_prefix == "eval":
             for name, value in self._sample_metrics().items():
                 self._metrics["eval"][name].append(value)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

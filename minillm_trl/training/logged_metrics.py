@@ -166,7 +166,7 @@ def completion_totals(
     """
 
     def of_lengths(chosen: torch.Tensor, name: str) -> dict[str, Fraction]:
-        found = lengths[chosen].double()
+        found = lengths[chosen]
         count = len(found)
         return {
             f"completions/mean_{name}": (found.sum(), count),
@@ -205,8 +205,6 @@ def metric_means(names: list[str], gathered: torch.Tensor) -> dict[str, float]:
         known = values[counts > 0]
         if len(known):
             metrics[name] = (known.max() if name in _LARGEST else known.min()).item()
-        else:
-            metrics[name] = 0.0
     if _MAX in metrics:
         mean_square = metrics.pop(_MEAN_SQUARE)
         metrics[_SHARE] = metrics[_MEAN] ** 2 / mean_square if mean_square else 1.0
@@ -279,7 +277,7 @@ def gradient_totals(gradients: torch.Tensor, tokens: torch.Tensor) -> Totals:
     """
     known = int(tokens.min() > 0)
     of_halves = gradients.double() / tokens.clamp(min=1)[:, None]
-    share = tokens.double().prod() / tokens.sum().clamp(min=1).double().square()
+    share = tokens.prod() / tokens.sum().clamp(min=1).double().square()
     totals: dict[str, Fraction] = {}
     for name, (first, second) in zip(("long_term", "single_step"), of_halves, strict=True):
         totals[f"objective/{name}_signal"] = (known * (first @ second), known)

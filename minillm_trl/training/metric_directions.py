@@ -71,11 +71,6 @@ def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
 
 
 def _known(metric: str) -> str | None:
-    """Return the pattern that describes a metric of this package, or None.
-
-    Several patterns may match, as a dataset's name before a metric can end like a metric. Prefer the longest.
-    """
+    """Return the pattern that describes a metric of this package, after a dataset's name or not, or None."""
     name = metric.removeprefix("eval_")
-    found = [pattern for pattern in _DIRECTIONS if re.fullmatch(rf"([^/]*_)?{pattern}", name)]
-    exact = [pattern for pattern in found if re.fullmatch(pattern, name)]
-    return max(exact or found, key=len, default=None)
+    return next((pattern for pattern in _DIRECTIONS if re.fullmatch(rf"([^/]*_)?{pattern}", name)), None)

@@ -61,7 +61,7 @@ class RunMetrics:
     def add_eval_loss(self, total: torch.Tensor, count: torch.Tensor | int) -> None:
         """Add the summed loss of an evaluation batch on this process, and the number of its tokens or sequences."""
         count = torch.as_tensor(count, device=total.device)
-        self._eval_loss.append(torch.stack([total.detach().double(), count.double()]))
+        self._eval_loss.append(torch.stack([total.detach().double(), count]))
 
     def begin_evaluation(self) -> None:
         """Drop the losses of earlier batches in evaluation mode."""

@@ -48,16 +48,19 @@ def test_batch_that_would_end_between_the_samples_of_a_prompt_is_refused():
 
 
 def test_rows_are_filled_where_several_processes_share_them():
-    def filled(rows: Any, processes: int, dispatch: bool | None = None, drop_last: bool = False) -> tuple[Any, Any]:
+    def filled(
+        rows: Any, processes: int, dispatch: bool | None = None, drop_last: bool = False, splits: bool = False
+    ) -> tuple[Any, Any]:
         loading = SimpleNamespace(dispatch_batches=dispatch)
         accelerator = SimpleNamespace(num_processes=processes, dataloader_config=loading)
-        split = SimpleNamespace(split_batches=False)
+        split = SimpleNamespace(split_batches=splits)
         args = SimpleNamespace(accelerator_config=split, dataloader_drop_last=drop_last)
         return fill_rows(rows, 2, accelerator, args, lambda row: -1), loading.dispatch_batches
 
     for rows in (range(3), Stream(3)):
         assert filled(rows, 1) == (rows, None)
     assert list(filled(range(3), 3)[0]) == [0, 1, 2, -1, -1, -1]
+    assert list(filled(range(3), 3, splits=True)[0]) == [0, 1, 2, -1]  # the processes share a batch of two
     assert filled(range(3), 3, drop_last=True) == (range(3), None)
     for dispatch, expected in ((None, False), (True, True), (False, False)):
         stream, found = filled(Stream(3), 3, dispatch)
@@ -168,6 +171,16 @@ def test_fillers_come_after_the_rows_and_complete_the_last_batch(length: int):
 
 def test_a_stream_without_rows_has_no_fillers():
     assert list(FilledStream(Stream(0), 4, str)) == []
+
+
+def test_a_stream_without_epochs_is_the_same_in_each():
+    stream = FilledStream([5, 6, 7], 2, str)
+    stream.set_epoch(1)
+    assert list(stream) == [5, 6, 7, "7"]  # a filler is made from a row
+
+
+def test_fillers_are_made_from_the_first_rows():
+    assert list(FilledDataset([5, 6, 7], 8, str)) == [5, 6, 7, "5", "6", "7", "5", "6"]
 
 
 class TestTotals:

@@ -33,7 +33,9 @@ def test_direction_is_that_of_the_metric(metric: str | None, expected: bool | No
     assert greater_is_better(metric, None) is expected
     assert greater_is_better(metric, expected) is expected
     if expected is not None:
-        with pytest.raises(ValueError, match=f"greater_is_better={not expected} contradicts .*{metric}"):
+        better = "larger" if expected else "smaller"
+        contradiction = f"greater_is_better={not expected} contradicts .*{metric}.* {better} values are better"
+        with pytest.raises(ValueError, match=contradiction):
             greater_is_better(metric, not expected)
 
 

@@ -44,6 +44,17 @@ def test_resumed_training_continues_with_totals_and_values_and_a_second_one_does
     other.add_values("train", "length", torch.tensor([9.0]))
     add(other, "train", 4.0)
     assert dict(other.take("train")) == {"length_median": 4.0, "length_max": 9.0, "metric_0": 1.5}
+    assert other.take("train") == []
+
+
+def test_values_are_kept_without_their_graphs(metrics: RunMetrics):
+    metrics.add_values("train", "length", torch.tensor([1.0], requires_grad=True).square())
+    assert not metrics.state()["values"]["length"].requires_grad
+
+
+def test_checkpoint_from_before_there_were_totals_has_none(metrics: RunMetrics):
+    metrics.restore({})
+    assert metrics.take("train") == []
 
 
 def test_evaluation_loss_is_the_mean_over_all_tokens_since_its_start(metrics: RunMetrics):
@@ -53,3 +64,14 @@ def test_evaluation_loss_is_the_mean_over_all_tokens_since_its_start(metrics: Ru
     for total, count in ((6.0, 4), (2.0, torch.tensor(1))):
         metrics.add_eval_loss(torch.tensor(total), count)
     assert metrics.eval_loss() == 1.6
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [([(3.0, 1)], 3.0), ([(0.0, 0)], 0.0), ([(2.0**24, 1), (1.0, 1)], (2.0**24 + 1) / 2)]
+)
+def test_evaluation_loss_of_few_tokens_and_of_many(
+    metrics: RunMetrics, losses: list[tuple[float, int]], expected: float
+):
+    for total, count in losses:
+        metrics.add_eval_loss(torch.tensor(total), count)
+    assert metrics.eval_loss() == expected

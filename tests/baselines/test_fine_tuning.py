@@ -1,0 +1,284 @@
+"""Fine-tuning and KD on their own: the loss of a micro-batch, samples of an evaluation, the teacher's arguments."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import build_model, build_tokenizer
+from datasets import Dataset
+from test_kd import TEXTS, batch_of, by_hand, make_args, make_fine_tuning, make_trainer
+
+from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, fine_tuning, kd
+from minillm_trl.errors import UserError
+from minillm_trl.evaluation.metrics import repeated_ngrams, rouge_l
+from minillm_trl.rollouts.keyed_random import evaluation_key
+
+TOKENIZER = build_tokenizer()
+TOKENS = 31  # of an optimizer step that has other micro-batches too
+SAMPLED = {"predict_with_generate": True, "eval_strategy": "steps"}
+
+
+def cross_entropy(trainer: FineTuningTrainer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The summed cross-entropy of a batch, and the number of its tokens."""
+    entropy, _, _ = by_hand(trainer.model, trainer.model, batch, 0.0)
+    return entropy, int((batch["labels"][:, 1:] != -100).sum())
+
+
+class TestFineTuningLoss:
+    def test_of_a_training_is_divided_by_the_tokens_of_its_step(self, tmp_path):
+        trainer = make_fine_tuning(tmp_path)
+        batch = batch_of(trainer, range(3))
+        expected = cross_entropy(trainer, batch)[0] / TOKENS
+        trainer.model.train()
+        hooks = len(trainer.model._forward_hooks)
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(TOKENS))
+        torch.testing.assert_close(loss, expected)
+        again, outputs = trainer.compute_loss(trainer.model, dict(batch), True, torch.tensor(TOKENS))
+        torch.testing.assert_close(again, expected)
+        assert outputs.logits.shape[:2] == batch["input_ids"].shape
+        assert len(trainer.model._forward_hooks) == hooks
+        assert trainer.means.eval_loss() is None
+        assert set(dict(trainer.means.take("train"))) == {"entropy", "mean_token_accuracy"}
+        assert not {"entropy", "mean_token_accuracy"} & set(trainer._metrics["train"])
+
+    def test_of_an_evaluation_is_the_mean_over_its_tokens(self, tmp_path):
+        trainer = make_fine_tuning(tmp_path)
+        parts = [batch_of(trainer, rows) for rows in (range(2), range(2, 7))]
+        trainer.model.eval()
+        with torch.no_grad():
+            found = [trainer.compute_loss(trainer.model, dict(part)) for part in parts]
+        sums = [cross_entropy(trainer, part) for part in parts]
+        for loss, (total, count) in zip(found, sums, strict=True):
+            torch.testing.assert_close(loss, total / count)
+        total, count = (sum(each) for each in zip(*sums, strict=True))
+        assert trainer.means.eval_loss() == pytest.approx((total / count).item(), rel=1e-6)
+        loss, _ = trainer.compute_loss(trainer.model, dict(parts[0]), return_outputs=True)
+        torch.testing.assert_close(loss, found[0])
+
+    def test_micro_batch_without_a_finite_loss_is_named(self, tmp_path):
+        trainer = make_fine_tuning(tmp_path)
+        batch = batch_of(trainer, range(2))
+        trainer.model.train()
+        trainer.model.lm_head.weight.data.fill_(math.nan)
+        assert trainer.compute_loss(trainer.model, dict(batch)).isnan()
+        text = TOKENIZER.decode(batch["input_ids"][0][:32])
+        assert trainer.guard.faults == [f"the loss is nan in a micro-batch whose first row begins with {text!r}"]
+
+
+class TestKDLoss:
+    def test_of_a_training_without_a_number_is_divided_by_its_own_tokens(self, tmp_path):
+        trainer = make_trainer(tmp_path, ratio=0.3)
+        batch = batch_of(trainer, range(3))
+        trainer.model.train()
+        expected = by_hand(trainer.model, trainer.teacher_model, batch, 0.3)[2] / cross_entropy(trainer, batch)[1]
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
+        one = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=1)
+        torch.testing.assert_close(one, expected * cross_entropy(trainer, batch)[1])
+        assert trainer.means.eval_loss() is None
+
+    @pytest.mark.parametrize("averages", [True, False])
+    def test_is_not_averaged_over_processes_where_its_tokens_are_counted_over_them(
+        self, tmp_path, monkeypatch, averages: bool
+    ):
+        """DDP averages gradients, so a loss over all tokens is multiplied by the number of processes."""
+        trainer = make_trainer(tmp_path, average_tokens_across_devices=averages)
+        batch = batch_of(trainer, range(3))
+        trainer.model.train()
+        of_step = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=TOKENS)
+        of_batch = trainer.compute_loss(trainer.model, dict(batch))
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+        factor = 2 if averages else 1
+        found = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=TOKENS)
+        torch.testing.assert_close(found, of_step * factor)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), of_batch)
+
+    def test_of_nothing_but_padding_is_zero(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        batch = batch_of(trainer, range(2))
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        trainer.model.train()
+        for count in (None, 0):
+            loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+            assert loss == 0.0
+        trainer.model.eval()
+        assert trainer.compute_loss(trainer.model, dict(batch)) == 0.0
+        assert trainer.means.eval_loss() == 0.0
+
+    def test_of_one_token_is_its_cross_entropy(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        batch = batch_of(trainer, range(1))
+        last = int((batch["labels"] != -100).nonzero()[-1, 1])
+        batch["labels"][:, :last] = -100
+        expected, count = cross_entropy(trainer, batch)
+        assert count == 1
+        trainer.model.eval()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
+
+    def test_has_no_outputs(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        with pytest.raises(UserError, match="compute_metrics"):
+            trainer.compute_loss(trainer.model, batch_of(trainer, range(1)), return_outputs=True)
+
+
+class TestSamples:
+    ROWS = Dataset.from_dict(
+        {
+            "prompt": ["the mill\n", "near the river\n", "the mill\n", "the pub\n"],
+            "completion": [" is a pub", " is cheap", " serves food", " is a mill"],
+        }
+    )
+
+    def trainer(self, folder, rows: Any = ROWS, student: Any = None, **options) -> FineTuningTrainer:
+        options = {"max_completion_length": 6, "per_device_eval_batch_size": 3, **SAMPLED, **options}
+        return FineTuningTrainer(
+            model=student or build_model("gpt2", len(TOKENIZER) + 20),
+            args=make_args(FineTuningConfig, folder, **options),
+            train_dataset=TEXTS,
+            eval_dataset=rows,
+            processing_class=TOKENIZER,
+        )
+
+    @pytest.mark.parametrize(("process", "processes", "rows"), [(0, 1, [0, 1, 2]), (0, 2, [0, 2]), (1, 2, [1])])
+    def test_metrics_are_means_over_a_process_s_prompts(self, tmp_path, monkeypatch, process, processes, rows):
+        trainer, seen = self.trainer(tmp_path, seed=7), []
+        answers = [
+            [*TOKENIZER(text)["input_ids"], 0] for text in (" is a pub", " is a mill", " pub pub pub pub pub pub")
+        ]
+        answers[1].pop()
+
+        def sample(student, prompt_ids, **options):
+            seen.append((student.training, torch.is_grad_enabled(), prompt_ids, options))
+            return [answers[row] for row in rows]
+
+        monkeypatch.setattr(fine_tuning, "sample_prompts", sample)
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        monkeypatch.setattr(Accelerator, "num_processes", processes)
+        trainer.model.train()
+        found = trainer._sample_metrics()
+        references = [[" is a pub", " serves food"], [" is cheap"], [" is a mill"]]
+        texts = [" is a pub", " is a mill", " pub pub pub pub pub pub"]
+        expected = {
+            "rouge_l": [rouge_l(texts[row], references[row]) for row in rows],
+            "completions/mean_length": [len(answers[row]) for row in rows],
+            "rollout/eos_rate": [float(row != 1) for row in rows],
+            "rollout/repeated_4grams": [repeated_ngrams(answers[row], 4) for row in rows],
+        }
+        assert found == pytest.approx({name: sum(values) / len(rows) for name, values in expected.items()})
+        prompts = [TOKENIZER(["the mill\n", "near the river\n", "the pub\n"][row])["input_ids"] for row in rows]
+        ((training, has_gradients, prompt_ids, options),) = seen
+        assert (training, has_gradients, prompt_ids) == (False, False, prompts)
+        assert options == {
+            "keys": [evaluation_key(7, ids) for ids in prompts],
+            "max_new_tokens": 6,
+            "eos_token_ids": [0],
+            "pad_token_id": TOKENIZER.pad_token_id,
+            "batch_size": 3,
+            "vocab_size": len(TOKENIZER),
+        }
+
+    def test_only_an_evaluation_of_the_prompts_has_them(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        assert "eval_rouge_l" in trainer.evaluate()
+        others = trainer.evaluate(trainer.eval_dataset.select(range(2)))
+        assert [name for name in others if "rouge" in name or "length" in name] == []
+        assert "test_rouge_l" not in trainer.evaluate(metric_key_prefix="test")
+
+    def test_first_message_of_a_conversation_is_its_reference(self, tmp_path):
+        rows = [[{"role": "assistant", "content": text}, {"role": "user", "content": "?"}] for text in ("a", "b")]
+        data = Dataset.from_dict({"prompt": ["x", "y"], "completion": rows})
+        assert fine_tuning._prompts_with_references(data)["references"][:] == [["a"], ["b"]]
+        given = Dataset.from_dict({"prompt": ["x"], "completion": ["a"], "references": [["b", "c"]]})
+        assert fine_tuning._prompts_with_references(given)["references"][:] == [["b", "c"]]
+
+    @pytest.mark.parametrize(
+        "rows", [None, {"a": ROWS}, ROWS.remove_columns("completion"), ROWS.remove_columns("prompt"), "rows"]
+    )
+    def test_data_without_prompts_and_completions_is_refused(self, tmp_path, rows: Any):
+        with pytest.raises(ValueError, match="predict_with_generate=True needs an eval_dataset"):
+            self.trainer(tmp_path, rows)
+
+    def test_longest_prompt_has_to_leave_room(self, tmp_path, monkeypatch):
+        longest = max(len(ids) for ids in TOKENIZER(self.ROWS["prompt"][:])["input_ids"])
+        assert self.trainer(tmp_path, max_completion_length=128 - longest) is not None
+        with pytest.raises(
+            ValueError, match=f"has {longest} tokens; with max_completion_length={129 - longest} .* 128"
+        ):
+            self.trainer(tmp_path, max_completion_length=129 - longest)
+        monkeypatch.setattr(fine_tuning, "max_context", lambda _: None)
+        assert self.trainer(tmp_path, max_completion_length=1000) is not None
+
+
+def test_fillers_of_an_evaluation_have_no_labels():
+    row = {"input_ids": [5, 6], "labels": [5, 6], "other": 1}
+    assert fine_tuning._blank(row) == {"input_ids": [5, 6], "labels": [-100, -100], "other": 1}
+
+
+class TestTeacher:
+    def test_it_is_loaded_as_the_arguments_say(self, tmp_path, model_dir, monkeypatch):
+        seen, place = [], kd.place_new_teacher
+
+        def remember(teacher, accelerator, **options):
+            seen.append({"teacher": teacher, **options})
+            return place(teacher, accelerator, **options)
+
+        monkeypatch.setattr(kd, "place_new_teacher", remember)
+        teacher = model_dir("llama", 1, 48)
+        trainer = make_trainer(tmp_path, teacher=teacher)
+        expected = {
+            "teacher": teacher,
+            "init_kwargs": None,
+            "default_dtype": torch.float32,
+            "shard": False,
+            "trust_remote_code": False,
+            "allow_pickled_weights": False,
+        }
+        assert seen.pop() == expected
+        assert {parameter.dtype for parameter in trainer.teacher_model.parameters()} == {torch.float32}
+        assert trainer.settings.inputs["teacher_model"] is not None
+        options = {"trust_remote_code": True, "allow_pickled_weights": True, "bf16": True}
+        trainer = make_trainer(
+            tmp_path, teacher=teacher, teacher_model_init_kwargs={"attn_implementation": "eager"}, **options
+        )
+        options.pop("bf16")
+        kwargs = {"attn_implementation": "eager"}
+        assert seen.pop() == {**expected, **options, "init_kwargs": kwargs, "default_dtype": torch.bfloat16}
+        assert {parameter.dtype for parameter in trainer.teacher_model.parameters()} == {torch.bfloat16}
+        assert trainer.teacher_model.config._attn_implementation == "eager"
+
+    def test_student_is_no_teacher_of_its_own(self, tmp_path):
+        model = build_model("llama", len(TOKENIZER))
+        with pytest.raises(ValueError, match="teacher"):
+            make_trainer(tmp_path, student=model, teacher=model)
+
+    @pytest.mark.parametrize("who", ["student", "teacher"])
+    def test_head_that_is_not_reproduced_is_refused(self, tmp_path, who: str):
+        model = build_model("llama", len(TOKENIZER))
+        forward = type(model).forward
+
+        def scaled(*arguments: Any, **options: Any) -> Any:
+            output = forward(model, *arguments, **options)
+            output.logits = 3 * output.logits.tanh()
+            return output
+
+        model.forward = scaled
+        with pytest.raises(ValueError, match=who):
+            make_trainer(tmp_path, **{who: model})
+
+    @pytest.mark.parametrize(
+        ("learnt", "ends", "number"),
+        [(0, 5, 1), (0, [5, 6], 1), (0, [5, 0], 0), (0, 300, 0), (0, None, 0), (None, 5, 0), (0, 299, 1)],
+    )
+    def test_ends_that_are_no_token_of_the_data_are_warned_of(
+        self, tmp_path, monkeypatch, learnt: int | None, ends: Any, number: int
+    ):
+        warnings: list[str] = []
+        monkeypatch.setattr(kd.logger, "warning", warnings.append)
+        trainer = make_trainer(tmp_path)
+        assert warnings == []
+        assert len(TOKENIZER) == 300
+        trainer._learnt_end, trainer.teacher_model.generation_config.eos_token_id = learnt, ends
+        trainer._compare_ends()
+        assert len(warnings) == number
+        assert all("The data ends completions with '<eos>', the teacher with" in text for text in warnings)
