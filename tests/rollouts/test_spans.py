@@ -1,6 +1,7 @@
 """Alignment of two tokenizers: by hand, for random texts, and the gradient that it gives, by enumeration."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tabular import Tabular, relative_error
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minillm_trl.errors import UserError
 from minillm_trl.models.token_bytes import inner_pairs, token_bytes
@@ -106,6 +108,30 @@ class TestBytes:
     def test_pairs_are_those_inside_tokens(self):
         found = inner_pairs([b"abc", b"", b"d", b"ba"])
         assert [tuple(pair) for pair in np.argwhere(found)] == [(97, 98), (98, 97), (98, 99)]
+        assert np.argwhere(inner_pairs([b"\xff\xff\x00"])).tolist() == [[255, 0], [255, 255]]
+
+    def test_each_byte_is_the_one_for_which_gpt2_has_a_character(self):
+        tokenizer = bpe([])
+        table, names = token_bytes(tokenizer, "student"), bytes_to_unicode()
+        ids = tokenizer.convert_tokens_to_ids([names[byte] for byte in range(256)])
+        assert [table[id_] for id_ in ids] == [bytes([byte]) for byte in range(256)]
+
+    @pytest.mark.parametrize(
+        ("decoder", "is_known"),
+        [
+            ([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)], True),
+            ([decoders.Replace("▁", " "), decoders.Fuse()], False),
+            ([decoders.Replace("▁", ""), decoders.ByteFallback(), decoders.Fuse()], False),
+            ([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)], False),
+            ([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.CTC()], False),
+            ([decoders.ByteLevel(), decoders.Fuse()], False),
+        ],
+    )
+    def test_decoder_decides_whether_bytes_are_known(self, decoder: list, is_known: bool):
+        tokenizer = sentencepiece()
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence(decoder)
+        with nullcontext() if is_known else pytest.raises(UserError, match="neither byte-level nor SentencePiece's"):
+            assert len(token_bytes(tokenizer, "student")) == len(tokenizer)
 
     def test_other_kind_of_tokenizer_is_refused_by_its_owner(self):
         words = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))

@@ -2,16 +2,21 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minillm_trl.divergences import forward_kl, generalized_jsd, reverse_kl, skewed_reverse_kl
+from minillm_trl.errors import UserError
 from minillm_trl.models.fused_head import ScoreRequest, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.objectives import expected_rewards
 from minillm_trl.rollouts.scores import HeadStates, RolloutScorer, TeacherStates
+from minillm_trl.teacher_server.identity import ServerIdentity
+from minillm_trl.teacher_server.remote_teacher import ServedTeacher
 from minillm_trl.teacher_server.top_k import (
     TopK,
     TopKHead,
@@ -88,8 +93,42 @@ def test_packing_keeps_ids_and_log_probs(pair):
     _, teacher, targets = pair
     top = largest_log_probs(teacher.float(), targets, 4, 1.0)
     assert all(map(torch.equal, TopK.unpack(top.pack()), top))
-    large = TopK(torch.tensor([[2**24 - 1]]), torch.zeros(1, 1), torch.zeros(1))
-    assert TopK.unpack(large.pack()).ids.item() == 2**24 - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_batches_are_float32_of_any_shape(dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, (2, 3, 4), generator=generator)
+    logps, rest = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 3, 4), (2, 3)))
+    packed = TopK(ids, logps, rest).pack()
+    assert (packed.dtype, packed.shape) == (torch.float32, (2, 3, 9))
+    assert all(map(torch.equal, TopK.unpack(packed), (ids, logps.float(), rest.float())))
+
+
+@pytest.mark.parametrize(("size", "fits"), [(2**24, True), (2**24 + 1, False)])
+def test_vocabulary_is_limited_to_the_ids_that_float32_holds(size: int, fits: bool):
+    head = torch.nn.Linear(1, size, bias=False, device="meta")
+    student = SimpleNamespace(get_output_embeddings=lambda: head)
+    teacher = ServedTeacher(None, ServerIdentity("it", vocab_size=size), 5, 1.0, "teacher")
+    with nullcontext() if fits else pytest.raises(UserError, match=f"limited to {2**24} tokens"):
+        assert teacher.shared_vocab_size(student, range(9)) == size
+    largest = TopK(torch.tensor([[2**24 - 1]]), torch.zeros(1, 1), torch.zeros(1))
+    assert TopK.unpack(largest.pack()).ids.item() == 2**24 - 1
+
+
+def test_tokens_that_the_student_excludes_get_none_of_the_rest(pair):
+    """The student has no shape outside the list, so nothing can have the probability of the rest."""
+    student, teacher, targets = pair
+    top = largest_log_probs(teacher, targets, 3, 0.7)
+    unlisted = torch.ones_like(student, dtype=torch.bool).scatter(1, top.ids, False)
+    completed = complete(top, student.masked_fill(unlisted, -math.inf), 0.7)
+    expected = (teacher / 0.7).log_softmax(-1).masked_fill(unlisted, -math.inf)
+    torch.testing.assert_close(completed / 0.7, expected)
+
+
+def test_completed_teacher_is_a_constant(pair):
+    student, teacher, targets = pair
+    assert not complete(largest_log_probs(teacher, targets, 3, 1.0), student.requires_grad_(), 1.0).requires_grad
 
 
 def test_teacher_without_probability_outside_the_list_gives_infinite_kl(pair):
