@@ -47,7 +47,7 @@ def test_trained_tokens_are_those_of_the_completion_that_no_tool_wrote():
         "prompt_ids": torch.tensor([[1, 5], [6, 7]]),
         "prompt_mask": torch.tensor([[False, True], [True, True]]),
         "completion_ids": torch.tensor([[8, 9, 1], [2, 3, 4]]),
-        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
     }
     ids, attention, mask = sequences(batch)
     assert ids.tolist() == [[1, 5, 8, 9, 1], [6, 7, 2, 3, 4]]
