@@ -61,8 +61,6 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
 
     def __init__(self, *, args: FineTuningConfig, eval_dataset: Dataset | None = None, **kwargs: Any):
         prompts = _prompts_with_references(eval_dataset) if args.predict_with_generate else None
-        if isinstance(eval_dataset, Dataset) and "prompt" in eval_dataset.column_names:
-            eval_dataset = eval_dataset.select_columns(["prompt", "completion"])
         init_kwargs = parsed_kwargs(args.model_init_kwargs)
         if isinstance(kwargs["model"], str) and not args.allow_pickled_weights:
             refuse_pickled_weights(kwargs["model"], init_kwargs)

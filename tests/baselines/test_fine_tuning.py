@@ -210,6 +210,31 @@ class TestSamples:
         assert self.trainer(tmp_path, max_completion_length=1000) is not None
 
 
+def test_evaluation_reads_the_columns_of_the_template_as_the_training_does(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{{ tools[0]['name'] }} {{ note }}: {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    prompt, completion = ([{"role": role, "content": text}] for role, text in (("user", "mill"), ("assistant", "pub")))
+    row = {
+        "prompt": prompt,
+        "completion": completion,
+        "tools": [{"name": "river"}],
+        "chat_template_kwargs": {"note": "cheap"},
+    }
+    data = Dataset.from_list([{**row, "references": ["pub"], "number": 3}] * 2)
+    trainer = FineTuningTrainer(
+        model=build_model("gpt2", len(tokenizer)),
+        args=make_args(FineTuningConfig, tmp_path, eval_strategy="steps"),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+    )
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        assert tokenizer.decode(rows[0]["input_ids"]).strip() == "river cheap: mill pub"
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_fillers_of_an_evaluation_have_no_labels():
     row = {"input_ids": [5, 6], "labels": [5, 6], "other": 1}
     assert fine_tuning._blank(row) == {"input_ids": [5, 6], "labels": [-100, -100], "other": 1}

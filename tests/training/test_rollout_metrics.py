@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,24 @@ class TestRollout:
         expected = {**lengths, "rouge_l": (100 + 50 + 0 + 100) / 4}  # "the" is half of "the mill"
         assert add_rollout(metrics, "eval", batch, counts) == pytest.approx(expected)
         assert metrics.table.counts == [counts, counts]
+
+    def test_completion_of_one_token_ends_like_others_and_an_empty_one_always(self):
+        batch = rollout(PUB[:1], [END], [])
+        batch["completion_ids"][2] = PUB[0]  # padding may be anything
+        found = add_rollout(make_metrics(), "train", batch, [True, True, True])
+        assert found["completions/clipped_ratio"] == pytest.approx(1 / 3)
+        assert found["completions/min_terminated_length"] == 0
+
+    def test_rewards_and_table_are_of_the_rows_of_all_processes(self):
+        metrics = make_metrics(rewards="a")
+        others = torch.tensor([False, True])  # of another process
+        metrics.accelerator = SimpleNamespace(gather=lambda counts: torch.cat([counts, others]))
+        metrics.logged["eval"]["rewards/a/mean"] = [9.0]
+        rewards = torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+        add_rollout(metrics, "eval", rollout(PUB, PUB), [True, False], rewards)
+        metrics.finish_eval_rewards()
+        assert metrics.table.counts == [[True, False, False, True]]
+        assert metrics.logged["eval"]["rewards/a/mean"] == [4.5]
 
     def test_tokens_of_tools_have_no_length_and_no_text(self):
         batch = rollout([*MILL, *PUB, END], [*MILL, *PUB], tools=tuple(range(len(MILL))))
