@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import torch
 from conftest import FAMILIES, build_model, build_tokenizer
 from safetensors.torch import load_file, save_file
 from test_cli import refused
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from minillm_trl.cli import main
 from minillm_trl.cli.doctor import run as doctor
@@ -73,7 +83,24 @@ def test_half_precision_and_attention_stay():
     model.set_attn_implementation("eager")
     small = shrink(model, [0, 1, 5])
     assert small.dtype == torch.bfloat16
+    assert {weight.dtype for weight in small.state_dict().values()} == {torch.bfloat16}
     assert small.config._attn_implementation == "eager"
+
+
+def test_configurations_are_copies_and_lists_keep_what_belongs_to_no_layer():
+    model = build_model("gemma3", layers=LAYERS)
+    model.config.eos_token_id = list(range(LAYERS))
+    model.config.layer_scales, model.config.layer_names = list(range(LAYERS)), ["a", "b"]
+    kinds = list(model.config.layer_types)
+    small = shrink(model, [0, 1, 5])
+    assert small.config.eos_token_id == list(range(LAYERS))
+    assert (small.config.layer_scales, small.config.layer_names) == ([0, 1, 5], ["a", "b"])
+    assert small.config.layer_types == [kinds[0], kinds[1], kinds[5]]
+    assert model.config.layer_types == kinds
+    small.generation_config.max_length = 77
+    assert model.generation_config.max_length != 77
+    assert small.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert not small.training
 
 
 def test_model_in_training_mode_is_shrunk_without_its_dropout():
@@ -135,15 +162,36 @@ def test_layers_are_chosen_by_spacing_or_influence():
     assert evenly_spaced(4, 2) == [0, 3]
     assert evenly_spaced(5, 5) == [0, 1, 2, 3, 4]
     assert most_influential(torch.tensor([0.1, 0.5, 0.2, 0.5, 0.3]), 3) == [1, 3, 4]
+    assert most_influential(torch.full((200,), 0.5), 3) == [0, 1, 2]
+    assert most_influential(torch.tensor([0.2, 0.1]), 2) == [0, 1]
     for wrong in (1, 6):
-        with pytest.raises(UserError, match=f"num_layers={wrong}"):
+        with pytest.raises(UserError, match=f"num_layers={wrong}: a model of 5 layers can keep 2 to 5 of them"):
             evenly_spaced(5, wrong)
+        with pytest.raises(UserError, match=f"num_layers={wrong}"):
+            most_influential(torch.zeros(5), wrong)
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [-1, 2], [0, LAYERS]], ids=str)
+def test_layers_that_are_not_ascending_numbers_of_layers_are_refused(layers: list[int]):
+    with pytest.raises(UserError, match=re.escape(f"layers={layers} must be ascending numbers between 0 and 5")):
+        shrink(build_model("llama", layers=LAYERS), layers)
+
+
+@pytest.mark.parametrize("layers", [[0], [LAYERS - 1], list(range(LAYERS))], ids=str)
+def test_a_single_layer_or_all_of_them_are_kept(layers: list[int]):
+    model = build_model("llama", layers=LAYERS)
+    with skipping(model, layers):
+        expected = logits(model)
+    torch.testing.assert_close(logits(shrink(model, layers)), expected)
 
 
 def test_sizes_count_tied_weights_once_and_an_embedding_not_at_all_for_a_step():
     tied, untied = build_model("qwen2"), build_model("llama")
     assert Sizes.of(tied).total == Sizes.of(tied).per_token
     assert Sizes.of(untied).total - Sizes.of(untied).per_token == untied.get_input_embeddings().weight.numel()
+    assert Sizes.of(tied).total == sum(weight.numel() for weight in tied.parameters())
+    headless = Sizes.of(tied.model)
+    assert headless.total - headless.per_token == tied.get_input_embeddings().weight.numel()
 
 
 def test_layers_that_depend_on_their_number_are_refused():
@@ -153,6 +201,41 @@ def test_layers_that_depend_on_their_number_are_refused():
         layer.self_attn.scaling = layer.self_attn.scaling * (1 + index % 2)
     with pytest.raises(UserError, match="scaling"):
         shrink(model, [0, 1, 3])
+
+
+def test_scale_of_a_layers_number_is_refused():
+    config = GPT2Config(n_embd=16, n_head=2, n_layer=LAYERS, vocab_size=60, scale_attn_by_inverse_layer_idx=True)
+    model = GPT2LMHeadModel(config).eval()
+    assert shrink(model, [0, 1, 2]).config.n_layer == 3
+    with pytest.raises(UserError, match=r"attn.scaling is 0.05\d+ in layer 5, but 0.17\d+ where it becomes layer 1"):
+        shrink(model, [0, 5])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_result_that_computes_something_else_is_refused(factor: float):
+    model = build_model("llama", layers=LAYERS)
+    model.model.layers[5].mlp.register_forward_hook(lambda module, given, output: factor * output)
+    if factor == 1.0:
+        shrink(model, [0, 5])
+    else:
+        with pytest.raises(UserError, match=r"LlamaForCausalLM cannot be shrunk: its logits differ by up to \d"):
+            shrink(model, [0, 5])
+
+
+def test_weights_that_no_model_of_its_class_has_are_refused():
+    model = build_model("llama", layers=LAYERS)
+    model.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"(?s)LlamaForCausalLM cannot be shrunk: .*model.extra"):
+        shrink(model, [0, 1])
+
+
+def test_multimodal_models_are_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 40}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with pytest.raises(UserError, match=r"A multimodal model \(gemma3\) cannot be shrunk"):
+        shrink(Gemma3ForConditionalGeneration(config), [0])
 
 
 def test_mixtures_of_experts_lose_layers_but_not_channels():
