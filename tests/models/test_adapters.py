@@ -1,17 +1,21 @@
 """Students that are adapters: the head's own adapters, a teacher on the same base, and what stays in float32."""
 
 import re
+import warnings
 
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PeftModel, PromptTuningConfig, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import minillm_trl.training.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.cli import main
+from minillm_trl.errors import UserError
+from minillm_trl.models.adapters import find_adapter, is_adapter, refuse_adapter
 from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
 from minillm_trl.models.lm_head import LMHead, check_head
@@ -19,6 +23,7 @@ from minillm_trl.models.teacher import adapter_on_base
 
 PROMPTS = [f"the punter {i}\n" for i in range(16)]
 LAYERS = ["q_proj", "down_proj"]
+IDS = torch.arange(2, 9)[None]
 
 
 def adapt(model, seed: int = 0, **options) -> PeftModel:
@@ -211,6 +216,70 @@ class TestSharedBase:
         student.get_parameter(f"base_model.model.model.{trained}").requires_grad_(True)
         with pytest.raises(ValueError, match=f"needs a frozen base, but the student trains .*{re.escape(trained)}"):
             adapter_on_base(student, teacher_adapter)
+
+
+class TestFinding:
+    """Which folders are adapters, and which base they have."""
+
+    def test_adapter_is_what_has_no_model_beside_it(self, tmp_path, model_dir):
+        LoraConfig(base_model_name_or_path="base").save_pretrained(tmp_path)
+        assert is_adapter(str(tmp_path))
+        with pytest.raises(UserError, match=f"--student {tmp_path} is an adapter"):
+            refuse_adapter("--student", str(tmp_path))
+        (tmp_path / "config.json").write_text("{}")
+        for whole in (str(tmp_path), model_dir("gpt2"), str(tmp_path / "nowhere"), "nobody/nothing"):
+            assert not is_adapter(whole)
+            refuse_adapter("--student", whole)
+
+    @pytest.mark.parametrize(
+        ("config", "kind"),
+        [
+            (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
+            (AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1), "ADAPTION_PROMPT"),
+            (XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={}), "XLORA"),
+            (LoraConfig(task_type="CAUSAL_LM", layer_replication=[(0, 2), (1, 2)]), "LoRA with layer_replication"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_kinds_that_change_no_weights_are_refused(self, tmp_path, model_dir, config, kind: str):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"--adapter {tmp_path}: {kind} cannot be merged"):
+            find_adapter(str(tmp_path), model_dir("llama"))
+
+    @pytest.mark.parametrize("base", [None, "", ["a", "b"]])
+    def test_base_without_a_name_is_refused(self, tmp_path, base):
+        LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"its adapter_config\.json names no base"):
+            find_adapter(str(tmp_path))
+
+    @pytest.mark.parametrize("revision", [None, "other"])
+    def test_base_of_a_revision_is_loaded_in_that_revision(self, tmp_path, monkeypatch, revision: str | None):
+        repository = tmp_path / "models--o--n"
+        (repository / "refs").mkdir(parents=True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        for number, name in enumerate(("main", "other")):
+            (repository / "refs" / name).write_text(40 * str(number))
+            base = build_model("llama", seed=number)
+            base.config.bos_token_id = number
+            base.save_pretrained(repository / "snapshots" / (40 * str(number)))
+        base = build_model("llama", seed=0 if revision is None else 1)
+        base.name_or_path = "o/n"
+        model = adapt(base, target_modules=LAYERS, revision=revision)
+        model.save_pretrained(tmp_path / "adapter")
+        found = find_adapter(str(tmp_path / "adapter"))
+        assert (found.name, found.base, found.revision) == (str(tmp_path / "adapter"), "o/n", revision)
+        assert found.tokenizer_source() == ("o/n", revision)
+        assert found.base_config.bos_token_id == (0 if revision is None else 1)
+        torch.testing.assert_close(found.load_merged()(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert find_adapter(str(tmp_path / "adapter"), "o/n").revision is None  # of another name none is known
+
+    def test_merging_leaves_the_filters_of_warnings(self, tmp_path, model_dir):
+        adapter = adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=LAYERS)
+        adapter.save_pretrained(tmp_path)
+        before = list(warnings.filters)
+        merged = find_adapter(str(tmp_path)).load_merged(torch.bfloat16)
+        assert warnings.filters == before
+        assert {weight.dtype for weight in merged.parameters()} == {torch.bfloat16}
 
 
 def test_adapter_that_is_named_as_a_student_is_to_be_merged_first(tmp_path, model_dir, capsys):
