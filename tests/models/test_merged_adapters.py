@@ -1,6 +1,9 @@
 """Adapters merged into the copy that samples: the same distribution and samples, and trained weights untouched."""
 
 import logging
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from peft import HiraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_p
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_trainer import make_config, make_trainer
 
-from minillm_trl.models.merged_adapters import adapted_layers
+from minillm_trl.models.merged_adapters import adapted_layers, whole_tensor
 from minillm_trl.models.student_copy import RolloutCopy
 from minillm_trl.rollouts.sampling import sample_prompts
 
@@ -141,6 +144,65 @@ def test_quantised_weights_and_disabled_adapters_are_left_out():
     model.disable_adapter_layers()
     assert adapted_layers(base) == []
     assert adapted_layers(build_model("llama")) == []
+
+
+class Packed(torch.nn.Parameter):
+    """As 4-bit weights that are stored as floating-point numbers."""
+
+
+@pytest.mark.parametrize(
+    "weight", [Packed(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), False)]
+)
+def test_quantised_weights_with_a_bias_are_left_out(weight: torch.nn.Parameter):
+    base = adapted(LoraConfig(r=4, target_modules=["q_proj"]), "opt").get_base_model()
+    layers = adapted_layers(base)
+    assert [layer.names for layer in layers] == [[f"model.decoder.layers.{i}.self_attn.q_proj"] for i in range(2)]
+    assert set(layers[0].base._parameters) == {"weight", "bias"}
+    layers[0].base._parameters["weight"] = weight
+    assert [layer.names for layer in adapted_layers(base)] == [layers[1].names]
+    layers[1].base._parameters.update(weight=None, bias=None)
+    assert adapted_layers(base) == []
+
+
+def test_layers_without_an_active_adapter_are_left_out():
+    model = adapted(KINDS["lora"])
+    base = model.get_base_model()
+    assert adapted_layers(base)
+    model.delete_adapter("default")
+    assert adapted_layers(base) == []
+
+
+def test_memory_that_is_not_there_is_an_error(monkeypatch):
+    def merge(*unused, **options):
+        raise torch.OutOfMemoryError("full")
+
+    model = adapted(KINDS["lora"])
+    monkeypatch.setattr(type(model.get_base_model().model.layers[0].self_attn.q_proj), "merge", merge)
+    with pytest.raises(torch.OutOfMemoryError):
+        copied_from(model)
+
+
+def test_weights_that_deepspeed_shards_are_gathered_while_they_are_read(monkeypatch):
+    weight, gathered = torch.nn.Parameter(torch.zeros(0)), []
+
+    @contextmanager
+    def gather(parameters: list):
+        (given,) = parameters
+        given.data = torch.ones(2)
+        gathered.append(given)
+        yield
+        given.data = torch.zeros(0)
+
+    zero = SimpleNamespace(GatheredParameters=gather)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    with whole_tensor(weight) as values:
+        assert values.numel() == 0
+    assert not gathered
+    weight.ds_id = 0
+    with whole_tensor(weight) as values:
+        assert values.tolist() == [1.0, 1.0]
+    assert gathered == [weight]
+    assert weight.numel() == 0
 
 
 @torch.no_grad()
