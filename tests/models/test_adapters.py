@@ -273,6 +273,16 @@ class TestFinding:
         torch.testing.assert_close(found.load_merged()(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
         assert find_adapter(str(tmp_path / "adapter"), "o/n").revision is None  # of another name none is known
 
+    def test_adapter_that_cannot_be_read_is_not_said_to_misfit(self, tmp_path, model_dir, monkeypatch):
+        adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama"))).save_pretrained(tmp_path)
+
+        def fail(*unused, **options):
+            raise OSError("the disk is gone")
+
+        monkeypatch.setattr(PeftModel, "from_pretrained", fail)
+        with pytest.raises(UserError, match=rf"^the adapter '{tmp_path}' cannot be loaded: the disk is gone"):
+            find_adapter(str(tmp_path)).load_merged()
+
     def test_merging_leaves_the_filters_of_warnings(self, tmp_path, model_dir):
         adapter = adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=LAYERS)
         adapter.save_pretrained(tmp_path)

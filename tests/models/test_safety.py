@@ -94,6 +94,16 @@ class TestRemoteCode:
         assert status(*generate(model), "--trust_remote_code") == 0
         assert marker.exists()
 
+    def test_it_runs_for_the_base_of_an_adapter_where_it_is_asked_for(self, with_code, tmp_path, capsys):
+        model, marker = with_code
+        base = build_model("gpt2", len(build_tokenizer()), width=16, layers=1)
+        base.name_or_path = str(model)
+        get_peft_model(base, LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
+        assert "trust_remote_code" in refused(capsys, *generate(tmp_path / "adapter"))
+        assert not marker.exists()
+        assert status(*generate(tmp_path / "adapter"), "--trust_remote_code") == 0
+        assert marker.exists()
+
     @pytest.mark.parametrize("name", ["generate", "evaluate", "sft", "minillm"])
     def test_it_does_not_run_by_default(self, with_code, tmp_path, data, capsys, name):
         model, marker = with_code
