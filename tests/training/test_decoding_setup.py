@@ -51,7 +51,7 @@ def test_teacher_is_compiled_where_it_draws_and_its_weights_stay(tmp_path, optio
     assert any(model is teacher for model in trainer._compiled_decoding.models) == compiles_teacher
 
 
-def test_teacher_that_is_quantised_on_several_devices_or_on_the_students_base_is_not_compiled(tmp_path):
+def test_teacher_that_is_quantised_on_several_devices_or_on_the_students_base_is_not_compiled(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     teacher, args = (
         trainer._teacher,
@@ -67,6 +67,26 @@ def test_teacher_that_is_quantised_on_several_devices_or_on_the_students_base_is
     args.teacher_shares_base = False
     teacher.model.is_quantized = True
     assert choose(teacher, args) is None
+    teacher.model.is_quantized = False
+    with monkeypatch.context() as sharded:
+        sharded.setattr(type(teacher), "is_sharded", True)
+        assert choose(teacher, args) is None
+    assert choose(teacher, args) is teacher.model
+    teacher.model.lm_head = torch.nn.Sequential(teacher.model.lm_head)  # as a head with an adapter
+    assert choose(teacher, args) is None
+    several = SimpleNamespace(models=[teacher.model] * 2, model=build_model("gpt2"), is_sharded=False)
+    assert choose(several, args) is None
+
+
+@pytest.mark.parametrize(("requested", "compiles"), [("inductor", True), (None, False)])
+def test_student_and_teacher_are_compiled_with_the_backend(
+    tmp_path, monkeypatch, requested: str | None, compiles: bool
+):
+    setup, trainer, student = minillm_trl.training.decoding_setup, make_trainer(tmp_path), build_model("gpt2")
+    monkeypatch.setattr(setup, "CompiledDecoding", lambda *arguments: arguments)
+    trainer.args.compile_rollouts = requested
+    compiled = prepare_decoding(student, trainer._teacher, trainer.args, decodes=False)
+    assert compiled == ((student, "inductor", trainer.teacher_model) if compiles else None)
 
 
 @pytest.mark.parametrize(
