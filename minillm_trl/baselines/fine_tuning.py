@@ -250,7 +250,8 @@ class FineTuningTrainer(ReliableTrainer, SFTTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 vocab_size=min(len(tokenizer), student.get_output_embeddings().weight.shape[0]),
             )
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        # not `batch_decode`, which returns a text for no completions: a process may have no prompts
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions]
         values: dict[str, list[float]] = {
             "rouge_l": rouge_l_to_references(texts, rows),
             "completions/mean_length": list(map(len, completions)),

@@ -119,5 +119,5 @@ def generate_completions(
         no_repeat_ngram_size=no_repeat_ngram_size,
         on_batch=None if on_batch is None else lambda rows, _: on_batch(len(rows)),
     )
-    texts: list[Any] = tokenizer.batch_decode(sampled, skip_special_tokens=True)
-    return [Completion(text, ids, ids[-1] in ends) for text, ids in zip(texts, sampled, strict=True)]
+    # not `batch_decode`, which returns a text for no completions: a process may have no prompts
+    return [Completion(str(tokenizer.decode(ids, skip_special_tokens=True)), ids, ids[-1] in ends) for ids in sampled]

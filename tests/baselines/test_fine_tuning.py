@@ -178,6 +178,14 @@ class TestSamples:
             "vocab_size": len(TOKENIZER),
         }
 
+    def test_process_without_prompts_has_the_metrics_of_the_others(self, tmp_path, monkeypatch):
+        trainer = self.trainer(tmp_path, self.ROWS.select(range(1)))
+        others = torch.tensor([50.0, 6.0, 1.0, 0.25, 1.0])
+        monkeypatch.setattr(trainer.accelerator, "reduce", lambda totals, reduction: totals + others)
+        monkeypatch.setattr(Accelerator, "process_index", 1)
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+        assert list(trainer._sample_metrics().values()) == [50.0, 6.0, 1.0, 0.25]
+
     def test_only_an_evaluation_of_the_prompts_has_them(self, tmp_path):
         trainer = self.trainer(tmp_path)
         assert "eval_rouge_l" in trainer.evaluate()

@@ -142,6 +142,10 @@ class TestGeneration:
         assert first[:3] == generate_completions(model, TOKENIZER, PROMPTS[:3], seed=1, **options)
         assert first != generate_completions(model, TOKENIZER, PROMPTS, seed=2, **options)
 
+    def test_no_prompts_have_no_completions(self):
+        """As on one of more processes than prompts."""
+        assert generate_completions(build_model("gpt2", len(TOKENIZER)), TOKENIZER, [], max_new_tokens=6) == []
+
     def test_seeds_share_no_sample_and_no_seed_repeats_none(self):
         model = build_model("gpt2", len(TOKENIZER))
         options = {"max_new_tokens": 12}
