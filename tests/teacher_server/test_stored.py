@@ -1,7 +1,10 @@
 """Stored scores of a teacher: what is in the folder, that it resumes, and training from it."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +22,9 @@ from minillm_trl.errors import UserError
 from minillm_trl.models.encoding import encode_after_prompt
 from minillm_trl.presets import preset
 from minillm_trl.teacher_server import stored
-from minillm_trl.teacher_server.protocol import Row
+from minillm_trl.teacher_server.protocol import Row, encode_rows
 from minillm_trl.teacher_server.service import TeacherService
-from minillm_trl.teacher_server.stored import StoredScores, given_rows, store_scores
+from minillm_trl.teacher_server.stored import OfflineTeacher, StoredScores, given_rows, store_scores
 from minillm_trl.teacher_server.top_k import TopK
 
 LIMIT = 10
@@ -70,6 +73,95 @@ class TestFolder:
             sampled = log_probs.gather(1, torch.tensor(row.completion)[:, None])[:, 0]
             torch.testing.assert_close(top.logps[:, -1], sampled, atol=1e-5, rtol=1e-5)
             assert top.ids[:, -1].tolist() == row.completion
+
+    def test_every_row_has_its_scores_in_any_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """Completions of any length, one of them twice; the last file has fewer rows."""
+        monkeypatch.setattr(stored, "ROWS_OF_FILE", 4)
+        service = TeacherService(teacher(), build_tokenizer(), "it", batch_size=3)
+        rows = [Row([5 + n, 6][: 1 + n % 2], list(range(7, 8 + 3 * n % 7))) for n in range(9)]
+        rows.append(rows[1])
+        counts: list[int] = []
+        options = {"top_k": 5, "temperature": 0.7, "vocab_size": VOCAB - 3, "max_completion_length": LIMIT}
+        store_scores(service, rows, tmp_path, **options, on_rows=counts.append)
+        assert counts == [4, 4, 2]
+        names = ["scores-00000000.safetensors", "scores-00000004.safetensors", "scores-00000008.safetensors"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "settings.json"]
+        pool = StoredScores(tmp_path)
+        assert pool.identity == service.identity
+        assert pool.settings == {
+            **options,
+            "teacher": service.identity.to_json(),
+            "rows": 10,
+            "data": hashlib.sha256(encode_rows(rows)).hexdigest(),
+        }
+        for row, packed in zip(reversed(rows), pool.score(rows[::-1], None), strict=True):
+            expected = service.score([row], 5, 0.7, VOCAB - 3)
+            assert packed.shape == (len(row.completion), 13)
+            assert torch.equal(TopK.unpack(packed).ids, expected.ids)
+            torch.testing.assert_close(packed, expected.pack(), rtol=1e-4, atol=1e-4)
+            assert pool.has(row)
+        moved = Row(rows[3].prompt + rows[3].completion[:1], rows[3].completion[1:])  # the same text
+        assert not pool.has(moved)
+        with pytest.raises(UserError, match=f"completion of {len(moved.completion)} tokens after a prompt of 3"):
+            pool.score([rows[0], moved], None)
+
+    @pytest.mark.parametrize("count", [1, 64, 65])
+    def test_a_file_has_64_rows(self, tmp_path: Path, count: int):
+        service = TeacherService(teacher(), build_tokenizer(), "it", batch_size=64)
+        rows = [Row([5], [6 + n]) for n in range(count)]
+        options = {"top_k": 1, "temperature": 1.0, "vocab_size": VOCAB, "max_completion_length": LIMIT}
+        store_scores(service, rows, tmp_path, **options)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1 + (count > 64)
+        assert all(map(StoredScores(tmp_path).has, rows))
+
+    def test_nothing_is_written_if_a_row_cannot_be_scored(self, tmp_path: Path):
+        service = TeacherService(teacher(), build_tokenizer(), "it", batch_size=3)
+        options = {"top_k": 5, "temperature": 1.0, "vocab_size": VOCAB - 3, "max_completion_length": LIMIT}
+        with pytest.raises(UserError, match=r"'it' .* cannot score the data: row 1 has a completion token outside"):
+            store_scores(service, [Row([5], [6]), Row([5], [VOCAB - 3])], tmp_path / "scores", **options)
+        assert not (tmp_path / "scores").exists()
+
+    def test_rows_are_those_of_training(self):
+        """Cut at the limit; conversations go through the template with its arguments."""
+        tokenizer, text = build_tokenizer(), "a cheap pub by the mill near the river"
+        whole, cut = (
+            next(given_rows([{"prompt": "the ", "completion": text}], tokenizer, limit)) for limit in (99, 3)
+        )
+        assert (cut.prompt, cut.completion) == (whole.prompt, whole.completion[:3])
+        assert whole.completion[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(whole.prompt + whole.completion[:-1]) == "the " + text
+        tokenizer.chat_template = "{{ extra }}{% for m in messages %}{{ m['content'] + '<eos>' }}{% endfor %}"
+        chat = {
+            "prompt": [{"role": "user", "content": "the"}],
+            "completion": [{"role": "assistant", "content": "mill"}],
+        }
+        (row,) = given_rows([chat], tokenizer, 99, {"extra": "a pub"})
+        assert tokenizer.decode(row.prompt) == "a pubthe<eos>"
+        assert tokenizer.decode(row.completion) == "mill<eos>"
+        for example in ({"prompt": "the mill"}, {"prompt": "the mill", "completion": None}):
+            with pytest.raises(UserError, match="prompt 'the mill' has no completion"):
+                list(given_rows([{"prompt": "a", "completion": "b"}, example], tokenizer, 9))
+
+    def test_teacher_of_a_folder_has_its_settings(self, tmp_path: Path):
+        store(tmp_path / "scores", top_k=5, temperature=0.7)
+        args = SimpleNamespace(offline_teacher=str(tmp_path / "scores"), temperature=0.7, max_completion_length=LIMIT)
+        found = OfflineTeacher.open(args)
+        assert (found.top_k, found.temperature, found.tokens) == (5, 0.7, "teacher")
+        assert found.identity == found.pool.identity
+        found.check(build_tokenizer(), conversational=True)
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / "scores"))):
+            found.check(build_tokenizer(280), conversational=False)
+        other = build_tokenizer()
+        other.chat_template = "{{ messages[0].content }}"
+        found.check(other, conversational=False)
+        with pytest.raises(UserError, match="template"):
+            found.check(other, conversational=True)
+        examples = [*DATA.select(range(3)), {"prompt": "the mill", "completion": "other"}]
+        found.check_data(examples[:3], build_tokenizer(), LIMIT)
+        with pytest.raises(UserError, match="no scores of row 3 of the training data, with the prompt 'the mill'"):
+            found.check_data(examples, build_tokenizer(), LIMIT)
+        with pytest.raises(UserError, match="no scores of row 1 "):
+            found.check_data(examples[:3], build_tokenizer(), LIMIT - 1)
 
     def test_interrupted_command_computes_only_what_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(stored, "ROWS_OF_FILE", 8)
