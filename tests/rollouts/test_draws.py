@@ -116,7 +116,7 @@ class TestKeys:
         assert [draw_seed() for _ in range(8)] == seeds
         assert len(set(seeds)) == 8
         assert all(0 <= seed < 2**63 for seed in seeds)
-        assert max(seeds) > 2**60
+        assert max(seeds) > 2**62
 
 
 ROWS, STEPS = np.array([2, 0, 1]), np.array([4, 0, 7])

@@ -35,5 +35,5 @@ def test_excluded_tokens_are_those_of_generate(size: int):
 
 
 def test_tokens_outside_the_shared_vocabulary_are_no_index():
-    block = NgramBlock(1, [[5, 1]])
+    block = NgramBlock(1, [[5, 3, 1]])
     assert block.exclude(torch.zeros(1, 3), [0]).tolist() == [[0.0, -torch.inf, 0.0]]

@@ -167,7 +167,9 @@ class TestSeveralTeachers:
         for members in ((half, single), (single, half), (half, half, single)):
             teachers, _ = of_several(*members)
             assert teachers.state_dtype == torch.float32
-        assert of_several(half, half)[0].state_dtype == torch.bfloat16
+        both = of_several(half, half)[0]
+        assert both.state_dtype == torch.bfloat16
+        assert both.hidden_states(IDS, MASK, 5, teacher_index=self.NUMBERS % 2).dtype == torch.bfloat16
         float16 = make_teacher(dtype=torch.float16)
         assert of_several(half, float16)[0].state_dtype == torch.float32  # which neither of them holds
         found = of_several(half, single)[0].hidden_states(IDS, MASK, 5, teacher_index=self.NUMBERS % 2)
