@@ -170,6 +170,31 @@ def test_rows_of_several_teachers_are_those_of_a_run_with_each(shared: bool):
     assert (plain.completions, plain.scores.parts) == (turn.completions, [])
 
 
+def test_teachers_sample_within_their_phases_and_only_if_they_have_rows():
+    sampler, inside, seen = of_two_teachers(0.9), [], []
+
+    class Phase(nullcontext):
+        def __enter__(self) -> None:
+            inside.append(self.enter_result)
+
+        def __exit__(self, *error: object) -> None:
+            inside.pop()
+
+    for name, member in sampler.teacher.members.items():
+        member.model.base_model.register_forward_pre_hook(lambda *_, name=name: seen.append((name, *inside)))
+    teachers = replace(sampler.teacher, phases={name: Phase(name) for name in ("a", "b")})
+    sample(replace(sampler, teacher=teachers), teacher_index=[1, 0, 1])
+    assert {*seen} == {("a", "a"), ("b", "b")}
+    broken = replace(teachers, phases={"b": Phase("b")})  # entering the other one would fail
+    sample(replace(sampler, teacher=broken), teacher_index=[1, 1, 1])
+
+
+def test_drafts_of_an_engine_reach_sampling():
+    """Which refuses them for coins, instead of ignoring the engine."""
+    with pytest.raises(ValueError, match="does not use drafts of an engine"):
+        sample(replace(build_sampler(0.5), drafts=object()))
+
+
 def test_states_of_several_teachers_that_are_recomputed_are_not_kept():
     sampler = of_two_teachers(0.6)
     members = {name: replace(each, kept_on="recompute") for name, each in sampler.teacher.members.items()}
