@@ -1,6 +1,7 @@
 """Bootstrap intervals, the sign-flip test and Holm's correction against values computed by hand or by enumeration."""
 
 import operator
+import tracemalloc
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from minillm_trl.evaluation.statistics import (
     MeanInterval,
     bootstrap_column_means,
     bootstrap_interval,
+    bootstrap_means,
+    bootstrap_ratio,
     holm_correction,
     paired_bootstrap,
     sign_flip_test,
@@ -51,6 +54,66 @@ def test_bootstrap_interval_depends_on_the_seed_alone():
     assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
 
 
+@pytest.mark.parametrize("shape", [(30,), (30, 2)])
+def test_means_are_those_of_the_rows_that_the_seed_draws(shape):
+    values = np.random.default_rng(6).normal(size=shape)
+    rows = np.random.default_rng(7).integers(30, size=(10_000, 30))  # more than a block holds
+    assert bootstrap_means(values, 10_000, 7) == pytest.approx(values[rows].mean(axis=1))
+
+
+@pytest.mark.parametrize("options", [{}, {"confidence": 0.4, "resamples": 300, "seed": 5}])
+def test_intervals_are_quantiles_of_the_rows_that_the_seed_draws(options):
+    generator = np.random.default_rng(8)
+    values, baseline = generator.uniform(1, 9, 20), generator.uniform(5, 9, 20)
+    settings = {"confidence": 0.95, "resamples": 10_000, "seed": 0, **options}
+    rows = np.random.default_rng(settings["seed"]).integers(20, size=(settings["resamples"], 20))
+    levels = (1 - settings["confidence"]) / 2, (1 + settings["confidence"]) / 2
+    for found, resampled in (
+        (bootstrap_interval(values, **options), values[rows].mean(axis=1)),
+        (paired_bootstrap(values, baseline, **options), (values - baseline)[rows].mean(axis=1)),
+        (bootstrap_ratio(values, baseline, **options), 100 * values[rows].sum(axis=1) / baseline[rows].sum(axis=1)),
+    ):
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(resampled, levels)))
+
+
+def test_numbers_of_any_kind_are_computed_in_float64():
+    generator = np.random.default_rng(9)
+    values, baseline = (generator.uniform(1, 9, 50).astype(np.float32) for _ in range(2))
+    wide = values.astype(np.float64), baseline.astype(np.float64)
+    assert bootstrap_interval(values) == bootstrap_interval(wide[0])
+    for test in (paired_bootstrap, bootstrap_ratio, sign_flip_test):
+        assert test(values, baseline) == test(*wide)
+    right, other = [True, True, False, True], [False, True, False, False]
+    assert paired_bootstrap(right, other) == paired_bootstrap([1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0])
+    assert sign_flip_test(np.array(right), np.array(other)) == 2 / 4
+
+
+def test_prompts_may_be_more_than_a_block_holds():
+    values = np.arange(2**20 + 1) % 3
+    constant = np.full(2**18 + 1, 2.0)
+    assert bootstrap_interval(constant, resamples=2)[:3] == (2.0, 2.0, 2.0)
+    assert bootstrap_column_means(values[:, None], 2, 0) == pytest.approx(1.0, abs=0.01)
+    assert sign_flip_test(constant, 0 * constant, resamples=2) == 1 / 3
+
+
+@pytest.mark.parametrize("test", [paired_bootstrap, bootstrap_ratio, sign_flip_test])
+def test_memory_does_not_grow_with_prompts_times_resamples(test):
+    values = np.random.default_rng(0).uniform(1, 2, 10_000)
+    tracemalloc.start()
+    test(values, values[::-1], resamples=1000)  # 80 MB for a number of each
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+def test_column_means_of_many_prompts_need_little_memory():
+    tracemalloc.start()
+    bootstrap_column_means(np.ones((20_000, 2)), 500, 0)  # 80 MB for a number of each
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
 def test_column_means_are_those_of_the_rows_that_the_seed_draws():
     values = np.random.default_rng(6).normal(size=(30, 5))
     expected = np.random.default_rng(7).integers(30, size=(200, 30))
@@ -88,6 +151,19 @@ def test_paired_bootstrap_subtracts_the_baseline():
 def test_paired_bootstrap_of_different_prompts_is_refused():
     with pytest.raises(ValueError, match="2 values and 3"):
         paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0])
+    for values, baseline in (([1.0], []), ([], [1.0]), ([1.0, 2.0], [1.0])):
+        with pytest.raises(ValueError, match=f"got {len(values)} values and {len(baseline)}"):
+            bootstrap_ratio(values, baseline)
+
+
+@pytest.mark.parametrize("lowest", [0.0, -1.0])
+def test_ratio_to_a_baseline_that_is_not_positive_everywhere_is_refused(lowest):
+    with pytest.raises(ValueError, match=f"positive baseline, got {lowest}"):
+        bootstrap_ratio([1.0, 1.0], [2.0, lowest])
+
+
+def test_ratio_of_a_single_prompt_has_no_standard_error():
+    assert bootstrap_ratio([1.0], [0.5], resamples=10) == MeanInterval(200.0, 200.0, 200.0, 1, None)
 
 
 def all_signs(differences: list[float]) -> float:
@@ -110,6 +186,12 @@ def all_signs(differences: list[float]) -> float:
 def test_sign_flip_test_of_few_prompts_is_the_exact_share_of_signs(differences, expected):
     assert sign_flip_test(differences, [0.0] * len(differences)) == expected
     assert sign_flip_test([7 + difference for difference in differences], [7.0] * len(differences)) == expected
+
+
+def test_all_signs_are_tried_where_there_are_no_more_than_resamples():
+    assert sign_flip_test([1.0, 2.0, 3.0], [0.0] * 3, resamples=8) == 2 / 8
+    assert sign_flip_test([1.0] * 13, [0.0] * 13) == 2 / 2**13  # by default up to 10,000
+    assert sign_flip_test([1.0] * 14, [0.0] * 14) * 10_001 == pytest.approx(2, abs=1.01)
 
 
 def test_sign_flip_test_of_many_prompts_estimates_the_exact_share():
