@@ -1,12 +1,13 @@
-"""The order of an epoch in a run that goes on or resumes, and what the columns that the trainer adds say of a row."""
+"""The order of an epoch, also in a resumed run, and the columns that the trainer adds to rows."""
 
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from trl.trainer.utils import RepeatSampler
 
 from minillm_trl.training.exact_resume import EpochOrder
-from minillm_trl.training.prompt_order import mark_filler, number_prompts, split_columns
+from minillm_trl.training.prompt_order import EpochRepeatSampler, mark_filler, number_prompts, split_columns
 
 
 class Epochs:
@@ -54,3 +55,52 @@ def test_rows_have_their_number_and_fillers_do_not_count(stream: bool):
         [True, False, True],
         [{"prompt": "a", "solution": 1}, {"prompt": "b", "solution": 2}, {"prompt": "c"}],
     )
+
+
+def sampler(epoch: int = 0, **options) -> EpochRepeatSampler:
+    """A sampler of seven rows: rollouts of two prompts, each three times, of which each is read twice."""
+    made = EpochRepeatSampler(range(7), mini_repeat_count=3, batch_size=2, repeat_count=2, **{"seed": 5, **options})
+    made.set_epoch(epoch)
+    return made
+
+
+def test_order_of_an_epoch_is_that_of_trls_sampler_after_as_many_epochs():
+    theirs = RepeatSampler(range(7), mini_repeat_count=3, batch_size=2, repeat_count=2, seed=5)
+    orders = [list(theirs) for _ in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+    read = sampler()
+    for epoch in (0, 1, 3, 2, 0):  # whatever was read before
+        read.set_epoch(epoch)
+        assert list(read) == orders[epoch] == list(sampler(epoch))
+    assert (
+        list(sampler(2, shuffle=False))
+        == list(sampler(shuffle=False))
+        == [row for chunk in ([0, 1], [2, 3], [4, 5]) for _ in range(2) for row in chunk for _ in range(3)]
+    )
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rollouts_count_over_epochs_and_have_each_row_of_the_sampler_once(shuffle: bool):
+    """An epoch has three rollouts of two prompts; the seventh row is left out."""
+    read = sampler(1, shuffle=shuffle)
+    found = [read.rollout(number) for number in range(9)]
+    for number, rows in enumerate(found):
+        epoch, place = divmod(number, 3)
+        assert rows == list(sampler(epoch, shuffle=shuffle))[12 * place :][:6]
+    assert read.epoch == 1
+    assert read.repeat_count == 2
+
+
+def test_copy_of_a_sampler_has_its_settings():
+    theirs = RepeatSampler(range(7), mini_repeat_count=3, batch_size=2, repeat_count=4, shuffle=False, seed=5)
+    copied = EpochRepeatSampler.of(theirs)
+    assert (list(copied), len(copied), copied.seed) == (list(theirs), len(theirs), 5)
+
+
+def test_stream_is_repeated_endlessly_with_the_same_numbers():
+    rows = Dataset.from_dict({"prompt": ["a", "b"]})
+    stream = iter(number_prompts(rows.to_iterable_dataset()))
+    numbers, _, found = split_columns([next(stream) for _ in range(5)])
+    assert numbers == [0, 1, 0, 1, 0]
+    assert [row["prompt"] for row in found] == list("ababa")
+    assert len(number_prompts(rows)) == 2

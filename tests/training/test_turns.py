@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from datasets import Dataset
 
 from minillm_trl.rollouts.coins import row_coin_keys
 from minillm_trl.rollouts.keyed_random import evaluation_key
-from minillm_trl.training.turns import Turn, make_turn
+from minillm_trl.training.prompt_order import EpochRepeatSampler
+from minillm_trl.training.turns import Turn, make_turn, next_turn
 
 ROWS, EVAL_ROWS = 6, 5  # of a process: three micro-batches of two, or a batch of an evaluation
 
@@ -69,3 +72,55 @@ def test_evaluation_numbers_the_samples_of_a_prompt_over_all_processes_at_any_st
     assert keys[0] == evaluation_key(7, [5, 0])  # as trainers with one sample of a prompt have it
     trained = {key for place in PLACES for key in turn(*place).keys}
     assert not trained & {*keys}
+
+
+@pytest.mark.parametrize("teachers", [[], [1, 0]])
+def test_batch_is_padded_as_grpo_pads_it(teachers: list[int]):
+    turn = Turn([[5, 6], [7]], [(1,), (2,)], (0,), 4, teachers)
+    found = turn.batch([[8], [9, 10, 11]], 1, torch.device("cpu"))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "prompt_ids": [[5, 6], [1, 7]],
+        "prompt_mask": [[1, 1], [0, 1]],
+        "completion_ids": [[8, 1, 1], [9, 10, 11]],
+        "completion_mask": [[1, 0, 0], [1, 1, 1]],
+        **({"teacher_index": teachers} if teachers else {}),
+    }
+    assert {values.dtype for values in found.values()} == {torch.int64}
+
+
+def test_turn_samples_with_what_it_holds():
+    turn = Turn([[5, 6]], [(1, 2)], (3,), 4, [1])
+    sampler = SimpleNamespace(sample=lambda *arguments: arguments)
+    assert turn.sample(sampler, "student") == ("student", [[5, 6]], [(1, 2)], (3,), 4, True, (), [1])
+    assert turn.sample(sampler, "student", False, [[7]]) == ("student", [[5, 6]], [(1, 2)], (3,), 4, False, [[7]], [1])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize(("number", "step"), [(1, 2), (2, 4), (4, 8), (4, 9), (4, 10), (4, 11)])
+def test_next_turn_has_this_processs_prompts_of_the_next_rollout_until_the_run_ends(
+    process: int, number: int, step: int
+):
+    """A rollout has four rows of each of two processes: four prompts, each twice. An epoch has two rollouts."""
+    rows = Dataset.from_dict({"prompt": [f"{row}" for row in range(9)], "teacher": ["one", "two", "two"] * 3})
+    order = EpochRepeatSampler(rows, mini_repeat_count=2, batch_size=4, repeat_count=3, seed=7)
+    args = {"seed": 7, "per_device_train_batch_size": 2, "shared_coins": False, "teacher_column": "teacher"}
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**args, horizon_start=2, horizon_steps=10),
+        train_dataset=rows,
+        buffer=SimpleNamespace(micro_batches=2, next_rollout=(number, step)),
+        state=SimpleNamespace(max_steps=10),
+        accelerator=SimpleNamespace(process_index=process),
+        model=SimpleNamespace(training=True),
+        max_completion_length=12,
+        num_generations_eval=1,
+        _get_train_sampler=lambda dataset: order,
+        _tokenize_prompts=lambda prompts: ([[int(prompt)] for prompt in prompts], None, {}),
+        _teacher_names=["one", "two"],
+        _teacher=SimpleNamespace(is_sharded=False),
+    )
+    found = next_turn(trainer)
+    if step >= 10:
+        assert found is None
+        return
+    due = order.rollout(number)[4 * process :][:4]
+    assert found == make_turn(trainer, [[row] for row in due], 2 + step, step, 0, [min(row % 3, 1) for row in due])
