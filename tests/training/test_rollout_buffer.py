@@ -1,4 +1,4 @@
-"""`RolloutBuffer`: which changes of a resumed run discard the rollouts of its checkpoint."""
+"""`RolloutBuffer`: its micro-batches, their counts, and what of it a resumed run can use."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from test_trainer import make_config
 
 from minillm_trl.rollouts.buffer import pin_states
-from minillm_trl.training.rollout_buffer import RolloutBuffer
+from minillm_trl.rollouts.keyed_random import ROLLOUT_ORDER, keyed_uniforms
+from minillm_trl.training.rollout_buffer import RolloutBuffer, RolloutCounts, loss_normalizer, pack
 
 
 def buffer(tmp_path: Path, **options) -> RolloutBuffer:
@@ -82,3 +83,189 @@ def test_halves_of_processes_are_those_of_one_that_has_all_rows(tmp_path: Path, 
     groups = [set(one[start : start + generations]) for start in range(0, 16, generations)]
     assert all(len(group) == 1 for group in groups)
     assert groups[0] == {0}
+
+
+def rollout(rows: int, first: int = 0) -> dict[str, torch.Tensor]:
+    """Rows with a number each, completions of 1 to 4 tokens, and every fifth row faulty."""
+    number = torch.arange(first, first + rows)
+    mask = (torch.arange(4) <= (number % 4)[:, None]).long()
+    return {
+        "prompt_ids": number[:, None].expand(-1, 3).clone(),
+        "prompt_mask": torch.ones(rows, 3, dtype=torch.long),
+        "completion_ids": number[:, None].expand(-1, 4).clone(),
+        "completion_mask": mask,
+        "faulty": number % 5 == 4,
+        "number": number,
+    }
+
+
+@pytest.mark.parametrize(("accumulation", "iterations"), [(1, 1), (2, 1), (2, 2), (4, 3), (8, 1)])
+def test_each_rollout_is_read_in_whole_passes_of_optimizer_steps(tmp_path: Path, accumulation: int, iterations: int):
+    """A run that resumes without its buffer starts with the fourth rollout."""
+    micro_batches = max(4, accumulation)
+    options = {"per_device_train_batch_size": 2, "steps_per_generation": micro_batches, "num_iterations": iterations}
+    read = buffer(tmp_path, gradient_accumulation_steps=accumulation, **options)
+    of_a_rollout, made = micro_batches * iterations, []
+
+    def make() -> dict[str, torch.Tensor]:
+        following = len(made) + 4
+        assert read.next_rollout == (following, following * of_a_rollout // accumulation)
+        made.append(rollout(2 * micro_batches, 100 * len(made)))
+        return made[-1]
+
+    window = []
+    for count in range(3 * of_a_rollout):
+        number, batch = read.next((3 * of_a_rollout + count) // accumulation, make)
+        assert number == count % accumulation
+        window.append(batch)
+        assert len(batch["number"]) == 2
+        if len(window) == accumulation:
+            trained = [part["completion_mask"].sum().item() for part in window]
+            healthy = [(~part["faulty"]).sum().item() for part in window]
+            assert {int(part["window_tokens"]) for part in window} == {sum(trained)}
+            assert {int(part["window_rows"]) for part in window} == {sum(healthy)}
+            window = []
+    assert len(made) == 3
+    assert read.seconds > 0.0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_of_an_optimizer_step_do_not_depend_on_the_number_of_processes(tmp_path: Path, processes: int):
+    options = {"per_device_train_batch_size": 4 // processes, "steps_per_generation": 4}
+    steps: list[set[int]] = [set() for _ in range(4)]
+    for process in range(processes):
+        part = buffer(tmp_path, **options)
+        accelerator = {"process_index": process, "num_processes": processes, "device": torch.device("cpu")}
+        part.accelerator = SimpleNamespace(**accelerator, reduce=lambda count, reduction: 10 * count)
+        rows = 16 // processes
+        for step, batch in enumerate(part._deal(rollout(rows, process * rows), 6)):
+            steps[step] |= set(batch["number"].tolist())
+            assert int(batch["window_tokens"]) == 10 * int(batch["completion_mask"].sum())
+            assert batch["completion_mask"].shape[1] == batch["completion_mask"].sum(dim=1).max()
+    assert steps == EXPECTED_STEPS
+    assert steps != [set(batch["number"].tolist()) for batch in buffer(tmp_path, **options)._deal(rollout(16), 5)]
+
+
+# Rows of the optimizer steps of a rollout at step 6: each block of four rows gives one to each step
+EXPECTED_STEPS = [set(), set(), set(), set()]
+for _block in range(4):
+    _key = (42, ROLLOUT_ORDER, 6, _block) if _block else (42, ROLLOUT_ORDER, 6)  # trailing zeros are left out
+    for _step, _row in enumerate(keyed_uniforms(4, *_key).argsort().tolist()):
+        EXPECTED_STEPS[_step].add(4 * _block + _row)
+
+
+def test_steps_of_a_rollout_have_their_longest_rows_first(tmp_path: Path):
+    options = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    for start in (0, 2):
+        batches = buffer(tmp_path, **options)._deal(rollout(8), 1)[start:][:2]
+        lengths = [length for batch in batches for length in batch["completion_mask"].sum(dim=1).tolist()]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_resumed_buffer_continues_where_it_was(tmp_path: Path):
+    options = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "num_iterations": 2}
+    whole = buffer(tmp_path, **options)
+    for count in range(8):
+        whole.next(count, lambda: rollout(8))
+        saved = whole.state()
+        assert (saved["rollouts"] is None) == (count == 7)
+        resumed = buffer(tmp_path, **options)
+        resumed.restore(saved)
+        if count == 7:
+            assert resumed.batches is None
+            continue
+        assert resumed.next_rollout == whole.next_rollout == (1, 8)
+        number, batch = resumed.next(count + 1, lambda: pytest.fail("the buffer is not used up"))
+        assert torch.equal(batch["number"], whole.batches[(count + 1) % 4]["number"])
+        assert number == 0
+    whole.reset()
+    assert whole.batches is None
+
+
+def test_each_setting_that_made_a_rollout_is_compared(tmp_path: Path):
+    saved = buffer(tmp_path).state() | {"rollouts": []}
+    for name in saved["made_by"]:
+        other = {**saved, "made_by": {**saved["made_by"], name: "another"}}
+        assert buffer(tmp_path).changed_settings(other) == {name: "another"}
+    older = {"cut_by": {"seed": 1, "num_generations": 1}}
+    assert buffer(tmp_path).changed_settings(older) == {"seed": 1}
+    assert buffer(tmp_path).changed_settings(saved) == {}
+    assert saved["made_by"]["teacher_model"] == "digest"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_served"),
+    [
+        ({}, False),
+        ({"teacher_server_url": ["http://localhost:1"], "teacher_mixed_alpha": 0.0}, True),
+    ],
+)
+def test_served_teacher_is_another_teacher(tmp_path: Path, options: dict, is_served: bool):
+    assert bool(buffer(tmp_path, **options).state()["made_by"]["teacher_is_served"]) is is_served
+
+
+def test_packed_tensors_are_copies_of_what_they_show(tmp_path: Path):
+    whole = torch.randn(100, 3, requires_grad=True)
+    packed = pack({"view": whole[:2]})["view"]
+    assert packed.untyped_storage().nbytes() == 2 * 3 * 4  # so a checkpoint is no larger than its rows
+    assert not packed.requires_grad
+    assert torch.equal(packed, whole[:2])
+
+
+@pytest.mark.parametrize(("rows", "generations", "unit"), [(8, 2, 4), (6, 2, 2), (4, 2, 2), (12, 3, 3), (24, 3, 12)])
+def test_halves_are_blocks_of_whole_groups_and_steps_if_both_fit_twice(
+    tmp_path: Path, rows: int, generations: int, unit: int
+):
+    found = buffer(
+        tmp_path, steps_per_generation=4, num_generations=generations, per_device_train_batch_size=3
+    ).halves(rows)
+    assert found.tolist() == [row // unit % 2 for row in range(rows)]
+
+
+class TestCounts:
+    def counts(self, overflows=None, main: bool = True) -> RolloutCounts:
+        accelerator = SimpleNamespace(gather=lambda own: torch.cat([own, own]), is_main_process=main)
+        return RolloutCounts(accelerator, overflows)
+
+    @pytest.mark.parametrize("main", [True, False])
+    def test_rows_that_are_left_out_are_counted_over_processes(self, main: bool, caplog):
+        counts = self.counts(main=main)
+        left = counts.leave_out_faulty(rollout(10))
+        assert not left["completion_mask"][[4, 9]].any()
+        assert torch.equal(left["completion_mask"][:4], rollout(10)["completion_mask"][:4])
+        assert counts.metrics(None) == {"nonfinite_completions": 4.0}
+        assert ("4 of 20 completions are left out of the update." in caplog.text) is main
+        caplog.clear()
+        counts.leave_out_faulty(rollout(4))
+        assert caplog.text == ""
+        counts.leave_out_faulty(rollout(5))
+        assert counts.state() == {"nonfinite_completions": 6, "overflows": None}
+        counts.reset()
+        assert counts.left_out == 0
+
+    def test_resumed_run_continues_with_them(self):
+        overflows = SimpleNamespace(skipped_steps=3, metrics=lambda engine: {"fp16/of": engine})
+        counts = self.counts(overflows)
+        assert counts.metrics(5.0) == {"nonfinite_completions": 0.0, "fp16/of": 5.0}
+        counts.left_out = 2
+        saved = counts.state()
+        assert saved == {"nonfinite_completions": 2, "overflows": 3}
+        other = self.counts(SimpleNamespace(skipped_steps=0))
+        other.restore(saved)
+        assert (other.left_out, other.overflows.skipped_steps) == (2, 3)
+        other.restore({"nonfinite_completions": 1, "overflows": None})  # of a run in another precision
+        assert (other.left_out, other.overflows.skipped_steps) == (1, 3)
+        self.counts().restore(saved)
+
+
+@pytest.mark.parametrize(("reduction", "window", "own"), [("sequence_sum", 6, 2), ("token_mean", 10, 5)])
+def test_loss_is_normalised_by_its_step_or_by_the_batch_outside_training(reduction: str, window: int, own: int):
+    reduced = []
+    accelerator = SimpleNamespace(
+        num_processes=2, reduce=lambda value, reduction: reduced.append(reduction) or 3 * value
+    )
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    counts = {"window_rows": torch.tensor(6), "window_tokens": torch.tensor(10)}
+    assert loss_normalizer(counts, mask, reduction, accelerator).item() == window / 2
+    assert loss_normalizer({}, mask, reduction, accelerator).item() == 3 * own / 2
+    assert reduced == ["sum"]
