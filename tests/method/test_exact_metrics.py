@@ -14,6 +14,7 @@ from evaluation_run import CASES, evaluate, evaluate_minillm, evaluate_tuning
 from test_kd import batch_of, by_hand, make_fine_tuning, make_trainer
 from torch.utils.data import IterableDataset
 
+import minillm_trl.trainer
 from minillm_trl.errors import UserError
 from minillm_trl.training.evaluation_rows import FilledDataset, FilledStream, fill_rows
 from minillm_trl.training.logged_metrics import (
@@ -88,6 +89,21 @@ class TestEvaluation:
         found = [values(evaluate_minillm(str(tmp_path), size, rows=5, **options)["metrics"]) for size in (10, 4, 2)]
         for other in found[1:]:
             assert other == pytest.approx(found[0], rel=1e-5)
+
+    @pytest.mark.parametrize("options", [{}, {"num_generations_eval": 2, "reward": True}])
+    def test_fillers_count_nowhere(self, tmp_path, monkeypatch, options: dict):
+        """Here in one process, as they fill the last batch of several."""
+        expected, given = evaluate_minillm(str(tmp_path), 4, rows=5, **options), []
+
+        def fill(dataset: Any, batch_size: int, *others: Any) -> FilledDataset:
+            given.append((len(dataset), batch_size, others[-1]))
+            return FilledDataset(dataset, 2 * batch_size // options.get("num_generations_eval", 1), others[2])
+
+        monkeypatch.setattr(minillm_trl.trainer, "fill_rows", fill)
+        found = evaluate_minillm(str(tmp_path), 4, rows=5, **options)
+        assert given == [(5, 4, options.get("num_generations_eval", 1))]
+        assert values(found["metrics"]) == pytest.approx(values(expected["metrics"]), rel=1e-5, abs=1e-6)
+        assert found["table"] == expected["table"]
 
     @pytest.mark.parametrize("reduction", ["token_mean", "sequence_sum"])
     def test_loss_of_minillm_is_the_sum_of_its_terms(self, tmp_path, reduction: str):
