@@ -64,7 +64,9 @@ def test_teacher_that_is_quantised_on_several_devices_or_on_the_students_base_is
     del teacher.model.hf_device_map
     args.teacher_shares_base = True
     assert choose(teacher, args) is None
-    args.teacher_shares_base = False
+    args.teacher_shares_base, args.offload_teacher = False, True
+    assert choose(teacher, args) is None
+    args.offload_teacher = False
     teacher.model.is_quantized = True
     assert choose(teacher, args) is None
     teacher.model.is_quantized = False

@@ -17,7 +17,7 @@ from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
 
 from minillm_trl.errors import UserError
 from minillm_trl.objectives import mixture_logps
-from minillm_trl.training.vllm_drafts import update_vllm
+from minillm_trl.training.vllm_drafts import update_vllm, vllm_drafts
 
 SPECULATIVE = {"use_vllm": True, "mixing": "speculative", "teacher_mixed_alpha": 0.5}
 
@@ -107,6 +107,17 @@ def test_training_mixes_with_drafts_of_the_current_weights(tmp_path, mixing: str
         assert one["ignore_eos"]
         assert one["logprobs"] == 0
         assert 1 <= one["max_tokens"] <= trainer.max_completion_length
+
+
+@pytest.mark.parametrize(
+    ("use_vllm", "alpha", "rollout_func", "are_drafts"),
+    [(True, 0.1, None, True), (True, 1.0, None, True), (False, 0.5, None, False), (True, 0.0, None, False)]
+    + [(True, 0.5, print, False), (False, 0.0, print, False)],
+)
+def test_drafts_are_for_mixed_rollouts_of_vllm(use_vllm: bool, alpha: float, rollout_func, are_drafts: bool):
+    args, vllm = types.SimpleNamespace(teacher_mixed_alpha=alpha), object()
+    trainer = types.SimpleNamespace(args=args, use_vllm=use_vllm, rollout_func=rollout_func, vllm_generation=vllm)
+    assert (vllm_drafts(trainer) is not None) == are_drafts
 
 
 def test_weights_go_to_vllm_once_after_each_update(tmp_path, monkeypatch):
