@@ -111,8 +111,14 @@ def test_training_mixes_with_drafts_of_the_current_weights(tmp_path, mixing: str
 
 @pytest.mark.parametrize(
     ("use_vllm", "alpha", "rollout_func", "are_drafts"),
-    [(True, 0.1, None, True), (True, 1.0, None, True), (False, 0.5, None, False), (True, 0.0, None, False)]
-    + [(True, 0.5, print, False), (False, 0.0, print, False)],
+    [
+        (True, 0.1, None, True),
+        (True, 1.0, None, True),
+        (False, 0.5, None, False),
+        (True, 0.0, None, False),
+        (True, 0.5, print, False),
+        (False, 0.0, print, False),
+    ],
 )
 def test_drafts_are_for_mixed_rollouts_of_vllm(use_vllm: bool, alpha: float, rollout_func, are_drafts: bool):
     args, vllm = types.SimpleNamespace(teacher_mixed_alpha=alpha), object()
