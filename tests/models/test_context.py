@@ -30,6 +30,13 @@ def test_limits_of_a_configuration(layers: bool):
     assert context_limit(model(None, 24, layers).config) == 24
 
 
+def test_kind_of_layers_with_the_lowest_limit_sets_it():
+    config = model(64).config
+    kinds = [{"rope_type": "longrope", "original_max_position_embeddings": limit} for limit in (40, 24, 30)]
+    config.rope_parameters = dict(zip("abc", kinds, strict=True))
+    assert longrope_limit(config) == context_limit(config) == 24
+
+
 def test_limits_of_the_text_part_of_a_multimodal_model():
     config = Gemma3Config(text_config={"max_position_embeddings": 77})
     assert context_limit(config) == 77

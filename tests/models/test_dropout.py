@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import build_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from minillm_trl.models.dropout import disable_dropout
 
@@ -58,3 +58,15 @@ def test_only_probabilities_of_a_configuration_change():
     assert layers[0](torch.ones(1)) == (0.0, None, 0.25)
     assert layers[0].config is layers[1].config is not config
     assert (layers[0].config.layerdrop, config.attention_dropout) == (0.5, 0.5)
+
+
+def test_model_that_reads_its_configuration_keeps_it():
+    class Model(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def forward(self) -> float:
+            return self.config.attention_dropout
+
+    model = Model(LlamaConfig(attention_dropout=0.5))
+    disable_dropout(model)
+    assert model.config.attention_dropout == 0.5  # as it is saved

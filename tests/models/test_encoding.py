@@ -57,6 +57,7 @@ class TestAppendedEos:
         for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
             assert loaded("the mill")["input_ids"] == [1][: int(with_bos)] + PLAIN("the mill")["input_ids"]
             assert loaded.eos_token_id == 2
+            assert not loaded.add_eos_token
             words = PLAIN("the")["input_ids"] + PLAIN("mill")["input_ids"]
             assert loaded("the", "mill")["input_ids"] == [1][: int(with_bos)] + words
 
@@ -67,13 +68,13 @@ class TestAppendedEos:
         assert encode_after_prompt(appending(with_bos), "near ", "the") == (len(start), expected)
 
 
-@pytest.mark.parametrize("known", ["a", "0", "."])
-def test_vocabulary_need_not_have_every_character(known: str):
+@pytest.mark.parametrize(("known", "expected"), [(each, ([1], [2])) for each in "a0."] + [("x", ([], []))])
+def test_vocabulary_need_not_have_every_character(known: str, expected: tuple):
     tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, known: 3}, merges=[]))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    assert added_tokens(PreTrainedTokenizerFast(tokenizer_object=tokenizer)) == ([1], [2])
+    assert added_tokens(PreTrainedTokenizerFast(tokenizer_object=tokenizer)) == expected
 
 
 def test_only_what_a_tokenizer_added_is_dropped():
@@ -202,8 +203,9 @@ class TestPair:
 
     @pytest.mark.parametrize(("prompt", "completion"), [("a", answer("b")), (question("a"), "b")])
     def test_text_with_a_conversation_is_refused(self, prompt, completion):
-        with pytest.raises(TypeError, match="give two texts or two conversations"):
-            encode_pair(PLAIN, prompt, completion)
+        for encode in (encode_pair, encode_after_prompt):
+            with pytest.raises(TypeError, match="give two texts or two conversations"):
+                encode(PLAIN, prompt, completion)
 
     def test_conversation_ends_as_the_template_writes_it(self):
         context, learnt = encode_pair(PLAIN, question("the mill"), answer("a pub"))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from minillm_trl.errors import UserError
 from minillm_trl.models.end_tokens import (
     EndTokens,
+    adopt_generation_config,
     carry,
     check_eos,
     check_eos_tokens,
@@ -246,12 +247,21 @@ class TestCarrying:
         assert loaded.config.eos_token_id == 2
         assert read_generation_config(str(tmp_path)).eos_token_id == [2, 0]
 
-    def test_what_agrees_is_not_touched(self):
+    @pytest.mark.parametrize("ids", [[2, 0], [0, 2]])
+    def test_what_agrees_is_not_touched(self, ids: list[int]):
         tokenizer = build_chat_tokenizer(TURN_END)
-        model = build_chat_model(tokenizer, [2, 0])
+        model = build_chat_model(tokenizer, ids)
         model.config.eos_token_id = [0, 2]
         carry(find_end_tokens(tokenizer, conversational=True, student=model.generation_config), model)
-        assert (model.generation_config.eos_token_id, model.config.eos_token_id) == ([2, 0], [0, 2])
+        assert (model.generation_config.eos_token_id, model.config.eos_token_id) == (ids, [0, 2])
+
+    def test_base_of_an_adapter_adopts_what_was_saved_with_the_adapter(self, tmp_path):
+        model = SimpleNamespace(generation_config=config(0))
+        adopt_generation_config(model, str(tmp_path))
+        assert model.generation_config.eos_token_id == [0]
+        config(1, 2).save_pretrained(tmp_path)
+        adopt_generation_config(model, str(tmp_path))
+        assert model.generation_config.eos_token_id == [1, 2]
 
     @pytest.mark.parametrize(
         ("ids", "eos", "known", "generation", "expected"),
