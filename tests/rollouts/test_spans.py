@@ -162,12 +162,18 @@ class TestReadText:
         # a token with a complete character before the cut one is read
         assert read_text([b"a", b"b\xe6\x9d"], is_complete=False).unread == 0
         # an end token shows that nothing follows
-        assert read_text([b"a", b"\xe6", b"\x9d"], is_complete=True).text == "a�"
+        ended = read_text([b"a", b"\xe6", b"\x9d"], is_complete=True)
+        assert (ended.text, ended.ends.tolist(), ended.unread) == ("a�", [1, 1, 4], 0)
+
+    @pytest.mark.parametrize(("end", "unread"), [([b""], 0), ([b"\xe6", b""], 2)])
+    def test_token_without_bytes_is_unread_only_in_a_character_that_is_cut(self, end: list[bytes], unread: int):
+        assert read_text([b"a", *end], is_complete=False).unread == unread
 
     def test_nothing(self):
         for is_complete in (True, False):
             found = read_text([], is_complete)
             assert (found.text, len(found.ends), found.unread) == ("", 0, 0)
+            assert found.ends.dtype == np.int64
 
 
 class TestCredits:
