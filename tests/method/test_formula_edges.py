@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minillm_trl import objectives
+from minillm_trl import divergences, objectives
 from minillm_trl.divergences import choose_divergence, entropy_aware_kl, reverse_kl
 from minillm_trl.loss import clipped_tokens, loss_terms
 from minillm_trl.masking import masked_moments
@@ -122,8 +122,29 @@ class TestDivergences:
             with pytest.raises(ValueError, match=parameter):
                 choose_divergence(name, **{parameter: value})(q, q)
 
+    def test_defaults_are_those_that_the_pages_name(self):
+        q, p = (torch.log_softmax(torch.tensor(values), -1) for values in ([2.0, 0.0, 1.0], [0.0, 1.0, 2.0]))
+        for function, parameter in (
+            *((divergences.mixed_kl, 0.5), (divergences.generalized_jsd, 0.5), (divergences.skewed_forward_kl, 0.1)),
+            *((divergences.skewed_reverse_kl, 0.1), (divergences.entropy_aware_kl, 0.8)),
+        ):
+            assert function(q, p) == function(q, p, parameter)
+        entropy = torch.special.entr(p.exp()).sum().item()
+        assert 0.8 < entropy < 1.6
+
 
 class TestClip:
+    def test_loss_clips_at_0_2_and_has_no_reference_model_by_default(self):
+        logps = torch.tensor([[1.3, 0.7]]).log()
+        rollout = dict.fromkeys(("old_per_token_logps", "student_logps", "ref_per_token_logps"), torch.zeros(1, 2))
+        rollout |= {"advantages": torch.tensor([[1.0, -1.0]]), "long_term_weights": torch.ones(1, 2)}
+        scores = TokenScores(logps, torch.zeros(1, 2), torch.zeros(1, 2))
+        terms = loss_terms(
+            rollout | {"single_step_weights": torch.zeros(1, 2)}, scores, torch.ones(1, 2, dtype=torch.bool)
+        )
+        torch.testing.assert_close(terms.loss, torch.tensor([[-1.2, 0.8]]))
+        assert (terms.reference_kl > 0).all()
+
     def test_clipped_tokens_are_those_whose_long_term_has_no_gradient(self):
         """Three of the ratios lie on a bound, where PPO's clip has a slope."""
         logps = torch.tensor([0.1, 0.3, 0.7, 1.0, 1.2, 1.6, 2.0, 2.5, 8.0], dtype=torch.float64).log().repeat(2, 1)
