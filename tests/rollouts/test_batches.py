@@ -1,0 +1,146 @@
+"""What `sample_prompts` and `sample_completions` do with their arguments: batches, padding, flags and errors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+
+from minillm_trl.errors import UserError
+from minillm_trl.rollouts.engine_drafts import EngineDrafts
+from minillm_trl.rollouts.keyed_random import keyed_uniforms, toss_coins
+from minillm_trl.rollouts.sampling import Completions, left_pad, sample_completions, sample_prompts
+
+PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(12)]
+KEYS = [(7, sum(prompt)) for prompt in PROMPTS]
+PAD = 1
+
+
+def build_pair(family: str = "gpt2"):
+    return [build_model(family, vocab_size=50, seed=seed, width=16, layers=1) for seed in (0, 1)]
+
+
+def sample(student, teacher, prompts=PROMPTS, keys=KEYS, **options) -> list[list[int]]:
+    common = {"max_new_tokens": 24, "eos_token_ids": [0, 3], "pad_token_id": PAD, "teacher": teacher}
+    return sample_prompts(student, prompts, keys=keys, **{**common, **options})
+
+
+def test_padding_is_the_pad_token_and_masked_out():
+    batches: list[tuple[list[int], Completions]] = []
+    completions = sample(*build_pair(), on_batch=lambda *batch: batches.append(batch))
+    ((rows, sampled),) = batches  # without a batch size, all rows are one batch
+    assert rows == sorted(range(12), key=lambda row: -len(PROMPTS[row]))
+    assert sampled.ids.shape == sampled.mask.shape == (12, max(map(len, completions)))
+    for row, ids, mask in zip(rows, sampled.ids.tolist(), sampled.mask.tolist(), strict=True):
+        completion, count = completions[row], len(completions[row])
+        assert ids == completion + [PAD] * (len(ids) - count)
+        assert mask == [True] * count + [False] * (len(ids) - count)
+    assert sampled.student_hidden_states is sampled.teacher_hidden_states is None
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "mixing": "speculative"}], ids=["student", "speculative"])
+def test_without_prompts_nothing_is_sampled(options: dict):
+    student, teacher = build_pair()
+    student.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the student has run"))
+    assert sample(student, teacher, prompts=[], keys=[], on_batch=pytest.fail, **options) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        ({}, False),
+        ({"alpha": 0.5, "shared_coins": False}, False),
+        ({"alpha": 0.5, "mixing": "speculative"}, False),
+        ({"alpha": 0.5}, True),
+    ],
+    ids=str,
+)
+def test_rows_that_are_not_tied_take_the_slots_of_those_that_end(options: dict, tied: bool):
+    """So the rows that are complete first are not those of the first batch."""
+    groups: list[list[int]] = []
+    completions = sample(*build_pair(), batch_size=4, on_batch=lambda rows, _: groups.append(rows), **options)
+    order = sorted(range(12), key=lambda row: -len(PROMPTS[row]))
+    assert len({len(completions[row]) for row in order[:4]}) > 1
+    assert sorted(row for rows in groups for row in rows) == list(range(12))
+    assert [len(rows) for rows in groups] == [4, 4, 4]
+    assert (groups == [order[:4], order[4:8], order[8:]]) is tied
+
+
+def test_without_a_share_of_the_teacher_nothing_asks_for_one():
+    """Also not for what speculative mixing needs, such as random numbers."""
+    student, teacher = build_pair()
+    for keys in (None, KEYS):
+        expected = sample(student, None, keys=keys)
+        assert sample(student, None, keys=keys, mixing="speculative", alpha=0.0) == expected
+    teacher.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher has run"))
+    assert sample(student, teacher, mixing="speculative", alpha=0.0) == expected
+
+
+def test_unknown_way_of_mixing_is_refused():
+    with pytest.raises(UserError, match="mixing must be 'coins' or 'speculative', got 'coin'"):
+        sample(*build_pair(), mixing="coin", alpha=0.5)
+
+
+def test_drafts_without_a_share_of_the_teacher_are_refused():
+    with pytest.raises(UserError, match=r"mixing='speculative' does not use drafts .* and alpha > 0"):
+        sample(*build_pair(), mixing="speculative", alpha=0.0, drafts=EngineDrafts(lambda *_: []))
+
+
+def rows_of(*, coins: bool, greedy: bool = False, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample the prompts with `sample_completions`, each row with coins of its own."""
+    student, teacher = build_pair()
+    ids, mask = left_pad(PROMPTS, PAD)
+    numbers = np.stack([keyed_uniforms(8, *key) for key in KEYS])
+    sampled = sample_completions(
+        student,
+        ids,
+        mask,
+        max_new_tokens=8,
+        eos_token_ids=[0, 3],
+        pad_token_id=PAD,
+        uniforms=None if greedy else torch.from_numpy(numbers),
+        teacher=teacher if coins else None,
+        teacher_coins=np.stack([toss_coins(8, 0.5, *key) for key in KEYS]) if coins else None,
+        **options,
+    )
+    assert (sampled.ids[~sampled.mask] == PAD).all()
+    return sampled.ids, sampled.mask
+
+
+def test_numbers_and_coins_belong_to_their_rows():
+    """Rows are sampled in the order of their lengths, and returned in the order that they had."""
+    student, teacher = build_pair()
+    ids, mask = rows_of(coins=True)
+    for row, (prompt, key) in enumerate(zip(PROMPTS, KEYS, strict=True)):
+        alone = sample_completions(
+            student,
+            torch.tensor([prompt]),
+            torch.ones(1, len(prompt)),
+            max_new_tokens=8,
+            eos_token_ids=[0, 3],
+            pad_token_id=PAD,
+            uniforms=torch.from_numpy(keyed_uniforms(8, *key))[None],
+            teacher=teacher,
+            teacher_coins=toss_coins(8, 0.5, *key)[None],
+        )
+        assert ids[row, mask[row]].tolist() == alone.ids[0].tolist()
+    expected = sample(student, None, max_new_tokens=8)
+    ids, mask = rows_of(coins=False)
+    assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == expected
+    expected = sample(student, None, max_new_tokens=8, keys=None)
+    ids, mask = rows_of(coins=False, greedy=True)
+    assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == expected
+
+
+def test_process_that_has_finished_goes_on_until_the_others_have():
+    """Here they need three steps more."""
+    expected = rows_of(coins=False)
+    steps = int(expected[1].sum(dim=1).max())
+    others, own = iter([False] * 3), []
+
+    def on_every_process(flag: bool) -> bool:
+        own.append(flag)
+        return flag and next(others, True)
+
+    found = rows_of(coins=False, on_every_process=on_every_process)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert own == [False] * steps + [True] * 4
