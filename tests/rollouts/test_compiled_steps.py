@@ -1,0 +1,198 @@
+"""What compiled steps compute and how often they run, without compiling them."""
+
+import gc
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+
+import minillm_trl.rollouts.compiled_steps
+from minillm_trl.models.lm_head import without_wrapper
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader, StepPlan, StepTensors, static_columns
+from minillm_trl.rollouts.sampling import Completions, sample_completions, sample_prompts
+
+PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def _run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or True)
+
+
+def build_pair(family: str = "llama"):
+    return [build_model(family, 50, seed, width=16, layers=1) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"keys": None}),
+        ("llama", {"temperature": 0.6, "vocab_size": 20}),
+        ("llama", {"alpha": 0.5}),
+        ("llama", {"alpha": 1.0}),
+        *((family, {"alpha": 0.5, "shared_coins": False, "temperature": 1.5}) for family in ("llama", "gemma2")),
+        ("bloom", {"alpha": 0.5, "shared_coins": False}),  # takes no positions
+    ],
+    ids=str,
+)
+def test_batches_and_states_are_those_of_the_loop(family: str, options: dict):
+    student, teacher = build_pair(family)
+    options = {"keys": [(7, row) for row in range(len(PROMPTS))], "coin_key": (9,), "teacher": teacher, **options}
+    options |= {"max_new_tokens": 18, "eos_token_ids": [0, 3], "pad_token_id": 1, "batch_size": 4}
+    compiled = CompiledDecoding(student, "eager", teacher)
+    for keep_states in (False, True, False):
+        found: list[dict[int, list[torch.Tensor | None]]] = []
+        for steps in (None, compiled):
+            rows: dict[int, list[torch.Tensor | None]] = {}
+
+            def keep(numbers: list[int], sampled: Completions, rows: dict = rows) -> None:
+                assert (sampled.ids[~sampled.mask] == 1).all()
+                for place, row in enumerate(numbers):
+                    real = sampled.mask[place]
+                    rows[row] = [None if part is None else part[place][real] for part in sampled]
+
+            sample_prompts(student, PROMPTS, **options, keep_states=keep_states, on_batch=keep, compiled=steps)
+            found.append(rows)
+        loop, own = found
+        assert loop.keys() == own.keys()
+        for row, parts in loop.items():
+            assert own[row][0].tolist() == parts[0].tolist()
+            for expected, states in zip(parts[2:], own[row][2:], strict=True):
+                assert (states is None) == (expected is None)
+                if expected is not None:
+                    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
+
+
+def passes_of(model) -> list[int]:
+    """Return a list that gets the number of new columns of each pass of the model."""
+    widths: list[int] = []
+    without_wrapper(model).base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return widths
+
+
+def test_the_host_looks_every_eighth_step_whether_all_rows_have_finished():
+    student, _ = build_pair()
+    widths = passes_of(student)
+    options = {"max_new_tokens": 64, "eos_token_ids": [*range(50)], "pad_token_id": 1, "keys": None}
+    completions = sample_prompts(student, PROMPTS, **options, compiled=CompiledDecoding(student, "eager"))
+    assert [len(completion) for completion in completions] == [1] * len(PROMPTS)
+    assert widths == [16, *[1] * 7]
+
+
+def test_process_that_has_finished_goes_on_until_the_others_have():
+    """Here they need ten steps more, so three looks in all."""
+    student, _ = build_pair()
+    widths, asked = passes_of(student), []
+    others = iter([False, False])
+
+    def on_every_process(flag: bool) -> bool:
+        asked.append(flag)
+        return flag and next(others, True)
+
+    sampled = sample_completions(
+        student,
+        torch.tensor([[5, 6]]),
+        torch.ones(1, 2),
+        max_new_tokens=64,
+        eos_token_ids=[*range(50)],
+        pad_token_id=1,
+        uniforms=None,
+        compiled=CompiledDecoding(student, "eager"),
+        on_every_process=on_every_process,
+    )
+    assert sampled.ids.shape == (1, 1)
+    assert asked == [False, True, True, True]
+    assert len(widths) == 24
+
+
+class TestTensors:
+    def test_prompts_end_in_the_same_column(self):
+        tensors = StepTensors(5, 32, torch.device("cpu"))
+        for _ in range(2):  # the second batch finds what the first one left
+            first = tensors.start([[5, 6, 7], [8], []], None, None, 0.5)
+            assert first == 16  # before which the widest step finds all of its columns
+            assert tensors.mask[:, :16].sum(dim=1).tolist() == [3, 1, 1, 3, 3]  # attention needs a token
+            assert tensors.mask[:, 16:].all()
+            assert tensors.ids[:, :16].sum(dim=1).tolist() == [18, 8, 0, 18, 18]
+            assert tensors.ids[0, 13:].tolist() == [5, 6, 7] + [0] * 16
+            assert tensors.positions[0, 12:18].tolist() == [0, 0, 1, 2, 3, 4]
+            assert tensors.positions[1, 12:18].tolist() == [0, 0, 0, 0, 1, 2]
+            assert tensors.unfinished.tolist() == [True, True, False, False, False]
+            assert tensors.temperature == 0.5
+            assert not tensors.uniforms.any()
+            assert not tensors.coins.any()
+            tensors.drawn.copy_(torch.tensor([9, 3, 9, 9, 9]))
+            tensors.append(StepPlan(1, False, True, True, False, 50, (3,), 1))
+            assert tensors.ids[:, 16].tolist() == [9, 3, 1, 1, 1]
+            assert tensors.unfinished.tolist() == [True, False, False, False, False]
+            tensors.append(StepPlan(1, False, True, True, False, 50, (3, 9), 1))
+            assert tensors.ids[:, 17].tolist() == [9, 1, 1, 1, 1]
+            assert tensors.lengths.tolist() == [2, 1, 0, 0, 0]
+            assert not tensors.unfinished.any()
+            assert (tensors.end, tensors.step) == (18, 2)
+            tensors.start([[4]] * 5, np.full((5, 16), 0.5), np.full((1, 16), True), 1.0)
+
+    def test_numbers_and_coins_are_those_of_the_rows(self):
+        tensors = StepTensors(4, 32, torch.device("cpu"))
+        numbers, coins = np.arange(6).reshape(2, 3) / 6, np.array([[True, False, True]])
+        tensors.start([[5], [6]], numbers, coins, 1.0)
+        assert tensors.uniforms.dtype == torch.float64
+        assert tensors.uniforms[:2, :3].tolist() == numbers.tolist()
+        assert tensors.uniforms.sum() == numbers.sum()
+        assert tensors.coins[:, :3].tolist() == coins.tolist() * 4  # shared
+        assert tensors.coins.sum() == 8
+        own = np.array([[True, False, False], [False, True, True]])
+        tensors.start([[5], [6]], numbers, own, 1.0)
+        assert tensors.coins[:2, :3].tolist() == own.tolist()
+        assert tensors.coins.sum() == 3
+
+    @pytest.mark.parametrize(("length", "columns"), [(1, 128), (128, 128), (129, 256), (256, 256), (257, 512)])
+    def test_columns_are_a_power_of_two(self, length: int, columns: int):
+        assert static_columns(length) == columns
+        assert math.log2(columns).is_integer()
+
+
+class TestShapes:
+    def start(self, compiled: CompiledDecoding, rows: int, length: int = 20) -> tuple[int, int]:
+        return compiled.start(compiled.models, rows, length)[0].shape
+
+    def test_batches_of_down_to_half_the_rows_use_the_tensors_of_a_larger_one(self):
+        student, _ = build_pair()
+        compiled = CompiledDecoding(student, "eager")
+        assert self.start(compiled, 8) == (8, 128)
+        assert [self.start(compiled, rows) for rows in (7, 4, 8)] == [(8, 128)] * 3
+        assert self.start(compiled, 3) == (3, 128)
+        assert self.start(compiled, 9) == (9, 128)
+        assert self.start(compiled, 5) == (9, 128)  # the largest one that fits
+        assert self.start(compiled, 5, 200) == (5, 256)
+
+    def test_tensors_are_freed_after_batches_that_do_not_use_them(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(minillm_trl.rollouts.compiled_steps, "_IDLE_BATCHES", 3)
+        student, _ = build_pair()
+        compiled = CompiledDecoding(student, "eager")
+        first = weakref.ref(compiled.start(compiled.models, 2, 200)[0])
+        for _ in range(3):
+            assert self.start(compiled, 2) == (2, 128)
+            assert first() is not None
+        self.start(compiled, 2, 300)
+        gc.collect()
+        assert first() is None
+        assert self.start(compiled, 2, 200) == (2, 256)  # made again
+        assert len(compiled.start(compiled.models, 2, 20)[1]) == 1
+
+    def test_steps_of_another_teacher_run_as_they_are(self):
+        student, teacher = build_pair()
+        other = build_model("llama", 50, 2, width=16, layers=1)
+        compiled = CompiledDecoding(student, "eager", teacher)
+        own = compiled.start([student, teacher], 2, 20)[1]
+        assert [reader._backend for reader in own] == ["eager"] * 2
+        mixed = compiled.start([student, other], 2, 20)[1]
+        assert [reader._backend for reader in mixed] == ["eager", None]
+        assert mixed[0] is own[0]
+        assert mixed[1].model is other
