@@ -11,7 +11,7 @@ from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture
 import minillm_trl.rollouts.engine_drafts
 import minillm_trl.rollouts.speculative
 from minillm_trl.errors import UserError
-from minillm_trl.rollouts.engine_drafts import Draft, EngineDrafts, judge_engine_drafts
+from minillm_trl.rollouts.engine_drafts import Draft, EngineDrafts, Verdicts, judge_engine_drafts
 from minillm_trl.rollouts.keyed_random import keyed_uniforms
 from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.rollouts.speculative import judge_drafts
@@ -148,6 +148,23 @@ class TestLaw:
         logits = torch.zeros(3, dtype=torch.float64)
         found = judge(logits, logits, 0, math.inf, 0.0, 0.9, alpha=0.5, margin=0.1)
         assert (found.kept.item(), found.tokens.item(), found.excess.item()) == (False, 2, 0.0)
+
+    def test_temperature_divides_the_logits_of_both_models_in_float32(self):
+        torch.manual_seed(0)
+        teacher, student = torch.randn(2, 200, 6).bfloat16()
+        numbers = torch.rand(3, 200, dtype=torch.float64)
+        drafts, logps = torch.randint(6, (200,)), numbers[0].log()
+
+        def judged(teacher: torch.Tensor, student: torch.Tensor, temperature: float) -> Verdicts:
+            options = {"alpha": 0.6, "temperature": temperature, "margin": 0.1}
+            return judge_engine_drafts(teacher, student, drafts, logps, numbers[1], numbers[2], **options)
+
+        found, expected = judged(teacher, student, 0.7), judged(teacher.float() / 0.7, student.float() / 0.7, 1.0)
+        assert 20 < found.kept.sum() < 180
+        assert (found.excess >= 0).all()
+        for part, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, reference)
+        assert not torch.equal(judged(teacher, student, 1.0).gaps, found.gaps)
 
 
 def samples(engine, student, teacher, alpha: float, rows: int = 2400, slots: int | None = None, **options):
@@ -322,6 +339,62 @@ def test_totals_of_an_engine_that_is_off():
     assert 0.1 < found["tilted"][gap] < 0.5
     assert 0.002 < found["tilted"][distance_] < 0.05
     assert 0.8 < found["tilted"][kept] < 0.98
+
+
+def test_totals_are_sums_until_they_are_taken():
+    drafts = EngineDrafts(lambda *_: [])
+
+    def note(kept: list[bool], excess: list[float], gaps: list[float]) -> None:
+        drafts.note(Verdicts(torch.tensor(kept), torch.zeros(len(kept)), torch.tensor(excess), torch.tensor(gaps)))
+
+    note([True, False, True], [0.25, 0.0, 0.5], [0.125, math.inf, 0.5])
+    note([True, True], [0.0, 0.0], [0.25, 0.0])
+    note([False], [0.0], [math.inf])  # of a token outside the student's vocabulary
+    gap = "sampling/sampling_logp_difference"
+    totals = {"rollout/kept_drafts": (4.0, 6.0), "rollout/mixture_distance": (0.75, 6.0)}
+    assert drafts.take_totals() == totals | {f"{gap}/mean": (0.875, 4.0), f"{gap}/max": (0.5, 4.0)}
+    nothing = {"rollout/kept_drafts": (0.0, 0.0), "rollout/mixture_distance": (0.0, 0.0)}
+    assert drafts.take_totals() == nothing | {f"{gap}/mean": (0.0, 0.0), f"{gap}/max": (0.0, 0.0)}
+    note([True], [0.0], [0.25])
+    assert drafts.take_totals()[f"{gap}/max"] == (0.25, 1.0)
+    other = EngineDrafts(lambda *_: [])
+    assert other.take_totals() == drafts.take_totals()
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_drafts_that_the_engine_hardly_ever_draws_are_all_kept(slots: int | None):
+    """Its log-probs are far below those of both models, so the completions are those that it counts up to an end."""
+    end, vocab_size = 15, 20
+    student, teacher = (build_model("llama", vocab_size, seed, width=8, layers=1) for seed in (0, 1))
+    requests: list[tuple[int, int]] = []
+
+    def count_up(texts: list[list[int]], limits: list[int], seeds: list[int]) -> list[Draft]:
+        drafts = []
+        for text, limit in zip(texts, limits, strict=True):
+            tokens = list(range(text[-1] + 1, min(text[-1] + limit, end) + 1))
+            requests.append((text[-1], limit))
+            drafts.append(Draft(tokens, [-50.0] * len(tokens)))
+        assert all(0 <= seed < 2**63 for seed in seeds)
+        return drafts
+
+    drafts = EngineDrafts(count_up)
+    prompts = [[5, 5, 12], [3], [1, 2], [14]]
+    completions = sample_prompts(
+        student,
+        prompts,
+        keys=[(row,) for row in range(4)],
+        max_new_tokens=10,
+        eos_token_ids=[end],
+        pad_token_id=1,
+        batch_size=slots,
+        teacher=teacher,
+        alpha=0.5,
+        mixing="speculative",
+        drafts=drafts,
+    )
+    assert completions == [[13, 14, 15], list(range(4, 14)), list(range(3, 13)), [15]]
+    assert all(1 <= limit <= 10 for _, limit in requests)
+    assert drafts.take_totals()["rollout/kept_drafts"] == (24.0, 24.0)
 
 
 def test_drafts_without_speculative_mixing_are_refused():

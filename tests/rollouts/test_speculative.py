@@ -73,6 +73,31 @@ class TestLaw:
         logits = torch.randn(3, dtype=torch.float64)
         assert self.judge(logits, logits, 1, 1 - 2**-53, 0.5, 1.0) == (True, 1)
 
+    def test_a_difference_without_a_residual_is_rounding(self):
+        """Then no token could replace the draft; the residual of another row does not matter."""
+        torch.manual_seed(0)
+        student = torch.randn(4000, 4)
+        teacher = student.clone()
+        teacher[:, 0] = torch.nextafter(student[:, 0], torch.tensor(-torch.inf))
+        p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
+        rounding = (p[:, 0] < q[:, 0]) & ((p - q).amax(dim=-1) <= 0)
+        assert rounding.any()
+        teacher = torch.cat([teacher[rounding], torch.tensor([[-torch.inf, 0.0, 0.0, 0.0]])])
+        student = torch.cat([student[rounding], torch.zeros(1, 4)])
+        numbers = torch.tensor([1 - 2**-53, 0.5], dtype=torch.float64)[:, None].expand(2, len(student))
+        kept, tokens = judge_drafts(teacher, student, torch.zeros(len(student), dtype=torch.long), *numbers, 1.0)
+        assert kept.tolist() == [True] * int(rounding.sum()) + [False]
+        assert tokens.tolist() == [0] * int(rounding.sum()) + [2]
+
+    def test_lower_precisions_are_judged_in_float32(self):
+        torch.manual_seed(0)
+        teacher, student = torch.randn(2, 500, 6).bfloat16()
+        drafts, numbers = torch.randint(6, (500,)), torch.rand(2, 500, dtype=torch.float64)
+        found = judge_drafts(teacher, student, drafts, *numbers, 0.7)
+        expected = judge_drafts(teacher.float() / 0.7, student.float() / 0.7, drafts, *numbers, 1.0)
+        assert all(torch.equal(*parts) for parts in zip(found, expected, strict=True))
+        assert 100 < found[0].sum() < 450
+
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "slots"), [("gpt2", None), ("llama", 300)])

@@ -86,6 +86,25 @@ def test_k_of_the_whole_vocabulary_accepts_everything():
     assert corrected == build_sampler(teacher, None).sample(student, [PROMPT] * 40, **options).completions
 
 
+@pytest.mark.parametrize("limit", [1, 5, 6])
+def test_ends_and_limits_are_those_of_each_row(monkeypatch: pytest.MonkeyPatch, limit: int):
+    """Prompts of different lengths, drafts of four tokens, and a row that ends early."""
+    monkeypatch.setattr(minillm_trl.rollouts.teacher_replacement, "DRAFT_TOKENS", 4)
+    student, teacher = build_pair()
+    teacher.base_model.register_forward_pre_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
+    grad_modes: list[bool] = []
+    prompts, keys = [PROMPT, [2], [4, 4, 1, 3, 2]] * 4, [(5, row) for row in range(12)]
+    sampler = build_sampler(teacher, TOP_K)
+    completions = sampler.sample(student, prompts, keys, (0,), max_new_tokens=limit).completions
+    for row, completion in enumerate(completions):
+        assert EOS not in completion[:-1]
+        assert len(completion) == limit or completion[-1] == EOS
+        alone = sampler.sample(student, [prompts[row]], [keys[row]], (0,), max_new_tokens=limit).completions
+        assert alone == [completion]
+    assert len({len(completion) for completion in completions}) > (limit > 1)
+    assert not any(grad_modes)
+
+
 def test_drafts_run_in_compiled_steps():
     student, teacher = build_pair()
     options = {"keys": [(5, row) for row in range(2)], "coin_key": (0,), "max_new_tokens": 6}
