@@ -184,6 +184,22 @@ def test_intervals_of_many_predictions_are_the_normal_ones():
     assert found.accuracy != calibration(confidences, correct, resamples=4000, seed=4).accuracy
 
 
+@pytest.mark.parametrize("options", [{}, {"resamples": 300, "seed": 5}])
+def test_interval_is_the_basic_one_of_the_rows_that_the_seed_draws(options):
+    confidences, correct = map(np.array, predictions(25, 0.3, seed=2))
+    rows = np.random.default_rng(options.get("seed", 0)).integers(25, size=(options.get("resamples", 10_000), 25))
+    bin_of = np.ceil(confidences * 10)
+    errors = sum(
+        np.abs(((correct[rows] - confidences[rows]) * (bin_of[rows] == number)).mean(axis=1))
+        for number in range(1, 11)
+    )
+    found = calibration(confidences, correct, **options)
+    lower, upper = np.quantile(errors, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((max(0, 2 * found.ece - upper), max(0, 2 * found.ece - lower)))
+    assert found.accuracy == bootstrap_interval(correct, **options)
+    assert len(found.bins) == 10
+
+
 @pytest.mark.parametrize(("excess", "coverage"), [(0.0, 0.65), (0.2, 0.88)])
 def test_interval_covers_the_true_error_also_where_that_is_zero(excess, coverage):
     """The quantiles of the resampled error never cover the 0 of calibrated predictions."""

@@ -8,7 +8,12 @@ import pytest
 import torch
 from conftest import FAMILIES, build_model
 
-from minillm_trl.evaluation.divergence import completion_losses, score_completions, token_divergences
+from minillm_trl.evaluation.divergence import (
+    completion_losses,
+    score_completions,
+    score_requests,
+    token_divergences,
+)
 from minillm_trl.models import fused_head
 from minillm_trl.models.lm_head import LMHead, check_embedded
 
@@ -180,6 +185,48 @@ def test_logits_exist_for_a_chunk_of_tokens_at_a_time(monkeypatch):
         assert one == approx(other, rel=1e-4)
     assert max(sizes) == 2
     assert sum(sizes) == 3 * sum(map(len, COMPLETIONS))  # both models for the divergence, one for the loss
+
+
+def test_long_rows_come_first_and_batches_are_padded_on_both_sides():
+    found = list(score_requests(PROMPTS, COMPLETIONS, 3, torch.device("cpu")))
+    assert [rows for rows, _ in found] == [[3, 0, 1], [2]]  # 10, 4, 4 and 2 tokens
+    (_, first), (_, second) = found
+    padding = [0] * 4
+    assert first.input_ids.tolist() == [
+        [4, 3, 2, 10, 11, 12, 13, 14, 15, 0],
+        [*padding, 5, 9, 10, 0, 0, 0],
+        [0, 0, 6, 7, 8, 11, *padding],
+    ]
+    mask = [[True] * 10, [False] * 4 + [True] * 4 + [False] * 2, [False] * 2 + [True] * 4 + [False] * 4]
+    assert first.attention_mask.tolist() == mask
+    assert first.completion_mask.tolist() == [row[5:] for row in mask]
+    assert second.input_ids.tolist() == [[9, 9, 0]]  # room for a token although there is none
+    assert second.attention_mask.tolist() == [[True, True, False]]
+    assert second.completion_mask.tolist() == [[False]]
+    assert {request.attention_mask.dtype for _, request in found} == {torch.bool}
+
+
+@pytest.mark.parametrize("scores", [token_divergences, completion_losses, score_completions])
+def test_rows_of_a_forward_pass_by_default(scores):
+    first, second = pair(PAIRS[0])
+    rows = []
+    first.base_model.register_forward_pre_hook(
+        lambda module, arguments, keywords: rows.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    others = () if scores is completion_losses else (second,)
+    scores(first, *others, [[5]] * 65, [[7]] * 65, vocab_size=40)
+    assert rows == [64, 1]
+
+
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(0.5, None), (1.0, 40), (2.0, 40)])
+def test_loss_has_the_temperature_and_the_vocabulary_that_are_asked_for(temperature, vocab_size):
+    model = build_model("gpt2", 56)
+    expected = [
+        [-row[token] for row, token in zip(full_log_probs(*case, vocab_size, temperature), case[2], strict=True)]
+        for case in zip([model] * 4, PROMPTS, COMPLETIONS, strict=True)
+    ]
+    found = completion_losses(model, PROMPTS, COMPLETIONS, vocab_size=vocab_size, temperature=temperature)
+    assert found == approx(expected, rel=1e-4)
 
 
 def test_no_completions_have_no_values():

@@ -6,8 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from chat_models import build_chat_tokenizer
 from conftest import build_model, build_tokenizer
 
+from minillm_trl.evaluation import exposure_bias
 from minillm_trl.evaluation.exposure_bias import ExposureBias, excess_accumulated_error, sample_divergences
 from minillm_trl.rollouts.keyed_random import evaluation_key, keyed_uniforms
 
@@ -70,7 +72,7 @@ def test_order_of_the_samples_does_not_matter():
     assert excess_accumulated_error(*both) == expected
 
 
-def slow_divergences(sampler, student, teacher, prompts, samples, max_new_tokens, seed, rows):
+def slow_divergences(sampler, student, teacher, prompts, samples, max_new_tokens, seed, rows, ends=ENDS):
     """KL(teacher || student) along samples that are drawn a token at a time from full logits in float64."""
     sampler, student, teacher = (copy.deepcopy(model).double() for model in (sampler, student, teacher))
 
@@ -80,14 +82,14 @@ def slow_divergences(sampler, student, teacher, prompts, samples, max_new_tokens
 
     divergences = []
     for prompt in prompts:
-        prompt_ids = TOKENIZER(prompt)["input_ids"]
+        prompt_ids = TOKENIZER(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         for number in range(samples):
             ids, steps = list(prompt_ids), []
             for uniform in keyed_uniforms(max_new_tokens, *evaluation_key(seed, prompt_ids, number)):
                 p, q = probabilities(teacher, ids), probabilities(student, ids)
                 steps.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)))
                 ids.append(int(np.searchsorted(np.cumsum(probabilities(sampler, ids)), uniform, side="right")))
-                if ids[-1] in ENDS:
+                if ids[-1] in ends:
                     break
             divergences.append(steps)
     return divergences
@@ -170,6 +172,85 @@ def test_without_a_seed_no_two_measurements_share_their_samples():
     first, second = (measure(student, teacher, seed=None).student for _ in range(2))
     torch.manual_seed(0)
     assert measure(student, teacher, seed=None).student == first != second
+
+
+def test_models_are_put_in_eval_mode():
+    student, teacher = models("gpt2", "gpt2")  # with dropout
+    expected = measure(student, teacher)
+    assert_alike(measure(student.train(), teacher.train()), expected)
+    assert not student.training
+    assert not teacher.training
+
+
+def test_forward_pass_has_at_most_the_rows_of_a_batch():
+    student, teacher = models()
+    rows = []
+    for model in (student, teacher):
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    measure(student, teacher, batch_size=5)  # of 12 samples
+    assert max(rows) == 5
+    rows.clear()
+    measure(student, teacher, PROMPTS[:1], samples=70, max_new_tokens=1)
+    assert max(rows) == 64
+
+
+def test_tokenizer_without_a_padding_token_pads_with_its_end():
+    student, teacher = models()
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = None
+    options = {"samples": 3, "max_new_tokens": 6, "seed": 5}
+    found = sample_divergences(student, teacher, tokenizer, PROMPTS, **options)
+    assert_alike(excess_accumulated_error(*found), measure(student, teacher))
+
+
+@pytest.mark.parametrize("kwargs", [None, {"extra": "a pub "}])
+def test_samples_of_conversations_follow_the_template_and_end_with_a_turn(kwargs):
+    tokenizer = build_chat_tokenizer()
+    tokenizer.chat_template = (
+        "{{ extra }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}> {% endif %}"
+    )
+    student, teacher = (build_model("gpt2", len(tokenizer), seed, width=16, layers=1) for seed in (0, 1))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        for model in (student, teacher):  # likely to end
+            hidden = model.transformer(torch.tensor([[end]])).last_hidden_state[0, -1]
+            model.lm_head.weight[end] = 15 * hidden / hidden.dot(hidden)
+    prompts = ["the mill", "a pub", "food near the river"]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    found = sample_divergences(
+        student, teacher, tokenizer, chats, samples=2, max_new_tokens=4, seed=5, chat_template_kwargs=kwargs
+    )
+    texts = [f"{(kwargs or {}).get('extra', '')}{prompt}<|im_end|>> " for prompt in prompts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for model, errors in zip((student, teacher), found, strict=True):
+        expected = slow_divergences(model, student, teacher, ids, 2, 4, 5, len(tokenizer), (0, end))
+        assert errors == [pytest.approx(values, rel=1e-3, abs=1e-5) for values in expected]
+    assert min(map(len, found[0] + found[1])) < 4
+
+
+class Bar:
+    """Stands in for the progress bar."""
+
+    def __init__(self, total: int, disable: bool, **_):
+        self.total, self.disable, self.n = total, disable, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, number: int) -> None:
+        self.n += number
+
+
+@pytest.mark.parametrize("progress", [{}, {"progress": True}])
+def test_progress_is_of_the_samples_of_both_models(monkeypatch, progress):
+    bars = []
+    monkeypatch.setattr(exposure_bias, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[0])
+    measure(*models(), **progress)
+    assert (bars[0].n, bars[0].total, bars[0].disable) == (24, 24, not progress)
 
 
 def test_samples_of_a_prompt_differ():

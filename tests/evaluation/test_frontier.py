@@ -79,8 +79,72 @@ class TestValues:
         with pytest.raises(ValueError, match="FrontierCurve needs"):
             FrontierCurve(entropies, values)
 
+    def test_mean_over_a_range_is_the_trapezoidal_rule_on_101_entropies(self):
+        curve = FrontierCurve([[0.0], [0.3], [0.5], [1.5]], [[70.0], [61.0], [60.0], [52.0]])
+        grid = np.linspace(0.1, 1.4, 101)
+        expected = np.trapezoid(np.interp(grid, [0.0, 0.3, 0.5, 1.5], [70.0, 61.0, 60.0, 52.0]), grid) / 1.3
+        assert mean_over_entropies(curve, 0.1, 1.4) == pytest.approx(expected, rel=1e-12)
+
+    def test_decodings_of_equal_entropy_have_finite_values_between_theirs(self):
+        for entropies in ([0.2, 0.5, 0.5, 1.0], [0.2, 0.2, 1.0], [0.2, 1.0, 1.0]):
+            curve = FrontierCurve(
+                [[each] for each in entropies], [[10.0 * number] for number in range(len(entropies))]
+            )
+            for entropy in entropies:
+                of_it = [10.0 * number for number, each in enumerate(entropies) if each == entropy]
+                assert value_at_entropy(curve, entropy) in of_it
+            assert np.isfinite(mean_over_entropies(curve, 0.2, 1.0))
+        same = FrontierCurve([[0.5], [0.5]], [[70.0], [60.0]])
+        assert value_at_entropy(same, 0.5) in (70.0, 60.0)
+        assert shared_entropies(same, curve) is None  # a single entropy
+
+
+def slow_curve(entropies: np.ndarray, values: np.ndarray, at: float) -> float:
+    """The line through the neighbours; beyond an end, through the two last ones."""
+    order = np.argsort(entropies)
+    x, y = entropies[order], values[order]
+    left = max(i for i in range(len(x) - 1) if i == 0 or x[i] <= at)
+    return y[left] + (at - x[left]) / (x[left + 1] - x[left]) * (y[left + 1] - y[left])
+
+
+def slow_difference(model: FrontierCurve, baseline: FrontierCurve, grid: np.ndarray, **options) -> MeanInterval:
+    """A loop over resamples of the prompts."""
+    settings = {"confidence": 0.95, "resamples": 10_000, "seed": 0, **options}
+
+    def difference(prompts: np.ndarray) -> float:
+        curves = [
+            [slow_curve(one.entropies[:, prompts].mean(1), one.values[:, prompts].mean(1), at) for at in grid]
+            for one in (model, baseline)
+        ]
+        values = np.array(curves[0]) - curves[1]
+        return values[0] if len(grid) == 1 else np.trapezoid(values, grid) / (grid[-1] - grid[0])
+
+    drawn = np.random.default_rng(settings["seed"]).integers(PROMPTS, size=(settings["resamples"], PROMPTS))
+    found = np.array([difference(prompts) for prompts in drawn])
+    levels = (1 - settings["confidence"]) / 2, (1 + settings["confidence"]) / 2
+    return MeanInterval(difference(np.arange(PROMPTS)), *np.quantile(found, levels), PROMPTS, found.std(ddof=1))
+
 
 class TestDifference:
+    @pytest.mark.parametrize("options", [{"resamples": 30}, {"confidence": 0.5, "resamples": 20, "seed": 3}])
+    def test_intervals_are_those_of_a_loop_over_resamples(self, options):
+        model, baseline = random_curve(3), random_curve(4, decodings=3)
+        found = equal_entropy_difference(model, baseline, 0.7, **options)
+        assert found == pytest.approx(slow_difference(model, baseline, np.array([0.7]), **options))
+        low, high = shared_entropies(model, baseline)
+        found = mean_equal_entropy_difference(model, baseline, **options)
+        assert found == pytest.approx(slow_difference(model, baseline, np.linspace(low, high, 101), **options))
+
+    def test_defaults_are_those_of_the_other_intervals(self):
+        model, baseline = random_curve(3), random_curve(4)
+        options = {"confidence": 0.95, "resamples": 10_000, "seed": 0}
+        assert equal_entropy_difference(model, baseline, 0.7) == equal_entropy_difference(
+            model, baseline, 0.7, **options
+        )
+        assert mean_equal_entropy_difference(model, baseline) == mean_equal_entropy_difference(
+            model, baseline, **options
+        )
+
     def test_two_lines_differ_by_their_distance_in_every_resample(self):
         model, baseline = spread_line(-20, 80, [0.2, 0.5, 1.0]), spread_line(-10, 70, [0.3, 1.2])
         # 80 - 20 h - (70 - 10 h) = 10 - 10 h

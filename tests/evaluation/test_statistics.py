@@ -194,6 +194,15 @@ def test_all_signs_are_tried_where_there_are_no_more_than_resamples():
     assert sign_flip_test([1.0] * 14, [0.0] * 14) * 10_001 == pytest.approx(2, abs=1.01)
 
 
+@pytest.mark.parametrize("prompts", [14, 16, 17, 72, 81])
+def test_every_prompt_of_many_may_flip_its_sign(prompts):
+    for pair in ((0, 1), (0, prompts - 1), (prompts - 2, prompts - 1)):
+        differences = np.zeros(prompts)
+        differences[list(pair)] = 1.0
+        assert sign_flip_test(differences, 0 * differences) == pytest.approx(0.5, abs=0.02)
+    assert sign_flip_test(0 * differences, 0 * differences) == 1.0
+
+
 def test_sign_flip_test_of_many_prompts_estimates_the_exact_share():
     differences = [4.0, -1.0, 3.0, 2.0, -2.0, 5.0, 1.0, -4.0, 2.0, 3.0, 1.0]
     estimate = sign_flip_test(differences, [0.0] * 11, resamples=2000)  # fewer than 2 ** 11
