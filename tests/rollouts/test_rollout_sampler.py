@@ -147,6 +147,7 @@ def test_completions_are_those_of_the_settings(options: dict):
     assert turn.completions == expected
     assert [rows for rows, _ in turn.scores.parts] == batches
     assert len(batches) == 2
+    assert sampler.shared_coins == options.get("shared_coins", True)
     assert bool(asked) == ("on_every_process" in options)
 
 
@@ -189,10 +190,12 @@ def test_teachers_sample_within_their_phases_and_only_if_they_have_rows():
     sample(replace(sampler, teacher=broken), teacher_index=[1, 1, 1])
 
 
-def test_drafts_of_an_engine_reach_sampling():
-    """Which refuses them for coins, instead of ignoring the engine."""
+def test_drafts_of_an_engine_and_compiled_steps_reach_sampling():
+    """Which refuses them where they would have no effect."""
     with pytest.raises(ValueError, match="does not use drafts of an engine"):
         sample(replace(build_sampler(0.5), drafts=object()))
+    with pytest.raises(ValueError, match="does not work with compiled"):
+        sample(replace(build_sampler(0.5), mixing="speculative", compiled=object()))
 
 
 def test_states_of_several_teachers_that_are_recomputed_are_not_kept():
@@ -250,6 +253,9 @@ def test_teacher_is_asked_about_the_likeliest_tokens_of_the_student():
             prompt, completion = PROMPTS[row], turn.completions[row]
             logits = student(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
             assert found[: len(completion)].tolist() == logits.topk(4).indices.tolist()
+    count = len(asked)
+    sample(replace(sampler, teacher=teacher, scorer=scorer, alpha=0.5))
+    assert len(asked) == count  # sampling has computed the states
 
 
 def test_corrected_completions_are_those_of_drafts_of_the_student_alone():
