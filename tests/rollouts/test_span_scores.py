@@ -1,6 +1,7 @@
 """Scores of spans of text, without a trainer, against plain forward passes; which rows and prompts are refused."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ COMPLETIONS = [[*ids_of(FIRST, " low helmets é"), EOS], CUT, [EOS], ids_of(FIRS
 CHAT = "{{ extra }}{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}"
 
 
-def build_scorer(tokenizer=SECOND, **options) -> CrossTokenizerScorer:
-    model = build_model("llama", len(tokenizer), seed=1, width=16, layers=1)
+def build_scorer(tokenizer=SECOND, family: str = "llama", positions: int = 128, **options) -> CrossTokenizerScorer:
+    model = build_model(family, len(tokenizer), seed=1, width=16, layers=1, positions=positions)
     teacher = RolloutTeacher(model, LMHead.of(model).frozen(torch.device("cpu")), Accelerator(cpu=True), 2, "device")
     scorer = RolloutScorer(0.7, KD_TEMPERATURE, len(tokenizer))
     return CrossTokenizerScorer(
@@ -112,30 +113,41 @@ class TestScores:
         assert reading.of_student[:-1].min() >= 0
         assert bytes(both.teacher_bytes[reading.ids[-1]])[-1:] != b"\xc3"
 
-    @pytest.mark.parametrize("room", [0, -1])
-    def test_row_that_exceeds_the_context_of_the_teacher_is_a_fault(self, room: int):
-        """The longest of the rows has exactly as many tokens as fit, or one more."""
+    @pytest.mark.parametrize("max_context", [4, 6, 7, 9, 10, 12, 13])
+    def test_rows_that_exceed_the_context_of_the_teacher_are_faults(self, max_context: int):
+        """GPT-2 has no positions beyond its context; some prompts alone exceed the shortest one."""
         prompts = [ids_of(SECOND, prompt) for prompt in PROMPTS]
         readings = TwoTokenizers(FIRST, SECOND).read(COMPLETIONS, [EOS], SECOND.eos_token_id)
         counts = [len(prompt) + len(reading.ids) for prompt, reading in zip(prompts, readings, strict=True)]
-        longest = max(counts)
-        assert counts.count(longest) == 1
-        row = counts.index(longest)
-        scorer = build_scorer(max_context=longest + room)
+        assert sorted(counts) == [7, 10, 10, 13]
+        assert max(map(len, prompts)) > 4
+        scorer = build_scorer(family="gpt2", positions=max_context, max_context=max_context)
         batch, student_logps = batch_of(COMPLETIONS)
         found = scorer.score(batch, student_logps)
         check_rows(scorer, found, COMPLETIONS, student_logps, prompts, SECOND.eos_token_id)
-        if room == 0:
-            assert found.faults == {}
-            return
-        assert list(found.faults) == [row]
-        assert f"have {longest} tokens of the teacher, its context {longest - 1}" in found.faults[row]
-        last = len(COMPLETIONS[row]) - 1
-        assert found.teacher[row].tolist() == [
-            -torch.inf if place == last else 0 for place in range(len(found.teacher[row]))
-        ]
-        batch["completion_mask"][row] = 0  # a row without tokens only fills up a batch
+        assert list(found.faults) == [row for row, count in enumerate(counts) if count > max_context]
+        for row, fault in found.faults.items():
+            assert f"have {counts[row]} tokens of the teacher, its context {max_context}" in fault
+            last = len(COMPLETIONS[row]) - 1
+            expected = [-torch.inf if place == last else 0 for place in range(found.teacher.shape[1])]
+            assert found.teacher[row].tolist() == expected
+            batch["completion_mask"][row] = 0  # a row without tokens only fills up a batch
         assert scorer.score(batch, student_logps).faults == {}
+
+    def test_head_of_the_teacher_runs_in_the_precision_of_the_run(self):
+        scorer, seen = build_scorer(), []
+        autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+        scorer.teacher.accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
+        head = scorer.teacher.head
+
+        def teacher_logits(*arguments):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return head.teacher_logits(*arguments)
+
+        scorer.teacher.head = SimpleNamespace(teacher_logits=teacher_logits)
+        batch, student_logps = batch_of(COMPLETIONS)
+        scorer.score(batch, student_logps)
+        assert {*seen} == {True}
 
     @pytest.mark.parametrize("unknown", [len(FIRST), len(FIRST) + 7])
     def test_row_with_a_token_that_has_no_text_is_a_fault_of_its_own(self, unknown: int):
