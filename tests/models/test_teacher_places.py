@@ -169,16 +169,17 @@ class TestProcesses:
 
         def process(number: int) -> None:
             fields = {"num_processes": 4, "local_process_index": number, "process_index": number + 9}
-            accelerator = SimpleNamespace(**fields, wait_for_everyone=lambda: barrier.wait(timeout=10))
+            accelerator = SimpleNamespace(**fields, wait_for_everyone=lambda: barrier.wait(timeout=5))
             with one_process_at_a_time(accelerator):
                 inside[0] += 1
                 order.append((number, inside[0]))
                 time.sleep(0.01)
                 inside[0] -= 1
 
-        threads = [threading.Thread(target=process, args=(number,)) for number in range(count)]
+        threads = [threading.Thread(target=process, args=(number,)) for number in range(1, count)]
         for thread in threads:
             thread.start()
+        process(0)
         for thread in threads:
             thread.join()
         assert order == [(number, 1) for number in range(count)]
@@ -254,6 +255,11 @@ class TestPlaceNew:
             ("place", "teacher", device or CPU),
             "end of whole",
         ]
+
+    def test_by_default_each_process_has_all_of_it_without_code_of_others(self, calls):
+        accelerator = SimpleNamespace(num_processes=2, device=CPU, state=SimpleNamespace(deepspeed_plugin=None))
+        assert place_new_teacher("folder", accelerator, init_kwargs=None, default_dtype=torch.float32) == "placed"
+        assert calls[1:3] == [("load", ("folder", None, torch.float32, False, False)), ("place", "teacher", CPU)]
 
     def test_processes_that_share_its_blocks_load_it_in_turn(self, calls):
         accelerator, placed = self.place(2, shard=True, allow_pickled_weights=True)

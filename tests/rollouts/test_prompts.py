@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from chat_models import build_chat_tokenizer
+from chat_models import TEXT_END, TURN_END, build_chat_tokenizer
 from conftest import build_model, build_tokenizer
 
 from minillm_trl.rollouts.keyed_random import draw_seed, keyed_uniforms
@@ -129,24 +129,31 @@ def test_batches_are_reported_with_their_size(batch_size: int):
 
 
 def test_conversations_go_through_the_template_and_end_with_a_turn():
-    tokenizer = build_chat_tokenizer()
+    """Texts do not end with a turn, whose token the model likes."""
+    tokenizer = build_chat_tokenizer(TEXT_END)
     tokenizer.chat_template = (
         "{{ extra }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}> {% endif %}"
     )
     model = build_model("gpt2", len(tokenizer), 3, width=16, layers=1)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    end, turn_end = (tokenizer.convert_tokens_to_ids(name) for name in (TEXT_END, TURN_END))
+    likely = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([turn_end]), 5.0)
+    model.lm_head.register_forward_hook(lambda module, args, output: output + likely)
+    assert end_token_ids(model, tokenizer, True) == [end, turn_end]
+    assert end_token_ids(model, tokenizer, False) == [end]
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    ends = end_token_ids(model, tokenizer, True)
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
-    keys = [(4, n) for n in range(4)]
+    options = {"max_new_tokens": LIMIT, "seed": 4}
     for kwargs in (None, {"extra": "a pub "}):
-        options = {"max_new_tokens": LIMIT, "seed": 4, "chat_template_kwargs": kwargs}
-        found = generate_completions(model, tokenizer, chats, **options)
+        found = generate_completions(model, tokenizer, chats, **options, chat_template_kwargs=kwargs)
+        assert any(completion.token_ids[-1] == turn_end for completion in found)
         texts = [(kwargs or {"extra": ""})["extra"] + prompt + "<|im_end|>> " for prompt in PROMPTS]
-        for text, key, completion in zip(texts, keys, found, strict=True):
+        for row, (text, completion) in enumerate(zip(texts, found, strict=True)):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert completion.token_ids == slow_completion(model, ids, key, ends)
-            assert completion.finished == (completion.token_ids[-1] in ends)
+            assert completion.token_ids == slow_completion(model, ids, (4, row), [end, turn_end])
+            assert completion.finished == (completion.token_ids[-1] in (end, turn_end))
+        plain = generate_completions(model, tokenizer, texts, **options)
+        assert any(turn_end in completion.token_ids[:-1] for completion in plain)
 
 
 def test_tokenizer_without_a_padding_token_pads_with_its_end():
