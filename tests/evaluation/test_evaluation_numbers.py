@@ -1,5 +1,6 @@
 """`evaluate_model` on samples of given texts and scores: means, seeds, buckets, parts, and what it refuses."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,8 @@ def test_teacher_adds_what_is_asked_of_it(run):
 
 def test_task_is_given_the_request_and_the_settings_name_it(run):
     found = run(seeds=[5, 6])
+    with pytest.raises(AttributeError):
+        found.settings = {}
     assert run.task.given == ("model", None, "tokenizer", 1.0, 0, None)
     decoding = {"max_new_tokens": 8, "temperature": 1.0, "batch_size": 64}
     assert run.task.decoding == {**decoding, "eos_tokens": None, "chat_template_kwargs": None}
@@ -221,6 +224,13 @@ def test_parts_are_measured_once(run):
     assert both == run(seeds=[5, 6], **options)
     run(seeds=None, parts=parts)
     assert "greedy" in parts
+
+
+def test_only_the_main_process_writes_parts(run, monkeypatch):
+    monkeypatch.setattr(evaluation, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    parts = Parts()
+    assert run(seeds=[5], parts=parts) == run(seeds=[5])
+    assert parts == {}
 
 
 @pytest.mark.parametrize("forward_kl", [False, True])

@@ -16,12 +16,12 @@ from minillm_trl.evaluation.metrics import (
 
 # (prediction, references, 100 * 2PR / (P + R) with P, R = LCS / words of prediction, of reference)
 ROUGE_CASES = [
+    ("police kill the gunman", ["police killed the gunman"], 100.0),  # stems
     ("the cat sat", ["the cat sat"], 100.0),
     ("the cat sat", ["the cat sat on the mat"], 200 / 3),  # LCS 3 of 3 and of 6 words
     ("the cat sat on the mat", ["the cat sat"], 200 / 3),
     ("the gunman kill police", ["police kill the gunman"], 50.0),  # LCS "the gunman": order counts
     ("a x b y c", ["a b c"], 75.0),  # LCS 3 of 5 and of 3: a subsequence, not a substring
-    ("police kill the gunman", ["police killed the gunman"], 100.0),  # stems
     ("The Punter, CHEAP!", ["the punter cheap"], 100.0),  # case and punctuation do not count
     ("  the cat sat \n", ["the cat sat"], 100.0),
     ("a b c d", ["nothing alike", "a b"], 200 / 3),  # the better reference: LCS 2 of 4 and of 2
@@ -120,7 +120,8 @@ def test_repeated_ngrams_by_default_counts_4grams():
 
 
 @pytest.mark.parametrize(
-    ("outputs", "expected"), [(["a", "b", "c"], 1.0), (["a", "a", "b"], 2 / 3), (["a", "a", "a"], 1 / 3), (["a"], 1.0)]
+    ("outputs", "expected"),
+    [(["a", "b", "c"], 1.0), (["a", "a", "b"], 2 / 3), (["a", "a", "a"], 1 / 3), (["a"], 1.0), (["a", " a\n"], 0.5)],
 )
 def test_distinct_outputs_is_the_share_of_different_texts(outputs, expected):
     assert distinct_outputs(outputs) == pytest.approx(expected)
