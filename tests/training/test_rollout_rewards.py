@@ -7,7 +7,12 @@ import torch
 from accelerate import Accelerator
 from test_trainer import make_config
 
-from minillm_trl.training.rollout_rewards import FunctionRewards, RolloutAdvantages
+from minillm_trl.training.rollout_rewards import (
+    FunctionRewards,
+    RolloutAdvantages,
+    placeholder_reward,
+    remove_placeholder,
+)
 
 
 @pytest.mark.parametrize("whiten", ["none", "tokens", "padding"])
@@ -91,3 +96,144 @@ def test_baseline_of_processes_is_that_of_one_that_has_all_rows(tmp_path, kind: 
     second = RolloutAdvantages(config, Gathering(1))._baseline(returns[2:, :3], mask[2:, :3], kind)
     assert torch.equal(first, whole[:2])
     assert torch.equal(second, whole[2:, :3])
+
+
+LENGTHS, LONGEST, HORIZON = (5, 3, 4, 2), 5, 12
+
+
+def slow_advantages(rewards, expected, baseline: str, group: int, whiten: str, options: dict) -> list[list[float]]:
+    """Advantages of completions, in loops over lists; of two processes that have the same rows."""
+    gamma, current = options.get("gamma", 1.0), options.get("include_current_reward", False)
+    returns = []
+    for row, length in enumerate(LENGTHS):
+        future = rewards[row] if expected is None else expected[row]
+        values = [0.0] * LONGEST
+        for t in range(length):
+            weights = [gamma ** (i - t - (not current)) for i in range(t + (not current), length)]
+            taken = [rewards[row][i] if i == t else future[i] for i in range(t + (not current), length)]
+            size = sum(weights) if options.get("discounted_length", True) else len(weights)
+            if not options.get("length_normalization", True):
+                size = 1.0
+            values[t] = sum(weight * value for weight, value in zip(weights, taken, strict=True)) / (size or 1.0)
+        returns.append(values)
+    advantages = [list(values) for values in returns]
+    for row, length in enumerate(LENGTHS if baseline != "none" else ()):
+        for t in range(length):
+            others = [
+                *(other for other in range(len(LENGTHS)) if other != row and LENGTHS[other] > t),
+            ]
+            if baseline == "group":
+                others = [other for other in others if other // group == row // group]
+            advantages[row][t] -= sum(returns[other][t] for other in others) / max(len(others), 1)
+    if whiten == "none":
+        return advantages
+    tokens = [advantages[row][t] for row, length in enumerate(LENGTHS) for t in range(length)] * 2
+    count = len(tokens) if whiten == "tokens" else 2 * len(LENGTHS) * HORIZON
+    mean = sum(tokens) / count
+    variance = sum(value * value for value in tokens) / count - mean * mean
+    return [
+        [(value - mean) / (variance + 1e-8) ** 0.5 if t < LENGTHS[row] else 0.0 for t, value in enumerate(values)]
+        for row, values in enumerate(advantages)
+    ]
+
+
+@pytest.mark.parametrize("whiten", ["none", "tokens", "padding"])
+@pytest.mark.parametrize("baseline", ["none", "position", "group"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gamma": 0.5},
+        {"gamma": 0.5, "discounted_length": False},
+        {"length_normalization": False},
+        {"include_current_reward": True, "single_step_decomposition": False, "gamma": 0.5},
+        {"reward_estimator": "expected", "gamma": 0.5},
+    ],
+    ids=lambda options: "-".join(options) or "defaults",
+)
+def test_advantages_are_those_of_loops(tmp_path, options: dict, baseline: str, whiten: str):
+    torch.manual_seed(0)
+    rewards, expected = torch.randn(2, 4, LONGEST, dtype=torch.float64)
+    mask = torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]
+    config = make_config(
+        tmp_path, whiten_advantages=whiten, num_generations=2, max_completion_length=HORIZON, **options
+    )
+    advantages = RolloutAdvantages(config, Accelerator(cpu=True))
+    advantages.accelerator = SimpleNamespace(
+        process_index=0,
+        gather=lambda values: values,
+        pad_across_processes=lambda values, dim: values,
+        reduce=lambda moments, reduction: 2 * moments if reduction == "sum" else None,
+    )
+    expected = expected if "reward_estimator" in options else None
+    found, totals = advantages.of_teacher(rewards, expected, mask, torch.zeros(4, dtype=torch.bool), baseline)
+    lists = None if expected is None else expected.tolist()
+    slow = slow_advantages(rewards.tolist(), lists, baseline, 2, whiten, options)
+    torch.testing.assert_close(found * mask, torch.tensor(slow, dtype=torch.float64))
+    assert (totals is None) == (baseline == "none")
+
+
+def test_without_the_teachers_advantage_there_is_none(tmp_path):
+    config = make_config(tmp_path, rkl_advantage=False)
+    rewards, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    found, totals = RolloutAdvantages(config, Accelerator(cpu=True)).of_teacher(
+        rewards, None, mask, torch.zeros(2, dtype=torch.bool), "position"
+    )
+    assert torch.equal(found, torch.zeros(2, 3))
+    assert totals is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"iw_opd_gamma": 0.5}, {"top_entropy_quantile": 0.4}, {"iw_opd_gamma": 0.5, "top_entropy_quantile": 0.4}],
+)
+def test_weights_of_tokens_are_multiplied_and_leave_faulty_rows_out(tmp_path, options: dict):
+    """Five healthy tokens, of which a share of 0.4 trains the two of highest entropy, with weight 5 / 2."""
+    rewards = torch.tensor([[1.0, -3.0, 0.0], [torch.nan, torch.nan, torch.nan], [2.0, 2.0, 9.0]])
+    entropy = torch.tensor([[0.1, 0.5, 0.2], [9.0, 9.0, 9.0], [0.3, 0.4, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    advantages = RolloutAdvantages(make_config(tmp_path, **options), Accelerator(cpu=True))
+    found = advantages.token_weights(rewards, entropy, mask, torch.tensor([False, True, False]))["token_weights"]
+    healthy = (mask & torch.tensor([[True], [False], [True]])).float()
+    expected = healthy.clone()
+    if "iw_opd_gamma" in options:
+        expected *= torch.tensor([[1.5, 1.375, 1.0], [1.0, 1.0, 1.0], [1.5, 1.25, 1.0]])
+    if "top_entropy_quantile" in options:
+        expected *= torch.tensor([[0.0, 2.5, 0.0], [0.0, 0.0, 0.0], [0.0, 2.5, 0.0]])
+    torch.testing.assert_close(found * healthy, expected)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_of_functions_are_relative_to_the_buffer(tmp_path, scale_rewards: str, aggregation: str):
+    values, weights = torch.tensor([[1.0, 10.0], [3.0, 40.0], [8.0, 10.0]]), torch.tensor([1.0, 0.5])
+    config = make_config(tmp_path, scale_rewards=scale_rewards, multi_objective_aggregation=aggregation)
+    found = RolloutAdvantages(config, Accelerator(cpu=True)).of_buffer(FunctionRewards.of(values, 1), weights, 3)
+    columns = values
+    if aggregation == "normalize_then_sum":
+        columns = (columns - columns.mean(dim=0)) / (columns.std(dim=0) + 1e-4)
+    totals = columns @ weights
+    totals = totals - totals.mean()
+    if scale_rewards != "none" or aggregation == "normalize_then_sum":  # which scales the sum in any case, as in GRPO
+        totals = totals / (totals.std() + 1e-4)
+    torch.testing.assert_close(found, totals)
+
+
+def test_infinite_reward_has_the_mean_of_its_group():
+    rewards = FunctionRewards.of(torch.tensor([[torch.inf], [2.0], [4.0], [1.0], [-torch.inf], [torch.nan]]), 3)
+    assert rewards.values[:5].flatten().tolist() == [3.0, 2.0, 4.0, 1.0, 1.0]
+    assert rewards.values[5].isnan()
+    assert rewards.infinite.flatten().tolist() == [True, False, False, False, True, False]
+
+
+def test_placeholder_is_removed_and_never_called():
+    """An environment may have added functions behind it."""
+    names = ("reward_funcs", "reward_func_names", "reward_processing_classes")
+    trainer = SimpleNamespace(
+        **{name: [placeholder_reward, name] for name in names}, reward_weights=torch.tensor([1.0, 2.0])
+    )
+    remove_placeholder(trainer)
+    assert [getattr(trainer, name) for name in names] == [[name] for name in names]
+    assert trainer.reward_weights.tolist() == [2.0]
+    with pytest.raises(RuntimeError):
+        placeholder_reward([], [])

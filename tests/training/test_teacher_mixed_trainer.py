@@ -259,6 +259,35 @@ def test_copy_frees_its_weights_after_sampling_unless_compiled_code_has_their_ad
     assert order == ["wait", "refresh student", "sample copy", *(["release"] if compiled is None else [])]
 
 
+@pytest.mark.parametrize("compiled", [None, "compiled"])
+@pytest.mark.parametrize(
+    ("with_trl", "rollout_func", "tools", "decodes"),
+    [
+        (False, None, [], True),
+        (True, None, [], False),
+        (False, print, [], False),
+        (False, print, [len], True),
+        (True, print, [len], False),
+        (True, None, [len], False),
+        (False, None, [len], True),
+    ],
+)
+def test_models_are_checked_for_the_turns_that_this_package_samples(
+    monkeypatch, with_trl: bool, rollout_func, tools: list, decodes: bool, compiled: str | None
+):
+    """With tools, the turns after that of a rollout function too. The copy is freed unless compiled code needs it."""
+    calls, released = [], []
+    monkeypatch.setattr(module, "prepare_decoding", lambda *arguments: calls.append(arguments[3]) or compiled)
+    copy = SimpleNamespace(release=lambda: released.append(True))
+    trainer = stand_in(_decodes_with_trl=with_trl, rollout_func=rollout_func, tools=tools, _rollout_copy=copy)
+    TeacherMixedTrainer._prepare_decoding(trainer, "student")
+    assert calls == [decodes]
+    assert trainer._compiled_decoding is compiled
+    assert bool(released) is (compiled is None)
+    trainer._rollout_copy = None
+    TeacherMixedTrainer._prepare_decoding(trainer, "student")
+
+
 class TestConstructor:
     def test_no_reward_function_is_no_reward_function(self, tmp_path):
         for given in (None, []):
@@ -313,6 +342,25 @@ class TestConstructor:
         assert not counter._skipped_otherwise()
         trainer.guard.skipped_in_row = 1
         assert counter._skipped_otherwise()
+
+    @pytest.mark.parametrize("disable", [True, False])
+    def test_dropout_of_the_student_is_kept_on_request(self, tmp_path, disable: bool):
+        modules = make_trainer(tmp_path, disable_dropout=disable).model.modules()
+        rates = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+        assert rates == ({0.0} if disable else {0.1})
+
+    @pytest.mark.parametrize(
+        ("options", "with_trl"), [({}, False), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, True)]
+    )
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_processes_of_a_sharded_student_sample_together(
+        self, tmp_path, monkeypatch, sharded: bool, options: dict, with_trl: bool
+    ):
+        """Then a process without prompts of its own takes part in a later turn, if any process has prompts."""
+        monkeypatch.setattr(module, "shards_student", lambda accelerator: sharded)
+        trainer = make_trainer(tmp_path, **options)
+        trainer._rollout.turn = 1
+        assert (trainer._turn_budget([]) is None) is (sharded and not with_trl)
 
     @pytest.mark.parametrize(
         ("options", "copied"),
