@@ -42,6 +42,14 @@ class TestChanges:
             ("lr", 0.1, 0.3),
         ]
 
+    def test_values_of_other_types_are_listed_too(self):
+        before = [{"momentum": None}, {"momentum": 0.5}, {"momentum": "a"}]
+        assert list_changes([{"momentum": 0.1}] * 3, before) == [
+            ("momentum", "a", 0.1),
+            ("momentum", 0.5, 0.1),
+            ("momentum", None, 0.1),
+        ]
+
     def test_rate_counts_without_a_schedule_alone(self):
         """With one, the current rate is a matter of its step."""
         scheduled = [{"initial_lr": 0.1, "lr": 0.1}], [{"initial_lr": 0.1, "lr": 0.02}]

@@ -157,3 +157,11 @@ class TestTrainedRows:
         assert found["completion_mask"].tolist() == [[0, 0, 0]]
         assert found["prompt_mask"].tolist() == [[1, 1]]
         assert given["prompt_ids"].tolist() == batch()["prompt_ids"].tolist()
+
+    def test_batch_of_one_faulty_row_keeps_its_shape(self):
+        given = {name: values[:1] for name, values in batch(faulty=torch.ones(3, dtype=torch.bool)).items()}
+        found = trained_rows(given, 1)
+        assert {name: values.shape for name, values in found.items()} == {
+            name: values.shape for name, values in given.items()
+        }
+        assert (found["completion_ids"] == 1).all()
