@@ -91,8 +91,9 @@ def test_rollouts_count_over_epochs_and_have_each_row_of_the_sampler_once(shuffl
     assert read.repeat_count == 2
 
 
-def test_copy_of_a_sampler_has_its_settings():
-    theirs = RepeatSampler(range(7), mini_repeat_count=3, batch_size=2, repeat_count=4, shuffle=False, seed=5)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_copy_of_a_sampler_has_its_settings_and_begins_with_the_first_epoch(shuffle: bool):
+    theirs = RepeatSampler(range(7), mini_repeat_count=3, batch_size=2, repeat_count=4, shuffle=shuffle, seed=5)
     copied = EpochRepeatSampler.of(theirs)
     assert (list(copied), len(copied), copied.seed) == (list(theirs), len(theirs), 5)
 

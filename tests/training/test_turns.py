@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from minillm_trl.rollouts.coins import row_coin_keys
-from minillm_trl.rollouts.keyed_random import evaluation_key
+from minillm_trl.rollouts.keyed_random import COINS, evaluation_key
 from minillm_trl.training.prompt_order import EpochRepeatSampler
 from minillm_trl.training.turns import Turn, make_turn, next_turn
 
@@ -59,6 +59,12 @@ def test_processes_toss_the_same_coins_for_a_sharded_teacher_alone():
     assert all(coins[place] == coins[0, place[1], place[2]] for place in PLACES)
     assert len(set(coins.values())) == len(PLACES) / 3
     assert turn(0, 0, 0, shared=True).coin_key != turn(1, 0, 0, shared=True).coin_key
+
+
+def test_coins_of_a_resumed_run_are_those_of_earlier_releases():
+    assert turn(1, 3, 2, shared=True).coin_key == (7, COINS, 3, 1, 3)
+    assert turn(1, 3, 2, shared=True, sharded=True).coin_key == (7, COINS, 3, 0, 3)
+    assert turn(1, 3, 2, shared=False).coin_key == (7, COINS)
 
 
 def test_evaluation_numbers_the_samples_of_a_prompt_over_all_processes_at_any_step():
