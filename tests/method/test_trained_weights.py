@@ -1,6 +1,7 @@
 """A run whose weights cannot move, or have no gradient, says so before it trains."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, KDConfig, KDTrainer
+from minillm_trl.errors import UserError
 from minillm_trl.evaluation.evaluate import evaluate_model
 from minillm_trl.models.lm_head import without_wrapper
-from minillm_trl.training.trained_weights import stuck_share
+from minillm_trl.training.trained_weights import check_trained_weights, stuck_share, unit_step
 
 ROWS = Dataset.from_dict({"prompt": ["the punter"] * 8, "completion": [" is cheap"] * 8})
 
@@ -54,6 +56,94 @@ class TestStuckShare:
         torch.optim.AdamW([weight], lr=rate, weight_decay=0.0).step()
         assert 0.2 < expected < 0.95
         assert (weight == before).double().mean().item() == pytest.approx(expected, abs=0.02)
+
+    def test_sample_of_large_models_is_every_nth_weight(self):
+        """Two weights in three of the sample are stuck, of tensors with twice the weights of a sample."""
+        weights = torch.tensor([1.0, 0.0] * (1 << 20))
+        assert stuck_share([weights.bfloat16()], 2.0**-10) == 1.0  # every second one is sampled
+        assert stuck_share([weights.view(2, -1).bfloat16(), weights[:0].bfloat16()], 2.0**-10) == 1.0
+        assert stuck_share([weights[:-2].bfloat16()], 2.0**-10) == 0.5  # all are
+
+    def test_weights_on_both_sides_count(self):
+        """At a power of two, the step downwards may move a weight that the step upwards leaves."""
+        weights = torch.tensor([0.5, -0.5, 0.625, -0.625])
+        step = 0.375 * 2.0**-8  # of the steps of bfloat16 above 1/2, which are twice those below
+        assert stuck_share([weights.bfloat16()], step) == 0.5
+
+
+class TestUnitStep:
+    @pytest.mark.parametrize(
+        ("name", "known"),
+        [
+            *(
+                (name, True)
+                for name in ("adamw_torch", "adamw_torch_fused", "paged_lion_8bit", "ademamix", "ADAMW_TORCH")
+            ),
+            *((name, False) for name in ("sgd", "adafactor", "adamw_anyprecision", "galore_adamw", "apollo_adamw")),
+            ("schedule_free_adamw", False),
+        ],
+    )
+    def test_is_the_rate_for_optimizers_of_unit_steps(self, name: str, known: bool):
+        expected = 0.5 if known else None
+        for optim in (name, SimpleNamespace(value=name)):
+            args = SimpleNamespace(optim=optim, learning_rate=0.5)
+            assert unit_step(SimpleNamespace(optimizer=None, args=args)) == expected
+
+    def test_of_the_users_optimizer_is_its_largest_rate(self):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in (0.1, 0.3, 0.2)]
+        args = SimpleNamespace(optim="sgd", learning_rate=0.5)
+        assert unit_step(SimpleNamespace(optimizer=torch.optim.AdamW(groups), args=args)) == 0.3
+        assert unit_step(SimpleNamespace(optimizer=torch.optim.SGD(groups), args=args)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({}, "warning"),
+        ({"is_deepspeed_enabled": True}, None),
+        ({"is_deepspeed_enabled": True, "precision": "fp16"}, None),
+        ({"is_fsdp_enabled": True}, "warning"),  # without mixed precision, it updates the weights as they are
+        ({"is_fsdp_enabled": True, "precision": "bf16"}, None),
+        ({"is_fsdp_enabled": True, "precision": "fp16"}, None),
+        ({"precision": "fp16"}, "error"),
+        ({"precision": "bf16"}, "warning"),
+        ({"dtype": torch.float32, "precision": "fp16"}, None),
+        ({"is_main_process": False}, None),
+        ({"optim": "sgd"}, None),
+        ({"rate": 0.1}, None),
+        ({"stuck": 7}, "warning"),
+        ({"stuck": 6}, None),
+    ],
+)
+def test_strategies_that_keep_float32_copies_need_no_check(caplog, changes: dict, outcome: str | None):
+    """Of twelve weights, those that are 1 are stuck, and those that are 0 move."""
+    options = {
+        "precision": "no",
+        "dtype": torch.bfloat16,
+        "is_main_process": True,
+        "optim": "adamw_torch",
+        "rate": 1e-5,
+    }
+    options |= {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "stuck": 12, **changes}
+    student = torch.nn.Linear(6, 2, bias=False, dtype=options["dtype"])
+    student.weight.data = (torch.arange(12) < options["stuck"]).to(options["dtype"]).view(2, 6)
+    trainer = SimpleNamespace(
+        model=student,
+        optimizer=None,
+        args=SimpleNamespace(optim=options["optim"], learning_rate=options["rate"]),
+        accelerator=SimpleNamespace(mixed_precision=options["precision"], is_main_process=options["is_main_process"]),
+        is_deepspeed_enabled=options["is_deepspeed_enabled"],
+        is_fsdp_enabled=options["is_fsdp_enabled"],
+    )
+    if outcome == "error":
+        with pytest.raises(UserError, match=r"fp16=True with trained weights in half precision \(weight\)"):
+            check_trained_weights(trainer)
+        return
+    with caplog.at_level(logging.WARNING):
+        check_trained_weights(trainer)
+    share = round(100 * options["stuck"] / 12)
+    said = [f"{share} % of the trained weights cannot move"] if outcome else []
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == said
 
 
 @pytest.mark.parametrize("kind", ["sft", "kd", "minillm"])

@@ -3,15 +3,20 @@
 import threading
 import traceback
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_overlap import THREAD, threads
 from test_reliable_runs import AtStep
-from test_trainer import DATASET, make_trainer
+from test_trainer import DATASET, make_config, make_trainer
 
 from minillm_trl.rollouts.rollout_sampler import SampledTurn, ScoredRows
+from minillm_trl.rollouts.scores import RolloutScores
+from minillm_trl.training.overlapped_rollouts import OverlappedRollouts
+from minillm_trl.training.rollout_buffer import RolloutBuffer
 from minillm_trl.training.rollout_scoring import RolloutScoring
+from minillm_trl.training.turns import Turn
 
 
 def test_error_is_raised_when_its_rollout_is_due_with_the_traceback(tmp_path, monkeypatch):
@@ -101,3 +106,112 @@ def test_a_rollout_is_handed_over_when_its_stream_has_ended(tmp_path, monkeypatc
     overlap.wait()
     assert (started, order) == (["student"], ["sample", "stream", False])
     assert overlap._ahead.sampled.result().completions == [[5]]
+
+
+TURN = Turn([[5], [6]], [(1,), (2,)], (3,), 4, [0, 1])
+LOGPS = torch.tensor([[-1.0], [-2.0]])
+
+
+class Alone:
+    """`OverlappedRollouts` with a copy that samples the completions [7] and [8], and records what happens to it."""
+
+    def __init__(self, tmp_path, **options):
+        self.calls = []
+        model = torch.nn.Linear(1, 1)
+        model.base_model, model.device = model, torch.device("cpu")
+        copy = SimpleNamespace(
+            model=model,
+            refresh=lambda student: self.calls.append(f"refresh {student}"),
+            release=lambda: self.calls.append("release"),
+            precision=lambda accelerator: nullcontext(),
+        )
+        accelerator = SimpleNamespace(device=torch.device("cpu"))
+        self.buffer = RolloutBuffer(make_config(tmp_path, **options), accelerator, "digest")
+        self.rollouts = OverlappedRollouts(copy, self.buffer, accelerator)
+
+    def start(self, turn: Turn = TURN) -> None:
+        scores = RolloutScores(student_logps=LOGPS.clone())
+        sampled = SampledTurn([[7], [8]], ScoredRows([([0, 1], scores)]))
+        self.rollouts.start("student", turn, lambda model, turn: sampled)
+
+
+class TestTake:
+    def test_rollout_of_the_turn_is_taken_once(self, tmp_path):
+        alone = Alone(tmp_path)
+        assert alone.rollouts.take(TURN) is None
+        alone.start()
+        assert alone.rollouts.take(TURN).completions == [[7], [8]]
+        assert alone.calls == ["refresh student", "release"]
+        assert alone.rollouts.take(TURN) is None
+        (ahead, rollouts), (seconds, of) = alone.rollouts.take_totals().values()
+        assert (ahead, rollouts, of) == (1, 3, 3)
+        assert 0.0 < seconds < 60.0
+        assert list(alone.rollouts.take_totals().values()) == [(0, 0), (0.0, 0)]
+
+    @pytest.mark.parametrize(
+        ("changes", "taken"),
+        [
+            ({"coin_key": (9,)}, True),
+            ({"prompt_ids": [[5], [7]]}, False),
+            ({"keys": [(1,), (9,)]}, False),
+            ({"max_new_tokens": 5}, False),
+            ({"teacher_index": [1, 1]}, False),
+        ],
+    )
+    def test_rollout_of_another_turn_is_discarded(self, tmp_path, caplog, changes: dict, taken: bool):
+        alone = Alone(tmp_path)
+        alone.start()
+        assert (alone.rollouts.take(TURN._replace(**changes)) is not None) is taken
+        assert ("It is discarded" in caplog.text) is not taken
+        assert alone.rollouts.take_totals()["rollout/staleness"] == (int(taken), 1)
+
+    def test_waiting_twice_frees_the_copy_once(self, tmp_path):
+        alone = Alone(tmp_path)
+        alone.rollouts.wait()
+        alone.start()
+        for _ in range(2):
+            alone.rollouts.wait()
+        assert alone.calls == ["refresh student", "release"]
+        alone.rollouts.stop()  # the thread has ended already
+        assert alone.calls == ["refresh student", "release"]
+        assert alone.rollouts.take(TURN) is None
+
+    def test_stopped_rollout_is_dropped_and_the_next_one_runs(self, tmp_path):
+        alone = Alone(tmp_path)
+        alone.start()
+        alone.rollouts.reset()
+        assert alone.calls == ["refresh student", "release"]
+        assert alone.rollouts.take(TURN) is None
+        alone.start()
+        assert alone.rollouts.take(TURN).completions == [[7], [8]]
+
+
+class TestState:
+    def test_resumed_run_has_the_rollout_with_its_scores(self, tmp_path):
+        alone, resumed = Alone(tmp_path), Alone(tmp_path)
+        assert alone.rollouts.state() == {"rollout_ahead": None}
+        resumed.rollouts.restore(alone.rollouts.state() | alone.buffer.state())
+        assert resumed.rollouts.take(TURN) is None
+        alone.start()
+        torch.save(alone.rollouts.state() | alone.buffer.state(), tmp_path / "state.pt")
+        resumed.rollouts.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+        found = resumed.rollouts.take(TURN)
+        assert found.completions == [[7], [8]]
+        ((rows, scores),) = found.scores.parts
+        assert rows == [0, 1]
+        assert torch.equal(scores.student_logps, LOGPS)
+        assert scores.teacher_logps is None
+        assert resumed.calls == []
+
+    @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}])
+    def test_rollout_of_other_settings_is_discarded(self, tmp_path, caplog, options: dict):
+        alone, resumed = Alone(tmp_path), Alone(tmp_path, **options)
+        alone.start()
+        resumed.rollouts.restore(alone.rollouts.state() | alone.buffer.state())
+        assert (resumed.rollouts.take(TURN) is None) is bool(options)
+        assert ("sampled with temperature=1.0. It is discarded." in caplog.text) is bool(options)
+
+    def test_checkpoint_of_a_run_without_overlap_has_none(self, tmp_path):
+        alone = Alone(tmp_path)
+        alone.rollouts.restore(alone.buffer.state())
+        assert alone.rollouts.take(TURN) is None
