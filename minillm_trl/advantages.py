@@ -48,9 +48,9 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor) -> t
     Returns:
         `torch.Tensor` of shape `(B, T)`, detached; 0 outside the mask, and everywhere if all values are equal.
     """
-    count, total, squares = moments.double()
-    mean = total / count.clamp(min=1.0)
-    variance = (squares / count.clamp(min=1.0) - mean.square()).clamp(min=0.0)
+    count, total, squares = moments
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0.0)
     whitened = (values.detach().double() - mean) * torch.rsqrt(variance + 1e-8)
     return whitened.masked_fill(~mask, 0.0).to(values.dtype)
 

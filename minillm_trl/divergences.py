@@ -225,7 +225,6 @@ def entropy_aware_kl(
     """
     if not teacher_entropy_threshold >= 0.0:
         raise ValueError(f"teacher_entropy_threshold must not be negative, got {teacher_entropy_threshold}.")
-    teacher_log_probs = teacher_log_probs.detach()
     entropy = torch.special.entr(teacher_log_probs.exp()).sum(dim=-1)
     forward = forward_kl(student_log_probs, teacher_log_probs)
     return reverse_kl(student_log_probs, teacher_log_probs) + forward.masked_fill(

@@ -104,5 +104,5 @@ def top_entropy_weights(entropy: torch.Tensor, mask: torch.Tensor, quantile: flo
     kept = math.ceil(quantile * len(known))
     weights = entropy.new_zeros(entropy.numel())
     if kept:
-        weights[known[entropy.detach().flatten()[known].topk(kept).indices]] = len(known) / kept
+        weights[known[entropy.flatten()[known].topk(kept).indices]] = len(known) / kept
     return weights.view_as(entropy)

@@ -244,7 +244,7 @@ def _score_with_loss(tokens: _MaskedTokens, head: LMHead, request: ScoreRequest,
         with torch.enable_grad():
             inputs = [score.requires_grad_() for score in (scores.logps, scores.divergence) if score is not None]
             loss = loss_of(scores, tokens.rows[part]).sum()
-            found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss, inputs, materialize_grads=True)
         halves = None
         if membership is not None and term_gradients is not None:
             halves = membership[:, part], term_gradients

@@ -84,7 +84,7 @@ def packed_weights(models: Sequence[PreTrainedModel], tokens: int) -> Iterator[N
 
 def multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return W h + b with oneDNN, `(..., H) -> (..., V)`, for a weight `(V, H)` that may be packed."""
-    rows = pad_rows(states.flatten(0, -2))
+    rows = pad_rows(states.reshape(-1, states.shape[-1]))
     product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     count = states.shape[:-1].numel()
     return product[:count].view(*states.shape[:-1], product.shape[-1])
@@ -151,11 +151,13 @@ def _forward(
     replaced: Callable[..., torch.Tensor],
     packed: torch.Tensor,
     bias: torch.Tensor | None,
-    states: torch.Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    is_float32 = states.dtype == torch.float32 and states.device.type == "cpu" and states.numel() > 0
-    if args or kwargs or not (is_float32 and _products_are_plain()):
-        return replaced(states, *args, **kwargs)
-    return multiply(states, packed, bias)
+    if len(args) != 1 or kwargs or not (_is_packed_input(args[0]) and _products_are_plain()):
+        return replaced(*args, **kwargs)
+    return multiply(args[0], packed, bias)
+
+
+def _is_packed_input(states: torch.Tensor) -> bool:
+    return states.dtype == torch.float32 and states.device.type == "cpu" and states.numel() > 0

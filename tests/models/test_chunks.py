@@ -9,7 +9,7 @@ from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.packed_weights import packed_weights
 from minillm_trl.models.token_scores import TokenScores
 
-IDS = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(45, (2, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 6, dtype=torch.bool)
 
 
@@ -118,3 +118,29 @@ def test_packed_head_has_the_gradients_of_its_weight():
         found = gradients()
     for actual, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kd_temperature", [None, 2.0])
+def test_gradients_of_terms_and_halves_are_those_of_a_bias_on_the_logits(monkeypatch, kd_temperature: float | None):
+    monkeypatch.setattr(fused_head, "CHUNK_ELEMENTS", 150)  # three tokens a chunk
+    hidden, head = random_head(torch.float64)
+    teacher_hidden, teacher_head = random_head(torch.float64)
+    mask = torch.tensor([[True, False, True, True, True, False], [True] * 4 + [False] * 2])
+    half = torch.tensor([1, 0])
+
+    def loss(scores: TokenScores, tokens: torch.Tensor) -> torch.Tensor:
+        return (1 + tokens) * scores.logps * scores.divergence
+
+    request = ScoreRequest(IDS, mask, mask, 0.7, 1.5 * teacher_hidden.detach(), kd_temperature, loss=loss, half=half)
+    found = score_hidden_states(hidden, head, request, 45, teacher_head).term_gradients
+    for of_half in range(2):
+        for path, name in enumerate(("divergence", "logps")):  # each is constant on the other's path
+            bias = head.bias.detach().clone().requires_grad_()
+            rows = mask & (half == of_half)[:, None]
+            plain = request._replace(completion_mask=rows, loss=None)
+            scores = score_hidden_states(hidden, LMHead(head.weight, bias), plain, 45, teacher_head)
+            scores = scores._replace(**{name: getattr(scores, name).detach()})
+            total = loss(scores, torch.arange(12).view(2, 6)).sum()
+            (expected,) = torch.autograd.grad(total, bias)
+            torch.testing.assert_close(found[path, of_half].double(), expected[:45], rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
