@@ -32,6 +32,8 @@ def test_both_ways_give_the_same_scores_and_only_what_is_asked_for(divergence, k
             torch.testing.assert_close(in_place.reverse_kl, plain.reverse_kl)
         else:
             assert in_place.reverse_kl is plain.reverse_kl is None
+    for scores in both(True, temperature, kd_temperature, divergence):
+        assert scores.reverse_kl is None
     for scores in both(False, temperature, kd_temperature, divergence, True):
         assert scores.divergence is scores.reverse_kl is None
         torch.testing.assert_close(scores.logps, plain.logps)

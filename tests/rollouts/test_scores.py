@@ -16,7 +16,7 @@ def states(seed: int, width: int) -> HeadStates:
     hidden, weight = (
         torch.randn(*shape, width, dtype=torch.float64, generator=draws) for shape in ((ROWS, LENGTH), (VOCAB,))
     )
-    return HeadStates(hidden, LMHead(weight, None))
+    return HeadStates(hidden.requires_grad_(), LMHead(weight.requires_grad_(), None))
 
 
 STUDENT, TEACHER = states(0, 5), TeacherStates(*states(1, 6))
@@ -25,7 +25,7 @@ MASK = torch.tensor([[True, True, True, False], [True, False, True, True], [Fals
 
 
 def log_probs(model: HeadStates | TeacherStates, temperature: float) -> torch.Tensor:
-    logits = model.hidden_states @ model.head.weight.T
+    logits = (model.hidden_states @ model.head.weight.T).detach()
     return torch.log_softmax(logits[..., :SHARED] / temperature, -1)
 
 

@@ -193,6 +193,7 @@ class TestCredits:
         pairs = inner_pairs([b"ab", b" c", "é".encode()])
         assert certain_cuts("ab c aé".encode(), pairs).tolist() == [2, 4, 5]  # not before é, which is not ASCII
         assert len(certain_cuts(b"", pairs)) == 0
+        assert certain_cuts(b"\x00\x7f", pairs).tolist() == [1]  # the last of ASCII
 
     @pytest.mark.parametrize(("student", "teacher"), [(FIRST, SECOND), (SECOND, FIRST), (FIRST, sentencepiece())])
     def test_spans_have_equal_bytes_and_later_text_does_not_change_earlier_ones(self, student, teacher):
