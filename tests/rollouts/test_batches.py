@@ -131,6 +131,20 @@ def test_numbers_and_coins_belong_to_their_rows():
     assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == expected
 
 
+def test_rows_without_real_tokens_have_finished_from_the_start():
+    student, _ = build_pair()
+    options = {"max_new_tokens": 4, "eos_token_ids": [], "pad_token_id": PAD, "uniforms": None}
+    ids, mask = torch.tensor([[PAD, 6], [5, 6], [PAD, PAD]]), torch.tensor([[0, 1], [1, 1], [0, 0]])
+    sampled = sample_completions(student, ids, mask, **options, keep_states=True)
+    assert sampled.mask.tolist() == [[True] * 4, [True] * 4, [False] * 4]
+    assert sampled.ids[2].tolist() == [PAD] * 4
+    student.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the student has run"))
+    for width in (1, 2):
+        nothing = torch.full((2, width), PAD)
+        sampled = sample_completions(student, nothing, 0 * nothing, **options)
+        assert sampled.ids.shape == sampled.mask.shape == (2, 0)
+
+
 def test_process_that_has_finished_goes_on_until_the_others_have():
     """Here they need three steps more."""
     expected = rows_of(coins=False)

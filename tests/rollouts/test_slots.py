@@ -178,3 +178,16 @@ def test_few_columns_without_a_row_do_not_stop_growth():
     slots.release(np.array([0]))
     fill(slots, 267 - 60)
     assert (slots.base, slots.end, slots.columns) == (0, 210, 532)
+
+
+def test_a_prompt_may_start_before_the_rows_that_are_there():
+    slots = Slots(3, torch.device("cpu"))
+    slots.admit([0], [[5] * 6])
+    slots.admit([1], [[6]])
+    fill(slots, 1)
+    slots.release(np.array([0]))
+    assert (slots.base, slots.end) == (5, 7)
+    slots.admit([2], [[7, 8, 9, 4]])
+    assert (slots.base, slots.end) == (3, 7)
+    assert slots.ids[1].tolist() == [7, 8, 9, 4]
+    assert slots.mask.tolist() == [[False, False, True, True], [True] * 4]
