@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -14,7 +15,8 @@ from minillm_trl.models import packed_weights as module_under_test
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring, score_hidden_states
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.packed_weights import multiply, packed_weights, packs_weights
-from minillm_trl.rollouts.sampling import sample_prompts
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader
+from minillm_trl.rollouts.sampling import sample_completions, sample_prompts
 
 pytestmark = pytest.mark.skipif(not packs_weights(), reason="packs weights on x86 CPUs only")
 
@@ -199,6 +201,37 @@ def test_heads_with_a_weight_of_another_type_use_its_own_products():
     with torch.no_grad():
         found = LMHead(weight.as_subclass(Doubled), None).project(states, 600)
     torch.testing.assert_close(found, 2 * states @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_packs_the_models_that_draw(monkeypatch):
+    """Not those that a sharded teacher's processes, or compiled steps, need as they are."""
+    monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or True)
+    student, teacher = make_model("llama"), make_model("llama")
+    found = set()
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.base_model.register_forward_pre_hook(
+            lambda *_, name=name: found.add((name, bool(packed_modules(student)), bool(packed_modules(teacher))))
+        )
+
+    def packed(**options) -> set[tuple[str, bool, bool]]:
+        found.clear()
+        common = {"keys": [(0,)], "max_new_tokens": 16, "eos_token_ids": [], "pad_token_id": 0, "teacher": teacher}
+        sample_prompts(student, [[1, 2, 3]], **{**common, "alpha": 0.5, **options})
+        return found
+
+    assert packed() == {("student", True, True), ("teacher", True, True)}
+    assert packed(alpha=0.0) == {("student", True, False)}
+    assert packed(on_every_process=bool) == {("student", False, False), ("teacher", False, False)}
+    compiled = CompiledDecoding(student, "eager")
+    assert packed(compiled=compiled) == {("student", False, True), ("teacher", False, True)}
+    found.clear()
+    options = {"max_new_tokens": 16, "eos_token_ids": [], "pad_token_id": 0, "uniforms": None, "teacher": teacher}
+    coins = np.arange(16)[None] % 2 > 0
+    sample_completions(student, torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), **options, teacher_coins=coins)
+    assert found == {("student", True, True), ("teacher", True, True)}
+    found.clear()
+    sample_completions(student, torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), **options)
+    assert found == {("student", True, False)}
 
 
 def test_samples_are_those_of_the_current_weights():

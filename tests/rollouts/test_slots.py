@@ -104,7 +104,9 @@ class Rows:
         assert slots.sampled[: slots.count].tolist() == [
             len(self.completions[row]) for row in slots.row[: slots.count]
         ]
-        assert slots.base == slots.start[: slots.count].min() >= 0
+        starts = slots.base + slots.mask.long().argmax(dim=1)
+        assert slots.start[: slots.count].tolist() == starts.tolist()
+        assert slots.base == starts.min() >= 0
         wanted = np.flatnonzero(slots.unfinished)
         if len(wanted):
             expected = torch.cat([self.model(torch.tensor([texts[slot]])).logits[:, -1] for slot in wanted])
@@ -182,7 +184,11 @@ def test_few_columns_without_a_row_do_not_stop_growth():
 
 def test_a_prompt_may_start_before_the_rows_that_are_there():
     slots = Slots(3, torch.device("cpu"))
+    slots.admit([9], [[5]])
+    assert (slots.base, slots.end) == (0, 1)
+    slots.release(np.array([0]))
     slots.admit([0], [[5] * 6])
+    assert (slots.base, slots.end) == (0, 6)
     slots.admit([1], [[6]])
     fill(slots, 1)
     slots.release(np.array([0]))
