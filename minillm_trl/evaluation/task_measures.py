@@ -161,7 +161,7 @@ class TaskMeasures:
         rows = [row for row in self.rows for _ in self.pairs[row]]
         pairs = [pair for row in self.rows for pair in self.pairs[row]]
         values = completion_losses(
-            self.model,
+            self.model.eval(),
             [context for context, _ in pairs],
             [learnt[: None if limit is None else max(limit - len(context), 0)] for context, learnt in pairs],
             batch_size=self.decoding["batch_size"],
@@ -211,7 +211,7 @@ class TaskMeasures:
             self.tokenizer,
             [self.prompts[row] for row in self.rows],
             indices=self.rows,
-            seed=seed or 0,
+            seed=seed,
             greedy=seed is None,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
             on_batch=lambda count: bar.update(count * processes),
@@ -247,10 +247,7 @@ def gather_rows(values: list[Any], total: int) -> list[Any]:
         values (`list`): values for [`own_rows`] of this process.
         total (`int`): number of rows of all processes.
     """
-    state = PartialState()
-    if state.num_processes == 1:
-        return values
     gathered: list[Any] = [None] * total
     for process, part in enumerate(gather_object([values])):
-        gathered[process :: state.num_processes] = part
+        gathered[process :: PartialState().num_processes] = part
     return gathered
