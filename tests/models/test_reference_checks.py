@@ -1,5 +1,7 @@
 """The checks of the reference of `beta` and of a shared base on their own: which settings they refuse, and when."""
 
+import re
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -83,10 +85,12 @@ class TestReference:
         student, reference = build_model("gpt2", 40), changed(build_model("gpt2", 40), 1.005)
         with torch.no_grad():
             q, p = (model(torch.arange(1, 17)[None]).logits.log_softmax(-1) for model in (student, reference))
-        assert 1e-6 < (q.exp() * (q - p)).sum(-1).mean() < 1e-2
+        kl = (q.exp() * (q - p)).sum(-1).mean()
+        assert 1e-6 < kl < 1e-2
         if kind == "weights":  # one of them is enough
             student.register_parameter("other", torch.nn.Parameter(torch.zeros(1, dtype=torch.float16)))
-        with refusal("has changed since it was loaded", "nats per token") if kind == "float32" else nullcontext():
+        message = re.escape(f"KL is {kl:.2g} nats per token")
+        with refusal("has changed since it was loaded", message) if kind == "float32" else nullcontext():
             check_reference(student, reference, accelerator(kind if kind in ("bf16", "fp16") else "no"))
         with refusal("nats per token"):
             check_reference(student, changed(reference, 3.0), accelerator("bf16"))
@@ -108,6 +112,32 @@ class TestReference:
         with refusal("nats per token") if compared else nullcontext():
             check_reference(build_model("gpt2"), changed(build_model("gpt2"), 2.0), accelerator(**plugins))
 
+    @pytest.mark.parametrize("sharded", [True, False])
+    def test_only_sharded_weights_are_gathered(self, monkeypatch: pytest.MonkeyPatch, sharded: bool):
+        """DeepSpeed is an optional package."""
+        inside: list[int] = []
+
+        class Gathered(nullcontext):
+            def __init__(self, parameters: list):
+                super().__init__(parameters)
+
+            def __enter__(self) -> None:
+                inside.append(len(self.enter_result))
+
+            def __exit__(self, *error: object) -> None:
+                inside.pop()
+
+        deepspeed = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Gathered))
+        monkeypatch.setitem(sys.modules, "deepspeed", deepspeed if sharded else None)
+        student, reference, seen = build_model("gpt2"), build_model("gpt2"), []
+        if sharded:
+            student.transformer.wte.weight.ds_id = 0
+        for model in (student, reference):
+            model.register_forward_pre_hook(lambda *_: seen.append(tuple(inside)))
+        check_reference(student, reference, accelerator())
+        assert seen == ([(1,), (1,)] if sharded else [(), ()])
+        assert inside == []
+
     def adapted(self, **options) -> torch.nn.Module:
         torch.manual_seed(0)
         return get_peft_model(build_model("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], **options))
@@ -124,6 +154,8 @@ class TestReference:
     def test_adapter_that_changes_the_student_is_refused_with_its_setting(self):
         with refusal("changes the student from the start", r"\(LORA, init_lora_weights=False\)", "nats per token"):
             check_reference(self.adapted(init_lora_weights=False), None, accelerator())
+        with refusal("changes the student from the start"):  # which a sharded student does too
+            check_reference(self.adapted(init_lora_weights=False), None, accelerator(fsdp_plugin=object()))
 
     def test_reference_of_a_trained_adapter_is_its_copy(self):
         student = self.adapted(init_lora_weights=False)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from chat_models import TEXT_END, TURN_END, build_chat_tokenizer
+from chat_models import TEXT_END, TURN_END, TURN_START, build_chat_tokenizer
 from conftest import build_model, build_tokenizer
 
 from minillm_trl.rollouts.keyed_random import draw_seed, keyed_uniforms
@@ -132,7 +132,7 @@ def test_conversations_go_through_the_template_and_end_with_a_turn():
     """Texts do not end with a turn, whose token the model likes."""
     tokenizer = build_chat_tokenizer(TEXT_END)
     tokenizer.chat_template = (
-        "{{ extra }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{{ extra }}{% for m in messages %}{{ m['content'] + (closing or '<|im_end|>') }}{% endfor %}"
         "{% if add_generation_prompt %}> {% endif %}"
     )
     model = build_model("gpt2", len(tokenizer), 3, width=16, layers=1)
@@ -141,7 +141,9 @@ def test_conversations_go_through_the_template_and_end_with_a_turn():
     likely = torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([turn_end]), 5.0)
     model.lm_head.register_forward_hook(lambda module, args, output: output + likely)
     assert end_token_ids(model, tokenizer, True) == [end, turn_end]
-    assert end_token_ids(model, tokenizer, False) == [end]
+    assert end_token_ids(model, tokenizer) == [end]
+    other = tokenizer.convert_tokens_to_ids(TURN_START)
+    assert end_token_ids(model, tokenizer, True, chat_template_kwargs={"closing": TURN_START}) == [end, other]
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     options = {"max_new_tokens": LIMIT, "seed": 4}
     for kwargs in (None, {"extra": "a pub "}):
@@ -154,6 +156,8 @@ def test_conversations_go_through_the_template_and_end_with_a_turn():
             assert completion.finished == (completion.token_ids[-1] in (end, turn_end))
         plain = generate_completions(model, tokenizer, texts, **options)
         assert any(turn_end in completion.token_ids[:-1] for completion in plain)
+    mixed = generate_completions(model, tokenizer, [texts[0], *chats[1:]], **options, chat_template_kwargs=kwargs)
+    assert mixed[1:] == found[1:]
 
 
 def test_tokenizer_without_a_padding_token_pads_with_its_end():
