@@ -143,4 +143,5 @@ def test_gradients_of_terms_and_halves_are_those_of_a_bias_on_the_logits(monkeyp
             total = loss(scores, torch.arange(12).view(2, 6)).sum()
             (expected,) = torch.autograd.grad(total, bias)
             torch.testing.assert_close(found[path, of_half].double(), expected[:45], rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, 2, 45)
     assert not found.requires_grad
