@@ -22,7 +22,7 @@ def cast_gradient(gradient: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Ten
     if dtype != torch.float16:
         return gradient.to(dtype), None
     largest = torch.linalg.vector_norm(gradient, ord=torch.inf)
-    # The clamp keeps the scale finite for a gradient of zeros
+    # The clamp keeps the scale of the smallest gradients finite
     exponent = (_FLOAT16_EXPONENT - torch.frexp(largest).exponent).clamp(max=100)
     scale = torch.ldexp(torch.ones_like(largest), exponent)
     return gradient.mul_(scale).to(dtype), scale

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm_trl.models import head_gradients
 from minillm_trl.models.head_gradients import add_gradients, cast_gradient
@@ -60,6 +61,27 @@ def test_contributions_of_chunks_add_up(monkeypatch: pytest.MonkeyPatch, scale, 
         rows = len(expected[name])
         torch.testing.assert_close(total[:rows].double(), 2 + expected[name] / (scale or 1.0), rtol=0, atol=0)
         assert (total[rows:] == 2.0).all()  # rows of the vocabulary that the models do not share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradient_of_a_large_weight_is_not_there_twice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    """It has 3000 elements; all that is computed on the way is smaller."""
+    monkeypatch.setattr(head_gradients, "_BLOCK_ELEMENTS", 600)
+    sizes: list[int] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if not torch._C._is_alias_of(found, args[0]):
+                sizes.append(found.numel())
+            return found
+
+    of_logits, states = torch.ones(2, 100, dtype=dtype), torch.ones(2, 30, dtype=dtype)
+    total, scale = torch.zeros(100, 30), torch.tensor(2.0) if dtype == torch.float16 else None
+    with Noting():
+        add_gradients({"weight": total}, of_logits, states, LMHead(total, None), slice(0, 2), scale)
+    assert (total == (2.0 if scale is None else 1.0)).all()
+    assert max(sizes, default=0) <= 600
 
 
 def test_sums_over_tokens_do_not_overflow_in_float16():
