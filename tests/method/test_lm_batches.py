@@ -167,6 +167,14 @@ class TestWindows:
             for batch, expected in zip(loaded, windows[process], strict=True):
                 assert all(torch.equal(batch[name], values) for name, values in expected.items())
 
+    @pytest.mark.parametrize("step", [0, 1, 2, 3])
+    def test_run_may_resume_at_any_step(self, step: int):
+        """Steps of six rows; an epoch has seven."""
+        made, accelerator = batches(pairs(7)), Accelerator(cpu=True)
+        expected = [row for epoch in range(4) for row in keyed_uniforms(7, 3, epoch).argsort().tolist()]
+        found = rows_of([made.load(step, micro_step, 3, accelerator) for micro_step in range(3)])
+        assert found == expected[6 * step :][:6]
+
     def test_window_of_a_step_is_loaded_once(self):
         made, accelerator = batches(pairs(9)), Accelerator(cpu=True)
         first = [made.load(0, micro_step, 2, accelerator) for micro_step in (0, 1, 0)]
