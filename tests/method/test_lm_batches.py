@@ -9,6 +9,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset, IterableDataset
 
 from minillm_trl.errors import UserError
+from minillm_trl.objectives import forward_kl
 from minillm_trl.rollouts.keyed_random import keyed_uniforms
 from minillm_trl.training.language_modeling import (
     LanguageModelingBatches,
@@ -72,6 +73,18 @@ class TestRows:
             made = LanguageModelingBatches(rows, tokenizer, **options, chat_template_kwargs=kwargs)
             assert made.rows[0]["input_ids"][:4] == [*letters("A"), EOS, *letters(start)]
 
+    def test_template_that_renders_the_prompt_otherwise_before_its_answer_is_refused(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'ab' if add_generation_prompt }}"
+        )
+        rows = {
+            "prompt": [[{"role": "user", "content": "A"}]],
+            "completion": [[{"role": "assistant", "content": "B"}]],
+        }
+        with pytest.raises(UserError, match=r"^lm_dataset: the chat template"):
+            encode_corpus(Dataset.from_dict(rows), tokenizer, 16, {})
+
     @pytest.mark.parametrize(
         ("row", "words"),
         [
@@ -99,7 +112,9 @@ class TestRows:
     def test_rows_that_are_dropped_are_counted(self, caplog, length: int):
         rows = Dataset.from_dict({"prompt": ["ABCD", "A", "ABCDE"], "completion": ["E", "B", "F"]})
         assert len(encode_corpus(rows, TOKENIZER, length, {})) == (1 if length == 3 else 3)
-        assert ("2 of 3 rows of lm_dataset were dropped" in caplog.text) is (length == 3)
+        assert [record.getMessage()[:39] for record in caplog.records] == (
+            ["2 of 3 rows of lm_dataset were dropped:"] if length == 3 else []
+        )
 
 
 class TestWindows:
@@ -211,6 +226,7 @@ def test_teacher_runs_for_its_share_of_the_loss_alone(kd_ratio: float):
     if teacher is None:
         assert request.teacher_hidden_states is None
     else:
+        assert request.divergence is forward_kl
         with torch.no_grad():
             states = teacher.transformer(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         mask = batch["loss_mask"]

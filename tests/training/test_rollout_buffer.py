@@ -106,6 +106,7 @@ def test_each_rollout_is_read_in_whole_passes_of_optimizer_steps(tmp_path: Path,
     options = {"per_device_train_batch_size": 2, "steps_per_generation": micro_batches, "num_iterations": iterations}
     read = buffer(tmp_path, gradient_accumulation_steps=accumulation, **options)
     of_a_rollout, made = micro_batches * iterations, []
+    assert read.seconds == 0.0
 
     def make() -> dict[str, torch.Tensor]:
         following = len(made) + 4
@@ -238,13 +239,25 @@ def test_packed_tensors_are_copies_of_what_they_show(tmp_path: Path):
     assert torch.equal(packed, whole[:2])
 
 
-@pytest.mark.parametrize(("rows", "generations", "unit"), [(8, 2, 4), (6, 2, 2), (4, 2, 2), (12, 3, 3), (24, 3, 12)])
+@pytest.mark.parametrize(
+    ("rows", "generations", "accumulation", "unit"),
+    [
+        (8, 2, 1, 4),
+        (6, 2, 1, 2),
+        (4, 2, 1, 2),
+        (12, 3, 1, 3),
+        (24, 3, 1, 12),
+        (8, 1, 2, 2),
+        (3, 1, 2, 1),
+        (2, 1, 4, 1),
+    ],
+)
 def test_halves_are_blocks_of_whole_groups_and_steps_if_both_fit_twice(
-    tmp_path: Path, rows: int, generations: int, unit: int
+    tmp_path: Path, rows: int, generations: int, accumulation: int, unit: int
 ):
-    found = buffer(
-        tmp_path, steps_per_generation=4, num_generations=generations, per_device_train_batch_size=3
-    ).halves(rows)
+    """A rollout has four micro-batches."""
+    options = {"steps_per_generation": 4, "num_generations": generations, "per_device_train_batch_size": 3}
+    found = buffer(tmp_path, gradient_accumulation_steps=accumulation, **options).halves(rows)
     assert found.tolist() == [row // unit % 2 for row in range(rows)]
 
 
