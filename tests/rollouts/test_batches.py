@@ -1,9 +1,12 @@
 """What `sample_prompts` and `sample_completions` do with their arguments: batches, padding, flags and errors."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
 from conftest import build_model
+from kept_states import check_kept_states
 
 from minillm_trl.errors import UserError
 from minillm_trl.rollouts.engine_drafts import EngineDrafts
@@ -85,7 +88,7 @@ def test_drafts_without_a_share_of_the_teacher_are_refused():
         sample(*build_pair(), mixing="speculative", alpha=0.0, drafts=EngineDrafts(lambda *_: []))
 
 
-def rows_of(*, coins: bool, greedy: bool = False, **options) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(*, coins: bool, greedy: bool = False, **options) -> Completions:
     """Sample the prompts with `sample_completions`, each row with coins of its own."""
     student, teacher = build_pair()
     ids, mask = left_pad(PROMPTS, PAD)
@@ -103,13 +106,13 @@ def rows_of(*, coins: bool, greedy: bool = False, **options) -> tuple[torch.Tens
         **options,
     )
     assert (sampled.ids[~sampled.mask] == PAD).all()
-    return sampled.ids, sampled.mask
+    return sampled
 
 
 def test_numbers_and_coins_belong_to_their_rows():
     """Rows are sampled in the order of their lengths, and returned in the order that they had."""
     student, teacher = build_pair()
-    ids, mask = rows_of(coins=True)
+    ids, mask, *_ = rows_of(coins=True)
     for row, (prompt, key) in enumerate(zip(PROMPTS, KEYS, strict=True)):
         alone = sample_completions(
             student,
@@ -124,10 +127,10 @@ def test_numbers_and_coins_belong_to_their_rows():
         )
         assert ids[row, mask[row]].tolist() == alone.ids[0].tolist()
     expected = sample(student, None, max_new_tokens=8)
-    ids, mask = rows_of(coins=False)
+    ids, mask, *_ = rows_of(coins=False)
     assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == expected
     expected = sample(student, None, max_new_tokens=8, keys=None)
-    ids, mask = rows_of(coins=False, greedy=True)
+    ids, mask, *_ = rows_of(coins=False, greedy=True)
     assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == expected
 
 
@@ -148,7 +151,7 @@ def test_rows_without_real_tokens_have_finished_from_the_start():
 def test_process_that_has_finished_goes_on_until_the_others_have():
     """Here they need three steps more."""
     expected = rows_of(coins=False)
-    steps = int(expected[1].sum(dim=1).max())
+    steps = int(expected.mask.sum(dim=1).max())
     others, own = iter([False] * 3), []
 
     def on_every_process(flag: bool) -> bool:
@@ -156,5 +159,42 @@ def test_process_that_has_finished_goes_on_until_the_others_have():
         return flag and next(others, True)
 
     found = rows_of(coins=False, on_every_process=on_every_process)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert torch.equal(found.ids, expected.ids)
     assert own == [False] * steps + [True] * 4
+
+
+@pytest.mark.parametrize("keep_states", [False, True])
+def test_process_that_has_finished_makes_the_calls_of_the_others(keep_states: bool):
+    """They need a model, or have not finished, the first 40 times that this process does not need it, or has."""
+    expected = rows_of(coins=True, keep_states=keep_states)
+    asked = count()
+
+    def on_every_process(flag: bool) -> bool:
+        return flag and next(asked) >= 40
+
+    found = rows_of(coins=True, keep_states=keep_states, on_every_process=on_every_process)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.mask, expected.mask)
+    for states, own in zip(expected[2:], found[2:], strict=True):
+        if keep_states:
+            torch.testing.assert_close(own[found.mask], states[found.mask], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slots", [1, 3, None])
+def test_states_of_rows_that_leave_before_both_models_have_read_them(slots: int | None):
+    student, teacher = build_pair("llama")
+    batches: list[tuple[list[int], Completions]] = []
+    options = {"alpha": 0.2, "shared_coins": False, "keep_states": True, "batch_size": slots}
+    completions = sample(student, teacher, **options, on_batch=lambda *batch: batches.append(batch))
+    assert completions == sample(student, teacher, **options | {"keep_states": False})
+    check_kept_states((student, teacher), PROMPTS, completions, batches)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_with_unigrams_blocked_no_token_comes_twice(alpha: float):
+    options = {"alpha": alpha, "shared_coins": False, "batch_size": 3, "no_repeat_ngram_size": 1}
+    completions = sample(*build_pair(), **options)
+    assert len({len(completion) for completion in completions}) > 2
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert len({*prompt, *completion}) == len({*prompt}) + len(completion)
