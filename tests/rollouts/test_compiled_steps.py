@@ -111,6 +111,31 @@ def test_process_that_has_finished_goes_on_until_the_others_have():
     assert len(widths) == 24
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_steps_are_counted_and_the_first_one_without_compilation_is_said(monkeypatch, caplog, alpha: float):
+    is_compiled = [True]
+    monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or is_compiled[0])
+    student, teacher = build_pair()
+    compiled = CompiledDecoding(student, "eager", teacher)
+
+    def sample() -> None:
+        options = {"max_new_tokens": 6, "eos_token_ids": [], "pad_token_id": 1, "keys": [(1,), (2,)]}
+        sample_prompts(student, [[5, 6], [7]], **options, teacher=teacher, alpha=alpha, compiled=compiled)
+
+    sample()
+    assert compiled.take_counts() == (5, 5)  # without the pass over the prompts
+    assert compiled.take_counts() == (0, 0)
+    assert "without compilation" not in caplog.text
+    is_compiled[0] = False
+    sample()
+    is_compiled[0] = True
+    sample()
+    assert compiled.take_counts() == (5, 10)
+    is_compiled[0] = False
+    sample()
+    assert caplog.text.count("A decoding step over 2 rows and 128 columns runs without compilation") == 1
+
+
 class TestTensors:
     def test_prompts_end_in_the_same_column(self):
         tensors = StepTensors(5, 32, torch.device("cpu"))
