@@ -7,23 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import WORDS, build_model, build_tokenizer
-from datasets import Dataset
-from peft import LoraConfig
-from test_trainer import DATASET, make_config, make_trainer
-from transformers import TrainerCallback
 
 import minillm_trl.training.teacher_mixed_trainer as module
-from minillm_trl import MiniLLMTrainer
-from minillm_trl.errors import UserError
-from minillm_trl.monitoring.degeneration_watch import DegenerationWatch
 from minillm_trl.rollouts.rollout_sampler import SampledTurn, ScoredRows
 from minillm_trl.training.rollout_in_progress import RolloutInProgress
-from minillm_trl.training.run_settings import find_changes
 from minillm_trl.training.teacher_mixed_trainer import TeacherMixedTrainer
 from minillm_trl.training.turns import Turn
-
-CORPUS = Dataset.from_dict({"text": [WORDS] * 4})
 
 
 def stand_in(*, training: bool = True, turn: int = 0, **parts) -> SimpleNamespace:
@@ -286,89 +275,3 @@ def test_models_are_checked_for_the_turns_that_this_package_samples(
     assert bool(released) is (compiled is None)
     trainer._rollout_copy = None
     TeacherMixedTrainer._prepare_decoding(trainer, "student")
-
-
-class TestConstructor:
-    def test_no_reward_function_is_no_reward_function(self, tmp_path):
-        for given in (None, []):
-            trainer = make_trainer(tmp_path, reward_funcs=given)
-            assert (trainer.reward_funcs, trainer.reward_func_names, len(trainer.reward_weights)) == ([], [], 0)
-
-    def test_settings_name_corpus_and_reward_functions(self, tmp_path):
-        """So that a resumed run says when they have changed."""
-
-        def short(completions, **unused):
-            return [0.0 for _ in completions]
-
-        one = make_trainer(tmp_path, lm_dataset=CORPUS).settings.inputs
-        other = make_trainer(tmp_path, lm_dataset=CORPUS.select([0]), reward_funcs=short).settings.inputs
-        changes = find_changes(one, other)
-        assert [change.split(":")[0] for change in changes] == ["lm_dataset", "reward_funcs"]
-        assert "short" in changes[1]
-
-    def test_watch_comes_before_callbacks_that_report(self, tmp_path):
-        """Its findings are logged, so they are in the logs that the others report."""
-
-        class Report(TrainerCallback):
-            """Stands for one that reports logs."""
-
-        trainer = MiniLLMTrainer(
-            build_model("gpt2"),
-            build_model("gpt2", seed=1),
-            args=make_config(tmp_path),
-            train_dataset=DATASET,
-            processing_class=build_tokenizer(),
-            callbacks=[Report(), DegenerationWatch()],
-        )
-        order = [type(each) for each in trainer.callback_handler.callbacks]
-        assert order.index(DegenerationWatch) == 0
-        assert Report in order
-
-    @pytest.mark.parametrize("row", [0, 999, 1000, 1001])
-    def test_prompts_of_all_rows_are_checked(self, tmp_path, row: int):
-        prompts = ["the mill"] * 1002
-        prompts[row] = "the mill " * 60
-        trainer = make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": prompts}))
-        with pytest.raises(UserError):
-            trainer.train()
-
-    def test_overflows_are_counted_in_float16_alone(self, tmp_path, monkeypatch):
-        assert make_trainer(tmp_path).counts.overflows is None
-        monkeypatch.setattr(module, "half_precision", lambda accelerator: torch.float16)
-        trainer = make_trainer(tmp_path)
-        counter = trainer.counts.overflows
-        assert counter in trainer.callback_handler.callbacks
-        trainer.guard.skipped_in_row = 0
-        assert not counter._skipped_otherwise()
-        trainer.guard.skipped_in_row = 1
-        assert counter._skipped_otherwise()
-
-    @pytest.mark.parametrize("disable", [True, False])
-    def test_dropout_of_the_student_is_kept_on_request(self, tmp_path, disable: bool):
-        modules = make_trainer(tmp_path, disable_dropout=disable).model.modules()
-        rates = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
-        assert rates == ({0.0} if disable else {0.1})
-
-    @pytest.mark.parametrize(
-        ("options", "with_trl"), [({}, False), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, True)]
-    )
-    @pytest.mark.parametrize("sharded", [False, True])
-    def test_processes_of_a_sharded_student_sample_together(
-        self, tmp_path, monkeypatch, sharded: bool, options: dict, with_trl: bool
-    ):
-        """Then a process without prompts of its own takes part in a later turn, if any process has prompts."""
-        monkeypatch.setattr(module, "shards_student", lambda accelerator: sharded)
-        trainer = make_trainer(tmp_path, **options)
-        trainer._rollout.turn = 1
-        assert (trainer._turn_budget([]) is None) is (sharded and not with_trl)
-
-    @pytest.mark.parametrize(
-        ("options", "copied"),
-        [({}, True), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, False)],
-        ids=["mixture", "TRL"],
-    )
-    def test_adapters_are_merged_for_the_samplers_of_this_package(self, tmp_path, options: dict, copied: bool):
-        trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["c_attn"]), **options)
-        assert (trainer._rollout_copy is not None) is copied
-        if copied:  # it takes memory while it samples alone
-            assert any(parameter.numel() == 0 for parameter in trainer._rollout_copy.model.parameters())

@@ -1,0 +1,147 @@
+"""What the constructor of `TeacherMixedTrainer` sets up from its arguments."""
+
+import copy
+
+import pytest
+import torch
+from conftest import WORDS, build_model, build_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from test_trainer import DATASET, make_config, make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+import minillm_trl.training.teacher_mixed_trainer as module
+from minillm_trl import MiniLLMTrainer
+from minillm_trl.errors import UserError
+from minillm_trl.monitoring.degeneration_watch import DegenerationWatch
+from minillm_trl.training.run_settings import find_changes
+
+CORPUS = Dataset.from_dict({"text": [WORDS] * 4})
+
+
+def test_no_reward_function_is_no_reward_function(tmp_path):
+    for given in (None, []):
+        trainer = make_trainer(tmp_path, reward_funcs=given)
+        assert (trainer.reward_funcs, trainer.reward_func_names, len(trainer.reward_weights)) == ([], [], 0)
+
+
+def test_settings_name_corpus_and_reward_functions(tmp_path):
+    """So that a resumed run says when they have changed."""
+
+    def short(completions, **unused):
+        return [0.0 for _ in completions]
+
+    one = make_trainer(tmp_path, lm_dataset=CORPUS).settings.inputs
+    other = make_trainer(tmp_path, lm_dataset=CORPUS.select([0]), reward_funcs=short).settings.inputs
+    changes = find_changes(one, other)
+    assert [change.split(":")[0] for change in changes] == ["lm_dataset", "reward_funcs"]
+    assert "short" in changes[1]
+
+
+def test_watch_comes_before_callbacks_that_report(tmp_path):
+    """Its findings are logged, so they are in the logs that the others report."""
+
+    class Report(TrainerCallback):
+        """Stands for one that reports logs."""
+
+    trainer = MiniLLMTrainer(
+        build_model("gpt2"),
+        build_model("gpt2", seed=1),
+        args=make_config(tmp_path),
+        train_dataset=DATASET,
+        processing_class=build_tokenizer(),
+        callbacks=[Report(), DegenerationWatch()],
+    )
+    order = [type(each) for each in trainer.callback_handler.callbacks]
+    assert order.index(DegenerationWatch) == 0
+    assert Report in order
+
+
+@pytest.mark.parametrize("row", [0, 999, 1000, 1001])
+def test_prompts_of_all_rows_are_checked(tmp_path, row: int):
+    prompts = ["the mill"] * 1002
+    prompts[row] = "the mill " * 60
+    trainer = make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": prompts}))
+    with pytest.raises(UserError):
+        trainer.train()
+
+
+def test_overflows_are_counted_in_float16_alone(tmp_path, monkeypatch):
+    assert make_trainer(tmp_path).counts.overflows is None
+    monkeypatch.setattr(module, "half_precision", lambda accelerator: torch.float16)
+    trainer = make_trainer(tmp_path)
+    counter = trainer.counts.overflows
+    assert counter in trainer.callback_handler.callbacks
+    trainer.guard.skipped_in_row = 0
+    assert not counter._skipped_otherwise()
+    trainer.guard.skipped_in_row = 1
+    assert counter._skipped_otherwise()
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_dropout_of_the_student_is_kept_on_request(tmp_path, disable: bool):
+    modules = make_trainer(tmp_path, disable_dropout=disable).model.modules()
+    rates = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+    assert rates == ({0.0} if disable else {0.1})
+
+
+@pytest.mark.parametrize(("options", "with_trl"), [({}, False), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, True)])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_of_a_sharded_student_sample_together(
+    tmp_path, monkeypatch, sharded: bool, options: dict, with_trl: bool
+):
+    """Then a process without prompts of its own takes part in a later turn, if any process has prompts."""
+    monkeypatch.setattr(module, "shards_student", lambda accelerator: sharded)
+    trainer = make_trainer(tmp_path, **options)
+    trainer._rollout.turn = 1
+    assert (trainer._turn_budget([]) is None) is (sharded and not with_trl)
+
+
+@pytest.mark.parametrize(
+    ("options", "copied"),
+    [({}, True), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, False)],
+    ids=["mixture", "TRL"],
+)
+def test_adapters_are_merged_for_the_samplers_of_this_package(tmp_path, options: dict, copied: bool):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["c_attn"]), **options)
+    assert (trainer._rollout_copy is not None) is copied
+    if copied:  # it takes memory while it samples alone
+        assert any(parameter.numel() == 0 for parameter in trainer._rollout_copy.model.parameters())
+
+
+def test_adapters_of_a_quantised_student_are_in_float32(tmp_path, model_dir):
+    """GRPOTrainer casts them to bfloat16, which would lose small updates."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+    student = AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=nf4)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(tmp_path, family="llama", student=student, peft_config=adapter)
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32}
+
+
+def test_kernels_of_cudnn_are_off(tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_trainer(tmp_path)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_deep_copy_of_the_student_runs_its_own_weights(tmp_path):
+    """As moving averages of the weights do."""
+    student = make_trainer(tmp_path).model
+    ids = torch.tensor([[5, 6, 7]])
+    before = student(ids).logits
+    copied = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(ids).logits, before)
+
+
+def test_loss_of_an_evaluation_is_a_mean_over_sequences_where_that_of_training_is(tmp_path):
+    found = {}
+    for reduction in ("token_mean", "sequence_sum"):
+        trainer = make_trainer(tmp_path, eval_dataset=DATASET.select(range(4)), loss_reduction=reduction)
+        found[reduction] = trainer.evaluate()
+    length = found["token_mean"]["eval_completions/mean_length"]
+    assert length > 1.0
+    assert found["sequence_sum"]["eval_loss"] == pytest.approx(length * found["token_mean"]["eval_loss"], rel=1e-4)
