@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.templates import make_completion
+from ..errors import UserError
 from ..models.context import max_context
 from ..models.encoding import Prompt, encode_pair, encode_prompts
 from ..models.lm_head import check_embedded
@@ -50,6 +51,10 @@ class TaskMeasures:
         teacher_temperature (`float`): temperature of the teacher in `reverse_kl` and `forward_kl`.
         no_repeat_ngram_size (`int`): see [`NgramBlock`]; 0 for no block.
         shared ([`SharedMeasures`], *optional*): of earlier evaluations of the same model, teacher and prompts.
+
+    Raises:
+        ValueError: if a prompt fills the model's context or has an empty list of references, or the model has no
+            embedding for a token.
     """
 
     def __init__(
@@ -72,14 +77,26 @@ class TaskMeasures:
             dataset["references"][:] if "references" in dataset.column_names else None
         )
         self.prompt_ids = encode_prompts(tokenizer, self.prompts, decoding["chat_template_kwargs"])
+        self._check_rows()
         # For each prompt, (context, learnt) token ids of its references, encoded as in training
         self.pairs = [
             [self._encode_reference(prompt, reference) for reference in references]
             for prompt, references in zip(self.prompts, self.references or (), strict=self.references is not None)
         ]
-        # Fails before hours of sampling
         check_embedded(model, [*self.prompt_ids, *(ids for row in self.pairs for pair in row for ids in pair)])
         self.rows = own_rows(len(self.prompts))
+
+    def _check_rows(self) -> None:
+        """Check that every prompt leaves room in the model's context and has a reference, before hours of sampling."""
+        limit = max_context(self.model)
+        for row, ids in enumerate(self.prompt_ids):
+            if limit is not None and len(ids) >= limit:
+                raise UserError(
+                    f"Prompt {row} has {len(ids)} tokens, which leave no room for an answer in the model's context of "
+                    f"{limit}. Shorten or drop it."
+                )
+            if self.references is not None and not self.references[row]:
+                raise UserError(f"Prompt {row} has no reference. Give it one, or drop the column `references`.")
 
     def measure_samples(self, seed: int | None, bar: tqdm) -> list[dict[str, Any]]:
         """Return the output and scores for each prompt, sampled with `seed`; None decodes greedily."""
@@ -163,7 +180,7 @@ class TaskMeasures:
         values = completion_losses(
             self.model.eval(),
             [context for context, _ in pairs],
-            [learnt[: None if limit is None else max(limit - len(context), 0)] for context, learnt in pairs],
+            [learnt[: None if limit is None else limit - len(context)] for context, learnt in pairs],
             batch_size=self.decoding["batch_size"],
         )
         by_row: dict[int, list[float]] = {row: [] for row in self.rows}

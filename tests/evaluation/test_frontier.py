@@ -73,7 +73,10 @@ class TestValues:
 
     @pytest.mark.parametrize(
         ("entropies", "values"),
-        [([0.5], [70.0]), ([[0.5]], [[70.0, 60.0]]), ([[]], [[]]), ([[np.nan]], [[1.0]]), ([[1.0]], [[np.inf]])],
+        [
+            *[([0.5], [70.0]), ([[0.5]], [[70.0, 60.0]]), ([[]], [[]]), ([[np.nan]], [[1.0]]), ([[1.0]], [[np.inf]])],
+            *[([[0.5, 1.0]], [[np.nan, 1.0]]), ([[0.5, np.inf]], [[1.0, 1.0]]), ([[[0.5]]], [[[70.0]]])],
+        ],
     )
     def test_shapes_and_numbers_are_checked(self, entropies, values):
         with pytest.raises(ValueError, match="FrontierCurve needs"):
@@ -123,6 +126,13 @@ def slow_difference(model: FrontierCurve, baseline: FrontierCurve, grid: np.ndar
     found = np.array([difference(prompts) for prompts in drawn])
     levels = (1 - settings["confidence"]) / 2, (1 + settings["confidence"]) / 2
     return MeanInterval(difference(np.arange(PROMPTS)), *np.quantile(found, levels), PROMPTS, found.std(ddof=1))
+
+
+def test_numbers_of_any_kind_are_computed_in_float64():
+    curve = random_curve(1)
+    narrow = [numbers.astype(np.float32) for numbers in (curve.entropies, curve.values)]
+    wide = [numbers.astype(np.float64) for numbers in narrow]
+    assert value_at_entropy(FrontierCurve(*narrow), 0.7) == value_at_entropy(FrontierCurve(*wide), 0.7)
 
 
 class TestDifference:

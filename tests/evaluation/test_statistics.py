@@ -151,7 +151,7 @@ def test_paired_bootstrap_subtracts_the_baseline():
 def test_paired_bootstrap_of_different_prompts_is_refused():
     with pytest.raises(ValueError, match="2 values and 3"):
         paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0])
-    for values, baseline in (([1.0], []), ([], [1.0]), ([1.0, 2.0], [1.0])):
+    for values, baseline in (([1.0], []), ([], [1.0]), ([1.0, 2.0], [1.0]), ([], [])):
         with pytest.raises(ValueError, match=f"got {len(values)} values and {len(baseline)}"):
             bootstrap_ratio(values, baseline)
 

@@ -247,6 +247,22 @@ def test_token_that_the_model_does_not_embed_is_refused_before_sampling(prompts,
         task_of(model, prompts=prompts, references=references)
 
 
+def test_prompt_that_fills_the_context_is_refused_before_sampling():
+    prompt = TOKENIZER.decode([66] * 8)
+    ids = TOKENIZER(prompt)["input_ids"]
+    with pytest.raises(ValueError, match=f"Prompt 1 has {len(ids)} tokens, .* context of {len(ids)}"):
+        task_of(build_model("llama", ROWS, positions=len(ids)), prompts=["a", prompt], references=None)
+    room_for_one = build_model("llama", ROWS, positions=len(ids) + 1)
+    references = [["the mill is a cheap pub"]]
+    found = task_of(room_for_one, prompts=[prompt], references=references).measure_losses()
+    assert found == pytest.approx([slow_loss(room_for_one, prompt, references[0], len(ids) + 1)])
+
+
+def test_prompt_without_a_reference_is_refused_before_sampling(models):
+    with pytest.raises(ValueError, match="Prompt 1 has no reference"):
+        task_of(models[0], prompts=["a", "pub"], references=[["the"], []])
+
+
 class Process:
     """Stands in for `PartialState` and for `gather_object`: all processes run one after the other, twice.
 
