@@ -194,6 +194,12 @@ def test_all_signs_are_tried_where_there_are_no_more_than_resamples():
     assert sign_flip_test([1.0] * 14, [0.0] * 14) * 10_001 == pytest.approx(2, abs=1.01)
 
 
+def test_sign_flip_test_depends_on_the_seed_alone():
+    generator = np.random.default_rng(4)
+    pair = generator.normal(size=40), generator.normal(size=40)
+    assert sign_flip_test(*pair) == sign_flip_test(*pair, resamples=10_000, seed=0) != sign_flip_test(*pair, seed=1)
+
+
 @pytest.mark.parametrize("prompts", [14, 16, 17, 72, 81])
 def test_every_prompt_of_many_may_flip_its_sign(prompts):
     for pair in ((0, 1), (0, prompts - 1), (prompts - 2, prompts - 1)):
