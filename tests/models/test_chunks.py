@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minillm_trl.models.fused_head as fused_head
+from minillm_trl.divergences import reverse_kl
 from minillm_trl.models.fused_head import ScoreRequest, chunk_elements, score_hidden_states, token_chunks
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.models.packed_weights import packed_weights
@@ -145,3 +146,13 @@ def test_gradients_of_terms_and_halves_are_those_of_a_bias_on_the_logits(monkeyp
             torch.testing.assert_close(found[path, of_half].double(), expected[:45], rtol=1e-5, atol=1e-5)
     assert found.shape == (2, 2, 45)
     assert not found.requires_grad
+
+
+def test_scores_are_at_temperature_one_and_of_the_divergence_alone_by_default():
+    hidden, head = random_head()
+    request = ScoreRequest(IDS, MASK, MASK, teacher_hidden_states=2.0 * hidden.detach())
+    scores = score_hidden_states(hidden, head, request, 50, head)
+    q, p = (torch.log_softmax(head.logits(states, 50), -1).detach() for states in (hidden, 2.0 * hidden))
+    torch.testing.assert_close(scores.logps.detach(), q.gather(2, IDS[..., None])[..., 0])
+    torch.testing.assert_close(scores.divergence.detach(), reverse_kl(q, p))
+    assert scores.reverse_kl is scores.loss is scores.term_gradients is None
