@@ -90,8 +90,12 @@ class TestBytes:
         assert [table[id_] for id_ in tokenizer.convert_tokens_to_ids(names)] == [name.encode() for name in names]
 
     def test_only_byte_tokens_of_sentencepiece_stand_for_a_byte(self):
-        tokenizer = sentencepiece()
+        saved = json.loads(sentencepiece().backend_tokenizer.to_str())
+        longer = ["<0x41>s", "<0xhello"]
+        saved["model"]["vocab"] |= {name: len(saved["model"]["vocab"]) + n for n, name in enumerate(longer)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(saved)), eos_token="<eos>")
         names = {"<0x41>": b"A", "▁world": b" world", "▁": b" ", "or": b"or"}
+        names |= {name: name.encode() for name in longer}
         table = token_bytes(tokenizer, "student")
         assert {name: table[tokenizer.convert_tokens_to_ids(name)] for name in names} == names
 
@@ -236,6 +240,8 @@ class TestCredits:
             (reading,) = both.read([ids], [FIRST.eos_token_id], teacher.eos_token_id)
             assert reading.fault is None
             assert (len({*reading.of_teacher}) == 1) == is_single
+            assert len(reading.of_teacher) == len(reading.ids)
+            assert len(reading.of_student) == len(ids)
 
     def test_text_without_tokens_of_the_teacher_is_a_fault(self):
         tokens = ["<eos>", *"wordft", "Ġ"]
