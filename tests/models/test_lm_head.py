@@ -154,6 +154,12 @@ class TestBody:
                 torch.testing.assert_close(found[row][wanted], states[3:6][wanted], rtol=1e-4, atol=1e-5)
         assert found.shape == (2, 3, 32)
 
+    def test_pass_keeps_no_cache(self):
+        model, caches = build_model("llama", 40), []
+        model.base_model.register_forward_hook(lambda module, args, output: caches.append(output.past_key_values))
+        completion_hidden_states(model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2)
+        assert caches == [None]
+
     def test_positions_of_a_row_of_padding_are_zero(self):
         assert position_ids(torch.tensor([[False, False], [False, True]])).tolist() == [[0, 0], [0, 0]]
 
@@ -172,10 +178,10 @@ class TestCheck:
         assert rounding_tolerance(torch.float16, 2) == pytest.approx(2**-9)
 
     @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("vocab_size", [5, 40])
-    def test_mode_of_the_model_stays_and_dropout_is_off(self, training: bool, vocab_size: int):
-        """The input has nine tokens, more than a small vocabulary."""
-        model = build_model("gpt2", vocab_size).train(training)
+    @pytest.mark.parametrize(("family", "vocab_size"), [("gpt2", 5), ("gpt2", 40), ("bloom", 40)])
+    def test_mode_of_the_model_stays_and_dropout_is_off(self, training: bool, family: str, vocab_size: int):
+        """The input has eight tokens, more than a small vocabulary; BLOOM takes no positions."""
+        model = build_model(family, vocab_size).train(training)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.5
