@@ -142,7 +142,9 @@ class TestBody:
         model = build_model(family, 40)
         if wrapped:
             target = {"gpt2": "c_attn", "llama": "q_proj", "bloom": "query_key_value"}[family]
-            model = get_peft_model(model, LoraConfig(target_modules=[target], init_lora_weights=False)).eval()
+            model = get_peft_model(
+                model, LoraConfig(target_modules=[target], init_lora_weights=False, fan_in_fan_out=family == "gpt2")
+            ).eval()
         ids = torch.randint(2, 40, (2, 7), generator=torch.Generator().manual_seed(0))
         mask = torch.tensor([[False, False, True, True, True, True, True], [True] * 6 + [False]])
         with torch.no_grad():
