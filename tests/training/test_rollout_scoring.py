@@ -262,6 +262,25 @@ class TestPasses:
                 assert len(student.requests) == 1
             assert torch.equal(student.requests[-1].teacher_hidden_states, torch.zeros(1, 2, 2))
 
+    def test_models_are_scored_under_the_precision_of_the_run(self, tmp_path):
+        made, found = scoring(tmp_path), []
+        made.accelerator = SimpleNamespace(
+            device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+        )
+        weight = torch.ones(2, 2)
+
+        def model(score_requests) -> list[str]:
+            found.append((weight @ weight).dtype)
+            return ["scores" for _ in score_requests]
+
+        assert made.answer(model, "one", "other") == ["scores", "scores"]
+        score = made.scorer.score
+        made.scorer.score = lambda *arguments, **more: (
+            found.append((weight @ weight).dtype) or score(*arguments, **more)
+        )
+        made.add_teacher(batch(), RolloutScores(student_logps=STUDENT))
+        assert found == [torch.bfloat16, torch.bfloat16]
+
     def test_tokens_outside_the_shared_vocabulary_are_refused(self, tmp_path):
         ids, mask = torch.tensor([[500, 30, 300]]), torch.tensor([[True, True]])
         made = scoring(tmp_path)

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from chat_models import TEXT_END, TURN_END, answer, build_chat_tokenizer, question
+from chat_models import TEXT_END, TURN_END, TURN_START, answer, build_chat_tokenizer, question
 from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config
 
+from minillm_trl.errors import UserError
 from minillm_trl.training.ends_of_run import settle_ends, settle_tokenizer
 
 CHATS = Dataset.from_list([{"prompt": question("a"), "completion": answer("b")}])
@@ -82,3 +83,22 @@ def test_tokenizer_has_the_end_of_conversations_unless_the_user_chose_its_eos(ke
     ends = settle_tokenizer(tokenizer, keep, conversational=True)
     assert tokenizer.eos_token == (TEXT_END if keep else TURN_END)
     assert set(ends.ids) == set(tokenizer.convert_tokens_to_ids([TEXT_END, TURN_END]))
+
+
+def test_tokenizer_that_appends_its_eos_stops_that(caplog):
+    tokenizer = build_chat_tokenizer(TURN_END)
+    plain = tokenizer("a")["input_ids"]
+    tokenizer.bos_token = TURN_START
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    settle_tokenizer(tokenizer, conversational=False)
+    assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *plain]
+    assert f"appended {TURN_END!r} to every text" in caplog.text
+    caplog.clear()
+    settle_tokenizer(tokenizer, conversational=False)
+    assert "appended" not in caplog.text
+
+
+def test_tokenizer_without_an_end_is_refused():
+    tokenizer = build_chat_tokenizer(None, template=None)
+    with pytest.raises(UserError, match="has no eos_token"):
+        settle_tokenizer(tokenizer, conversational=False)
