@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from chat_models import build_chat_tokenizer
+from chat_models import TEXT_END, build_chat_tokenizer
 from conftest import build_model, build_tokenizer
 
 from minillm_trl.evaluation import exposure_bias
@@ -203,9 +203,9 @@ def test_tokenizer_without_a_padding_token_pads_with_its_end():
     assert_alike(excess_accumulated_error(*found), measure(student, teacher))
 
 
-@pytest.mark.parametrize("kwargs", [None, {"extra": "a pub "}])
-def test_samples_of_conversations_follow_the_template_and_end_with_a_turn(kwargs):
-    tokenizer = build_chat_tokenizer()
+@pytest.mark.parametrize(("kwargs", "count"), [(None, 3), ({"extra": "a pub "}, 2)])
+def test_samples_of_conversations_follow_the_template_and_end_with_a_turn(kwargs, count):
+    tokenizer = build_chat_tokenizer(eos=TEXT_END)
     tokenizer.chat_template = (
         "{{ extra }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}> {% endif %}"
@@ -217,12 +217,19 @@ def test_samples_of_conversations_follow_the_template_and_end_with_a_turn(kwargs
             hidden = model.transformer(torch.tensor([[end]])).last_hidden_state[0, -1]
             model.lm_head.weight[end] = 15 * hidden / hidden.dot(hidden)
     prompts = ["the mill", "a pub", "food near the river"]
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts[:count]]
     found = sample_divergences(
-        student, teacher, tokenizer, chats, samples=2, max_new_tokens=4, seed=5, chat_template_kwargs=kwargs
+        student,
+        teacher,
+        tokenizer,
+        [*chats, *prompts[count:]],
+        samples=2,
+        max_new_tokens=4,
+        seed=5,
+        chat_template_kwargs=kwargs,
     )
-    texts = [f"{(kwargs or {}).get('extra', '')}{prompt}<|im_end|>> " for prompt in prompts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = [f"{(kwargs or {}).get('extra', '')}{prompt}<|im_end|>> " for prompt in prompts[:count]]
+    ids = tokenizer([*texts, *prompts[count:]], add_special_tokens=False)["input_ids"]
     for model, errors in zip((student, teacher), found, strict=True):
         expected = slow_divergences(model, student, teacher, ids, 2, 4, 5, len(tokenizer), (0, end))
         assert errors == [pytest.approx(values, rel=1e-3, abs=1e-5) for values in expected]
