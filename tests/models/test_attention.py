@@ -96,6 +96,18 @@ def test_output_is_that_of_repeated_keys(length: int, kind: str):
     assert found.is_contiguous()  # as transformers' own, since some layers call `view`
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_keys_are_not_copied_for_groups_of_any_size(monkeypatch, groups: int):
+    given, copies = inputs(5), counted_copies(monkeypatch)
+    given |= {name: torch.randn(2, 6 // groups, 10, 8, dtype=torch.float64) for name in ("key", "value")}
+    layer = Layer()
+    layer.num_key_value_groups = groups
+    found, _ = attend_in_groups(layer, **given)
+    assert not copies
+    torch.testing.assert_close(found, sdpa_attention.sdpa_attention_forward(layer, **given)[0])
+    assert len(copies) == (0 if groups == 1 else 2)
+
+
 @pytest.mark.parametrize("length", [1, 5])
 def test_bias_of_positions_differs_by_head(length: int):
     given = inputs(length)
