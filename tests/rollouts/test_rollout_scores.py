@@ -2,6 +2,8 @@
 
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +180,25 @@ class TestTeacherOffload:
                 assert torch.equal(teacher(ids).logits, expected)
             assert {name for name in home if home[name] == there[name]} == {"lm_head.weight"}
             assert {name: each.data_ptr() for name, each in teacher.named_parameters()} == home
+
+    def test_teacher_runs_in_its_phase_alone(self, tmp_path):
+        trainer, phases = make_trainer(tmp_path, teacher_mixed_alpha=0.0), []
+        trainer.teacher_model.base_model.register_forward_pre_hook(lambda *unused: phases.append(list(inside)))
+        inside: list[int] = []
+
+        @contextmanager
+        def phase() -> Iterator[None]:
+            inside.append(1)
+            yield
+            inside.clear()
+
+        for use in (
+            lambda: trainer._generate_and_score_completions([DATASET[0], DATASET[1]]),
+            lambda: trainer.score_rollouts(*torch.ones(4, 2, 3, dtype=torch.long)),
+        ):
+            trainer._teacher_phase = phase()
+            use()
+        assert phases == [[1]] * len(phases) != []
 
     def test_quantised_teacher_is_refused(self):
         teacher = build_model("gpt2").requires_grad_(False)
