@@ -347,11 +347,13 @@ class FakeVLLM:
         self.model = model
         self.synchronised = 0
         self.generation_kwargs = {}
+        self.asked = []
 
     def sync_weights(self):
         self.synchronised += 1
 
     def generate(self, prompts, images, num_generations, profiler=None):
+        self.asked.append((images, num_generations))
         with profiler or contextlib.nullcontext():
             completions = [[8, 9, 10, 0][i % 2 :] for i in range(len(prompts))]
         logps = []
@@ -389,6 +391,7 @@ class TestVLLM:
         trainer = self.make(tmp_path, monkeypatch, num_iterations=2, max_steps=8)
         trainer.train()
         assert trainer.vllm_generation.synchronised == 2
+        assert trainer.vllm_generation.asked == [(None, 1)] * 2
         assert "sampling/importance_sampling_ratio/mean" in trainer.state.log_history[0]
 
     def test_mixing_is_refused_with_what_to_do(self, tmp_path):
