@@ -292,6 +292,17 @@ class TestBuffer:
             assert batch.keys() == kept.keys()
             assert all(torch.equal(batch[key], kept[key]) for key in kept)
 
+    def test_rows_are_known_by_the_number_of_their_prompt(self, tmp_path):
+        """By which messages name them."""
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.train()
+        tokenizer = trainer.processing_class
+        for batch in trainer.buffer.batches:
+            for ids, mask, number in zip(
+                batch["prompt_ids"], batch["prompt_mask"], batch["prompt_index"], strict=True
+            ):
+                assert tokenizer.decode(ids[mask.bool()]) == PROMPTS[number]
+
 
 class TestForwardPasses:
     @pytest.mark.parametrize("alpha", [0.0, 0.5])
