@@ -646,6 +646,15 @@ class TestNotFinite:
         trainer.compute_loss(trainer.model, batch)
         assert trainer.guard.faults == ["the loss is not finite for the rows [0, 1] of the batch"]
 
+    def test_fault_breaks_the_loss_of_a_training_step_and_no_evaluation(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        ids = torch.tensor([[5, 6, 7]] * 2)
+        batch = trainer.score_rollouts(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+        trainer.guard.faults.append("another micro-batch has a fault")
+        for training in (True, False):
+            trainer.model.train(training)
+            assert trainer.compute_loss(trainer.model, batch).isnan() == training
+
     @pytest.mark.parametrize(("tokens", "number"), [(0, 1), (1, 0)])
     def test_step_with_a_single_token_left_is_not_empty(self, tokens: int, number: int):
         batch = {"faulty": torch.tensor([True, False]), "window_tokens": torch.tensor(tokens)}
