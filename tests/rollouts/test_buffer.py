@@ -56,7 +56,7 @@ def test_trained_tokens_are_those_of_the_completion_that_no_tool_wrote():
     tools = torch.tensor([[1, 0, 1], [0, 1, 1]])
     _, attention, mask = sequences({**batch, "tool_mask": tools})
     assert attention.tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert mask.tolist() == [[True, False, False], [False, True, True]]
+    assert (mask.tolist(), mask.dtype) == ([[True, False, False], [False, True, True]], torch.bool)
 
 
 def test_trim_keeps_values_of_rows_and_cuts_states():

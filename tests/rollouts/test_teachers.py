@@ -56,6 +56,14 @@ class TestRolloutTeacher:
         teacher.hidden_states(IDS, MASK, 5)
         assert rows == [2, 2, 1]
 
+    def test_inputs_go_to_the_device_of_the_model(self):
+        teacher = make_teacher()
+        assert torch.equal(
+            replace(teacher, device=CPU).hidden_states(IDS, MASK, 5), teacher.hidden_states(IDS, MASK, 5)
+        )
+        with pytest.raises(NotImplementedError, match="meta"):  # a device that computes no values
+            replace(teacher, device=META).hidden_states(IDS, MASK, 5)
+
     def test_states_of_a_batch_are_read_from_it_or_recomputed(self):
         teacher = make_teacher()
         kept = torch.randn(5, 5, 48)
