@@ -61,6 +61,11 @@ class TestRewards:
         found = objectives.token_rewards(teacher, torch.zeros(1, 2), mask, 0.5, span_lengths=lengths)
         assert found.tolist() == [[-4e4, 6.0]]
 
+    def test_expected_reward_is_minus_the_reverse_kl_and_not_scaled_by_default(self):
+        q, p = torch.tensor([0.25, 0.75, 0.0]).log(), torch.tensor([0.5, 0.5, 0.0]).log()
+        assert objectives.expected_rewards(p, q).item() == pytest.approx(-reverse_kl(q, p).item())
+        assert objectives.expected_rewards(p, q, scale=0.5).item() == pytest.approx(-2 * reverse_kl(q, p).item())
+
 
 class TestAdvantages:
     @pytest.mark.parametrize("normalize_each", [False, True])
