@@ -134,6 +134,8 @@ class TestDivergences:
             *((divergences.skewed_reverse_kl, 0.1), (divergences.entropy_aware_kl, 0.8)),
         ):
             assert function(q, p) == function(q, p, parameter)
+            in_place, _ = divergence_in_place(function, q[None], q.exp()[None], p[None].clone(), torch.tensor([0]))
+            torch.testing.assert_close(in_place[0], function(q, p))
         entropy = torch.special.entr(p.exp()).sum().item()
         assert 0.8 < entropy < 1.6
 
