@@ -91,6 +91,19 @@ def test_entropy_needs_no_second_model():
     assert score_completions(first, second, [], [], vocab_size=VOCABULARY) == ([], [])
 
 
+def test_temperature_is_1_by_default_and_the_second_model_s_that_of_the_first():
+    first, second = pair(PAIRS[1])
+    for temperature in ({}, {"temperature": 0.5}):
+        both = {"temperature": 1.0, **temperature}
+        both["second_temperature"] = both["temperature"]
+        for scores in (score_completions, token_divergences):
+            found = scores(first, second, PROMPTS, COMPLETIONS, vocab_size=VOCABULARY, **temperature)
+            assert found == scores(first, second, PROMPTS, COMPLETIONS, vocab_size=VOCABULARY, **both)
+    assert completion_losses(first, PROMPTS, COMPLETIONS) == completion_losses(
+        first, PROMPTS, COMPLETIONS, temperature=1.0
+    )
+
+
 def test_sum_along_a_completion_averages_to_the_divergence_of_whole_completions():
     """Every completion of two tokens of a vocabulary of five, each with its probability under the first model."""
     rows, prompt = 5, [7, 8]
