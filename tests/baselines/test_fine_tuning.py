@@ -78,6 +78,16 @@ class TestKDLoss:
         torch.testing.assert_close(one, expected * cross_entropy(trainer, batch)[1])
         assert trainer.means.eval_loss() is None
 
+    def test_of_texts_is_that_of_all_tokens_but_the_first(self, tmp_path):
+        trainer = make_trainer(tmp_path, ratio=0.3)
+        batch = batch_of(trainer, range(3))
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        trainer.model.train()
+        expected = by_hand(trainer.model, trainer.teacher_model, batch, 0.3)[2]
+        torch.testing.assert_close(
+            trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=TOKENS), expected / TOKENS
+        )
+
     @pytest.mark.parametrize("averages", [True, False])
     def test_is_not_averaged_over_processes_where_its_tokens_are_counted_over_them(
         self, tmp_path, monkeypatch, averages: bool
@@ -298,6 +308,28 @@ class TestTeacher:
         model.forward = scaled
         with pytest.raises(ValueError, match=who):
             make_trainer(tmp_path, **{who: model})
+
+    @pytest.mark.parametrize("who", ["student", "teacher"])
+    def test_head_with_fewer_rows_than_tokens_is_named(self, tmp_path, who: str):
+        with pytest.raises(ValueError, match=f"300 tokens but the {who}'s LM head has 290 rows"):
+            make_trainer(tmp_path, **{who: build_model("llama", 290)})
+
+    def test_it_computes_in_the_precision_of_the_training(self, tmp_path):
+        teacher, seen = build_model("llama", len(TOKENIZER), 1), []
+        trainer = make_trainer(tmp_path, teacher=teacher, bf16=True)
+        teacher.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch_of(trainer, range(2)))
+        assert seen == [torch.bfloat16]
+        assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+    def test_other_ends_than_the_data_s_are_warned_of_at_once(self, tmp_path, monkeypatch):
+        warnings: list[str] = []
+        monkeypatch.setattr(kd.logger, "warning", warnings.append)
+        teacher = build_model("llama", len(TOKENIZER), 1)
+        teacher.generation_config.eos_token_id = 5
+        make_trainer(tmp_path, teacher=teacher)
+        assert len(warnings) == 1
 
     @pytest.mark.parametrize(
         ("learnt", "ends", "number"),

@@ -167,6 +167,18 @@ class TestGenerate:
         generate(data, [], prompts, TOKENIZER, lambda *_: iter([[(0, ids, True)]]), 1, progress=False)
         assert data.read()[0, 0].completion == ". a pub"
 
+    def test_answer_in_a_conversation_is_decoded_alone(self, tmp_path, monkeypatch):
+        # as SentencePiece has it, which drops the space where a text begins
+        decode = type(TOKENIZER).decode
+        monkeypatch.setattr(type(TOKENIZER), "decode", lambda *a, **k: decode(*a, **k).removeprefix(" "))
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": "the mill"}]]})
+        ids = tokenizer(" a pub")["input_ids"]
+        data = TeacherData(tmp_path, {})
+        generate(data, [], prompts, tokenizer, lambda *_: iter([[(0, ids, True)]]), 1, progress=False)
+        assert data.read()[0, 0].completion == "a pub"
+
     def test_conversations_are_asked_with_the_arguments_of_their_template(self, tmp_path):
         tokenizer = build_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ mark }}{% endfor %}"

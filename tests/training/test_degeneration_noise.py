@@ -104,6 +104,11 @@ class TestStart:
         assert has_fallen_at_once(shares, EOS, TRAINING, completions) is found
         assert judge(shares, EOS, TRAINING, completions).is_beyond is found
 
+    @pytest.mark.parametrize(("completions", "found"), [(23, False), (25, True)])
+    def test_baseline_of_several_shares_has_their_error(self, completions: int, found: bool):
+        """Of twice 0.8 and twice 0.4: 0.4 against 4 sqrt(0.6 * 0.4 / n), which is 0.4 at n = 24."""
+        assert has_fallen_at_once([0.8, 0.8, 0.4, 0.4], EOS, Window(2, 5, 2), completions) is found
+
     @pytest.mark.parametrize(
         ("shares", "found"),
         [
@@ -181,6 +186,12 @@ class TestVerdict:
         assert judge([1.0] + [1.3] * 9, KL).is_well
         assert not judge([1.0] + [1.31] * 9, KL).is_well
 
+    def test_evaluations_that_were_never_well_or_never_change(self):
+        weights = RULE["importance_weight/effective_sample_size"]
+        assert judge([0.2, 0.27, 0.2], weights, EVALUATION).well_until == -1
+        assert judge([0.2, 0.4, 0.2], weights, EVALUATION).well_until == 1
+        assert not judge([-1.0, -1.0], KL, EVALUATION).is_beyond  # although the limit is -1.4
+
     def test_share_that_has_fallen_at_once_is_not_well(self):
         verdict = judge([0.8, 0.8, 0.8, 0.1, 0.1], EOS, TRAINING, 1000)
         assert verdict.value == 0.8
@@ -209,7 +220,8 @@ class TestDiagnosis:
         assert (found.is_well, found.well_until) == (False, 70)  # the median is good up to the ninth log
         (kind,) = found.found
         assert kind == ("rising_kl", "objective/reverse_kl_per_token", 5.0, 1.0, 1.6)
-        # one metric has fewer values
+        # one metric has fewer values, or so few that the middle of five is not there
+        assert diagnose(log(entropy=entropy, rollout__eos_rate=[None] * 10 + [1.0] * 2)).well_until == 100
         assert diagnose(log(entropy=entropy, rollout__eos_rate=[None] * 6 + [1.0] * 6)).well_until == 100
         assert diagnose(log(entropy=entropy, rollout__eos_rate=[1.0] * 6 + [None] * 6)).well_until == 40
 
@@ -273,6 +285,15 @@ class TestRougeL:
     def test_it_holds_from_nine_tenths_of_its_best_on(self):
         assert self.found(self.evaluated(40.0, 36.0, at=200)) == []
         assert self.found(self.evaluated(40.0, 35.9, at=200)) == ["length_collapse"]
+
+    def test_it_spares_lengths_that_grow_and_says_nothing_of_when_they_were_well(self):
+        history = log(
+            completions__mean_length=[30.0] * 5 + [60.0] * 15,
+            eval_rouge_l=self.evaluated(40.0, 40.0, at=200),
+            entropy=[1.0] * 20,
+        )
+        assert diagnose(history) == ([], True, 180)
+        assert [found.kind for found in diagnose(history[:19], is_evaluated=False).found] == ["length_inflation"]
 
     def test_it_counts_if_measured_after_the_lengths_were_well(self):
         well_until = diagnose(log(completions__mean_terminated_length=self.LENGTHS)).well_until

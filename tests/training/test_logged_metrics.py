@@ -169,20 +169,24 @@ def test_row_without_an_answer_has_no_rouge_l():
     assert scores[2] == 100.0
 
 
-def test_value_of_a_single_completion_is_logged():
-    """With one completion of which a metric is known; the other micro-batch has none."""
+def of_completions(lengths: list[int], counts: list[bool], score: float) -> Totals:
+    """The totals of completions that have all ended and have this Rouge-L."""
+    mask = torch.tensor(counts)
+    return completion_totals(torch.tensor(lengths), mask, {"rouge_l": [score] * len(counts)}, mask)
 
-    def of(lengths: list[int], counts: list[bool], score: float) -> Totals:
-        lengths, mask = torch.tensor(lengths), torch.tensor(counts)
-        return completion_totals(lengths, mask, {"rouge_l": [score] * len(counts)}, mask)
 
-    found = means(of([7, 3], [False, False], 50.0), of([8, 9], [False, True], 20.0))
-    lengths = {
-        f"completions/{which}_{what}": 9
-        for which in ("mean", "min", "max")
-        for what in ("length", "terminated_length")
-    }
-    assert found == {**lengths, "completions/clipped_ratio": 0.0, "rouge_l": 20.0}
+@pytest.mark.parametrize("length", [0, 9])
+def test_values_of_a_single_completion_and_of_none(length: int):
+    names = [
+        f"completions/{which}_{what}" for which in ("mean", "min", "max") for what in ("length", "terminated_length")
+    ]
+    none = of_completions([7, 3], [False, False], 50.0)
+    assert means(none) == {**dict.fromkeys(names, 0.0), "completions/clipped_ratio": 0.0}
+    one = of_completions([8, length], [False, True], 20.0)
+    assert means(none, one) == {**dict.fromkeys(names, length), "completions/clipped_ratio": 0.0, "rouge_l": 20.0}
+    other = of_completions([20], [True], 40.0)
+    assert means(none, one, other)["completions/min_length"] == length
+    assert means(none, one, other)["completions/max_length"] == 20
 
 
 def test_gradients_of_halves_with_one_token():

@@ -263,9 +263,12 @@ class TestUpdate:
         metrics = make_metrics()
         batch = batch_of(half=torch.tensor([0, 1]))
         for step in (1.0, 2.0):
-            for synchronized in (False, True):
+            for synchronized, sums in (
+                (False, [[[2.0], [1.0]], [[9.0], [0.0]]]),
+                (True, [[[4.0], [5.0]], [[3.0], [2.0]]]),
+            ):
                 metrics.accelerator.gradient_state._set_sync_gradients(synchronized)
-                sums = step * torch.tensor([[[3.0], [3.0]], [[6.0], [1.0]]])
+                sums = step * torch.tensor(sums)
                 add_update(metrics, "train", terms_of(1.0), scores_of(term_gradients=sums), batch)
         found = dict(metrics.means.take("train"))
         share = 6 * 2 / 8**2
