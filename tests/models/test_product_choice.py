@@ -138,6 +138,27 @@ class TestUpdates:
         layer(torch.zeros(rows, layer.weight.shape[0 if kind is Conv1D else 1]))
         assert products == [rows] * expected
 
+    @pytest.mark.parametrize(
+        ("shape", "expected"), [((1, 63, 256), []), ((63, 1, 256), []), ((4, 16, 256), [4]), ((256,), [])], ids=str
+    )
+    def test_rows_are_those_of_all_sequences(self, products, shape: tuple[int, ...], expected: list[int]):
+        layer = torch.nn.Linear(*LEAST)
+        use_onednn_products(layer)
+        layer(torch.zeros(shape))
+        assert products == expected
+
+    def test_states_of_another_type_and_further_arguments_are_left_to_the_layer(self, products):
+        class Sharded(torch.Tensor):
+            """States that are not a plain tensor."""
+
+        layer, states = torch.nn.Linear(*LEAST), torch.zeros(64, 256)
+        use_onednn_products(layer)
+        layer(states.as_subclass(Sharded))
+        for arguments in ((), (states, states)):
+            with pytest.raises(TypeError, match="positional argument"):
+                layer(*arguments)
+        assert not products
+
     def test_other_layers_and_processors_keep_their_products(self, products, monkeypatch: pytest.MonkeyPatch):
         class Subclass(torch.nn.Linear):
             """One with a product of its own, perhaps."""
