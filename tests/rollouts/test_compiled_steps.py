@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
+from peft import LoraConfig, get_peft_model
+from transformers import BloomConfig, BloomForCausalLM
 
 import minillm_trl.rollouts.compiled_steps
-from minillm_trl.models.lm_head import without_wrapper
-from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader, StepPlan, StepTensors, static_columns
+from minillm_trl.models.lm_head import accepts_position_ids, without_wrapper
+from minillm_trl.rollouts.compiled_sampling import check_compiled_decoding
+from minillm_trl.rollouts.compiled_steps import (
+    CompiledDecoding,
+    Reader,
+    StaticLayer,
+    StepPlan,
+    StepTensors,
+    static_columns,
+)
 from minillm_trl.rollouts.sampling import Completions, sample_completions, sample_prompts
 
 PROMPTS = [[5 + i, *range(6, 6 + (3 * i) % 11)] for i in range(7)]
@@ -181,6 +191,47 @@ class TestTensors:
     def test_columns_are_a_power_of_two(self, length: int, columns: int):
         assert static_columns(length) == columns
         assert math.log2(columns).is_integer()
+
+
+class TestCheck:
+    @pytest.mark.parametrize("broken", ["positions", "mask", "several columns", "one column"])
+    def test_model_whose_steps_differ_is_refused(self, monkeypatch: pytest.MonkeyPatch, broken: str):
+        start, update = StepTensors.start, StaticLayer.update
+
+        def wrong_columns(layer: StaticLayer, keys: torch.Tensor, values: torch.Tensor, *arguments: object) -> tuple:
+            is_wrong = 1 < keys.shape[2] < 16 if broken == "several columns" else keys.shape[2] == 1
+            return update(layer, 2 * keys if is_wrong else keys, values, *arguments)
+
+        def wrong(tensors: StepTensors, *arguments: object) -> int:
+            first = start(tensors, *arguments)
+            if broken == "positions":
+                tensors.positions[:, first:] += 1
+            elif broken == "mask":
+                tensors.mask[:, :first] = 1
+            return first
+
+        check_compiled_decoding(build_model("gpt2"), "student")
+        monkeypatch.setattr(StepTensors, "start", wrong)
+        if "column" in broken:
+            monkeypatch.setattr(StaticLayer, "update", wrong_columns)
+        with pytest.raises(ValueError, match=r"steps of the student \(GPT2LMHeadModel\) cannot be compiled"):
+            check_compiled_decoding(build_model("gpt2"), "student")
+
+    def test_model_that_takes_no_positions_is_checked(self):
+        model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)).eval()
+        assert not accepts_position_ids(model)
+        check_compiled_decoding(model, "student")
+
+    def test_model_with_adapters_is_checked(self):
+        check_compiled_decoding(get_peft_model(build_model("llama"), LoraConfig(r=2)).eval(), "student")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tolerance_grows_with_the_largest_state(self, dtype: torch.dtype):
+        model = build_model("gpt2").to(dtype)
+        with torch.no_grad():
+            model.transformer.ln_f.weight.mul_(1e4)
+            model.transformer.ln_f.weight[0] = 0.0
+        check_compiled_decoding(model, "student")
 
 
 class TestShapes:
