@@ -88,9 +88,9 @@ def test_drafts_without_a_share_of_the_teacher_are_refused():
         sample(*build_pair(), mixing="speculative", alpha=0.0, drafts=EngineDrafts(lambda *_: []))
 
 
-def rows_of(*, coins: bool, greedy: bool = False, **options) -> Completions:
+def rows_of(*, coins: bool, greedy: bool = False, models=None, **options) -> Completions:
     """Sample the prompts with `sample_completions`, each row with coins of its own."""
-    student, teacher = build_pair()
+    student, teacher = models or build_pair()
     ids, mask = left_pad(PROMPTS, PAD)
     numbers = np.stack([keyed_uniforms(8, *key) for key in KEYS])
     sampled = sample_completions(
@@ -167,12 +167,22 @@ def test_process_that_has_finished_goes_on_until_the_others_have():
 def test_process_that_has_finished_makes_the_calls_of_the_others(keep_states: bool):
     """They need a model, or have not finished, the first 40 times that this process does not need it, or has."""
     expected = rows_of(coins=True, keep_states=keep_states)
-    asked = count()
+    models, asked, answers = build_pair(), count(), []
+    passes = [0, 0]
+    for number, model in enumerate(models):
+
+        def note(*_, number: int = number) -> None:
+            passes[number] += 1
+
+        model.base_model.register_forward_pre_hook(note)
 
     def on_every_process(flag: bool) -> bool:
-        return flag and next(asked) >= 40
+        answers.append(flag and next(asked) >= 40)
+        return answers[-1]
 
-    found = rows_of(coins=True, keep_states=keep_states, on_every_process=on_every_process)
+    found = rows_of(coins=True, keep_states=keep_states, models=models, on_every_process=on_every_process)
+    # at each step, whether all have finished, and whether none needs the student, and the teacher; states, at the end
+    assert passes == [answers[place::3].count(False) + keep_states for place in (1, 2)]
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.mask, expected.mask)
     for states, own in zip(expected[2:], found[2:], strict=True):
