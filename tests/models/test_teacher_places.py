@@ -142,6 +142,12 @@ class TestSharedBase:
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir("llama")), tmp_path)
         torch.testing.assert_close(teacher(IDS).logits, plain.eval()(IDS).logits)
 
+    def test_adapter_that_would_change_the_base_is_refused_before_it_is_loaded(self, tmp_path):
+        student = get_peft_model(build_model("llama"), LoraConfig(target_modules=["q_proj"]))
+        LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="init_lora_weights='olora'"):
+            adapter_on_base(student, str(tmp_path))
+
     def test_base_is_compared_by_its_place(self, tmp_path, model_dir):
         """A link to the folder is the same base, and an adapter that names none is taken for the student's."""
         folder = model_dir("llama")
