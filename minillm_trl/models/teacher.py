@@ -381,7 +381,10 @@ class TeacherOffload:
             )
         self.device = teacher.device
         pin = self.device.type == "cuda"
-        self.home = [(tensor, tensor.data.cpu().pin_memory() if pin else tensor.data.clone()) for tensor in tensors]
+        copies = (tensor.data.to("cpu", copy=True) for tensor in tensors)
+        self.home = [
+            (tensor, home.pin_memory() if pin else home) for tensor, home in zip(tensors, copies, strict=True)
+        ]
         self.__exit__()
 
     def __enter__(self) -> None:

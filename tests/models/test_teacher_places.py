@@ -323,6 +323,35 @@ class TestPlace:
         assert is_split(SimpleNamespace(hf_device_map=device_map)) == expected
 
 
+def test_offloaded_teacher_leaves_any_kind_of_device():
+    """Weights of a device that torch does not have here, which know where they are."""
+
+    class Weights:
+        def __init__(self, place: str):
+            self.place, self.data = place, self
+
+        def is_floating_point(self) -> bool:
+            return True
+
+        def to(self, device: str, **unused: bool) -> "Weights":
+            return Weights(torch.device(device).type)
+
+        def clone(self) -> "Weights":
+            return Weights(self.place)
+
+    body, head = Weights("xpu"), Weights("xpu")
+    embeddings = SimpleNamespace(parameters=lambda: [head])
+    teacher = SimpleNamespace(
+        device=torch.device("xpu:0"), parameters=lambda: [body, head], get_output_embeddings=lambda: embeddings
+    )
+    offload = TeacherOffload(teacher)
+    for _ in range(2):
+        assert (body.data.place, head.data.place) == ("cpu", "xpu")
+        with offload:
+            assert (body.data.place, head.data.place) == ("xpu", "xpu")
+    assert body.data.place == "cpu"
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
