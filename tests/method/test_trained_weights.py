@@ -58,7 +58,7 @@ class TestStuckShare:
         assert (weight == before).double().mean().item() == pytest.approx(expected, abs=0.02)
 
     def test_sample_of_large_models_is_every_nth_weight(self):
-        """Two weights in three of the sample are stuck, of tensors with twice the weights of a sample."""
+        """Of twice as many weights as the sample has, every second one is read: those that are 1, which are stuck."""
         weights = torch.tensor([1.0, 0.0] * (1 << 20))
         assert stuck_share([weights.bfloat16()], 2.0**-10) == 1.0  # every second one is sampled
         assert stuck_share([weights.view(2, -1).bfloat16(), weights[:0].bfloat16()], 2.0**-10) == 1.0
