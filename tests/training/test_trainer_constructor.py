@@ -80,9 +80,15 @@ def test_overflows_are_counted_in_float16_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("disable", [True, False])
 def test_dropout_of_the_student_is_kept_on_request(tmp_path, disable: bool):
-    modules = make_trainer(tmp_path, disable_dropout=disable).model.modules()
-    rates = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
-    assert rates == ({0.0} if disable else {0.1})
+    """That of torch's modules, and that whose rate OPT's layers hold as a number."""
+    student = build_model("opt")
+    layers = [each for each in student.modules() if isinstance(vars(each).get("dropout"), float)]
+    assert layers
+    for layer in layers:
+        layer.dropout = 0.5
+    student.append = torch.nn.Dropout(0.5)
+    make_trainer(tmp_path, family="opt", student=student, disable_dropout=disable)
+    assert {layer.dropout for layer in layers} | {student.append.p} == {0.0 if disable else 0.5}
 
 
 @pytest.mark.parametrize(("options", "with_trl"), [({}, False), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, True)])
