@@ -183,12 +183,19 @@ class TestWindows:
                 assert all(torch.equal(batch[name], values) for name, values in expected.items())
 
     @pytest.mark.parametrize("step", [0, 1, 2, 3])
-    def test_run_may_resume_at_any_step(self, step: int):
-        """Steps of six rows; an epoch has seven."""
-        made, accelerator = batches(pairs(7)), Accelerator(cpu=True)
-        expected = [row for epoch in range(4) for row in keyed_uniforms(7, 3, epoch).argsort().tolist()]
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_run_may_resume_at_any_step(self, step: int, streams: bool):
+        """Steps of six rows; an epoch has seven, in a random order or in that of a stream."""
+        made, accelerator = batches(pairs(7).to_iterable_dataset() if streams else pairs(7)), Accelerator(cpu=True)
+        orders = [range(7) if streams else keyed_uniforms(7, 3, epoch).argsort().tolist() for epoch in range(4)]
         found = rows_of([made.load(step, micro_step, 3, accelerator) for micro_step in range(3)])
-        assert found == expected[6 * step :][:6]
+        assert found == [row for order in orders for row in order][6 * step :][:6]
+
+    def test_window_is_on_the_device_of_the_process(self):
+        parts = {"process_index": 0, "num_processes": 1, "device": torch.device("meta")}
+        accelerator = SimpleNamespace(**parts, reduce=lambda own, reduction: own)
+        for batch in batches(pairs(4)).load_window(0, 2, accelerator):
+            assert all(values.is_meta for values in batch.values())
 
     def test_window_of_a_step_is_loaded_once(self):
         made, accelerator = batches(pairs(9)), Accelerator(cpu=True)
@@ -210,6 +217,15 @@ def test_corpus_fits_into_the_context_and_has_micro_batches_of_its_own(
     assert max(len(row["input_ids"]) for row in found.rows) == length
     assert (found.batch_size, found.seed) == (size, 5)
     assert lm_batches(None, args, TOKENIZER, context, None) is None
+
+
+def test_corpus_of_a_run_has_its_template_arguments():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = {"prompt": [[{"role": "user", "content": "A"}]], "completion": [[{"role": "assistant", "content": "B"}]]}
+    args = SimpleNamespace(lm_max_length=16, lm_batch_size=1, per_device_train_batch_size=1, seed=5)
+    found = lm_batches(Dataset.from_dict(rows), args, tokenizer, None, {"thinks": True})
+    assert found.rows[0]["input_ids"][2:4] == letters("ab")
 
 
 @pytest.mark.parametrize("kd_ratio", [0.0, 0.3])

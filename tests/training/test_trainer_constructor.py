@@ -7,6 +7,7 @@ import torch
 from conftest import WORDS, build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from test_cross_tokenizer import save_teacher
 from test_trainer import DATASET, make_config, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
@@ -14,6 +15,7 @@ import minillm_trl.training.teacher_mixed_trainer as module
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.errors import UserError
 from minillm_trl.monitoring.degeneration_watch import DegenerationWatch
+from minillm_trl.presets import preset
 from minillm_trl.training.run_settings import find_changes
 
 CORPUS = Dataset.from_dict({"text": [WORDS] * 4})
@@ -151,3 +153,9 @@ def test_loss_of_an_evaluation_is_a_mean_over_sequences_where_that_of_training_i
     length = found["token_mean"]["eval_completions/mean_length"]
     assert length > 1.0
     assert found["sequence_sum"]["eval_loss"] == pytest.approx(length * found["token_mean"]["eval_loss"], rel=1e-4)
+
+
+def test_student_of_a_teacher_with_another_tokenizer_ends_with_its_own_tokens(tmp_path):
+    trainer = make_trainer(tmp_path, teacher=save_teacher(tmp_path / "teacher"), **preset("cross_tokenizer"))
+    assert trainer.eos_token_ids == [trainer._tokenizer.eos_token_id]
+    assert trainer.scoring.spans is not None
