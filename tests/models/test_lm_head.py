@@ -1,6 +1,7 @@
 """The head and the body of a model apart: what is read from the model, by value, and what is refused."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -191,14 +192,22 @@ class TestCheck:
         assert all(module.training == training for module in model.modules())
         assert not model.get_output_embeddings()._forward_hooks
 
-    @pytest.mark.parametrize("factor", [1.003, 0.997, math.nan])
-    def test_logits_that_are_off_by_more_than_rounding_are_refused(self, monkeypatch, factor: float):
-        model = build_model("llama", 40)
+    @pytest.mark.parametrize(
+        ("dtype", "factor", "is_refused"),
+        [
+            *((torch.float32, factor, True) for factor in (1.003, 0.997, math.nan)),
+            *((torch.float32, 1.0005, False), (torch.bfloat16, 1.02, True), (torch.bfloat16, 1.008, False)),
+        ],
+        ids=str,
+    )
+    def test_logits_that_are_off_by_more_than_rounding_are_refused(self, monkeypatch, dtype, factor, is_refused: bool):
+        model = build_model("llama", 40).to(dtype)
         monkeypatch.setattr(
             "minillm_trl.models.lm_head.completion_hidden_states",
             lambda *args: completion_hidden_states(*args) * factor,
         )
-        with pytest.raises(UserError, match=r"LM head of the teacher \(LlamaForCausalLM\) is not reproduced"):
+        message = r"LM head of the teacher \(LlamaForCausalLM\) is not reproduced"
+        with pytest.raises(UserError, match=message) if is_refused else nullcontext():
             check_head(model, "teacher")
 
     def test_head_that_is_not_here_is_refused(self):
