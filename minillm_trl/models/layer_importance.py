@@ -68,7 +68,7 @@ def channel_importance(
 
     def measure(index: int) -> Callable:
         def hook(_: torch.nn.Module, arguments: tuple) -> None:
-            activations = arguments[0].detach().abs().double()
+            activations = arguments[0].abs().double()
             activations = activations.view(*mask.real.shape, -1)  # OPT flattens its rows
             sums[index] += activations[mask.real].sum(dim=0).cpu()
 

@@ -127,10 +127,10 @@ def skipping(
 
     def mask(kept: torch.Tensor) -> Callable:
         def hook(_: torch.nn.Module, arguments: tuple) -> tuple:
-            states = arguments[0]
+            (states,) = arguments
             masked = torch.zeros_like(states)
             masked[..., kept] = states[..., kept]
-            return (masked, *arguments[1:])
+            return (masked,)
 
         return hook
 

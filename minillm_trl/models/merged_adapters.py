@@ -84,7 +84,6 @@ class MergedLayer:
     """
 
     def __init__(self, copied: torch.nn.Module, layer: AdaptedLayer, weight_names: Mapping[int, str]):
-        self.layer = layer
         self._adapted: list[Any] = [copied.get_submodule(name) for name in layer.names]
         self._base: Any = self._adapted[0].get_base_layer()
         self._sources: dict[str, str] = {}  # names in the student, by the name in the layer
@@ -109,7 +108,7 @@ class MergedLayer:
         for name, weight in own.items():
             with whole_tensor(trained[self._sources[name]]) as values:
                 wide = torch.promote_types(values.dtype, torch.float32)
-                weight.data = values.to(device or values.device, wide, copy=True)
+                weight.data = values.to(device=device, dtype=wide, copy=True)
         for adapted in self._adapted:
             adapted.merged_adapters.clear()
             adapted.merge()
