@@ -16,11 +16,11 @@ TEXTS = Dataset.from_dict({"prompt": ["a"]})
 
 def settled(dataset, teacher=None, teacher_tokenizer=None, *, main: bool = True, vllm: dict | None = None, **options):
     tokenizer = build_chat_tokenizer(TEXT_END)
+    tokenizer.chat_template = options.get("template", tokenizer.chat_template)
+    declared = options.get("declared", tokenizer.eos_token_id)
     trainer = SimpleNamespace(
         _tokenizer=tokenizer,
-        _student=SimpleNamespace(
-            generation_config=GenerationConfig(eos_token_id=tokenizer.eos_token_id), config=GPT2Config()
-        ),
+        _student=SimpleNamespace(generation_config=GenerationConfig(eos_token_id=declared), config=GPT2Config()),
         train_dataset=dataset,
         args=SimpleNamespace(eos_tokens=options.get("eos_tokens")),
         chat_template_kwargs=options.get("chat_template_kwargs"),
@@ -58,6 +58,20 @@ def test_tokens_of_the_user_and_of_the_teacher_count():
         assert settled(TEXTS, teacher, teacher_tokenizer)[0].eos_token_ids == both
 
 
+def test_ends_that_the_student_declares_count():
+    _, text_end, turn_end = settled(TEXTS)
+    for declared in (turn_end, [turn_end], [text_end, turn_end]):
+        assert settled(TEXTS, declared=declared)[0].eos_token_ids == sorted([text_end, turn_end])
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_turns_end_as_the_arguments_of_the_template_say(closes: bool):
+    end = f"{{{{ '{TURN_END}' if closes else '{TEXT_END}' }}}}"
+    template = f"{{% for m in messages %}}{TURN_START}{{{{ m.role }}}} {{{{ m.content }}}}{end}{{% endfor %}}"
+    trainer, text_end, turn_end = settled(CHATS, template=template, chat_template_kwargs={"closes": closes})
+    assert trainer.eos_token_ids == sorted([text_end, turn_end][: 1 + closes])
+
+
 @pytest.mark.parametrize("given", [{}, {"ignore_eos": False, "top_k": 3}])
 def test_vllm_has_the_ends_unless_the_user_sets_its_options(given: dict):
     trainer, text_end, _ = settled(TEXTS, vllm=given)
@@ -80,7 +94,7 @@ def test_main_process_announces_them(monkeypatch, main: bool):
 @pytest.mark.parametrize("keep", [False, True])
 def test_tokenizer_has_the_end_of_conversations_unless_the_user_chose_its_eos(keep: bool):
     tokenizer = build_chat_tokenizer(TEXT_END)
-    ends = settle_tokenizer(tokenizer, keep, conversational=True)
+    ends = settle_tokenizer(tokenizer, *([keep] if keep else []), conversational=True)
     assert tokenizer.eos_token == (TEXT_END if keep else TURN_END)
     assert set(ends.ids) == set(tokenizer.convert_tokens_to_ids([TEXT_END, TURN_END]))
 
