@@ -87,6 +87,9 @@ class TestKDLoss:
         torch.testing.assert_close(
             trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=TOKENS), expected / TOKENS
         )
+        trainer.model.eval()
+        entropy, count = cross_entropy(trainer, batch)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), entropy / count)
 
     @pytest.mark.parametrize("averages", [True, False])
     def test_is_not_averaged_over_processes_where_its_tokens_are_counted_over_them(
@@ -130,6 +133,21 @@ class TestKDLoss:
         trainer = make_trainer(tmp_path)
         with pytest.raises(UserError, match="compute_metrics"):
             trainer.compute_loss(trainer.model, batch_of(trainer, range(1)), return_outputs=True)
+
+
+def test_pickled_weights_of_a_student_are_loaded_on_request_alone(tmp_path):
+    student = build_model("gpt2", len(TOKENIZER))
+    student.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(student.state_dict(), tmp_path / "pytorch_model.bin")
+
+    def make(allowed: bool) -> FineTuningTrainer:
+        args = make_args(FineTuningConfig, tmp_path / "out", allow_pickled_weights=allowed)
+        return FineTuningTrainer(model=str(tmp_path), args=args, train_dataset=TEXTS, processing_class=TOKENIZER)
+
+    with pytest.raises(ValueError, match="only as a pickle"):
+        make(False)
+    assert torch.equal(make(True).model.lm_head.weight, student.lm_head.weight)
 
 
 class TestSamples:
