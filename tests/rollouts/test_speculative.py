@@ -123,7 +123,9 @@ def test_samples_follow_the_law_of_the_mixture(family: str, slots: int | None):
     assert distance(counts, mixture_law(student, teacher, PROMPTS[1], 1.0, 1.0)) > 0.08
 
 
-def sample(family: str, batch_size: int | None, prompts=LONG_PROMPTS, alpha: float = 0.4, **options):
+def sample(
+    family: str, batch_size: int | None, prompts=LONG_PROMPTS, alpha: float = 0.4, of_teacher: str = "", **options
+):
     return sample_prompts(
         build_model(family, vocab_size=50, width=16, layers=2),
         prompts,
@@ -134,7 +136,7 @@ def sample(family: str, batch_size: int | None, prompts=LONG_PROMPTS, alpha: flo
         batch_size=batch_size,
         alpha=alpha,
         coin_key=(9,),
-        teacher=build_model(family, vocab_size=50, seed=1, width=16, layers=2),
+        teacher=build_model(of_teacher or family, vocab_size=50, seed=1, width=16, layers=2),
         mixing="speculative",
         **options,
     )
@@ -148,6 +150,15 @@ def test_a_completion_depends_on_neither_other_rows_nor_blocks(monkeypatch: pyte
         monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
         assert sample(family, batch_size=slots) == alone
         assert sample(family, batch_size=slots, prompts=LONG_PROMPTS[::-1]) == alone[::-1]
+
+
+@pytest.mark.parametrize("families", [("llama", "mistral"), ("mistral", "llama")])
+def test_dropped_drafts_leave_no_trace_if_one_model_has_windows(monkeypatch: pytest.MonkeyPatch, families):
+    found = []
+    for length, slots in ((1, 1), (8, 12)):
+        monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
+        found.append(sample(families[0], batch_size=slots, alpha=1.0, of_teacher=families[1]))
+    assert found[0] == found[1]
 
 
 @torch.no_grad()
