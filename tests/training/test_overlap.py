@@ -4,6 +4,7 @@ import copy
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ def test_updates_do_not_change_what_is_being_sampled(tmp_path, monkeypatch):
     trainer.train()
     assert updated.is_set()
     assert torch.equal(weights(trainer), weights(undisturbed))
+
+
+def test_given_rollouts_are_scored_once_the_thread_is_done(tmp_path):
+    trainer, order = make_trainer(tmp_path, teacher_mixed_alpha=0.0), []
+    trainer._overlap = SimpleNamespace(wait=lambda: order.append("wait"))
+    trainer.teacher_model.base_model.register_forward_pre_hook(lambda *unused: order.append("teacher"))
+    trainer.score_rollouts(*torch.ones(4, 2, 3, dtype=torch.long))
+    assert order == ["wait", "teacher"]
 
 
 def test_thread_draws_from_no_generator(tmp_path):
