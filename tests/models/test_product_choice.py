@@ -78,6 +78,8 @@ class TestPacking:
                 assert layer(input=states).shape == (3, 256)
                 with pytest.raises(TypeError):
                     layer(states, states)
+                with pytest.raises(TypeError):
+                    layer(states, scale=2.0)
                 with pytest.raises(RuntimeError, match="dtype"):
                     layer(states.double())
                 with torch.autocast("cpu", torch.bfloat16):
