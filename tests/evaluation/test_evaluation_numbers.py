@@ -262,6 +262,11 @@ def test_request_without_a_meaning_is_refused_before_the_models_are_used(run, op
     assert run.task is None
 
 
+def test_evaluation_without_samples_has_no_measures_of_a_corpus():
+    found = Evaluation({}, [], [], {}, {})
+    assert (found.corpus, found.buckets, found.exposure_bias, found.calibration) == ({}, [], None, None)
+
+
 def test_one_prompt_and_one_seed_are_enough(run):
     assert run(seeds=[5], prompts=1).settings["prompts"] == 1
     assert run(seeds=None, prompts=1, teacher="teacher").settings["greedy"]
