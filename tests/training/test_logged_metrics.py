@@ -97,7 +97,7 @@ class TestLoss:
         assert "objective/single_step" not in found
 
     def test_sums_of_many_tokens_are_exact(self):
-        values = torch.tensor([[LARGE, 1.0]])
+        values = torch.tensor([[LARGE, 1.0]], requires_grad=True)
         mask = torch.ones(1, 2, dtype=torch.bool)
         terms = terms_of(mask.shape, **dict.fromkeys((*PER_TOKEN, "weights"), values))
         found = means(loss_totals(terms, values, values, mask, 1))
@@ -108,7 +108,9 @@ class TestLoss:
         assert means(token_totals({"loss": values}, mask)) == {"loss": (LARGE + 1) / 2}
         of_teachers = means(teacher_totals(terms, mask, torch.tensor([0]), None, ["a"]))
         assert set(of_teachers.values()) == {LARGE + 1, (LARGE + 1) / 2}
-        assert completion_sums(values.requires_grad_(), mask, torch.tensor([True])).tolist() == [LARGE + 1]
+        sums = completion_sums(values, mask, torch.tensor([True]))
+        assert sums.tolist() == [LARGE + 1]
+        assert not sums.requires_grad
         rows = torch.tensor([True, True])
         of_rows = means(completion_totals(values[0].long(), rows, {"rouge_l": [LARGE, 1.0]}, rows))
         assert of_rows["rouge_l"] == of_rows["completions/mean_length"] == (LARGE + 1) / 2
