@@ -15,6 +15,7 @@ from minillm_trl.rollouts.buffer import (
     trim,
     window_counts,
 )
+from minillm_trl.rollouts.keyed_random import keyed_uniforms
 
 
 class Scores(NamedTuple):
@@ -61,14 +62,14 @@ def test_trained_tokens_are_those_of_the_completion_that_no_tool_wrote():
 
 def test_trim_keeps_values_of_rows_and_cuts_states():
     batch = {
-        "prompt_ids": torch.tensor([[1, 1, 5], [1, 6, 7]]),
-        "prompt_mask": torch.tensor([[0, 0, 1], [0, 1, 1]]),
-        "completion_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]),
-        "faulty": torch.tensor([False, True]),
-        "teacher_hidden_states": torch.arange(24.0).view(2, 4, 3),
+        "prompt_ids": torch.tensor([[1, 1, 5], [1, 6, 7], [1, 1, 8]]),
+        "prompt_mask": torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 1]]),
+        "completion_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]),
+        "faulty": torch.tensor([False, True, False]),
+        "teacher_hidden_states": torch.arange(36.0).view(3, 4, 3),
     }
     trimmed = trim(batch)
-    assert trimmed["prompt_ids"].tolist() == [[1, 5], [6, 7]]
+    assert trimmed["prompt_ids"].tolist() == [[1, 5], [6, 7], [1, 8]]
     assert torch.equal(trimmed["faulty"], batch["faulty"])
     assert torch.equal(trimmed["teacher_hidden_states"], batch["teacher_hidden_states"][:, :2])
 
@@ -105,6 +106,9 @@ def test_each_block_of_rows_gives_one_to_each_step_on_any_number_of_processes(st
         own = rows // processes
         parts = [deal_rows(own, steps, p * own, *key).view(steps, -1) + p * own for p in range(processes)]
         assert torch.equal(torch.cat(parts, dim=1), by_step)
+    for block in range(12):  # zeros at the end of a key make no difference, as in older versions
+        numbers = keyed_uniforms(steps, *key, block) if block else keyed_uniforms(steps, *key)
+        assert by_step[:, block].tolist() == (numbers.argsort() + block * steps).tolist()
     if steps > 1:
         assert not torch.equal(deal_rows(rows, steps, 0, 7, 3, 1), whole)
         orders = {tuple((by_step[:, block] % steps).tolist()) for block in range(12)}
