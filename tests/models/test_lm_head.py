@@ -210,6 +210,15 @@ class TestCheck:
         with pytest.raises(UserError, match=message) if is_refused else nullcontext():
             check_head(model, "teacher")
 
+    @pytest.mark.parametrize(("family", "expected"), [("llama", True), ("bloom", False)])
+    def test_models_get_positions_where_they_take_them(self, family: str, expected: bool):
+        model, given = build_model(family, 40), []
+        for module in (model, model.base_model):
+            module.register_forward_pre_hook(lambda *call: given.append("position_ids" in call[2]), with_kwargs=True)
+        check_head(model, "student")
+        assert len(given) == 5  # the body alone, and twice the model and its body
+        assert all(given[:2]) if expected else not any(given[:2])
+
     def test_head_that_is_not_here_is_refused(self):
         model = build_model("llama", 40)
         model.lm_head.to("meta")
