@@ -131,11 +131,10 @@ class TestKinds:
         with pytest.raises(UserError, match=r"^lr_scheduler_type=constant: .*StepLR, from which .*ExponentialLR"):
             run.settings.note_hyperparameters(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
 
-    def test_without_such_a_state_any_class_is_new(self, checkpoint):
+    @pytest.mark.parametrize("lost", ["run_settings.json", "optimizer.pt"])
+    def test_without_such_a_state_any_class_is_new(self, checkpoint, lost: str):
         Run(checkpoint.parent).settings.note_hyperparameters(*parts(kind=torch.optim.AdamW))
-        (checkpoint / "run_settings.json").unlink()
-        Run(checkpoint.parent, checkpoint).settings.note_hyperparameters(*parts(kind=torch.optim.AdamW))
-        (checkpoint / "optimizer.pt").unlink()
+        (checkpoint / lost).unlink()
         Run(checkpoint.parent, checkpoint).settings.note_hyperparameters(*parts(kind=torch.optim.AdamW))
 
     @pytest.mark.parametrize(
