@@ -170,6 +170,14 @@ def test_second_call_of_generate_is_refused(rows: int):
         processor(torch.ones(rows, 2, dtype=torch.long), torch.zeros(rows, VOCAB))
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (4, 2), (2, 1), (2, 3)])
+def test_first_call_with_rows_of_another_mask_is_refused(shape: tuple[int, int]):
+    """As beams and several sequences of a prompt make more rows."""
+    processor = TeacherMixedLogitsProcessor(tiny(1), 0.5, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="without beams or num_return_sequences"):
+        processor(torch.ones(shape, dtype=torch.long), torch.zeros(shape[0], VOCAB))
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 1.1])
 def test_share_outside_the_unit_interval_is_refused(alpha: float):
     with pytest.raises(ValueError, match=rf"alpha must lie in \[0, 1\], got {alpha}"):
