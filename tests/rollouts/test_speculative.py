@@ -10,10 +10,12 @@ from kept_states import check_kept_states
 from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture_law, tiny
 
 import minillm_trl.rollouts.speculative
+from minillm_trl.rollouts.coins import row_coin_keys
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
+from minillm_trl.rollouts.engine_drafts import MARGIN, Draft, EngineDrafts
 from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.rollouts.slots import Slots
-from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts
+from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts, speculative_numbers
 
 
 class TestLaw:
@@ -252,3 +254,19 @@ def test_arguments_that_speculation_cannot_serve_are_refused(name: str, options:
     common = {"keys": [(1,)], "max_new_tokens": 4, "eos_token_ids": [], "pad_token_id": 1, "teacher": teacher}
     with pytest.raises(ValueError, match=f"mixing='speculative' does not work with {name}"):
         sample_prompts(student, [[5]], **{**common, "alpha": 0.5, "mixing": "speculative", **options})
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_each_token_of_an_engine_is_judged_by_the_number_of_its_place(monkeypatch: pytest.MonkeyPatch, length: int):
+    """Both models are uniform and the engine is twice as sure, so a draft is kept if its number is below a half."""
+    monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_: length)
+    models = [build_model("gpt2", vocab_size=10, seed=seed, width=8, layers=1) for seed in (0, 1)]
+    for model in models:
+        model.get_output_embeddings().weight.data.zero_()
+    keys, most = [(4, row) for row in range(5)], 20
+    drafts = EngineDrafts(lambda _, limits, __: [Draft([5] * limit, [np.log(0.2)] * limit) for limit in limits])
+    options = {"max_new_tokens": most, "eos_token_ids": [], "pad_token_id": 1, "mixing": "speculative"}
+    sample_prompts(models[0], [[3]] * 5, keys=keys, teacher=models[1], alpha=0.4, drafts=drafts, **options)
+    tosses, _ = speculative_numbers(row_coin_keys(None, 0, keys), most)
+    kept = int((tosses < np.exp(-MARGIN) / 2).sum())
+    assert drafts.take_totals()["rollout/kept_drafts"] == (kept, 5 * most)
