@@ -16,6 +16,7 @@ mutant, adds your findings to the results.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -182,7 +183,8 @@ def import_late_modules(items: Sequence[pytest.Item], trace: Trace) -> None:
     for _, names in in_forks(jobs, processes=os.cpu_count()):
         for name in names or ():
             if name not in sys.modules and name.split(".")[0] in LIBRARIES:
-                importlib.import_module(name)
+                with contextlib.suppress(ImportError):  # a module that is made, not found
+                    importlib.import_module(name)
 
 
 def drawn(found: Sequence[Mutant], arguments: argparse.Namespace) -> list[Mutant]:
