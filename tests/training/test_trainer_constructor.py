@@ -155,7 +155,8 @@ def test_loss_of_an_evaluation_is_a_mean_over_sequences_where_that_of_training_i
     assert found["sequence_sum"]["eval_loss"] == pytest.approx(length * found["token_mean"]["eval_loss"], rel=1e-4)
 
 
-def test_student_of_a_teacher_with_another_tokenizer_ends_with_its_own_tokens(tmp_path):
-    trainer = make_trainer(tmp_path, teacher=save_teacher(tmp_path / "teacher"), **preset("cross_tokenizer"))
-    assert trainer.eos_token_ids == [trainer._tokenizer.eos_token_id]
+def test_student_of_a_teacher_with_another_tokenizer_ends_with_the_tokens_of_the_user(tmp_path):
+    options = {**preset("cross_tokenizer"), "eos_tokens": ["<eos>", "<pad>"]}
+    trainer = make_trainer(tmp_path, teacher=save_teacher(tmp_path / "teacher"), **options)
+    assert trainer.eos_token_ids == [0, 1]
     assert trainer.scoring.spans is not None
