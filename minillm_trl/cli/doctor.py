@@ -167,8 +167,9 @@ def check_pair(model: ModelConfig, teacher: TeacherArguments, args: "MiniLLMConf
         )
         if read_settings(Path(names[0])) is not None:
             found.append(
-                f"the student {model.model_name_or_path} comes straight from `minillm-trl shrink`. Heal it first with "
-                "`minillm-trl kd` or `seqkd`: its own samples are not yet text that a teacher can correct."
+                f"the student {model.model_name_or_path} comes straight from `minillm-trl shrink`, so its samples are "
+                "not yet text that a teacher can correct. Train it on the teacher's answers first: `minillm-trl kd`, "
+                "with --kd_ratio 1."
             )
     except UserError as error:
         found.append(str(error))

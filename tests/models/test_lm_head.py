@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_model
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedConfig
 
 from minillm_trl.errors import UserError
@@ -113,6 +113,21 @@ class TestAdaptersOnTheHead:
             torch.testing.assert_close(LMHead.of(model.get_base_model()).weight, expected)
         with model.disable_adapter():
             assert LMHead.of(model.get_base_model()).weight is module.base_layer.weight
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+            LoraConfig(target_modules=["lm_head"], use_dora=True),
+        ],
+        ids=["IA3", "DoRA"],
+    )
+    def test_adapters_that_are_not_added_to_the_weight_are_refused(self, config: PeftConfig):
+        model = get_peft_model(build_model("llama", 40), config)
+        with pytest.raises(UserError, match=r"The adapter 'default' on the LM head \(Linear\) is not supported"):
+            LMHead.of(model.get_base_model())
+        with model.disable_adapter():
+            assert LMHead.of(model.get_base_model()).weight is model.get_output_embeddings().base_layer.weight
 
     def test_own_copy_is_that_of_the_active_adapter(self):
         options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}

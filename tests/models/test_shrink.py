@@ -387,4 +387,4 @@ def test_recipes_shrink_and_doctor_says_that_the_student_is_not_healed(teacher: 
     )
     capsys.readouterr()
     doctor(["--config", str(run)])
-    assert "Heal it first" in capsys.readouterr().out
+    assert "Train it on the teacher's answers first" in capsys.readouterr().out
