@@ -16,6 +16,7 @@ from minillm_trl.models.context import max_context
 from minillm_trl.models.teacher import (
     PROBE_TEXT,
     check_same_tokenizer,
+    has_tokenizer,
     load_teacher,
     place_teacher,
     shard_blocks,
@@ -165,3 +166,40 @@ def test_context_is_the_shorter_one():
     short = build_model("gpt2")
     short.config.n_positions = 64
     assert max_context(build_model("llama"), short) == 64
+
+
+class TestVocabularies:
+    def test_head_may_have_as_many_rows_as_there_are_tokens_but_not_fewer(self):
+        tokenizer = build_tokenizer()
+        rows = len(tokenizer)
+        exact, larger, smaller = (build_model("gpt2", size, layers=1) for size in (rows, rows + 1, rows - 1))
+        assert shared_vocab_size(exact, exact, tokenizer) == rows
+        assert shared_vocab_size(larger, exact, tokenizer) == rows
+        for models, name in (((smaller, exact), "student"), ((exact, smaller), "teacher")):
+            with pytest.raises(UserError, match=f"{rows} tokens but the {name}'s LM head has {rows - 1} rows"):
+                shared_vocab_size(*models, tokenizer)
+
+    def test_first_difference_has_the_smallest_id(self):
+        student, teacher = build_tokenizer(), build_tokenizer()
+        student.add_tokens(["<a>", "<c>"])
+        teacher.add_tokens(["<b>", "<c>"])
+        first = len(teacher) - 2
+        with pytest.raises(UserError, match=rf"'<a>', id {first} for the student and None for the teacher"):
+            check_same_tokenizer(student, teacher)
+
+    def test_first_different_token_of_the_same_text_is_named(self):
+        student, teacher = build_tokenizer(), build_tokenizer()
+        teacher.backend_tokenizer.normalizer = normalizers.Replace("Response", "Answer")
+        ours, theirs = (each(PROBE_TEXT)["input_ids"] for each in (student, teacher))
+        place = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        assert place > 0
+        shown = [str(ids[place : place + 5]).replace("[", r"\[").replace("]", r"\]") for ids in (ours, theirs)]
+        with pytest.raises(UserError, match=f"starting at token {place}: {shown[0]} and {shown[1]}"):
+            check_same_tokenizer(student, teacher)
+
+    def test_tokenizer_of_an_adapter_without_a_base_is_looked_for_with_it(self, tmp_path):
+        LoraConfig().save_pretrained(tmp_path / "adapter")
+        assert tokenizer_source(str(tmp_path / "adapter")) == str(tmp_path / "adapter")
+        assert not has_tokenizer(str(tmp_path / "adapter"))
+        assert not has_tokenizer("nobody/has-this-model")  # a name on the hub, which cannot be reached here
+        assert tokenizer_source(str(tmp_path)) == str(tmp_path)

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import normalizers
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -20,8 +19,6 @@ from minillm_trl.models import teacher as module
 from minillm_trl.models.teacher import (
     TeacherOffload,
     adapter_on_base,
-    check_same_tokenizer,
-    has_tokenizer,
     is_sharded,
     is_split,
     load_teacher,
@@ -29,8 +26,6 @@ from minillm_trl.models.teacher import (
     place_new_teacher,
     place_teacher,
     shard_blocks,
-    shared_vocab_size,
-    tokenizer_source,
     whole_weights,
 )
 
@@ -384,40 +379,3 @@ class TestShardedBlocks:
         teacher.hf_device_map = {"model": 0, "lm_head": "cpu"}
         with pytest.raises(UserError, match="it is split by its device_map"):
             shard_blocks(teacher, "cpu")
-
-
-class TestVocabularies:
-    def test_head_may_have_as_many_rows_as_there_are_tokens_but_not_fewer(self):
-        tokenizer = build_tokenizer()
-        rows = len(tokenizer)
-        exact, larger, smaller = (build_model("gpt2", size, layers=1) for size in (rows, rows + 1, rows - 1))
-        assert shared_vocab_size(exact, exact, tokenizer) == rows
-        assert shared_vocab_size(larger, exact, tokenizer) == rows
-        for models, name in (((smaller, exact), "student"), ((exact, smaller), "teacher")):
-            with pytest.raises(UserError, match=f"{rows} tokens but the {name}'s LM head has {rows - 1} rows"):
-                shared_vocab_size(*models, tokenizer)
-
-    def test_first_difference_has_the_smallest_id(self):
-        student, teacher = build_tokenizer(), build_tokenizer()
-        student.add_tokens(["<a>", "<c>"])
-        teacher.add_tokens(["<b>", "<c>"])
-        first = len(teacher) - 2
-        with pytest.raises(UserError, match=rf"'<a>', id {first} for the student and None for the teacher"):
-            check_same_tokenizer(student, teacher)
-
-    def test_first_different_token_of_the_same_text_is_named(self):
-        student, teacher = build_tokenizer(), build_tokenizer()
-        teacher.backend_tokenizer.normalizer = normalizers.Replace("Response", "Answer")
-        ours, theirs = (each(module.PROBE_TEXT)["input_ids"] for each in (student, teacher))
-        place = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-        assert place > 0
-        shown = [str(ids[place : place + 5]).replace("[", r"\[").replace("]", r"\]") for ids in (ours, theirs)]
-        with pytest.raises(UserError, match=f"starting at token {place}: {shown[0]} and {shown[1]}"):
-            check_same_tokenizer(student, teacher)
-
-    def test_tokenizer_of_an_adapter_without_a_base_is_looked_for_with_it(self, tmp_path):
-        LoraConfig().save_pretrained(tmp_path / "adapter")
-        assert tokenizer_source(str(tmp_path / "adapter")) == str(tmp_path / "adapter")
-        assert not has_tokenizer(str(tmp_path / "adapter"))
-        assert not has_tokenizer("nobody/has-this-model")  # a name on the hub, which cannot be reached here
-        assert tokenizer_source(str(tmp_path)) == str(tmp_path)
