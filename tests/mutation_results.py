@@ -26,8 +26,13 @@ def read(path: Path) -> Results:
     return results
 
 
-def write(path: Path, results: Results, **settings: Any) -> None:
-    """Write the results atomically: by function, and each test's name once."""
+def read_faults(path: Path) -> dict[str, int]:
+    """Return the number of faults of each module when it was last swept; empty if there is no file."""
+    return json.loads(path.read_text()).get("faults", {}) if path.is_file() else {}
+
+
+def write(path: Path, results: Results, faults: dict[str, int], **settings: Any) -> None:
+    """Write the results atomically: by function, and each test's name once. `faults` counts those of each module."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     from measurement import commit, machine, version
 
@@ -48,6 +53,7 @@ def write(path: Path, results: Results, **settings: Any) -> None:
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "trl", "transformers", "pytest")},
         "settings": settings,
+        "faults": read_faults(path) | faults,
         "tests": tests,
         "results": functions,
     }
@@ -65,11 +71,14 @@ def _lines(record: dict[str, Any]) -> str:
     return f'{start},\n "tests": [\n{tests}\n ],\n "results": {{\n{functions}\n }}\n}}'
 
 
-def markdown(results: Results) -> str:
-    """Return a Markdown table of the modules."""
-    lines = ["| module | mutants | killed | survived | not run by any test |", "|---|---|---|---|---|"]
+def markdown(results: Results, faults: dict[str, int]) -> str:
+    """Return a Markdown table of the modules; `faults` counts those of each module, tried or not."""
+    lines = ["| module | faults | tried | killed | survived | not run by any test |", "|---|---:|---:|---:|---:|---:|"]
+    rows = []
     for module in sorted({name.split("::")[0] for name in results}):
         outcomes = Counter(entry["outcome"] for name, entry in results.items() if name.startswith(f"{module}::"))
         counts = [sum(outcomes.values()), *(outcomes[name] for name in ("killed", "survived", "not run by any test"))]
-        lines.append(f"| {module} | " + " | ".join(map(str, counts)) + " |")
+        rows.append([faults[module], *counts])
+        lines.append(f"| {module} | " + " | ".join(map(str, rows[-1])) + " |")
+    lines.append("| together | " + " | ".join(str(sum(column)) for column in zip(*rows, strict=True)) + " |")
     return "\n".join(lines)

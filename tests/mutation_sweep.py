@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 from mutants import Mutant, mutants
 from mutation_forks import Job, LoadedFunctions, change_imports, flush, in_forks
-from mutation_results import markdown, read, write
+from mutation_results import markdown, read, read_faults, write
 from mutation_trace import (
     ROOT,
     StoredTraces,
@@ -208,8 +208,10 @@ class Sweep:
         self.files = source_files(arguments.modules)
         self.results = read(arguments.results)
         self.mutants: dict[str, Mutant] = {}
+        self.faults: dict[str, int] = {}
         for module, path in self.files.items():
             found = mutants(path.read_text(), module)
+            self.faults[module] = len(found)
             current = {mutant.id: mutant.function_hash for mutant in found}
             for name in [name for name in self.results if module_of(name) == module]:
                 if self.results[name]["function_hash"] != current.get(name):
@@ -264,7 +266,7 @@ class Sweep:
             for identity, result in self.results.items():
                 if result["outcome"] != "killed" and identity in verdicts:
                     result["verdict"] = verdicts[identity]
-        write(self.arguments.results, self.results, seconds=self.arguments.seconds)
+        write(self.arguments.results, self.results, self.faults, seconds=self.arguments.seconds)
 
 
 def module_of(identity: str) -> str:
@@ -345,7 +347,7 @@ def main() -> None:
     if os.waitpid(child, 0)[1] != 0:
         sys.exit("The sweep of functions failed; see above.")
     sweep_modules(arguments)
-    print(markdown(read(arguments.results)))
+    print(markdown(read(arguments.results), read_faults(arguments.results)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -49,11 +50,13 @@ class Tracer:
     def pytest_runtest_protocol(self, item: pytest.Item):
         self._lines, self._passed, self._seconds_of_fixtures = [set()], True, 0.0
         start = time.process_time()
+        threading.settrace(self._call)  # of threads that the test starts
         sys.settrace(self._call)
         try:
             result = yield
         finally:
             sys.settrace(None)
+            threading.settrace(None)
         seconds = time.process_time() - start - self._seconds_of_fixtures
         (lines,) = self._lines
         fixtures = {}

@@ -309,7 +309,8 @@ class TestCarrying:
         assert read_generation_config("o/n", "config").eos_token_id == 2
 
     def test_config_that_comes_with_code_is_not_read_unless_it_may_run(self, tmp_path: Path):
-        (tmp_path / "own.py").write_text("from transformers import LlamaConfig as Own\n")
+        # a class of its own, since transformers marks the class as one that comes with code
+        (tmp_path / "own.py").write_text("from transformers import LlamaConfig\nclass Own(LlamaConfig): pass\n")
         (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "own.Own"}, "eos_token_id": 7}')
         assert read_generation_config(str(tmp_path)) is None
         assert read_generation_config(str(tmp_path), trust_remote_code=True).eos_token_id == 7

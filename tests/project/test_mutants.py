@@ -13,7 +13,7 @@ import mutation_trace
 import pytest
 from mutants import Mutant, apply, mutants
 from mutation_forks import Job, LoadedFunctions, in_forks
-from mutation_results import markdown, read, write
+from mutation_results import markdown, read, read_faults, write
 from mutation_trace import Tracer, covering_tests
 
 pytest_plugins = ["pytester"]
@@ -115,6 +115,7 @@ def test_time_of_a_shared_fixture_is_told_from_that_of_its_tests(
     pytester.makepyfile(
         measured="now = 0.0\ndef wait():\n    global now\n    now += 5.0\n",
         test_it="""
+            import threading
             import pytest
             import measured
 
@@ -125,6 +126,10 @@ def test_time_of_a_shared_fixture_is_told_from_that_of_its_tests(
             def test_first(run): pass
             def test_second(run): pass
             def test_own(): measured.wait()
+            def test_thread():
+                thread = threading.Thread(target=measured.wait)
+                thread.start()
+                thread.join()
         """,
     )
     tracer = Tracer({"measured": pytester.path / "measured.py"})
@@ -133,7 +138,7 @@ def test_time_of_a_shared_fixture_is_told_from_that_of_its_tests(
     assert all(entry["lines"] == {"measured": [4]} for entry in found.values())
     seconds = {name: (entry["seconds"], list(entry["fixtures"].values())) for name, entry in found.items()}
     shared = {f"test_{test}[{value}]": (0.0, [5.0]) for test in ("first", "second") for value in (0, 1)}
-    assert seconds == shared | {"test_own": (5.0, [])}
+    assert seconds == shared | {"test_own": (5.0, []), "test_thread": (5.0, [])}
     keys = [set(found[f"test_{test}"]["fixtures"]) for test in ("first[0]", "second[0]", "first[1]")]
     assert keys[0] == keys[1] != keys[2]
 
@@ -208,14 +213,17 @@ def test_results_come_back_from_their_file(tmp_path: Path):
         "loss::mean::constant + 1::2": survivor | {"function_hash": "1"},
         "baselines/kd::KD.step::boundary::1": {"outcome": "killed", "by": "the time limit", "function_hash": "2"},
     }
-    write(tmp_path / "results.json", results, seconds=8)
+    write(tmp_path / "results.json", results, {"loss": 5, "baselines/kd": 3}, seconds=8)
+    write(tmp_path / "results.json", results, {"loss": 4}, seconds=8)  # of a sweep of one module
+    assert read_faults(tmp_path / "results.json") == {"loss": 4, "baselines/kd": 3}
     assert read(tmp_path / "results.json") == results
     assert json.loads((tmp_path / "results.json").read_text())["settings"] == {"seconds": 8}
-    assert read(tmp_path / "missing.json") == {}
+    assert read(tmp_path / "missing.json") == read_faults(tmp_path / "missing.json") == {}
 
 
 def test_table_is_that_of_the_results_and_every_survivor_has_a_verdict():
     root = Path(__file__).parents[2]
-    results = read(root / "benchmarks" / "results" / "mutation_sweep.json")
-    assert markdown(results) in (root / "CONTRIBUTING.md").read_text()
+    path = root / "benchmarks" / "results" / "mutation_sweep.json"
+    results = read(path)
+    assert markdown(results, read_faults(path)) in (root / "CONTRIBUTING.md").read_text()
     assert all(entry.get("verdict") for entry in results.values() if entry["outcome"] != "killed")
