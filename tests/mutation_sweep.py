@@ -140,7 +140,9 @@ def preload(tests: Sequence[str]) -> None:
         ]
 
     ((_, found),) = in_forks([Job("preload", names, 600)], processes=1)
-    for name in found or ():
+    if found is None:
+        raise RuntimeError("The tests could not be collected in time.")
+    for name in found:
         if name not in sys.modules:
             try:
                 importlib.import_module(name)
@@ -161,8 +163,10 @@ def trace_tests(items: Sequence[pytest.Item], arguments: argparse.Namespace) -> 
 
     jobs = (Job(test, lambda test=test: traced(test), 3600) for test in stored.missing(arguments.tests))
     for test, trace in in_forks(jobs, arguments.processes):
-        flush(f"{test}: {len(trace or ())} of {len(of_file(items, test))} tests traced")
-        stored.add(test, trace or {})
+        if trace is None:
+            raise RuntimeError(f"The trace of {test} took too long, or its process died. Run the file with pytest.")
+        flush(f"{test}: {len(trace)} of {len(of_file(items, test))} tests traced")
+        stored.add(test, trace)
     return stored.of(arguments.tests)
 
 
