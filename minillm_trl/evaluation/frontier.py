@@ -214,14 +214,15 @@ def _integrate(entropies: np.ndarray, values: np.ndarray, grid: np.ndarray) -> n
 def _interpolate(entropies: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Return piecewise-linear curves at the grid, `(R, D), (R, D), (G,) -> (R, G)`; the end segments continue.
 
-    The points of each curve are sorted by entropy, which is the order of their temperatures except for noise.
+    The points of each curve are sorted by entropy, which is the order of their temperatures except for noise. At an
+    entropy of several points the curve has the highest of their values.
     """
-    order = np.argsort(entropies, axis=1, kind="stable")
+    order = np.lexsort((values, entropies), axis=1)
     x, y = np.take_along_axis(entropies, order, axis=1), np.take_along_axis(values, order, axis=1)
     right = np.clip((x[:, None, :] <= grid[:, None]).sum(axis=2), 1, x.shape[1] - 1)
     (x0, x1), (y0, y1) = (
         (np.take_along_axis(points, right - 1, axis=1), np.take_along_axis(points, right, axis=1)) for points in (x, y)
     )
     width = x1 - x0
-    share = np.divide(grid - x0, width, out=np.zeros_like(width), where=width > 0)
+    share = np.divide(grid - x0, width, out=np.ones_like(width), where=width > 0)
     return y0 + share * (y1 - y0)

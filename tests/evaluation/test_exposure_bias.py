@@ -272,3 +272,10 @@ def test_samples_of_a_prompt_differ():
 def test_nothing_to_measure_is_refused(prompts, samples, message):
     with pytest.raises(ValueError, match=message):
         measure(*models(), prompts, samples=samples)
+
+
+@pytest.mark.parametrize("small", ["student", "teacher"])
+def test_model_without_rows_for_all_tokens_is_named(small):
+    sizes = {"student": len(TOKENIZER), "teacher": len(TOKENIZER), small: len(TOKENIZER) - 1}
+    with pytest.raises(ValueError, match=f"the {small}'s LM head has {len(TOKENIZER) - 1} rows"):
+        measure(*(build_model("gpt2", size) for size in sizes.values()))

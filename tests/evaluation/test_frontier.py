@@ -1,5 +1,7 @@
 """Curves of a measure over entropy: exact on lines, paired by prompt, and refused outside their range."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
@@ -88,18 +90,20 @@ class TestValues:
         expected = np.trapezoid(np.interp(grid, [0.0, 0.3, 0.5, 1.5], [70.0, 61.0, 60.0, 52.0]), grid) / 1.3
         assert mean_over_entropies(curve, 0.1, 1.4) == pytest.approx(expected, rel=1e-12)
 
-    def test_decodings_of_equal_entropy_have_finite_values_between_theirs(self):
-        for entropies in ([0.2, 0.5, 0.5, 1.0], [0.2, 0.2, 1.0], [0.2, 1.0, 1.0]):
-            curve = FrontierCurve(
-                [[each] for each in entropies], [[10.0 * number] for number in range(len(entropies))]
-            )
-            for entropy in entropies:
-                of_it = [10.0 * number for number, each in enumerate(entropies) if each == entropy]
-                assert value_at_entropy(curve, entropy) in of_it
-            assert np.isfinite(mean_over_entropies(curve, 0.2, 1.0))
-        same = FrontierCurve([[0.5], [0.5]], [[70.0], [60.0]])
-        assert value_at_entropy(same, 0.5) in (70.0, 60.0)
-        assert shared_entropies(same, curve) is None  # a single entropy
+    @pytest.mark.parametrize("entropies", [[0.2, 0.5, 0.5, 1.0], [0.2, 0.2, 0.2, 1.0], [0.2, 1.0, 1.0]])
+    def test_decodings_of_equal_entropy_have_the_highest_of_their_values_in_any_order(self, entropies):
+        points = [(entropy, 10.0 * number) for number, entropy in enumerate(entropies)]
+        highest = dict(points)  # the last of each entropy
+        curves = [FrontierCurve(*np.array(order).T[:, :, None]) for order in permutations(points)]
+        for curve in curves:
+            assert {entropy: value_at_entropy(curve, entropy) for entropy in highest} == highest
+        (mean,) = {mean_over_entropies(curve, 0.2, 1.0) for curve in curves}
+        assert np.isfinite(mean)
+
+    def test_single_entropy_is_no_range(self):
+        curve, same = FrontierCurve([[0.2], [1.0]], [[1.0], [2.0]]), FrontierCurve([[0.5], [0.5]], [[70.0], [60.0]])
+        assert value_at_entropy(same, 0.5) == 70.0
+        assert shared_entropies(same, curve) is None
 
 
 def slow_curve(entropies: np.ndarray, values: np.ndarray, at: float) -> float:

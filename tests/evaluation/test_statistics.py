@@ -188,6 +188,15 @@ def test_sign_flip_test_of_few_prompts_is_the_exact_share_of_signs(differences, 
     assert sign_flip_test([7 + difference for difference in differences], [7.0] * len(differences)) == expected
 
 
+@pytest.mark.parametrize("prompts", [9, 60])  # all signs, random ones
+@pytest.mark.parametrize("scale", [1e-12, 0.1, 1e12])  # 0.1 adds rounding to the sums
+def test_sign_flip_test_does_not_depend_on_the_unit(prompts, scale):
+    differences = np.random.default_rng(5).integers(-3, 5, prompts)
+    expected = sign_flip_test(differences, 0 * differences)
+    assert 0.001 < expected < 1
+    assert sign_flip_test(scale * differences, 0 * differences) == expected
+
+
 def test_all_signs_are_tried_where_there_are_no_more_than_resamples():
     assert sign_flip_test([1.0, 2.0, 3.0], [0.0] * 3, resamples=8) == 2 / 8
     assert sign_flip_test([1.0] * 13, [0.0] * 13) == 2 / 2**13  # by default up to 10,000

@@ -251,6 +251,18 @@ def test_token_that_the_model_does_not_embed_is_refused_before_sampling(prompts,
         task_of(model, prompts=prompts, references=references)
 
 
+def test_teacher_without_rows_for_all_tokens_is_named():
+    student, teacher = build_model("gpt2", ROWS), build_model("gpt2", ROWS - 1)
+    task = task_of(student, teacher, PROMPTS[:1], references=None, max_new_tokens=1)
+    for measure in (
+        lambda: task.measure_samples(5, Bar()),
+        lambda: task.measure_samples(None, Bar()),
+        lambda: task.measure_forward_kl(teacher, 5, Bar()),
+    ):
+        with pytest.raises(ValueError, match=f"the teacher's LM head has {ROWS - 1} rows"):
+            measure()
+
+
 def test_prompt_that_fills_the_context_is_refused_before_sampling():
     prompt = TOKENIZER.decode([66] * 8)
     ids = TOKENIZER(prompt)["input_ids"]
