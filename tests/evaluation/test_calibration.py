@@ -170,6 +170,12 @@ def test_calibration_error_equals_a_slow_one_in_any_order(bins):
     assert shuffled.ece == pytest.approx(expected, abs=1e-12)
 
 
+def test_numbers_of_any_kind_are_computed_in_float64():
+    confidences, correct = (np.array(values, dtype=np.float32) for values in predictions(50, 0.1, seed=1))
+    wide = calibration(confidences.astype(np.float64), correct.astype(bool), 3, resamples=10)
+    assert calibration(confidences, correct, 3, resamples=10) == wide
+
+
 def test_interval_of_confident_and_wrong_predictions_has_no_width():
     assert calibration([1.0] * 20, [False] * 20)[:3] == (1.0, 1.0, 1.0)
 
@@ -215,6 +221,7 @@ def test_interval_covers_the_true_error_also_where_that_is_zero(excess, coverage
         ([0.5, 0.6], [True], 10, "got 2 confidences and 1 results"),
         ([0.5, 0.0], [True, True], 10, r"Confidence 1 is 0\.0, which is not in \(0, 1\]"),
         ([0.5, 93.0], [True, True], 10, r"Confidence 1 is 93\.0"),
+        ([np.nextafter(1, 2)], [True], 10, r"Confidence 0 is 1\.0000000000000002"),
         ([float("nan")], [True], 10, "Confidence 0 is nan"),
         ([0.5], [True], 0, "bins >= 1, got 0"),
     ],
