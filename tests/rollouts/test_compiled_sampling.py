@@ -106,6 +106,32 @@ def test_compiled_steps_of_both_models_sample_what_the_loop_samples(shared_coins
     assert steps == all_steps > 0
 
 
+@pytest.mark.parametrize(("backend", "mode"), [("inductor", "reduce-overhead"), ("cudagraphs", None)])
+def test_cuda_graphs_get_fixed_shapes_and_addresses(monkeypatch: pytest.MonkeyPatch, backend: str, mode: str | None):
+    """Of all tensors that steps read and write; for weights of the bodies PyTorch sees to it."""
+    asked, begun, marked = [], [], []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: asked.append(options) or step)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", marked.append)
+    student, teacher = (build_model("llama", 50, seed, width=16, layers=1) for seed in (0, 1))
+    compiled = CompiledDecoding(student, backend, teacher)
+    options = {"max_new_tokens": 8, "eos_token_ids": [], "pad_token_id": 1, "keys": [(1,), (2,)]}
+    options |= {"teacher": teacher, "alpha": 0.5, "keep_states": True, "compiled": compiled}
+    addresses = []
+    for prompts in ([[5, 6, 7], [5, 9]], [[4], [8, 8]]):
+        sample_prompts(student, prompts, **options)
+        tensors, readers = compiled.start([student, teacher], 2, 20)
+        used = list(vars(tensors).values())
+        for reader in readers:
+            layers = [tensor for layer in reader._cache.layers for tensor in (layer.keys, layer.values)]
+            used += [reader._position, reader.states, reader.head.weight, *layers]
+        assert all(any(tensor is other for other in marked) for tensor in used)
+        addresses.append([tensor.data_ptr() for tensor in used])
+    assert addresses[0] == addresses[1]
+    assert asked == [{"backend": backend, "dynamic": False, "mode": mode}] * len(asked)
+    assert len(begun) == compiled.take_counts()[1] > len(asked) > 1
+
+
 def test_batch_after_one_with_nan_samples_as_if_it_were_the_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or True)
     student, teacher = (build_model("llama", 50, seed, width=16, layers=1) for seed in (0, 1))

@@ -10,6 +10,7 @@ import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
 from transformers import BloomConfig, BloomForCausalLM
+from transformers.utils import ModelOutput
 
 import minillm_trl.rollouts.compiled_steps
 from minillm_trl.models.lm_head import accepts_position_ids, without_wrapper
@@ -90,13 +91,15 @@ def test_the_host_looks_every_eighth_step_whether_all_rows_have_finished():
     student, _ = build_pair()
     widths = passes_of(student)
     options = {"max_new_tokens": 64, "eos_token_ids": [*range(50)], "pad_token_id": 1, "keys": None}
+    options["keep_states"] = True  # of the prompts alone, which have been read
     completions = sample_prompts(student, PROMPTS, **options, compiled=CompiledDecoding(student, "eager"))
     assert [len(completion) for completion in completions] == [1] * len(PROMPTS)
     assert widths == [16, *[1] * 7]
 
 
-def test_process_that_has_finished_goes_on_until_the_others_have():
-    """Here they need ten steps more, so three looks in all."""
+@pytest.mark.parametrize("keep_states", [False, True])
+def test_process_that_has_finished_goes_on_until_the_others_have(keep_states: bool):
+    """Here they need ten steps more, so three looks in all, and may need a call that completes the states."""
     student, _ = build_pair()
     widths, asked = passes_of(student), []
     others = iter([False, False])
@@ -115,10 +118,11 @@ def test_process_that_has_finished_goes_on_until_the_others_have():
         uniforms=None,
         compiled=CompiledDecoding(student, "eager"),
         on_every_process=on_every_process,
+        keep_states=keep_states,
     )
     assert sampled.ids.shape == (1, 1)
     assert asked == [False, True, True, True]
-    assert len(widths) == 24
+    assert widths == [16, *[1] * (23 + keep_states)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -144,6 +148,29 @@ def test_steps_are_counted_and_the_first_one_without_compilation_is_said(monkeyp
     is_compiled[0] = False
     sample()
     assert caplog.text.count("A decoding step over 2 rows and 128 columns runs without compilation") == 1
+
+
+@pytest.mark.parametrize(("length", "columns"), [(108, 128), (109, 256)])
+def test_rows_may_fill_all_columns_and_need_no_padding(length: int, columns: int):
+    """The teacher's steps are not compiled here, so its attention could leave out the mask."""
+    student, teacher = (build_model("llama", 50, seed, width=16, layers=1, positions=256) for seed in (0, 1))
+    options = {"keys": [(1,), (2,)], "max_new_tokens": 20, "eos_token_ids": [], "pad_token_id": 1}
+    options |= {"teacher": teacher, "alpha": 0.5, "coin_key": (3,)}
+    prompts = [list(range(length, 0, -1)), list(range(length))]
+    prompts = [[token % 50 for token in prompt] for prompt in prompts]
+    compiled = CompiledDecoding(student, "eager")
+    expected = sample_prompts(student, prompts, **options)
+    assert sample_prompts(student, prompts, **options, compiled=compiled) == expected
+    assert list(compiled._shapes) == [(2, columns)]
+
+
+def test_states_that_nobody_asked_for_take_no_memory():
+    student, teacher = build_pair()
+    compiled = CompiledDecoding(student, "eager", teacher)
+    options = {"keys": [(1,), (2,)], "max_new_tokens": 6, "eos_token_ids": [], "pad_token_id": 1}
+    sample_prompts(student, [[5, 6], [7]], **options, teacher=teacher, alpha=0.5, compiled=compiled)
+    readers = compiled.start(compiled.models, 2, 20)[1]
+    assert [reader.states for reader in readers] == [None, None]
 
 
 class TestTensors:
@@ -193,6 +220,23 @@ class TestTensors:
         assert math.log2(columns).is_integer()
 
 
+def test_static_layer_writes_at_the_position_and_returns_all_columns():
+    """Keys and values have different widths in some architectures, and their dtype is that of the first states."""
+    position = torch.tensor(2)
+    layer = StaticLayer(6, position)
+    keys, values = torch.rand(2, 3, 4, 5, dtype=torch.float64), torch.rand(2, 3, 4, 7, dtype=torch.float64)
+    expected = [torch.zeros(2, 3, 6, width, dtype=torch.float64) for width in (5, 7)]
+    for start, columns in ((2, slice(0, 3)), (5, slice(3, 4)), (1, slice(1, 3))):
+        position.fill_(start)
+        found = layer.update(keys[:, :, columns], values[:, :, columns])
+        for all_columns, states, own in zip(expected, (keys, values), found, strict=True):
+            all_columns[:, :, start : start + columns.stop - columns.start] = states[:, :, columns]
+            assert torch.equal(own, all_columns)
+        assert layer.get_seq_length() == start
+        assert layer.get_mask_sizes(1) == (6, 0)
+        assert layer.get_max_length() == 6
+
+
 class TestCheck:
     @pytest.mark.parametrize("broken", ["positions", "mask", "several columns", "one column"])
     def test_model_whose_steps_differ_is_refused(self, monkeypatch: pytest.MonkeyPatch, broken: str):
@@ -224,6 +268,38 @@ class TestCheck:
 
     def test_model_with_adapters_is_checked(self):
         check_compiled_decoding(get_peft_model(build_model("llama"), LoraConfig(r=2)).eval(), "student")
+
+    def test_model_with_fewer_tokens_than_the_prompt_is_checked(self):
+        check_compiled_decoding(build_model("gpt2", vocab_size=10, width=32), "student")
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize(
+        ("dtype", "largest", "small", "large"),
+        [
+            (torch.float32, 0.0, 0.9e-3, 1.1e-3),
+            (torch.float32, -10.0, 0.9e-2, 1.1e-2),
+            (torch.bfloat16, -10.0, 14 / 16, 1.0),  # 12 roundings of 2**-7 are 15/16, relative to 10
+        ],
+    )
+    def test_states_may_differ_by_roundings_of_the_largest_one(
+        self, dtype: torch.dtype, largest: float, small: float, large: float, sign: int
+    ):
+        """Or of 1, if all states are smaller."""
+        model, shift = build_model("gpt2").to(dtype), [0.0]
+        with torch.no_grad():
+            model.transformer.ln_f.weight.fill_(0.05)
+            model.transformer.ln_f.bias[0] = largest
+
+        def add_shift(module: torch.nn.Module, arguments: tuple, inputs: dict, outputs: ModelOutput) -> None:
+            if inputs["use_cache"]:
+                outputs.last_hidden_state.add_(shift[0])
+
+        model.transformer.register_forward_hook(add_shift, with_kwargs=True)
+        shift[0] = sign * small
+        check_compiled_decoding(model, "student")
+        shift[0] = sign * large
+        with pytest.raises(ValueError, match="cannot be compiled"):
+            check_compiled_decoding(model, "student")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_tolerance_grows_with_the_largest_state(self, dtype: torch.dtype):

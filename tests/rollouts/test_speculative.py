@@ -237,6 +237,41 @@ class TestBlockLength:
         assert lengths[0] < lengths[-1]
 
 
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_block_lengths_follow_the_tosses_the_verdicts_and_the_sizes_of_the_models(
+    monkeypatch: pytest.MonkeyPatch, by_engine: bool
+):
+    """Both models are uniform, so the teacher keeps every draft; so are those of an engine that is very unsure."""
+    found, block, alpha, most = [], 3, 0.4, 10
+    monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *own: found.append(own) or block)
+    student, teacher = (build_model("gpt2", 10, width=width, layers=1) for width in (8, 16))
+    for model in (student, teacher):
+        model.get_output_embeddings().weight.data.zero_()
+    drafts = EngineDrafts(lambda _, limits, __: [Draft([5] * limit, [-50.0] * limit) for limit in limits])
+    options = {
+        "max_new_tokens": most,
+        "eos_token_ids": [],
+        "pad_token_id": 1,
+        "mixing": "speculative",
+        "batch_size": 2,
+    }
+    options |= {"drafts": drafts} if by_engine else {}
+    keys = [(4, row) for row in range(3)]
+    sample_prompts(student, [[3]] * 3, keys=keys, teacher=teacher, alpha=alpha, **options)
+    tosses, _ = speculative_numbers(row_coin_keys(None, 0, keys), most)
+    can_end = np.ones(tosses.shape, dtype=bool) if by_engine else tosses < alpha
+    sizes = [model.num_parameters() for model in (student, teacher)]
+    costs = (sizes[0], sum(sizes)) if by_engine else tuple(sizes)
+    expected, judged = [], 0
+    for rows in (slice(0, 2), slice(2, 3)):
+        for start in range(0, most, block):
+            asked = np.full((rows.stop - rows.start, 32), -1)
+            asked[:, : most - start] = can_end[rows, start:]
+            expected.append((asked.tolist(), (7 + judged) / (10 + judged), *costs, 1 / 16))
+            judged += can_end[rows, start : start + block].sum()
+    assert [(asked.tolist(), *others) for asked, *others in found] == expected
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
