@@ -13,6 +13,7 @@ import minillm_trl.rollouts.speculative
 from minillm_trl.rollouts.coins import row_coin_keys
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.engine_drafts import MARGIN, Draft, EngineDrafts
+from minillm_trl.rollouts.keyed_random import keyed_uniforms
 from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.rollouts.slots import Slots
 from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts, speculative_numbers
@@ -152,6 +153,40 @@ def test_a_completion_depends_on_neither_other_rows_nor_blocks(monkeypatch: pyte
         monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
         assert sample(family, batch_size=slots) == alone
         assert sample(family, batch_size=slots, prompts=LONG_PROMPTS[::-1]) == alone[::-1]
+
+
+@torch.no_grad()
+def test_completions_are_those_of_judging_one_token_after_another():
+    """Each token has its own three numbers: one draws it, one judges it, and one draws what replaces it."""
+    student, teacher = (build_model("llama", vocab_size=12, seed=seed, width=16, layers=1) for seed in (0, 1))
+    teacher.get_output_embeddings().weight.mul_(3.0)  # so that it often disagrees
+    alpha, temperature, most, replaced = 0.6, 0.7, 12, 0
+    prompts, keys = [[5], [3, 4, 9, 1], [2, 7]] * 4, [(4, row) for row in range(12)]
+    tosses, replacements = speculative_numbers(row_coin_keys(None, 0, keys), most)
+
+    def pick(weights: torch.Tensor, number: float) -> int:
+        return int((weights.cumsum(0) <= number * weights.sum()).sum())
+
+    expected = []
+    for row, prompt in enumerate(prompts):
+        completion: list[int] = []
+        numbers = zip(keyed_uniforms(most, 4, row), tosses[row], replacements[row], strict=True)
+        for number, toss, replacement in numbers:
+            ids = torch.tensor([[*prompt, *completion]])
+            p, q = (torch.softmax(model(ids).logits[0, -1].double() / temperature, -1) for model in (teacher, student))
+            token = pick(q, number)
+            if toss < alpha and toss / alpha >= p[token] / q[token]:
+                token = pick((p - q).clamp(min=0), replacement)
+                replaced += 1
+            completion.append(token)
+            if token == 0:
+                break
+        expected.append(completion)
+    options = {"max_new_tokens": most, "eos_token_ids": [0], "pad_token_id": 1, "mixing": "speculative"}
+    options |= {"alpha": alpha, "temperature": temperature}
+    assert sample_prompts(student, prompts, keys=keys, teacher=teacher, **options) == expected
+    assert len({len(completion) for completion in expected}) > 3
+    assert replaced > 10
 
 
 @pytest.mark.parametrize("families", [("llama", "mistral"), ("mistral", "llama")])
