@@ -1,5 +1,6 @@
 """`ResumedSettings` on its own: what it compares with a checkpoint, what it refuses, sets and says."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,14 @@ def test_checkpoint_may_lack_settings_and_optimizer(tmp_path, caplog, capsys, se
     assert capsys.readouterr().out == f"Resuming from {checkpoint} at step 1 of 4.\n"
 
 
-def test_checkpoint_of_an_earlier_release_has_neither_groups_nor_classes(tmp_path, caplog):
+def test_names_in_a_checkpoint_are_those_of_earlier_releases(tmp_path):
+    saved = json.loads((Run(tmp_path).save() / "run_settings.json").read_text())
+    assert saved["kinds"] == {"optimizer": "torch.optim.sgd.SGD", "schedule": "torch.optim.lr_scheduler.StepLR"}
+    assert [(group["initial_lr"], group["momentum"]) for group in saved["optimizer_groups"]] == [(0.1, 0)]
+    assert (saved["temperature"], saved["num_processes"], saved["lm_dataset"]) == (1.0, 1, None)
+
+
+def test_checkpoint_of_an_older_release_may_have_neither_groups_nor_classes(tmp_path, caplog):
     checkpoint = Run(tmp_path).save()
     (checkpoint / "run_settings.json").write_text('{"temperature": 0.5}')
     run = Run(tmp_path, 0.1, torch.optim.AdamW)

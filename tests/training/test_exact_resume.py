@@ -1,5 +1,6 @@
 """What a checkpoint stores of a run beyond transformers' part, and what a resumed run takes from it."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,11 @@ class TestParts:
             run.restore()
             assert run.state() == {"one": 0, "other": 0}
             assert ("has no run_state_0-of-2.pt" in caplog.text) is warns
+
+    def test_file_that_would_run_code_is_refused(self, tmp_path):
+        torch.save({"one": Part("one", 3)}, tmp_path / "run_state_0-of-2.pt")
+        with pytest.raises(pickle.UnpicklingError, match="Part"):
+            self.run(0, 0).begin(str(tmp_path))
 
     def test_second_run_forgets_the_checkpoint_of_the_first(self, tmp_path):
         run = self.run(3, 4)
@@ -213,8 +219,9 @@ class TestBegin:
         gone = {"args": {}, "attributes": {"count": 1}}
         state = TrainerState(global_step=2, max_steps=4, stateful_callbacks={"Stateful": saved, "Gone": gone})
         callbacks = [Stateful(1, 0), Stateful(2, 0), Stateful(3, 7), EarlyStoppingCallback(4)]
-        self.begin(state, callbacks)
+        self.begin(state, [*callbacks, TrainerCallback()])
         assert [(each.argument, each.count) for each in callbacks[:3]] == [(1, 5), (2, 6), (3, 7)]
+        assert state.stateful_callbacks.keys() == {"Stateful", "Gone", "EarlyStoppingCallback"}
         assert state.stateful_callbacks["EarlyStoppingCallback"] == callbacks[3].state()
         one = TrainerState(global_step=2, max_steps=4, stateful_callbacks={"Stateful": saved[0]})
         callbacks = [Stateful(1, 0), Stateful(2, 3)]

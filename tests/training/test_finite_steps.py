@@ -149,6 +149,13 @@ class TestDeepSpeed:
             assert scaler.cur_scale == kept
         assert guard.skipped == 1
 
+    def test_overflow_in_float16_is_left_to_the_engine(self, guard: StepGuard):
+        """accelerate has no scaler then, since DeepSpeed scales the loss itself."""
+        guard.args.fp16 = True
+        taken = SimpleNamespace(step_was_skipped=False)
+        assert not guard.agree_on_step(torch.inf, 0, torch.nn.Linear(1, 1), taken, object())
+        assert guard.skipped == 0
+
     def test_engine_without_a_scale_skips_too(self, guard: StepGuard):
         engine = SimpleNamespace(optimizer=SimpleNamespace())
         guard.check_loss(torch.tensor(torch.nan), str, engine)

@@ -55,6 +55,7 @@ class TestChanges:
         scheduled = [{"initial_lr": 0.1, "lr": 0.1}], [{"initial_lr": 0.1, "lr": 0.02}]
         assert list_changes(*scheduled) == []
         assert list_changes([{"lr": 0.1}], [{"lr": 0.02}]) == [("lr", 0.02, 0.1)]
+        assert list_changes([{"initial_lr": 0.1, "lr": 0.0}], [{"lr": 0.1}]) == []  # a warm-up begins with 0
 
     def test_other_number_of_groups_is_no_comparison(self):
         with pytest.raises(ValueError, match="argument"):
@@ -84,6 +85,13 @@ class TestTakeOver:
         assert loaded.param_groups[0]["lr"] == pytest.approx(0.2)
         assert loaded.param_groups[0]["initial_lr"] == 0.4
         assert schedule.base_lrs == [0.4]
+
+    def test_rate_of_a_warm_up_is_no_change(self):
+        """The checkpoint's run may have had no schedule that stores a base rate."""
+        loaded = optimizer({"lr": 0.1})
+        given = [{**read_groups(loaded)[0], "initial_lr": 0.1, "lr": 0.0}]
+        assert take_over(loaded, None, given, read_groups(loaded)) == []
+        assert loaded.param_groups[0]["lr"] == 0.1
 
     def test_rate_from_zero_is_the_base_rate(self):
         loaded = optimizer({"lr": 0.0})

@@ -68,11 +68,11 @@ class TestFaults:
 
 def batch(**more: torch.Tensor) -> dict[str, torch.Tensor]:
     """Three rows, of prompts 7, 3 and 7, the second of which is faulty."""
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
     return {
         "prompt_ids": torch.tensor([[20, 21], [22, 23], [24, 25]]),
         "prompt_mask": torch.ones(3, 2, dtype=torch.long),
-        "completion_ids": torch.arange(30, 39).view(3, 3),
+        "completion_ids": torch.arange(30, 42).view(3, 4),
         "completion_mask": mask,
         "faulty": torch.tensor([False, True, False]),
         "prompt_index": torch.tensor([7, 3, 7]),
@@ -82,12 +82,12 @@ def batch(**more: torch.Tensor) -> dict[str, torch.Tensor]:
 
 class TestInputsOfTheLoss:
     def test_value_that_is_not_finite_is_named_unless_its_row_is_faulty_or_padding(self):
-        advantages = torch.tensor([[1.0, NAN, INF], [NAN, 1.0, 1.0], [1.0, INF, 1.0]])
+        advantages = torch.tensor([[1.0, NAN, INF, 1.0], [NAN, 1.0, 1.0, 1.0], [1.0, INF, 1.0, 1.0]])
         assert explain_values(batch(advantages=advantages)) == {0: "advantages contains nan"}
-        assert explain_values(batch(advantages=torch.ones(3, 3))) == {}
+        assert explain_values(batch(advantages=torch.ones(3, 4))) == {}
 
     def test_first_name_of_a_row_wins(self):
-        one, other = torch.ones(3, 3), torch.ones(3, 3)
+        one, other = torch.ones(3, 4), torch.ones(3, 4)
         one[2, 0], other[2, 0], other[0, 2] = INF, NAN, -INF
         found = explain_values(batch(advantages=one, long_term_weights=other))
         assert found == {2: "advantages contains inf", 0: "long_term_weights contains -inf"}
@@ -114,7 +114,7 @@ class TestMessages:
         assert explain_empty_step(batch(**more, faulty=torch.zeros(3, dtype=torch.bool))) == []
 
     def test_losses_count_where_tokens_are_trained(self):
-        loss = torch.zeros(3, 3)
+        loss = torch.zeros(3, 4)
         assert explain_losses(loss, batch()) == []
         loss[1, 2] = loss[2, 1] = NAN
         assert explain_losses(loss, batch()) == []
@@ -136,7 +136,7 @@ class TestMessages:
 class TestTrainedRows:
     def test_faulty_rows_have_no_tokens(self):
         found = leave_out_faulty(batch())
-        assert found["completion_mask"].tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
+        assert found["completion_mask"].tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
         assert torch.equal(found["completion_ids"], batch()["completion_ids"])
 
     def test_faulty_rows_do_not_go_through_the_student(self):
@@ -153,8 +153,8 @@ class TestTrainedRows:
         given = leave_out_faulty(batch(faulty=torch.ones(3, dtype=torch.bool)))
         found = trained_rows(given, 1)
         assert found["prompt_ids"].tolist() == [[1, 1]]
-        assert found["completion_ids"].tolist() == [[1, 1, 1]]
-        assert found["completion_mask"].tolist() == [[0, 0, 0]]
+        assert found["completion_ids"].tolist() == [[1, 1, 1, 1]]
+        assert found["completion_mask"].tolist() == [[0, 0, 0, 0]]
         assert found["prompt_mask"].tolist() == [[1, 1]]
         assert given["prompt_ids"].tolist() == batch()["prompt_ids"].tolist()
 

@@ -86,6 +86,7 @@ def test_baseline_of_processes_is_that_of_one_that_has_all_rows(tmp_path, kind: 
             return torch.nn.functional.pad(values, (0, 5 - values.shape[dim]))
 
         def gather(self, values: torch.Tensor) -> torch.Tensor:
+            assert values.shape == (2, 5)
             whole = mask.int() if values.dtype == torch.int32 else returns
             assert torch.equal(values[:, :3], whole[2 * self.process_index :][:2, :3])
             return whole
@@ -170,7 +171,17 @@ def test_advantages_are_those_of_loops(tmp_path, options: dict, baseline: str, w
     lists = None if expected is None else expected.tolist()
     slow = slow_advantages(rewards.tolist(), lists, baseline, 2, whiten, options)
     torch.testing.assert_close(found * mask, torch.tensor(slow, dtype=torch.float64))
-    assert (totals is None) == (baseline == "none")
+    if baseline == "none":
+        assert totals is None
+        return
+    assert totals is not None  # for the variance that the baseline explains
+    for of, kind, (mean, mean_square) in zip(
+        ("returns", "advantages"), ("none", baseline), totals.values.view(2, 2, 2), strict=True
+    ):
+        values = torch.tensor(slow_advantages(rewards.tolist(), lists, kind, 2, "none", options), dtype=torch.float64)
+        assert [name.rpartition("/")[2] for name in totals.names if of in name] == [f"{of}_mean", f"{of}_mean_square"]
+        torch.testing.assert_close(mean, torch.stack([values.sum(), mask.sum()]))
+        torch.testing.assert_close(mean_square, torch.stack([values.square().sum(), mask.sum()]))
 
 
 def test_without_the_teachers_advantage_there_is_none(tmp_path):

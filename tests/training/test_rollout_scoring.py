@@ -248,8 +248,8 @@ class TestPasses:
             mask = torch.tensor([[True, True]])
             scores = made.of_student(student, ids, torch.ones_like(ids), mask, torch.tensor([0]))
             assert torch.equal(scores.teacher_hidden_states, torch.ones(1, 2, 2))
-            ((_, length, top_ids, teacher_index),) = made.teacher.asked
-            assert length == 2
+            ((asked, length, top_ids, teacher_index),) = made.teacher.asked
+            assert (asked, length) == (ids.tolist(), 2)
             assert teacher_index.tolist() == [0]
             if top_k:
                 assert top_ids.tolist() == [[[30], [31]]]

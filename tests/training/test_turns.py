@@ -80,6 +80,15 @@ def test_evaluation_numbers_the_samples_of_a_prompt_over_all_processes_at_any_st
     assert not trained & {*keys}
 
 
+def test_turn_has_its_prompts_limit_and_teachers():
+    made = turn(0, 3, 1)
+    assert (made.prompt_ids, made.max_new_tokens, made.teacher_index) == (
+        [[5, row // 4] for row in range(ROWS)],
+        5,
+        [],
+    )
+
+
 @pytest.mark.parametrize("teachers", [[], [1, 0]])
 def test_batch_is_padded_as_grpo_pads_it(teachers: list[int]):
     turn = Turn([[5, 6], [7]], [(1,), (2,)], (0,), 4, teachers)
