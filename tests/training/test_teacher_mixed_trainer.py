@@ -12,7 +12,7 @@ import minillm_trl.training.teacher_mixed_trainer as module
 from minillm_trl.rollouts.rollout_sampler import SampledTurn, ScoredRows
 from minillm_trl.training.rollout_in_progress import RolloutInProgress
 from minillm_trl.training.teacher_mixed_trainer import TeacherMixedTrainer
-from minillm_trl.training.turns import Turn
+from minillm_trl.training.turns import Turn, make_turn
 
 
 def stand_in(*, training: bool = True, turn: int = 0, **parts) -> SimpleNamespace:
@@ -89,9 +89,18 @@ class TestTurns:
             assert TeacherMixedTrainer._sample_turn(trainer, [[1], [2]], 8) == [[5], [6]]
         turns = [turn for turn, _ in made]
         assert [with_scores for _, with_scores in made] == [True, False, False]
-        assert [turn.teacher_index for turn in turns] == [[1, 0], [], []]
-        assert len({key for turn in turns for key in turn.keys}) == 6
+        places = ((0, [1, 0]), (1, []), (2, []))
+        assert turns == [make_turn(trainer, [[1], [2]], 8, 4, number, teachers) for number, teachers in places]
         assert trainer._rollout.turn == 3
+
+    def test_scores_are_moved_except_for_those_that_stay_on_the_cpu(self):
+        """As rollouts may be sampled on another device than that of the updates."""
+        scores = SimpleNamespace(to=lambda device, stay=(): (device, stay))
+        sampled = SampledTurn([[5]], scores)
+        buffer = SimpleNamespace(micro_batches=2, kept_on_cpu={"teacher_hidden_states"})
+        trainer = stand_in(_sample_now=lambda *unused: sampled, buffer=buffer)
+        TeacherMixedTrainer._sample_turn(trainer, [[1]], 8)
+        assert trainer._rollout.scores == (torch.device("cpu"), {"teacher_hidden_states"})
 
     def test_rollout_that_was_sampled_ahead_is_for_training(self):
         ahead, now = ([[number]] for number in (1, 2))
@@ -230,6 +239,26 @@ def test_metrics_of_drafts_and_overlap_are_those_of_training(mode: str):
     added.clear()
     TeacherMixedTrainer._log_rollouts(trainer, [], {})
     assert added == {}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+def test_student_or_its_copy_samples_in_eval_mode_with_the_precision_of_the_run(training: bool, copied: bool):
+    student, copy = torch.nn.Linear(2, 2).train(training), torch.nn.Linear(2, 2).eval()
+
+    def half(accelerator=None):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    its = SimpleNamespace(refresh=lambda student: None, precision=half, model=copy, release=lambda: None)
+    trainer = stand_in(
+        _rollout_copy=its if copied else None, _student=student, accelerator=SimpleNamespace(autocast=half)
+    )
+    with TeacherMixedTrainer._sampling_model(trainer) as model:
+        assert model is (copy if copied else student)
+        assert not model.training
+        assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    assert student.training is training
+    assert student(torch.ones(1, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("compiled", [None, "compiled"])

@@ -2,6 +2,7 @@
 
 import copy
 
+import bitsandbytes.nn.modules
 import pytest
 import torch
 from conftest import WORDS, build_model, build_tokenizer
@@ -94,15 +95,16 @@ def test_dropout_of_the_student_is_kept_on_request(tmp_path, disable: bool):
 
 
 @pytest.mark.parametrize(("options", "with_trl"), [({}, False), ({"top_p": 0.5, "teacher_mixed_alpha": 0.0}, True)])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_processes_of_a_sharded_student_sample_together(
-    tmp_path, monkeypatch, sharded: bool, options: dict, with_trl: bool
+@pytest.mark.parametrize("sharded", [None, "student", "teacher"])
+def test_processes_of_a_sharded_model_sample_together(
+    tmp_path, monkeypatch, sharded: str | None, options: dict, with_trl: bool
 ):
     """Then a process without prompts of its own takes part in a later turn, if any process has prompts."""
-    monkeypatch.setattr(module, "shards_student", lambda accelerator: sharded)
+    monkeypatch.setattr(module, "shards_student", lambda accelerator: sharded == "student")
+    monkeypatch.setattr("minillm_trl.rollouts.rollout_teacher.is_sharded", lambda model: sharded == "teacher")
     trainer = make_trainer(tmp_path, **options)
     trainer._rollout.turn = 1
-    assert (trainer._turn_budget([]) is None) is (sharded and not with_trl)
+    assert (trainer._turn_budget([]) is None) is (sharded is not None and not with_trl)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +119,55 @@ def test_adapters_are_merged_for_the_samplers_of_this_package(tmp_path, options:
         assert any(parameter.numel() == 0 for parameter in trainer._rollout_copy.model.parameters())
 
 
-def test_adapters_of_a_quantised_student_are_in_float32(tmp_path, model_dir):
-    """GRPOTrainer casts them to bfloat16, which would lose small updates."""
+def test_quantised_student_has_adapters_in_float32_and_keeps_the_layout_of_its_base(tmp_path, model_dir, monkeypatch):
+    """GRPOTrainer casts adapters to bfloat16, which loses small updates; bitsandbytes repacks weights in eval mode."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)  # of any machine
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
     student = AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=nf4)
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     trainer = make_trainer(tmp_path, family="llama", student=student, peft_config=adapter)
     trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32}
+    weight = trainer.model.get_base_model().model.layers[0].mlp.up_proj.weight
+    before = weight.data.clone()
+    with torch.no_grad():
+        trainer.model.eval()(torch.tensor([[5, 6]]))
+    assert torch.equal(weight.data, before)
+
+
+@pytest.mark.parametrize("corpus", [None, CORPUS], ids=["none", "corpus"])
+def test_checks_of_the_model_know_whether_there_is_a_corpus(tmp_path, monkeypatch, corpus: Dataset | None):
+    """With one, several processes cannot have reentrant checkpoints."""
+    found, check = [], module.check_model
+    monkeypatch.setattr(
+        module, "check_model", lambda trainer, has_corpus: found.append(has_corpus) or check(trainer, has_corpus)
+    )
+    make_trainer(tmp_path, lm_dataset=corpus)
+    assert found == [corpus is not None]
+
+
+def test_rows_of_the_corpus_fit_into_the_context(tmp_path):
+    corpus = Dataset.from_dict({"text": ["the mill " * 400]})
+    trainer = make_trainer(tmp_path, lm_dataset=corpus, lm_max_length=2000)
+    assert trainer._lm_batches.window(0, 1, 0, 1)[0]["input_ids"].shape[1] == trainer.max_context < 400
+
+
+def test_layers_are_checkpointed_as_configured_after_sampling_and_scoring(tmp_path):
+    """Both switch checkpointing off, and on again."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    trainer = make_trainer(
+        tmp_path, family="llama", gradient_checkpointing=True, gradient_checkpointing_kwargs=options, max_steps=1
+    )
+
+    def kept() -> dict:
+        return trainer.model.model.layers[0]._gradient_checkpointing_func.keywords
+
+    trainer.train()
+    assert kept() == options
+    ids = torch.tensor([[5, 6]])
+    trainer.score_rollouts(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+    assert kept() == options
+    assert trainer.model.is_gradient_checkpointing
 
 
 def test_kernels_of_cudnn_are_off(tmp_path):
