@@ -135,6 +135,51 @@ class Alone:
         self.rollouts.start("student", turn, lambda model, turn: sampled)
 
 
+def test_copy_samples_with_the_precision_of_the_run(tmp_path):
+    alone, found = Alone(tmp_path), []
+    alone.rollouts.copy.precision = lambda accelerator: torch.autocast("cpu", torch.bfloat16)
+
+    def sample(model, turn) -> SampledTurn:
+        found.append(model(torch.ones(1, 1)).dtype)
+        return SampledTurn([[7], [8]], ScoredRows())
+
+    alone.rollouts.start("student", TURN, sample)
+    alone.rollouts.wait()
+    assert found == [torch.bfloat16]
+
+
+class TestStreams:
+    """Those of CUDA, with stand-ins."""
+
+    def test_thread_has_one_stream_that_waits_for_the_work_so_far(self, tmp_path, monkeypatch):
+        class Stream:
+            def __init__(self, device: torch.device):
+                self.device, self.waited = device, []
+
+            def wait_stream(self, stream: str) -> None:
+                self.waited.append(stream)
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+        alone = Alone(tmp_path)
+        assert alone.rollouts._own_stream() is None  # on a CPU
+        alone.rollouts.copy.model.device = torch.device("cuda", 1)
+        stream = alone.rollouts._own_stream()
+        assert alone.rollouts._own_stream() is stream
+        assert (stream.device, stream.waited) == (torch.device("cuda", 1), ["that of cuda:1"] * 2)
+
+    def test_memory_of_scores_is_kept_for_the_stream_of_the_updates(self, tmp_path, monkeypatch):
+        """The thread's stream could use it again otherwise, before the updates have read it."""
+        kept = []
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+        on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0", record_stream=kept.append)
+        alone = Alone(tmp_path)
+        scores = RolloutScores(student_logps=LOGPS, teacher_logps=on_gpu)
+        alone.rollouts.start("student", TURN, lambda *unused: SampledTurn([[7], [8]], ScoredRows([([0, 1], scores)])))
+        alone.rollouts.wait()
+        assert kept == ["that of cuda:0"]
+
+
 class TestTake:
     def test_rollout_of_the_turn_is_taken_once(self, tmp_path):
         alone = Alone(tmp_path)
@@ -194,6 +239,7 @@ class TestState:
         assert resumed.rollouts.take(TURN) is None
         alone.start()
         torch.save(alone.rollouts.state() | alone.buffer.state(), tmp_path / "state.pt")
+        assert alone.calls == ["refresh student", "release"]  # the copy is free while the checkpoint is written
         resumed.rollouts.restore(torch.load(tmp_path / "state.pt", weights_only=True))
         found = resumed.rollouts.take(TURN)
         assert found.completions == [[7], [8]]
