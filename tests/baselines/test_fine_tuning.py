@@ -1,14 +1,18 @@
 """Fine-tuning and KD on their own: the loss of a micro-batch, samples of an evaluation, the teacher's arguments."""
 
+import copy
 import math
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from peft import LoraConfig
 from test_kd import TEXTS, batch_of, by_hand, make_args, make_fine_tuning, make_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, fine_tuning, kd
 from minillm_trl.errors import UserError
@@ -150,6 +154,61 @@ def test_pickled_weights_of_a_student_are_loaded_on_request_alone(tmp_path):
     assert torch.equal(make(True).model.lm_head.weight, student.lm_head.weight)
 
 
+def test_student_of_a_revision_ends_as_that_revision_does(tmp_path, monkeypatch):
+    repository = tmp_path / "models--o--n"
+    (repository / "refs").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for number, name in enumerate(("main", "other")):
+        (repository / "refs" / name).write_text(40 * str(number))
+        student = build_model("gpt2", len(TOKENIZER))
+        student.generation_config.eos_token_id = [0, 5 + number]
+        student.save_pretrained(repository / "snapshots" / (40 * str(number)))
+    for revision, end in ((None, 5), ("other", 6)):
+        args = make_args(FineTuningConfig, tmp_path / "out", model_init_kwargs=revision and {"revision": revision})
+        trainer = FineTuningTrainer(model="o/n", args=args, train_dataset=TEXTS, processing_class=build_tokenizer())
+        assert trainer._ends.ids == [0, end]
+
+
+def test_adapters_of_a_quantised_student_are_trained_in_float32_on_weights_that_stay(tmp_path, model_dir):
+    """SFTTrainer casts adapters to bfloat16, and bitsandbytes repacks the weights in eval mode on some CPUs."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+    student = AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=nf4)
+    layer = student.model.layers[0].mlp.up_proj
+    layer.support_avx512bf16_for_cpu = True  # as on such a CPU
+    trainer = FineTuningTrainer(
+        model=student,
+        args=make_args(FineTuningConfig, tmp_path),
+        train_dataset=TEXTS,
+        processing_class=build_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}
+    assert not layer.support_avx512bf16_for_cpu
+
+
+def test_deep_copy_of_the_student_runs_its_own_weights(tmp_path):
+    """As moving averages of the weights do."""
+    student, ids = make_fine_tuning(tmp_path).model.eval(), torch.tensor([[5, 6, 7]])
+    copied, before = copy.deepcopy(student), student(ids).logits
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(ids).logits, before)
+
+
+@pytest.mark.parametrize(("options", "real"), [({}, 7), ({"is_training": False}, 7), ({"is_training": True}, 8)])
+def test_evaluation_on_several_processes_has_each_row_once(tmp_path, monkeypatch, options: dict, real: int):
+    """Each process has a batch of four, and the last row is a filler; accelerate repeats the first one in training."""
+    trainer, labels = make_fine_tuning(tmp_path), []
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    for process in range(2):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        for batch in trainer._get_dataloader(trainer.eval_dataset, "Evaluation", 4, **options):
+            labels += batch["labels"].tolist()
+    assert len(labels) == 8
+    assert sum(any(id_ != -100 for id_ in row) for row in labels) == real
+
+
 class TestSamples:
     ROWS = Dataset.from_dict(
         {
@@ -214,6 +273,41 @@ class TestSamples:
         monkeypatch.setattr(Accelerator, "num_processes", 2)
         assert list(trainer._sample_metrics().values()) == [50.0, 6.0, 1.0, 0.25]
 
+    @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=str)
+    def test_sharded_student_samples_from_a_whole_copy_that_follows_it_and_is_freed(
+        self, tmp_path, monkeypatch, precision: dict
+    ):
+        """The copy is made before FSDP shards the student."""
+        plain = self.trainer(tmp_path, **precision)
+        monkeypatch.setattr(fine_tuning, "shards_student", lambda accelerator: True)
+        trainer, students = self.trainer(tmp_path, **precision), []
+        whole = trainer._whole_copy.model
+
+        def sample(student, prompt_ids, **options):
+            students.append((student, {each.dtype for each in student.parameters()}))
+            return [student(torch.tensor([ids])).logits[0, -1].topk(5).indices.tolist() for ids in prompt_ids]
+
+        monkeypatch.setattr(fine_tuning, "sample_prompts", sample)
+        for trained in (plain, trainer):
+            trained.model.transformer.wte.weight.data *= 3.0
+        assert not any(each.numel() for each in whole.parameters())
+        found = trainer._sample_metrics()
+        assert students == [(whole, {torch.bfloat16 if precision else torch.float32})]
+        assert not any(each.numel() for each in whole.parameters())
+        monkeypatch.undo()
+        monkeypatch.setattr(fine_tuning, "sample_prompts", sample)
+        assert found == plain._sample_metrics()
+
+    def test_student_that_is_not_sharded_samples_itself(self, tmp_path, monkeypatch):
+        trainer, students = self.trainer(tmp_path), []
+        monkeypatch.setattr(
+            fine_tuning,
+            "sample_prompts",
+            lambda student, prompts, **_: students.append(student) or [[5]] * len(prompts),
+        )
+        trainer._sample_metrics()
+        assert (students, trainer._whole_copy) == ([trainer.model], None)
+
     def test_only_an_evaluation_of_the_prompts_has_them(self, tmp_path):
         trainer = self.trainer(tmp_path)
         assert "eval_rouge_l" in trainer.evaluate()
@@ -277,6 +371,16 @@ def test_fillers_of_an_evaluation_have_no_labels():
 
 
 class TestTeacher:
+    def test_head_of_a_sharded_student_is_checked_in_a_whole_copy(self, tmp_path, monkeypatch):
+        checked = []
+        monkeypatch.setattr(fine_tuning, "shards_student", lambda accelerator: True)
+        monkeypatch.setattr(kd, "check_head", lambda model, who: checked.append((model, who)))
+        trainer = make_trainer(tmp_path)
+        (teacher, student) = checked
+        assert (teacher, student[1]) == ((trainer.teacher_model, "teacher"), "student")
+        assert student[0] is not trainer.model
+        torch.testing.assert_close(student[0].lm_head.weight, trainer.model.lm_head.weight)
+
     def test_it_is_loaded_as_the_arguments_say(self, tmp_path, model_dir, monkeypatch):
         seen, place = [], kd.place_new_teacher
 

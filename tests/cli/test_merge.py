@@ -407,7 +407,9 @@ class TestMistakes:
     def test_saved_head_that_the_base_calls_otherwise(self, tmp_path, refuse, model_dir):
         config = LoraConfig(task_type="CAUSAL_LM", target_modules=ATTENTION, modules_to_save=["norm"])
         adapter = save_adapter(model_dir("llama"), tmp_path / "adapter", config)
-        assert "does not fit" in refuse(adapter, model_dir("opt"))
+        message = refuse(adapter, model_dir("opt"))
+        assert "does not fit" in message
+        assert "norm.weight' is missing\nName the model" in message
 
     @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
     def test_method_that_cannot_be_merged(self, tmp_path, refuse, model_dir, config: type):

@@ -88,18 +88,24 @@ class TestEncoding:
         ("name", "value"),
         [
             *(("prompt", None), ("completion", None), ("completion", []), ("prompt", []), ("text", None)),
+            *(("prompt", 5), ("prompt", {"role": "user", "content": "a"}), ("text", 5)),
             ("text", [{"role": "user", "content": "a"}]),
         ],
     )
     def test_row_without_a_text_is_refused_by_number_and_field(self, name: str, value):
-        good = "a" if value is None else [{"role": "user", "content": "a"}]
+        good = [{"role": "user", "content": "a"}] if isinstance(value, list) else "a"
         columns = ["text"] if name == "text" else ["prompt", "completion"]
-        rows = Dataset.from_dict({each: [value if each == name else good, good] for each in columns})
-        with pytest.raises(ValueError, match=rf"lm_dataset: row 0: {name} is {re.escape(str(value))}"):
+        rows = Dataset.from_dict({each: [value if each == name else good] for each in columns})
+        expected = "a text" if name == "text" else "a text or a conversation of at least one message"
+        with pytest.raises(
+            ValueError, match=rf"lm_dataset: row 0: {name} is {re.escape(str(value))}, expected {expected}\."
+        ):
             encode_corpus(rows, TOKENIZER, 64, {})
 
-    def test_corpus_without_a_token_to_learn_is_refused(self):
-        rows = {"prompt": ["the mill " * 20], "completion": ["a"]}
+    @pytest.mark.parametrize(
+        "rows", [{"prompt": ["the mill " * 20], "completion": ["a"]}, {"text": []}, {"prompt": [], "completion": []}]
+    )
+    def test_corpus_without_a_token_to_learn_is_refused(self, rows: dict):
         with pytest.raises(ValueError, match="no row with a token to learn within lm_max_length=8"):
             encode_corpus(Dataset.from_dict(rows), TOKENIZER, 8, {})
 

@@ -72,6 +72,31 @@ def test_merged_copy_is_the_adapted_model_and_follows_it(kind: str):
                 parameter.data += 0.05 * torch.randn_like(parameter)
 
 
+@torch.no_grad()
+def test_adapters_of_several_parameters_of_a_layer_are_merged():
+    """peft puts the adapters of a mixture's experts into each other."""
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapted(LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names), "qwen3_moe")
+    base, expected = model.get_base_model(), model(IDS).logits
+    layers = {layer.names[0]: layer for layer in adapted_layers(base)}
+    assert [len(layer.names) for layer in layers.values()] == [1, 2, 1, 2]
+    copied = copied_from(model)
+    torch.testing.assert_close(copied.model(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert (model(IDS).logits - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_sum_of_several_adapters_is_rounded_once():
+    model = adapted(KINDS["lora"], dtype=torch.bfloat16)
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    changes = [layer.get_delta_weight(name).float() for name in ("default", "other")]
+    found = copied_from(model).model.model.layers[1].self_attn.q_proj.get_base_layer().weight
+    assert torch.equal(found, (layer.get_base_layer().weight.float() + changes[0] + changes[1]).bfloat16())
+
+
 def test_merged_layers_run_no_product_of_an_adapter():
     model = adapted(KINDS["lora"])
     copied, calls = copied_from(model), []
@@ -126,12 +151,16 @@ def test_memory_is_freed_between_rollouts_and_nothing_is_copied_twice():
     assert not names
 
 
+@torch.no_grad()
 def test_refreshed_weights_keep_their_address_for_compiled_code():
     model = adapted(KINDS["lora"])
     copied = copied_from(model)
     places = {name: each.data_ptr() for name, each in copied.model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data *= 1.0 + 0.5 * parameter.requires_grad
     copied.refresh(model.get_base_model())
     assert {name: each.data_ptr() for name, each in copied.model.named_parameters()} == places
+    torch.testing.assert_close(copied.model(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_quantised_weights_and_disabled_adapters_are_left_out():
@@ -215,6 +244,16 @@ def test_kinds_that_cannot_be_merged_run_layer_by_layer_with_a_warning(caplog):
     assert not layer.merged
     trained = model.get_base_model().model.layers[0].self_attn.q_proj.weight
     assert torch.equal(layer.get_base_layer().weight, trained.bfloat16())
+
+
+@torch.no_grad()
+def test_layer_with_one_adapter_that_cannot_be_merged_runs_all_of_them():
+    model = adapted(LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    alora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model.add_adapter("other", alora)
+    model.base_model.set_adapter(["default", "other"])
+    base = model.get_base_model()
+    torch.testing.assert_close(copied_from(model).model(IDS).logits, base(IDS).logits)
 
 
 def test_samples_are_those_of_the_adapters():
