@@ -163,6 +163,16 @@ def test_refreshed_weights_keep_their_address_for_compiled_code():
     torch.testing.assert_close(copied.model(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_refreshed_weights_are_on_the_device_of_the_model():
+    """DeepSpeed moves the model after it was copied."""
+    model = adapted(KINDS["lora"])
+    copied = copied_from(model)
+    copied.model.model.layers[1].self_attn.q_proj.get_base_layer().to("meta")
+    copied.refresh(model.get_base_model())
+    torch.testing.assert_close(copied.model(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_quantised_weights_and_disabled_adapters_are_left_out():
     model = adapted(KINDS["lora"])
     base = model.get_base_model()
@@ -240,6 +250,7 @@ def test_kinds_that_cannot_be_merged_run_layer_by_layer_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="minillm_trl"):
         copied = copied_from(model, torch.bfloat16)
     assert caplog.text.count("layer by layer") == 1
+    assert "(aLoRA does not support merging.)" in caplog.text
     layer = copied.model.model.layers[0].self_attn.q_proj
     assert not layer.merged
     trained = model.get_base_model().model.layers[0].self_attn.q_proj.weight
