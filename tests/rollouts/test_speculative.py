@@ -1,5 +1,6 @@
 """The law of speculative mixing, by enumeration and by statistics, and what does not change its samples."""
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -155,19 +156,29 @@ def test_a_completion_depends_on_neither_other_rows_nor_blocks(monkeypatch: pyte
         assert sample(family, batch_size=slots, prompts=LONG_PROMPTS[::-1]) == alone[::-1]
 
 
+@pytest.mark.parametrize("family", ["bloom", "llama", "mistral"])
+def test_rows_finish_in_blocks_without_a_verdict(monkeypatch: pytest.MonkeyPatch, family: str):
+    """There the teacher's states of the row are not complete yet, so it keeps its slot."""
+    found = []
+    for length, slots in ((1, 1), (3, 5)):
+        monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
+        found.append(sample(family, batch_size=slots, alpha=0.02))
+    assert found[0] == found[1]
+
+
 @torch.no_grad()
-def test_completions_are_those_of_judging_one_token_after_another():
+def test_completions_are_those_of_judging_one_token_after_another(monkeypatch: pytest.MonkeyPatch):
     """Each token has its own three numbers: one draws it, one judges it, and one draws what replaces it."""
     student, teacher = (build_model("llama", vocab_size=12, seed=seed, width=16, layers=1) for seed in (0, 1))
     teacher.get_output_embeddings().weight.mul_(3.0)  # so that it often disagrees
-    alpha, temperature, most, replaced = 0.6, 0.7, 12, 0
-    prompts, keys = [[5], [3, 4, 9, 1], [2, 7]] * 4, [(4, row) for row in range(12)]
+    alpha, temperature, most = 0.6, 0.7, 12
+    prompts, keys = [[3, 4, 9, 1]] * 4 + [[2, 7]] * 4 + [[5]] * 4, [(4, row) for row in range(12)]
     tosses, replacements = speculative_numbers(row_coin_keys(None, 0, keys), most)
 
     def pick(weights: torch.Tensor, number: float) -> int:
         return int((weights.cumsum(0) <= number * weights.sum()).sum())
 
-    expected = []
+    expected, verdicts, shares = [], [], {7 / 10}
     for row, prompt in enumerate(prompts):
         completion: list[int] = []
         numbers = zip(keyed_uniforms(most, 4, row), tosses[row], replacements[row], strict=True)
@@ -175,18 +186,28 @@ def test_completions_are_those_of_judging_one_token_after_another():
             ids = torch.tensor([[*prompt, *completion]])
             p, q = (torch.softmax(model(ids).logits[0, -1].double() / temperature, -1) for model in (teacher, student))
             token = pick(q, number)
-            if toss < alpha and toss / alpha >= p[token] / q[token]:
-                token = pick((p - q).clamp(min=0), replacement)
-                replaced += 1
+            if toss < alpha:
+                verdicts.append(toss / alpha < (p[token] / q[token]).item())
+                shares.add((7 + sum(verdicts)) / (10 + len(verdicts)))
+                token = token if verdicts[-1] else pick((p - q).clamp(min=0), replacement)
             completion.append(token)
             if token == 0:
                 break
         expected.append(completion)
-    options = {"max_new_tokens": most, "eos_token_ids": [0], "pad_token_id": 1, "mixing": "speculative"}
-    options |= {"alpha": alpha, "temperature": temperature}
-    assert sample_prompts(student, prompts, keys=keys, teacher=teacher, **options) == expected
     assert len({len(completion) for completion in expected}) > 3
-    assert replaced > 10
+    assert 10 < sum(verdicts) < len(verdicts) - 10
+
+    used: list[float] = []  # shares of kept drafts
+    monkeypatch.setattr(
+        minillm_trl.rollouts.speculative, "block_length", lambda _, share, *__: used.append(share) or 4
+    )
+    options = {"max_new_tokens": most, "eos_token_ids": [0], "pad_token_id": 1, "mixing": "speculative"}
+    options |= {"keys": keys, "teacher": teacher, "alpha": alpha, "temperature": temperature}
+    assert sample_prompts(student, prompts, **options) == expected
+    used.clear()
+    assert sample_prompts(student, prompts, **options, batch_size=1) == expected
+    assert len(used) > 20
+    assert shares.issuperset(used)
 
 
 @pytest.mark.parametrize("families", [("llama", "mistral"), ("mistral", "llama")])
@@ -231,14 +252,33 @@ def test_columns_of_dropped_drafts_are_removed(monkeypatch: pytest.MonkeyPatch):
     assert found["mistral"][1] == 0 < found["llama"][1]
 
 
-def test_teacher_runs_only_after_drafts_that_ask_for_it():
-    calls = {"student": 0, "teacher": 0}
-    student, teacher = (build_model("llama", vocab_size=50, seed=seed, width=16) for seed in (0, 1))
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.base_model.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    options = {"max_new_tokens": 60, "eos_token_ids": [], "pad_token_id": 1, "teacher": teacher}
-    sample_prompts(student, [[5]], keys=[(1,)], alpha=0.1, mixing="speculative", **options)
-    assert 0 < calls["teacher"] < 10 < 60 <= calls["student"] < 100
+@pytest.fixture
+def counted() -> tuple[dict, Counter[str]]:
+    """Return a student and a teacher as arguments, and the number of passes of each."""
+    models = {name: build_model("llama", 50, seed, width=16) for seed, name in enumerate(("student", "teacher"))}
+    calls: Counter[str] = Counter()
+    for name, model in models.items():
+        model.base_model.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    return models, calls
+
+
+@pytest.mark.parametrize(("alpha", "asked"), [(0.1, range(2, 10)), (1e-9, range(1, 2))])
+def test_teacher_runs_only_after_drafts_that_ask_for_it(counted, alpha: float, asked: range):
+    """And once more, at the end."""
+    models, calls = counted
+    options = {"max_new_tokens": 100, "eos_token_ids": [], "pad_token_id": 1, "mixing": "speculative"}
+    sample_prompts(**models, prompt_ids=[[5]], keys=[(1,)], alpha=alpha, **options)
+    assert calls["teacher"] in asked
+    assert 100 <= calls["student"] < 140
+
+
+def test_a_block_ends_with_its_last_row(monkeypatch: pytest.MonkeyPatch, counted):
+    monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_: 8)
+    models, calls = counted
+    options = {"max_new_tokens": 20, "eos_token_ids": [*range(50)], "pad_token_id": 1, "mixing": "speculative"}
+    completions = sample_prompts(**models, prompt_ids=[[5], [6]], keys=[(1,), (2,)], alpha=0.5, **options)
+    assert [len(completion) for completion in completions] == [1, 1]
+    assert calls["student"] == 1
 
 
 class TestBlockLength:
@@ -248,11 +288,11 @@ class TestBlockLength:
         assert block_length(asked[:, 3:], 0.0, 1.0, 100.0, 0.0) == 1
 
     def test_most_expected_tokens_per_cost(self):
-        """By enumerating the lengths."""
+        """By enumerating the lengths; the longest of equally good ones."""
         generator = np.random.default_rng(0)
-        for kept, teacher_cost in product((0.3, 0.8, 0.95), (1.0, 12.0)):
-            asked = (generator.random((4, 20)) < 0.3).astype(int)
-            asked[:, 0] = 1
+        lengths = set()
+        for kept, teacher_cost, share in product((0.3, 0.8, 0.95), (0.5, 1.0, 12.0), (0.05, 0.3)):
+            asked = (generator.random((4, 20)) < share).astype(int)
             asked[0, 7:] = -1
             rates = []
             for length in range(1, 21):
@@ -262,8 +302,12 @@ class TestBlockLength:
                     for flag in row:
                         expected += alive if flag >= 0 else 0.0
                         alive *= kept if flag == 1 else 1.0
-                rates.append(expected / (length * (1 + 4 / 16) + teacher_cost * (1 + 4 * length / 16)))
-            assert block_length(asked, kept, 1.0, teacher_cost, 1 / 16) == 20 - int(np.argmax(rates[::-1]))
+                asks = (asked[:, :length] == 1).any()
+                rates.append(expected / (length * (1 + 4 / 16) + asks * teacher_cost * (1 + 4 * length / 16)))
+            best = max(length for length, rate in enumerate(rates, 1) if rate > max(rates) - 1e-12)
+            assert block_length(asked, kept, 1.0, teacher_cost, 1 / 16) == best
+            lengths.add(best)
+        assert len(lengths) > 5
 
     def test_models_that_agree_draft_longer(self):
         asked = np.tile([1, 0, 0, 0, 0], (4, 6))
