@@ -63,7 +63,8 @@ class TestFineTuningLoss:
 
     def test_micro_batch_without_a_finite_loss_is_named(self, tmp_path):
         trainer = make_fine_tuning(tmp_path)
-        batch = batch_of(trainer, range(2))
+        batch = batch_of(trainer, range(4, 6))  # the first row has more than 32 tokens
+        assert batch["attention_mask"][0].sum() > 33
         trainer.model.train()
         trainer.model.lm_head.weight.data.fill_(math.nan)
         assert trainer.compute_loss(trainer.model, dict(batch)).isnan()
@@ -307,6 +308,27 @@ class TestSamples:
         )
         trainer._sample_metrics()
         assert (students, trainer._whole_copy) == ([trainer.model], None)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_sampling_neither_checkpoints_nor_changes_how_training_does(self, tmp_path, monkeypatch, reentrant: bool):
+        trainer = self.trainer(
+            tmp_path,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            bf16=True,
+        )
+        block, seen = trainer.model.transformer.h[0], []
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+
+        def sample(student, prompt_ids, **options):
+            seen.append((block.gradient_checkpointing, torch.is_autocast_enabled("cpu")))
+            return prompt_ids
+
+        monkeypatch.setattr(fine_tuning, "sample_prompts", sample)
+        trainer._sample_metrics()
+        assert seen == [(False, True)]
+        assert block.gradient_checkpointing
+        assert block._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
 
     def test_only_an_evaluation_of_the_prompts_has_them(self, tmp_path):
         trainer = self.trainer(tmp_path)
