@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 import trl.trainer.grpo_trainer
+from accelerate import Accelerator
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
@@ -18,6 +19,7 @@ from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.objectives import reference_kl
 from minillm_trl.rollouts.buffer import sequences
+from minillm_trl.training.prompt_order import split_columns
 
 
 def first_token(completion_ids, **kwargs) -> list[float]:
@@ -405,3 +407,13 @@ def test_evaluation_dataset_may_be_a_dict(tmp_path):
     trainer.train()
     logged = set().union(*trainer.state.log_history)
     assert {"eval_first_rouge_l", "eval_second_rouge_l"} <= logged
+
+
+@pytest.mark.parametrize(("options", "rows"), [({}, 8), ({"is_training": False}, 8), ({"is_training": True}, 7)])
+def test_evaluation_on_several_processes_is_filled_up(tmp_path, monkeypatch, options: dict, rows: int):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    loader = trainer._get_dataloader(DATASET.select(range(7)), "Evaluation", 4, **options)
+    assert len(loader.dataset) == rows
+    fillers = [not is_real for is_real in split_columns(list(loader.dataset))[1]]
+    assert fillers == [False] * 7 + [True] * (rows - 7)

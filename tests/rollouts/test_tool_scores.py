@@ -10,6 +10,7 @@ from datasets import Dataset
 from test_trainer import make_config
 from test_trainer_options import ScriptedFirstTurn, weather
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.rollouts.buffer import sequences
@@ -93,3 +94,20 @@ def test_limit_of_a_turn_that_processes_take_together(tmp_path):
     assert trainer._turn_budget([[5] * (trainer.max_context - 3), [5]]) == 3
     assert trainer._turn_budget([[5]]) == MAX_LENGTH
     assert trainer._turn_budget([]) is None
+
+
+@pytest.mark.parametrize(("collective", "expected"), [(True, [([], 5, 1), ([], 0, 1)]), (False, [])])
+def test_process_without_calls_takes_part_in_the_turns_of_others(
+    tmp_path, monkeypatch, collective: bool, expected: list
+):
+    """As sharded models need it. The other process has two more turns, in the second of which no room is left."""
+    trainer, turns, budgets = build_trainer(tmp_path), [], iter([5, 0, -1])
+    trainer.model.train()
+    trainer._rollout.turn, trainer._collective_turns = 0, collective  # as after a rollout function
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([next(budgets)])]))
+    monkeypatch.setattr(
+        trainer, "_sample_turn", lambda prompt_ids, budget: turns.append((prompt_ids, budget, trainer._rollout.turn))
+    )
+    monkeypatch.setattr(GRPOTrainer, "_tool_call_loop", lambda self, *given: given)
+    assert trainer._tool_call_loop("prompts", "completions") == ("prompts", "completions")
+    assert turns == expected

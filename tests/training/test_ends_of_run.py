@@ -213,6 +213,12 @@ class TestFineTuning:
         assert ends == (2 if option == {"eos_tokens": TURN_END} else [0, 2] if stays else [2, 0])
         assert tokenizer.eos_token_id == (0 if stays else 2)
 
+    def test_data_of_an_evaluation_does_not_change_them(self, tmp_path):
+        tokenizer = build_chat_tokenizer(TEXT_END)
+        trainer = fine_tuner(tmp_path, TEXTS, tokenizer, build_chat_model(tokenizer, 0), eval_dataset=CHATS)
+        assert trainer.model.generation_config.eos_token_id == 0
+        assert tokenizer.eos_token == TEXT_END
+
     def test_chosen_eos_stays_though_turns_end_otherwise(self, tmp_path):
         for options, eos in (({"eos_token": TEXT_END}, 0), ({}, 2)):
             tokenizer = build_chat_tokenizer(TEXT_END)
