@@ -100,11 +100,11 @@ def test_a_rollout_is_handed_over_when_its_stream_has_ended(tmp_path, monkeypatc
         return SampledTurn([[5]], ScoredRows())
 
     monkeypatch.setattr(overlap, "_own_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(order.append("in the stream")))
     started, overlap.copy.refresh = [], lambda student: started.append(student)
     overlap.start("student", "turn", sample)
     overlap.wait()
-    assert (started, order) == (["student"], ["sample", "stream", False])
+    assert (started, order) == (["student"], ["in the stream", "sample", "stream", False])
     assert overlap._ahead.sampled.result().completions == [[5]]
 
 
@@ -131,8 +131,12 @@ class Alone:
 
     def start(self, turn: Turn = TURN) -> None:
         scores = RolloutScores(student_logps=LOGPS.clone())
-        sampled = SampledTurn([[7], [8]], ScoredRows([([0, 1], scores)]))
-        self.rollouts.start("student", turn, lambda model, turn: sampled)
+
+        def sample(model: torch.nn.Module, turn: Turn) -> SampledTurn:
+            model(torch.ones(1, 1))
+            return SampledTurn([[7], [8]], ScoredRows([([0, 1], scores)]))
+
+        self.rollouts.start("student", turn, sample)
 
 
 def test_copy_samples_with_the_precision_of_the_run(tmp_path):
@@ -183,6 +187,7 @@ class TestStreams:
 class TestTake:
     def test_rollout_of_the_turn_is_taken_once(self, tmp_path):
         alone = Alone(tmp_path)
+        assert list(alone.rollouts.take_totals().values()) == [(0, 0), (0.0, 0)]
         assert alone.rollouts.take(TURN) is None
         alone.start()
         assert alone.rollouts.take(TURN).completions == [[7], [8]]
