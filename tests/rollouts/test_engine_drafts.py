@@ -8,6 +8,7 @@ from conftest import build_model
 from kept_states import check_kept_states
 from test_sampling import EOS, HORIZON, LONG_PROMPTS, PROMPTS, distance, mixture_law, tiny
 
+import minillm_trl.models.fused_head
 import minillm_trl.rollouts.engine_drafts
 import minillm_trl.rollouts.speculative
 from minillm_trl.errors import UserError
@@ -360,9 +361,16 @@ def test_totals_are_sums_until_they_are_taken():
 
 
 @pytest.mark.parametrize("slots", [None, 2])
-def test_drafts_that_the_engine_hardly_ever_draws_are_all_kept(slots: int | None):
+def test_drafts_that_the_engine_hardly_ever_draws_are_all_kept(monkeypatch: pytest.MonkeyPatch, slots: int | None):
     """Its log-probs are far below those of both models, so the completions are those that it counts up to an end."""
-    end, vocab_size = 15, 20
+    end, vocab_size, judged = 15, 20, []
+    monkeypatch.setattr(minillm_trl.models.fused_head, "CHUNK_ELEMENTS", 2 * vocab_size)  # logits in memory
+
+    def judge_part(logits: torch.Tensor, *arguments, **options) -> Verdicts:
+        judged.append(len(logits))
+        return judge_engine_drafts(logits, *arguments, **options)
+
+    monkeypatch.setattr(minillm_trl.rollouts.engine_drafts, "judge_engine_drafts", judge_part)
     student, teacher = (build_model("llama", vocab_size, seed, width=8, layers=1) for seed in (0, 1))
 
     def count_up(texts: list[list[int]], limits: list[int], seeds: list[int]) -> list[Draft]:
@@ -376,21 +384,12 @@ def test_drafts_that_the_engine_hardly_ever_draws_are_all_kept(slots: int | None
 
     drafts = EngineDrafts(count_up)
     prompts = [[5, 5, 12], [3], [1, 2], [14]]
-    completions = sample_prompts(
-        student,
-        prompts,
-        keys=[(row,) for row in range(4)],
-        max_new_tokens=10,
-        eos_token_ids=[end],
-        pad_token_id=1,
-        batch_size=slots,
-        teacher=teacher,
-        alpha=0.5,
-        mixing="speculative",
-        drafts=drafts,
-    )
+    options = {"keys": [(row,) for row in range(4)], "max_new_tokens": 10, "eos_token_ids": [end], "pad_token_id": 1}
+    options |= {"teacher": teacher, "alpha": 0.5, "mixing": "speculative", "drafts": drafts}
+    completions = sample_prompts(student, prompts, **options, batch_size=slots)
     assert completions == [[13, 14, 15], list(range(4, 14)), list(range(3, 13)), [15]]
     assert drafts.take_totals()["rollout/kept_drafts"] == (24.0, 24.0)
+    assert (max(judged), sum(judged)) == (2, 24)
 
 
 def test_drafts_without_speculative_mixing_are_refused():

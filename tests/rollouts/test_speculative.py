@@ -14,7 +14,7 @@ import minillm_trl.rollouts.speculative
 from minillm_trl.rollouts.coins import row_coin_keys
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
 from minillm_trl.rollouts.engine_drafts import MARGIN, Draft, EngineDrafts
-from minillm_trl.rollouts.keyed_random import keyed_uniforms
+from minillm_trl.rollouts.keyed_random import keyed_uniforms, toss_coins
 from minillm_trl.rollouts.sampling import sample_prompts
 from minillm_trl.rollouts.slots import Slots
 from minillm_trl.rollouts.speculative import SpeculativeSampling, block_length, judge_drafts, speculative_numbers
@@ -164,6 +164,14 @@ def test_rows_finish_in_blocks_without_a_verdict(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(minillm_trl.rollouts.speculative, "block_length", lambda *_, length=length: length)
         found.append(sample(family, batch_size=slots, alpha=0.02))
     assert found[0] == found[1]
+
+
+def test_verdicts_are_asked_for_where_coins_would_call_the_teacher():
+    keys = [(1, 2), (3,)]
+    tosses, replacements = speculative_numbers(keys, 50)
+    for own, key in zip(tosses, keys, strict=True):
+        assert (own < 0.3).tolist() == toss_coins(50, 0.3, *key).tolist()
+    assert len(np.unique(np.concatenate([tosses, replacements]))) == 200
 
 
 @torch.no_grad()
