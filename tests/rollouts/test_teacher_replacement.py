@@ -13,6 +13,7 @@ import minillm_trl.rollouts.teacher_replacement
 from minillm_trl.models.lm_head import LMHead
 from minillm_trl.presets import preset
 from minillm_trl.rollouts.compiled_steps import CompiledDecoding
+from minillm_trl.rollouts.keyed_random import keyed_uniforms
 from minillm_trl.rollouts.rollout_sampler import RolloutSampler
 from minillm_trl.rollouts.rollout_teacher import RolloutTeacher
 from minillm_trl.rollouts.scores import RolloutScorer
@@ -21,8 +22,8 @@ VOCAB, TOP_K, TEMPERATURE, EOS = 5, 2, 0.8, 0
 PROMPT = [1, 3, 2]
 
 
-def build_pair() -> list[torch.nn.Module]:
-    models = [build_model("gpt2", VOCAB, seed=seed, width=16, layers=1) for seed in (0, 1)]
+def build_pair(vocab: int = VOCAB) -> list[torch.nn.Module]:
+    models = [build_model("gpt2", vocab, seed=seed, width=16, layers=1) for seed in (0, 1)]
     with torch.no_grad():  # far enough from uniform, and flat enough to tell K from K + 1
         for model in models:
             model.get_output_embeddings().weight.mul_(2.0)
@@ -76,14 +77,53 @@ def test_completions_follow_the_law_of_judging_each_token(monkeypatch: pytest.Mo
     assert total == pytest.approx(1.0)
 
 
+@torch.no_grad()
+def slow_completion(student, teacher, prompt: list[int], key: tuple[int, ...], top_k: int, limit: int) -> list[int]:
+    """Judge each token in turn, with a plain forward pass of each model; a draft has four tokens."""
+
+    def probabilities(model, tokens: list[int]) -> torch.Tensor:
+        logits = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, -1, :VOCAB]
+        return torch.softmax(logits.double() / TEMPERATURE, -1)
+
+    def drawn(probs: torch.Tensor, number: float) -> int:
+        return int((probs.cumsum(0) <= number).sum())
+
+    tokens: list[int] = []
+    while len(tokens) < limit and EOS not in tokens:
+        place = (*key, len(tokens) + 1)  # of the draft's first token
+        for own, of_replacement in zip(keyed_uniforms(4, *place), keyed_uniforms(4, *place, 1), strict=True):
+            proposed, probs = drawn(probabilities(student, tokens), own), probabilities(teacher, tokens)
+            is_outside = int((probs > probs[proposed]).sum()) >= top_k
+            tokens.append(drawn(probs, of_replacement) if is_outside else proposed)
+            if is_outside or tokens[-1] == EOS or len(tokens) == limit:
+                break
+    return tokens
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_completions_are_those_of_a_slow_loop(monkeypatch: pytest.MonkeyPatch, top_k: int):
+    """Prompts of different lengths, and models with more rows than the vocabulary, which are never sampled."""
+    monkeypatch.setattr(minillm_trl.rollouts.teacher_replacement, "DRAFT_TOKENS", 4)
+    student, teacher = build_pair(VOCAB + 3)
+    prompts = [PROMPT, [2], [4, 4, 1, 3, 2]] * 4
+    keys = [(5, row) for row in range(12)]
+    found = build_sampler(teacher, top_k).sample(student, prompts, keys, (0,), max_new_tokens=6).completions
+    assert found == [
+        slow_completion(student, teacher, prompt, key, top_k, 6) for prompt, key in zip(prompts, keys, strict=True)
+    ]
+
+
 def test_k_of_the_whole_vocabulary_accepts_everything():
+    """Drafts of 16 tokens, each of which has a key of its own."""
     student, teacher = build_pair()
+    corrected, plain = (replace(build_sampler(teacher, top_k), eos_token_ids=[]) for top_k in (VOCAB, None))
     keys = [(5, row) for row in range(40)]
-    options = {"keys": keys, "coin_key": (0,), "max_new_tokens": 6}
-    corrected = build_sampler(teacher, VOCAB).sample(student, [PROMPT] * 40, **options).completions
-    # the draft of a whole completion is that of its first key
-    options["keys"] = [(*key, 1) for key in keys]
-    assert corrected == build_sampler(teacher, None).sample(student, [PROMPT] * 40, **options).completions
+    found = corrected.sample(student, [PROMPT] * 40, keys, (0,), max_new_tokens=20).completions
+    texts = [PROMPT] * 40
+    for first, limit in ((1, 16), (17, 4)):
+        drafts = plain.sample(student, texts, [(*key, first) for key in keys], (0,), limit).completions
+        texts = [text + draft for text, draft in zip(texts, drafts, strict=True)]
+    assert [PROMPT + completion for completion in found] == texts
 
 
 @pytest.mark.parametrize("limit", [1, 5, 6])
