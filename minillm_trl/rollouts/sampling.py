@@ -116,19 +116,17 @@ def sample_completions(
             `teacher_coins` are given without a teacher.
     """
     prompts = [row[keep].tolist() for row, keep in zip(prompt_ids.cpu(), prompt_mask.bool().cpu(), strict=True)]
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     coins = None
     if teacher_coins is not None:
         if teacher is None:
             raise ValueError("teacher_coins choose the steps of a teacher, but teacher is None. Pass both or neither.")
-        shared = len(teacher_coins) == 1
-        coins = given_coins(teacher_coins if shared else teacher_coins[order], shared)
+        coins = given_coins(teacher_coins, shared=len(teacher_coins) == 1)
     packable = _packable(student, None if coins is None else teacher, on_every_process, compiled)
     finished = _decode(
         student,
-        [prompts[row] for row in order],
+        prompts,
         slots=len(prompts),
-        uniforms=None if uniforms is None else uniforms.cpu().numpy()[order],
+        uniforms=None if uniforms is None else uniforms.cpu().numpy(),
         coins=coins,
         teacher=teacher,
         max_new_tokens=max_new_tokens,
@@ -142,8 +140,8 @@ def sample_completions(
         no_repeat_ngram_size=no_repeat_ngram_size,
     )
     with packed_weights(packable, max_new_tokens):  # `_decode` is a generator, which samples here
-        rows = [row._replace(row=order[row.row]) for row in finished]
-    return _pad_rows(sorted(rows, key=lambda row: row.row), pad_token_id)
+        rows = sorted(finished, key=lambda row: row.row)
+    return _pad_rows(rows, pad_token_id)
 
 
 def _packable(
@@ -176,7 +174,7 @@ def _decode(
     speculation: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[FinishedRow]:
-    """Yield the completions of prompts, the longest of which comes first, as they leave their slots.
+    """Yield the completions of prompts as they leave their slots; unless all fit into the slots, the longest come first.
 
     Tokens are mixed by `coins`, or by `speculation`: arguments of [`SpeculativeSampling`] or [`EngineSampling`].
     """

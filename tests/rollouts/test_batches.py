@@ -9,6 +9,7 @@ from conftest import build_model
 from kept_states import check_kept_states
 
 from minillm_trl.errors import UserError
+from minillm_trl.rollouts.compiled_steps import CompiledDecoding, Reader
 from minillm_trl.rollouts.engine_drafts import EngineDrafts
 from minillm_trl.rollouts.keyed_random import keyed_uniforms, toss_coins
 from minillm_trl.rollouts.sampling import Completions, left_pad, sample_completions, sample_prompts
@@ -54,13 +55,24 @@ def test_without_prompts_nothing_is_sampled(options: dict):
         ({"alpha": 0.5, "shared_coins": False}, False),
         ({"alpha": 0.5, "mixing": "speculative"}, False),
         ({"alpha": 0.5}, True),
+        ({"on_every_process": bool}, True),
+        ({"compiled": "eager"}, True),
     ],
     ids=str,
 )
-def test_rows_that_are_not_tied_take_the_slots_of_those_that_end(options: dict, tied: bool):
-    """So the rows that are complete first are not those of the first batch."""
+def test_rows_that_are_not_tied_take_the_slots_of_those_that_end(
+    monkeypatch: pytest.MonkeyPatch, options: dict, tied: bool
+):
+    """So the rows that are complete first are not those of the first batch. No model reads more rows than asked."""
     groups: list[list[int]] = []
-    completions = sample(*build_pair(), batch_size=4, on_batch=lambda rows, _: groups.append(rows), **options)
+    models, read = build_pair(), []
+    for model in models:
+        model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    if "compiled" in options:  # without the seconds that compiling takes
+        monkeypatch.setattr(Reader, "_compile", lambda reader, plan: lambda: bool(reader._run(plan)) or True)
+        options = {"compiled": CompiledDecoding(models[0], options["compiled"])}
+    completions = sample(*models, batch_size=4, on_batch=lambda rows, _: groups.append(rows), **options)
+    assert max(read) == 4
     order = sorted(range(12), key=lambda row: -len(PROMPTS[row]))
     assert len({len(completions[row]) for row in order[:4]}) > 1
     assert sorted(row for rows in groups for row in rows) == list(range(12))
@@ -88,6 +100,17 @@ def test_drafts_without_a_share_of_the_teacher_are_refused():
         sample(*build_pair(), mixing="speculative", alpha=0.0, drafts=EngineDrafts(lambda *_: []))
 
 
+def test_rows_that_cross_the_limit_of_longrope_are_refused():
+    """Of either model, by the longest prompt."""
+    for name in ("student", "teacher"):
+        models = dict(zip(("student", "teacher"), build_pair("llama"), strict=True))
+        rope = models[name].config.rope_parameters
+        models[name].config.rope_parameters = {**rope, "rope_type": "longrope", "original_max_position_embeddings": 16}
+        assert len(sample(**models, max_new_tokens=5, alpha=0.5)) == 12
+        with pytest.raises(UserError, match=r"A prompt of 11 tokens and max_new_tokens=6 cross .*=16 of Llama"):
+            sample(**models, max_new_tokens=6, alpha=0.5)
+
+
 def rows_of(*, coins: bool, greedy: bool = False, models=None, **options) -> Completions:
     """Sample the prompts with `sample_completions`, each row with coins of its own."""
     student, teacher = models or build_pair()
@@ -110,7 +133,7 @@ def rows_of(*, coins: bool, greedy: bool = False, models=None, **options) -> Com
 
 
 def test_numbers_and_coins_belong_to_their_rows():
-    """Rows are sampled in the order of their lengths, and returned in the order that they had."""
+    """Rows are returned in the order that they had, whatever the order in which they end."""
     student, teacher = build_pair()
     ids, mask, *_ = rows_of(coins=True)
     for row, (prompt, key) in enumerate(zip(PROMPTS, KEYS, strict=True)):

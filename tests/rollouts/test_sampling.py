@@ -480,6 +480,7 @@ def test_blocked_ngrams_are_those_of_generate(size: int):
 def test_left_padding_leaves_a_column_without_any_token():
     ids, mask = left_pad([[5, 6], [], [7]], 1)
     assert ids.tolist() == [[5, 6], [1, 1], [1, 7]]
+    assert mask.dtype == torch.bool
     assert mask.tolist() == [[True, True], [False, False], [False, True]]
     assert [part.tolist() for part in left_pad([[]], 1)] == [[[1]], [[False]]]
 

@@ -365,7 +365,7 @@ def test_block_lengths_follow_the_tosses_the_verdicts_and_the_sizes_of_the_model
         ("teacher=None", {"teacher": None}),
         ("keys=None", {"keys": None}),
         ("on_every_process", {"on_every_process": bool}),
-        ("no_repeat_ngram_size=3", {"no_repeat_ngram_size": 3}),
+        ("no_repeat_ngram_size=1", {"no_repeat_ngram_size": 1}),
         ("compiled", {"compiled": True}),
     ],
 )
