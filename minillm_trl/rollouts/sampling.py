@@ -174,9 +174,10 @@ def _decode(
     speculation: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[FinishedRow]:
-    """Yield the completions of prompts as they leave their slots; unless all fit into the slots, the longest come first.
+    """Yield the completions of prompts as they leave their slots.
 
-    Tokens are mixed by `coins`, or by `speculation`: arguments of [`SpeculativeSampling`] or [`EngineSampling`].
+    Unless all prompts fit into the slots, the longest come first. Tokens are mixed by `coins`, or by `speculation`:
+    arguments of [`SpeculativeSampling`] or [`EngineSampling`].
     """
     mixes = coins is not None or speculation is not None
     models = [student, cast(PreTrainedModel, teacher)] if mixes else [student]

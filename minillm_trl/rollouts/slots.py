@@ -294,6 +294,7 @@ class SlotCache(Cache):
         self.prompts_of: np.ndarray | None = None
         self.ready = np.zeros(slots.size, dtype=bool)
         self._states: Buffer | None = None
+        self._width = config.get_text_config().hidden_size
         layers = DynamicCache(config=config).layers
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in layers)
         self._layers = [SlotLayer(self) for _ in layers]
@@ -309,7 +310,9 @@ class SlotCache(Cache):
 
     def states(self, slots: torch.Tensor | int, columns: torch.Tensor) -> torch.Tensor:
         """Return the kept hidden states `(n, H)` at these columns `(n,)` of one slot, or of slots `(n,)`."""
-        assert self._states is not None, "this cache keeps no states"
+        if self._states is None:  # no row has had a prompt, so the model has not run
+            assert not len(columns), "this cache keeps no states"
+            return torch.zeros(0, self._width, device=columns.device)
         device = self._states.tensor.device
         slots = slots.to(device) if isinstance(slots, torch.Tensor) else slots
         return self._states.tensor[slots, columns.to(device)]

@@ -165,10 +165,11 @@ def test_rows_without_real_tokens_have_finished_from_the_start():
     assert sampled.mask.tolist() == [[True] * 4, [True] * 4, [False] * 4]
     assert sampled.ids[2].tolist() == [PAD] * 4
     student.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the student has run"))
-    for width in (1, 2):
+    for width, keep_states in ((1, False), (2, False), (2, True)):
         nothing = torch.full((2, width), PAD)
-        sampled = sample_completions(student, nothing, 0 * nothing, **options)
+        sampled = sample_completions(student, nothing, 0 * nothing, **options, keep_states=keep_states)
         assert sampled.ids.shape == sampled.mask.shape == (2, 0)
+        assert not keep_states or sampled.student_hidden_states.shape == (2, 0, 16)
 
 
 def test_process_that_has_finished_goes_on_until_the_others_have():

@@ -182,6 +182,58 @@ def test_few_columns_without_a_row_do_not_stop_growth():
     assert (slots.base, slots.end, slots.columns) == (0, 210, 532)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("read", [50, 109, 110, 200, 266])
+@pytest.mark.parametrize("keep_states", [False, True])
+def test_caches_follow_columns_that_move(keep_states: bool, read: int):
+    """Each column is read once, wherever the cache ended before; the rows that stay start at column 109."""
+    model, widths = build_model("llama", VOCAB, width=8, layers=1, positions=512).double(), []
+    model.base_model.embed_tokens.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    slots = Slots(3, torch.device("cpu"))
+    decoder = LazyDecoder(model, VOCAB, slots, keep_states)
+    slots.admit([0], [[5] * 10])
+    fill(slots, 100)
+    if read < 109:
+        decoder.feed(read)
+    slots.admit([1, 2], [[6], [7]])
+    if read == 109:
+        decoder.feed(read)
+    for _ in range(2):  # the last row moves to the first slot
+        slots.release(np.array([0]))
+    if read >= 110:
+        fill(slots, read - 110)
+        decoder.feed(read)
+    fill(slots, 267 - slots.end)
+    assert (slots.base, slots.end, slots.columns) == (0, 158, 266)
+    assert decoder.cache.fed == max(read - 109, 0)
+    widths.clear()
+    expected = model(torch.tensor([[6] + [0] * 157])).logits[:, -1]
+    torch.testing.assert_close(decoder.next_logits(np.array([0])), expected, **ROUNDING)
+    assert widths == [158, 158 - max(read - 109, 0)]
+
+
+def test_columns_grow_where_those_in_use_and_the_reserved_ones_do_not_fit():
+    """Also where many could be used again."""
+    slots = Slots(2, torch.device("cpu"))
+    slots.admit([0], [[5] * 10])
+    fill(slots, 100)
+    slots.admit([1], [[6] * 3])
+    slots.release(np.array([0]))
+    slots.reserve(300)
+    assert (slots.base, slots.end) == (0, 3)
+    assert slots.columns >= 303
+
+
+def test_keys_and_values_may_differ_in_width():
+    """As those of DeepSeek-V3 do."""
+    slots = Slots(3, torch.device("cpu"))
+    cache = LazyDecoder(build_model("gpt2", VOCAB, width=8, layers=1), VOCAB, slots).cache
+    slots.admit([0, 1], [[5, 6], [7]])
+    states = torch.randn(2, 4, 2, 6), torch.randn(2, 4, 2, 3)
+    found = cache.update(*states, 0)
+    assert all(torch.equal(*pair) for pair in zip(found, states, strict=True))
+
+
 def test_a_prompt_may_start_before_the_rows_that_are_there():
     slots = Slots(3, torch.device("cpu"))
     slots.admit([9], [[5]])
@@ -197,3 +249,17 @@ def test_a_prompt_may_start_before_the_rows_that_are_there():
     assert (slots.base, slots.end) == (3, 7)
     assert slots.ids[1].tolist() == [7, 8, 9, 4]
     assert slots.mask.tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_first_rows_of_a_new_start_leave_no_trace_of_the_last_ones():
+    slots = Slots(2, torch.device("cpu"))
+    slots.admit([0, 1], [[5] * 6, [6] * 6])
+    slots.release(np.array([1]))
+    fill(slots, 1)
+    slots.admit([2], [[7]])
+    slots.release(np.array([0]))
+    fill(slots, 1)
+    slots.release(np.array([0]))
+    assert slots.count == 0
+    slots.admit([3, 4], [[8, 9, 8, 9, 8], [9]])
+    assert slots.mask.tolist() == [[True] * 5, [False] * 4 + [True]]
