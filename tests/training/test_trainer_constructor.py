@@ -41,6 +41,28 @@ def test_settings_name_corpus_and_reward_functions(tmp_path):
     assert "short" in changes[1]
 
 
+def test_checkpoint_has_the_state_of_all_parts(tmp_path):
+    trainer = make_trainer(tmp_path, overlap_rollouts=True)
+    parts = [part for part in trainer.resume.parts if part is not trainer._loop]  # which has one in a training alone
+    names = {name for part in parts for name in part.state()}
+    assert {"rollouts", "nonfinite_completions", "completions", "mixing", "rollout_ahead", "nonfinite_steps"} <= names
+
+
+def test_rewards_of_an_evaluation_have_their_names_and_weights(tmp_path):
+    def one(completions, **unused):
+        return [3.0 for _ in completions]
+
+    def other(completions, **unused):
+        return [8.0 for _ in completions]
+
+    trainer = make_trainer(
+        tmp_path, reward_funcs=[one, other], reward_weights=[1.0, 0.5], eval_dataset=DATASET.select(range(4))
+    )
+    found = trainer.evaluate()
+    names = ("eval_reward", "eval_rewards/one/mean", "eval_rewards/other/mean")
+    assert [found[name] for name in names] == pytest.approx([7.0, 3.0, 8.0])
+
+
 def test_watch_comes_before_callbacks_that_report(tmp_path):
     """Its findings are logged, so they are in the logs that the others report."""
 

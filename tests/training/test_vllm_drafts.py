@@ -220,3 +220,8 @@ def test_vllm_without_room_for_a_segment_says_so(tmp_path):
 def test_settings_that_drafts_cannot_serve_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         make_config(tmp_path, **{**SPECULATIVE, **options})
+
+
+def test_adapters_are_merged_for_mixing(tmp_path):
+    trainer = make_trainer(tmp_path, **SPECULATIVE, peft_config=LoraConfig(r=2, target_modules=["c_attn"]))
+    assert trainer._rollout_copy is not None
