@@ -103,6 +103,11 @@ class TestLoad:
         assert any("lora_" in name for name, _ in adapter.named_parameters())
         assert not any(parameter.requires_grad for parameter in adapter.parameters())
 
+    def test_generation_config_that_is_given_for_a_model_wins_over_that_of_its_folder(self, model_dir):
+        given = GenerationConfig(eos_token_id=[7, 8])
+        loaded = load_teacher(model_dir(), {"generation_config": given}, torch.float32)
+        assert loaded.generation_config.eos_token_id == [7, 8]
+
     def test_wrapper_of_an_adapter_is_taken_off(self):
         model = get_peft_model(build_model("gpt2"), LoraConfig(task_type="CAUSAL_LM"))
         loaded = load_teacher(model, None, torch.float32)
@@ -149,11 +154,10 @@ class TestSharedBase:
         (tmp_path / "link").symlink_to(folder)
         student = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
         config = LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(tmp_path / "link"))
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
         for name in (str(tmp_path / "link"), None):
-            saved = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
-            saved.peft_config["default"].base_model_name_or_path = name
-            saved.base_model.model.config._name_or_path = name or ""
-            saved.save_pretrained(tmp_path / "adapter")
+            config.base_model_name_or_path = name
+            config.save_pretrained(tmp_path / "adapter")
             adapter_on_base(student, str(tmp_path / "adapter"))
 
 

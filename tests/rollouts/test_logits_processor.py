@@ -155,6 +155,7 @@ def test_tokens_that_one_model_lacks_are_never_sampled(more: int, alpha: float):
     found = TeacherMixedLogitsProcessor(tiny(1), alpha, MASK)(IDS, scores)
     assert torch.equal(scores, given)  # which other processors and the caller may keep
     assert found.shape == scores.shape
+    assert not found.requires_grad  # a loop of the user may compute gradients
     assert found[:, shared:].eq(-torch.inf).all()
     with torch.no_grad():
         of_teacher = tiny(1)(torch.tensor([PROMPT])).logits[:, -1].to(scores)

@@ -201,7 +201,8 @@ class TestFolder:
     )
     def test_folder_of_other_scores_is_refused(self, tmp_path: Path, changed: dict, named: str):
         store(tmp_path / "scores", top_k=5)
-        with pytest.raises(UserError, match=named):
+        message = f"scores holds scores that were computed with {named}=.*; now .* Name another folder"
+        with pytest.raises(UserError, match=message):
             store(tmp_path / "scores", **{"top_k": 5, **changed})
 
     def test_damaged_file_is_named(self, tmp_path: Path):
@@ -280,12 +281,12 @@ class TestRefusals:
             make_config(tmp_path, **{**preset("lightning_opd"), "offline_teacher": "scores", name: value})
 
     @pytest.mark.parametrize(
-        ("options", "named"), [({"temperature": 0.5}, "temperature=0.5"), ({"max_completion_length": 4}, "length=4")]
+        ("name", "wanted", "was"), [("temperature", 0.5, 1.0), ("max_completion_length", LIMIT - 1, LIMIT)]
     )
-    def test_scores_of_other_settings(self, tmp_path: Path, options: dict, named: str):
+    def test_scores_of_other_settings(self, tmp_path: Path, name: str, wanted: float, was: float):
         store(tmp_path / "scores", top_k=4)
-        with pytest.raises(UserError, match=named):
-            make_trainer(tmp_path, tmp_path / "scores", **options)
+        with pytest.raises(UserError, match=f"^{name}={wanted}, but .* with {name}={was}. Set {name}={was}"):
+            make_trainer(tmp_path, tmp_path / "scores", **{name: wanted})
 
     def test_scores_of_other_data(self, tmp_path: Path):
         store(tmp_path / "scores", top_k=4)
