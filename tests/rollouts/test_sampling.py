@@ -371,16 +371,24 @@ def test_memory_of_caches_is_free_as_soon_as_sampling_ends(options: dict):
         gc.enable()
 
 
-def test_cudnn_attention_is_off_while_sampling_alone():
+@pytest.mark.parametrize("of_prompts", [True, False])
+def test_cudnn_attention_and_gradients_are_off_while_sampling_alone(of_prompts: bool):
     model, seen = build_model("gpt2", vocab_size=50, width=16), []
-    model.base_model.register_forward_hook(lambda *unused: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    model.base_model.register_forward_hook(
+        lambda *unused: seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.is_grad_enabled()))
+    )
+    options = {"max_new_tokens": 2, "eos_token_ids": [], "pad_token_id": 1}
     before = torch.backends.cuda.cudnn_sdp_enabled()
     for enabled in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(enabled)
-        sample_prompts(model, [[5]], keys=[(1,)], max_new_tokens=2, eos_token_ids=[], pad_token_id=1)
+        if of_prompts:
+            sample_prompts(model, [[5]], keys=None, **options)
+        else:
+            sample_completions(model, torch.tensor([[5]]), torch.ones(1, 1), uniforms=None, **options)
         assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        assert torch.is_grad_enabled()
     torch.backends.cuda.enable_cudnn_sdp(before)
-    assert seen == [False] * 4
+    assert seen == [(False, False)] * 4
 
 
 @torch.no_grad()

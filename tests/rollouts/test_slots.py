@@ -251,15 +251,15 @@ def test_a_prompt_may_start_before_the_rows_that_are_there():
     assert slots.mask.tolist() == [[False, False, True, True], [True] * 4]
 
 
-def test_first_rows_of_a_new_start_leave_no_trace_of_the_last_ones():
-    slots = Slots(2, torch.device("cpu"))
-    slots.admit([0, 1], [[5] * 6, [6] * 6])
-    slots.release(np.array([1]))
+def test_first_rows_of_a_new_start_leave_no_trace_of_earlier_ones():
+    slots = Slots(3, torch.device("cpu"))
+    slots.admit([0, 1, 2], [[5] * 6] * 3)
+    slots.release(np.array([1, 2]))
     fill(slots, 1)
-    slots.admit([2], [[7]])
+    slots.admit([3], [[7]])
     slots.release(np.array([0]))
     fill(slots, 1)
     slots.release(np.array([0]))
     assert slots.count == 0
-    slots.admit([3, 4], [[8, 9, 8, 9, 8], [9]])
-    assert slots.mask.tolist() == [[True] * 5, [False] * 4 + [True]]
+    slots.admit([4, 5, 6], [[8, 9, 8, 9, 8], [9], [9]])
+    assert slots.mask.tolist() == [[True] * 5, [False] * 4 + [True], [False] * 4 + [True]]
