@@ -232,6 +232,7 @@ def test_keys_and_values_may_differ_in_width():
     states = torch.randn(2, 4, 2, 6), torch.randn(2, 4, 2, 3)
     found = cache.update(*states, 0)
     assert all(torch.equal(*pair) for pair in zip(found, states, strict=True))
+    assert cache.get_max_length() == -1  # without a limit, for transformers
 
 
 def test_a_prompt_may_start_before_the_rows_that_are_there():
