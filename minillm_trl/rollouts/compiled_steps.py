@@ -258,7 +258,6 @@ class Reader:
         """Forget the columns of the last batch, whose keys may be infinite or NaN, also times 0."""
         self.fed = 0
         self._cache.reset()
-        self.head = LMHead.of(self.model) if self._backend is None else self.head
 
     def _compile(self, plan: StepPlan) -> Callable[[], bool]:
         def step() -> bool:
