@@ -88,7 +88,7 @@ class CompiledSampling:
             return
         # either all processes call a sharded teacher, or none
         teacher_draws = not self._everywhere(not coins.any())
-        if not (teacher_draws and coins.all()):
+        if not coins.all():
             student.step(self.plan._replace(appends=not teacher_draws), end)
         if teacher_draws:
             self.readers[1].step(self.plan._replace(overrides=True), end)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_model
 from peft import LoraConfig, get_peft_model
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, Cache
 from transformers.utils import ModelOutput
 
 import minillm_trl.rollouts.compiled_steps
@@ -291,7 +291,7 @@ class TestCheck:
             model.transformer.ln_f.bias[0] = largest
 
         def add_shift(module: torch.nn.Module, arguments: tuple, inputs: dict, outputs: ModelOutput) -> None:
-            if inputs["use_cache"]:
+            if any(isinstance(value, Cache) for value in inputs.values()):
                 outputs.last_hidden_state.add_(shift[0])
 
         model.transformer.register_forward_hook(add_shift, with_kwargs=True)
