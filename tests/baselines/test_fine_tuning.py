@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_kd import TEXTS, batch_of, by_hand, make_args, make_fine_tuning, make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTTrainer
 
 from minillm_trl.baselines import FineTuningConfig, FineTuningTrainer, fine_tuning, kd
 from minillm_trl.errors import UserError
@@ -208,6 +209,13 @@ def test_evaluation_on_several_processes_has_each_row_once(tmp_path, monkeypatch
             labels += batch["labels"].tolist()
     assert len(labels) == 8
     assert sum(any(id_ != -100 for id_ in row) for row in labels) == real
+
+
+def test_loader_of_the_data_is_made_as_transformers_asks(tmp_path, monkeypatch):
+    trainer = make_fine_tuning(tmp_path)
+    given = ([1, 2], "Training", 4, "sampler", True, "key")
+    monkeypatch.setattr(SFTTrainer, "_get_dataloader", lambda self, *arguments: arguments)
+    assert trainer._get_dataloader(*given) == given
 
 
 class TestSamples:

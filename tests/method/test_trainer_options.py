@@ -15,6 +15,7 @@ from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from test_trainer import DATASET, PROMPTS, make_config, make_trainer, weights
+from trl import GRPOTrainer
 
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.objectives import reference_kl
@@ -417,3 +418,10 @@ def test_evaluation_on_several_processes_is_filled_up(tmp_path, monkeypatch, opt
     assert len(loader.dataset) == rows
     fillers = [not is_real for is_real in split_columns(list(loader.dataset))[1]]
     assert fillers == [False] * 7 + [True] * (rows - 7)
+
+
+def test_loader_of_the_data_is_made_as_transformers_asks(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    given = ([1, 2], "Training", 4, "sampler", True, "key")
+    monkeypatch.setattr(GRPOTrainer, "_get_dataloader", lambda self, *arguments: arguments)
+    assert trainer._get_dataloader(*given) == given

@@ -5,7 +5,16 @@ import logging
 import pytest
 import torch
 import trl
-from chat_models import TEXT_END, TURN_END, TURN_START, answer, build_chat_model, build_chat_tokenizer, question
+from chat_models import (
+    CHATML,
+    TEXT_END,
+    TURN_END,
+    TURN_START,
+    answer,
+    build_chat_model,
+    build_chat_tokenizer,
+    question,
+)
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -235,6 +244,12 @@ class TestFineTuning:
             with pytest.raises(ValueError, match="eos_tokens must be a list of tokens"):
                 config(str(tmp_path), eos_tokens=value, **TRAINING)
 
+    @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+    def test_texts_need_no_end_of_turn(self, tmp_path, warnings, template):
+        tokenizer = build_chat_tokenizer(TEXT_END, template)
+        fine_tuner(tmp_path, TEXTS, tokenizer, build_chat_model(tokenizer, 0))
+        assert warnings() == []
+
     @pytest.mark.parametrize("trainer", [FineTuningTrainer, KDTrainer])
     def test_template_without_an_end_of_turn_is_warned_of(self, tmp_path, warnings, trainer):
         tokenizer = build_chat_tokenizer(TEXT_END, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
@@ -256,6 +271,36 @@ class TestFineTuning:
         assert learnt(make(TEXTS, None, eos_tokens=TURN_START))[0].endswith(TURN_START)
         with pytest.raises(ValueError, match=r"has no eos_token.*eos_tokens="):
             make(TEXTS, None)
+
+    def test_tokenizer_without_eos_takes_the_one_that_trl_is_told(self, tmp_path):
+        def make(data, template=None, pad=TEXT_END, **options):
+            tokenizer = build_chat_tokenizer(None, template)
+            tokenizer.pad_token = pad
+            return fine_tuner(tmp_path, data, tokenizer, build_chat_model(tokenizer, None), **options)
+
+        assert learnt(make(TEXTS, pad=None, eos_token=TURN_START))[0].endswith(TURN_START)
+        assert learnt(make(TEXTS, CHATML, eos_token=TURN_START))[0].endswith(TURN_START)
+        (tmp_path / "template.jinja").write_text(CHATML)
+        trainer = make(CHATS, chat_template_path=str(tmp_path / "template.jinja"))
+        assert learnt(trainer)[0].endswith("<|im_end|>\n")
+        assert trainer.model.generation_config.eos_token_id == 2
+
+    def test_turns_end_as_the_arguments_of_the_template_say(self, tmp_path):
+        tokenizer = build_chat_tokenizer(TEXT_END)
+        end = f"{{{{ '{TURN_END}' if closes else '{TEXT_END}' }}}}"
+        tokenizer.chat_template = f"{{% for m in messages %}}{TURN_START}{{{{ m.content }}}}{end}{{% endfor %}}"
+        model = build_chat_model(tokenizer, 0)
+        fine_tuner(tmp_path, CHATS, tokenizer, model, chat_template_kwargs={"closes": True})
+        assert model.generation_config.eos_token_id == [2, 0]
+
+    def test_rows_of_token_ids_end_with_the_eos_of_the_tokenizer(self, tmp_path):
+        tokenizer = build_chat_tokenizer(TEXT_END)
+        rows = Dataset.from_dict({"input_ids": [[5, 6, 0]] * 2, "labels": [[-100, 6, 0]] * 2})
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        trainer = fine_tuner(tmp_path, rows, tokenizer, build_chat_model(tokenizer, 0), **options)
+        assert trainer.model.generation_config.eos_token_id == 0
+        assert tokenizer.eos_token == TEXT_END
+        assert learnt(trainer)[0] == tokenizer.decode([6, 0])
 
     def test_template_is_given_its_arguments(self, tmp_path):
         tokenizer = build_chat_tokenizer(TURN_END)
