@@ -45,6 +45,7 @@ class TestStuckShare:
         assert stuck_share([weights], 1e-9) == 0.0
         assert stuck_share([weights.bfloat16(), torch.ones(7)], step) == pytest.approx(3 / 14)
         assert stuck_share([], step) == 0.0
+        assert stuck_share((each for each in (weights.bfloat16(), torch.ones(7))), step) == pytest.approx(3 / 14)
 
     @pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 2e-5), (torch.float16, 5e-6)])
     def test_it_is_what_adam_leaves_as_it_was(self, dtype: torch.dtype, rate: float):
