@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -9,12 +10,13 @@ import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
 from peft import AdaptionPromptConfig, LoraConfig, PeftModel, PromptTuningConfig, XLoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import minillm_trl.training.teacher_mixed_trainer
 from minillm_trl import MiniLLMConfig, MiniLLMTrainer
 from minillm_trl.cli import main
 from minillm_trl.errors import UserError
+from minillm_trl.models import adapters
 from minillm_trl.models.adapters import find_adapter, is_adapter, refuse_adapter
 from minillm_trl.models.bitsandbytes_layout import keep_4bit_layout
 from minillm_trl.models.fused_head import ScoreRequest, add_scoring
@@ -283,6 +285,24 @@ class TestFinding:
         monkeypatch.setattr(PeftModel, "from_pretrained", fail)
         with pytest.raises(UserError, match=rf"^the adapter '{tmp_path}' cannot be loaded: the disk is gone"):
             find_adapter(str(tmp_path)).load_merged()
+
+    def test_code_and_pickles_that_come_with_it_are_run_on_request_alone(self, tmp_path, model_dir, monkeypatch):
+        adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama"))).save_pretrained(tmp_path)
+        read, load, seen = AutoConfig.from_pretrained, adapters.load_causal_lm, []
+
+        def read_config(name, **options):
+            seen.append(options["trust_remote_code"])
+            return read(name, **options)
+
+        def load_base(name, what, allow_pickled_weights, **options):
+            seen.append((options["trust_remote_code"], allow_pickled_weights))
+            return load(name, what, allow_pickled_weights, **options)
+
+        monkeypatch.setattr(adapters, "AutoConfig", SimpleNamespace(from_pretrained=read_config))
+        monkeypatch.setattr(adapters, "load_causal_lm", load_base)
+        find_adapter(str(tmp_path)).load_merged()
+        find_adapter(str(tmp_path), trust_remote_code=True).load_merged("auto", True, True)
+        assert seen == [False, (False, False), True, (True, True)]
 
     def test_merging_leaves_the_filters_of_warnings(self, tmp_path, model_dir):
         adapter = adapt(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=LAYERS)
