@@ -188,6 +188,17 @@ def test_adapters_of_a_quantised_student_are_trained_in_float32_on_weights_that_
     assert not layer.support_avx512bf16_for_cpu
 
 
+def test_multimodal_student_needs_its_processor(tmp_path, monkeypatch):
+    student = build_model("gpt2", len(TOKENIZER))
+    student.config.vision_config = {"hidden_size": 8}
+    args, tokenizer = make_args(FineTuningConfig, tmp_path), build_tokenizer()
+    options = {"model": student, "args": args, "train_dataset": TEXTS, "processing_class": tokenizer}
+    with pytest.raises(UserError, match="is multimodal"):
+        FineTuningTrainer(**options)
+    monkeypatch.setattr(fine_tuning, "ProcessorMixin", type(tokenizer))  # which TRL accepts with any text model
+    assert FineTuningTrainer(**options).model is student
+
+
 def test_deep_copy_of_the_student_runs_its_own_weights(tmp_path):
     """As moving averages of the weights do."""
     student, ids = make_fine_tuning(tmp_path).model.eval(), torch.tensor([[5, 6, 7]])
