@@ -71,6 +71,12 @@ class TestStuckShare:
         step = 0.375 * 2.0**-8  # of the steps of bfloat16 above 1/2, which are twice those below
         assert stuck_share([weights.bfloat16()], step) == 0.5
 
+    def test_step_itself_is_not_rounded(self):
+        """Half a step of bfloat16 is rounded to the even neighbour; a little more moves the weight."""
+        weight = torch.tensor([0.25 + 2.0**-8]).bfloat16()
+        assert stuck_share([weight], 2.0**-10) == 1.0
+        assert stuck_share([weight], 2.0**-10 * (1 + 2.0**-9)) == 0.0
+
 
 class TestUnitStep:
     @pytest.mark.parametrize(
