@@ -390,6 +390,24 @@ class TestVLLM:
         loss = trainer.compute_loss(trainer.model, batch)
         assert loss.item() == pytest.approx(-(ratio * batch["advantages"][0]).mean().item(), rel=1e-4)
 
+    def test_log_probs_of_a_rollout_function_are_corrected_once(self, tmp_path, monkeypatch):
+        given = [-1.0, -2.0, -0.5, -3.0]
+
+        def rollout(prompts, trainer):
+            ids = trainer.processing_class(prompts)["input_ids"]
+            return {
+                "prompt_ids": ids,
+                "completion_ids": [[8, 9, 10, 0]] * len(ids),
+                "logprobs": [list(given) for _ in ids],
+            }
+
+        options = {"vllm_importance_sampling_clip_max": 1e9, "vllm_importance_sampling_mode": "token_truncate"}
+        trainer = self.make(tmp_path, monkeypatch, rollout_func=rollout, **options)
+        batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:2]])
+        torch.testing.assert_close(batch["old_per_token_logps"], batch["student_logps"])
+        expected = batch["student_logps"] - torch.tensor([given] * 2)
+        torch.testing.assert_close(batch["importance_sampling_ratio"].log(), expected, rtol=1e-3, atol=1e-3)
+
     def test_training_synchronises_the_weights_once_a_rollout(self, tmp_path, monkeypatch):
         trainer = self.make(tmp_path, monkeypatch, num_iterations=2, max_steps=8)
         trainer.train()
