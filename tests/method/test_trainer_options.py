@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.objectives import reference_kl
 from minillm_trl.rollouts.buffer import sequences
-from minillm_trl.training.prompt_order import split_columns
+from minillm_trl.training.prompt_order import mark_filler, split_columns
 
 
 def first_token(completion_ids, **kwargs) -> list[float]:
@@ -64,6 +64,27 @@ class TestRewardFunctions:
         )
         batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:8]])
         assert batch["advantages"].abs().max() == 0
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_row_with_a_value_that_is_not_finite_is_faulty(self, tmp_path, monkeypatch, caplog, training: bool):
+        trainer = make_trainer(tmp_path, reward_funcs=constant)
+        trainer.model.train(training)
+        add = trainer._add_reward_advantages
+
+        def add_nan(batch, group_advantages):
+            batch, faults = add(batch, group_advantages)
+            batch["advantages"][1] = torch.nan
+            return batch, faults
+
+        monkeypatch.setattr(trainer, "_add_reward_advantages", add_nan)
+        rows = [{"prompt": prompt} for prompt in PROMPTS[:4]]
+        batch = trainer._generate_and_score_completions([*rows[:3], mark_filler(rows[3])])
+        assert batch["faulty"].tolist() == [False, True, False, False]
+        assert "advantages contains nan" in caplog.text
+        assert batch["completion_mask"][3].sum() == 0
+        assert ((batch["completion_mask"] == 0) | (batch["completion_mask"] == 1)).all()
+        assert ("counts" in batch) is not training
+        assert training or batch["counts"].tolist() == [True, True, True, False]
 
     def test_metrics_of_groups_are_left_out_where_there_are_none(self, tmp_path):
         trainer = make_trainer(tmp_path, reward_funcs=first_token, max_steps=1)
