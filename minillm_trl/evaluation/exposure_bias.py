@@ -122,7 +122,7 @@ def sample_divergences(
     """
     if samples < 1:
         raise ValueError(f"Exposure bias needs at least one sample of each prompt, got samples={samples}.")
-    vocab_size = shared_vocab_size(student, teacher, tokenizer)
+    vocab_size = min(len(tokenizer), shared_vocab_size(student, teacher, tokenizer))
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     encoded = encode_prompts(tokenizer, prompts, chat_template_kwargs)
     prompt_ids = [ids for ids in encoded for _ in range(samples)]

@@ -112,16 +112,12 @@ class TaskMeasures:
 
     def _distribution_scores(self, completions: list[Completion]) -> list[dict[str, float]]:
         """Return the entropy per token and, with a teacher, the reverse KL of each completion."""
-        if self.teacher is None:
-            vocab_size = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
-        else:
-            vocab_size = shared_vocab_size(self.model, self.teacher, self.tokenizer)
         scores = score_completions(
             self.model.eval(),
             None if self.teacher is None else self.teacher.eval(),
             [self.prompt_ids[row] for row in self.rows],
             [completion.token_ids for completion in completions],
-            vocab_size=vocab_size,
+            vocab_size=self._sampled_rows(self.teacher),
             temperature=self.decoding["temperature"],
             second_temperature=self.teacher_temperature,
             batch_size=self.decoding["batch_size"],
@@ -142,7 +138,7 @@ class TaskMeasures:
             self.teacher.eval(),
             [self.prompt_ids[row] for row in self.rows],
             [completion.token_ids for completion in completions],
-            vocab_size=shared_vocab_size(self.model, self.teacher, self.tokenizer),
+            vocab_size=self._sampled_rows(self.teacher),
             temperature=self.teacher_temperature,
             batch_size=self.decoding["batch_size"],
         )
@@ -160,7 +156,7 @@ class TaskMeasures:
             self.model.eval(),
             [self.prompt_ids[row] for row in self.rows],
             [completion.token_ids for completion in completions],
-            vocab_size=shared_vocab_size(self.model, teacher, self.tokenizer),
+            vocab_size=self._sampled_rows(teacher),
             temperature=self.teacher_temperature,
             second_temperature=self.decoding["temperature"],
             batch_size=self.decoding["batch_size"],
@@ -234,6 +230,12 @@ class TaskMeasures:
             on_batch=lambda count: bar.update(count * processes),
             **{**self.decoding, "temperature": temperature},
         )
+
+    def _sampled_rows(self, teacher: PreTrainedModel | None) -> int:
+        """Return the number of leading vocabulary rows that samples are drawn from, without padding."""
+        if teacher is not None:
+            return min(len(self.tokenizer), shared_vocab_size(self.model, teacher, self.tokenizer))
+        return min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
 
     def _text_scores(self, row: int, completion: Completion) -> dict[str, float]:
         scores = {

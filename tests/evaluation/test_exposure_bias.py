@@ -96,8 +96,8 @@ def slow_divergences(sampler, student, teacher, prompts, samples, max_new_tokens
 
 
 def models(student_family="gpt2", teacher_family="llama"):
-    """The teacher's vocabulary is padded; both end a text early now and then."""
-    found = build_model(student_family, len(TOKENIZER)), build_model(teacher_family, len(TOKENIZER) + 12, seed=1)
+    """The vocabularies are padded; both models end a text early now and then."""
+    found = build_model(student_family, len(TOKENIZER) + 5), build_model(teacher_family, len(TOKENIZER) + 12, seed=1)
     for model in found:
         model.generation_config.eos_token_id = ENDS
     return found

@@ -1,5 +1,6 @@
 """Curves of a measure over entropy: exact on lines, paired by prompt, and refused outside their range."""
 
+from dataclasses import FrozenInstanceError
 from itertools import permutations
 
 import numpy as np
@@ -100,6 +101,11 @@ class TestValues:
         (mean,) = {mean_over_entropies(curve, 0.2, 1.0) for curve in curves}
         assert np.isfinite(mean)
 
+    def test_curve_cannot_be_changed(self):
+        curve = FrontierCurve([[0.2], [1.0]], [[1.0], [2.0]])
+        with pytest.raises(FrozenInstanceError):
+            curve.values = curve.entropies
+
     def test_single_entropy_is_no_range(self):
         curve, same = FrontierCurve([[0.2], [1.0]], [[1.0], [2.0]]), FrontierCurve([[0.5], [0.5]], [[70.0], [60.0]])
         assert value_at_entropy(same, 0.5) == 70.0
@@ -168,6 +174,20 @@ class TestDifference:
         interval = mean_equal_entropy_difference(model, baseline, resamples=500)
         assert interval == MeanInterval(*[pytest.approx(3.5)] * 3, PROMPTS, pytest.approx(0, abs=1e-9))
         assert shared_entropies(model, baseline) == pytest.approx((0.3, 1.0))
+
+    @pytest.mark.parametrize("prompts", [1, 2])
+    def test_standard_error_needs_two_prompts(self, prompts: int):
+        model, baseline = (
+            FrontierCurve(curve.entropies[:, :prompts], curve.values[:, :prompts])
+            for curve in (random_curve(3), random_curve(4))
+        )
+        low, high = shared_entropies(model, baseline)
+        for found in (
+            equal_entropy_difference(model, baseline, (low + high) / 2, resamples=50),
+            mean_equal_entropy_difference(model, baseline, resamples=50),
+        ):
+            assert found.n == prompts
+            assert found.standard_error is None if prompts == 1 else found.standard_error > 0
 
     def test_equal_models_differ_by_exactly_nothing(self):
         curve, same = random_curve(1), random_curve(1)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from minillm_trl.evaluation import task_measures
 from minillm_trl.evaluation.exposure_bias import sample_divergences
 from minillm_trl.evaluation.metrics import exact_match, repeated_ngrams, rouge_l
 from minillm_trl.evaluation.task_measures import SharedMeasures, TaskMeasures, gather_rows, own_rows
+from minillm_trl.models.context import max_context
 from minillm_trl.models.encoding import encode_pair
 from minillm_trl.rollouts.prompts import generate_completions
 
@@ -37,8 +39,8 @@ class Bar:
 
 @pytest.fixture(scope="module")
 def models():
-    """A student whose vocabulary is padded, and a teacher; both end a text early now and then."""
-    found = build_model("gpt2", ROWS + 20), build_model("llama", ROWS, seed=1)
+    """A student and a teacher whose vocabularies are padded; both end a text early now and then."""
+    found = build_model("gpt2", ROWS + 20), build_model("llama", ROWS + 9, seed=1)
     for model in found:
         model.generation_config.eos_token_id = ENDS
     return found
@@ -175,6 +177,12 @@ def test_models_are_measured_in_eval_mode():
     teacher.train()
     for row, measures in zip(all_measures(student, teacher)[1], expected[1], strict=True):
         assert row == pytest.approx(measures, rel=1e-4)
+    task = task_of(student)
+    for _ in range(2):  # the second time with the teacher's samples of the first
+        student.train()
+        for row, measures in zip(task.measure_forward_kl(teacher, 5, Bar()), expected[3], strict=True):
+            assert row == pytest.approx(measures, rel=1e-4)
+        teacher.train()
 
 
 def test_forward_pass_has_at_most_the_rows_of_a_batch():
@@ -211,7 +219,9 @@ def test_loss_is_the_mean_over_the_tokens_of_all_references_within_the_context()
 
 
 def test_model_without_a_limit_sees_whole_references():
-    model = build_model("bloom", ROWS)  # whose configuration states none
+    model = build_model("bloom", ROWS)
+    del model.config.max_position_embeddings  # Bloom's own configuration states no limit
+    assert max_context(model) is None
     references = [["the mill " * 40]]
     expected = slow_loss(model, PROMPTS[0], references[0], 10**6)
     assert task_of(model, prompts=PROMPTS[:1], references=references).measure_losses() == pytest.approx([expected])
@@ -236,9 +246,13 @@ def test_references_of_conversations_follow_the_chat_template():
 
 
 def test_length_of_a_reference_is_that_of_the_first_without_white_space_or_ends(models):
-    assert task_of(models[0]).reference_lengths() == [
-        len(TOKENIZER(text)["input_ids"]) for text in ("a cheap pub", "the", "the city centre", "", "family")
-    ]
+    expected = [len(TOKENIZER(text)["input_ids"]) for text in ("a cheap pub", "the", "the city centre", "", "family")]
+    task = task_of(models[0])
+    assert task.reference_lengths() == expected
+    task.tokenizer = build_tokenizer()
+    adds_end = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", TOKENIZER.eos_token_id)])
+    task.tokenizer.backend_tokenizer.post_processor = adds_end
+    assert task.reference_lengths() == expected
     assert task_of(models[0], references=None).reference_lengths() == []
 
 
