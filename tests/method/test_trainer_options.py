@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from minillm_trl import MiniLLMTrainer
 from minillm_trl.objectives import reference_kl
 from minillm_trl.rollouts.buffer import sequences
+from minillm_trl.training.nonfinite_rows import leave_out_faulty
 from minillm_trl.training.prompt_order import mark_filler, split_columns
 
 
@@ -464,3 +465,24 @@ def test_loader_of_the_data_is_made_as_transformers_asks(tmp_path, monkeypatch):
     given = ([1, 2], "Training", 4, "sampler", True, "key")
     monkeypatch.setattr(GRPOTrainer, "_get_dataloader", lambda self, *arguments: arguments)
     assert trainer._get_dataloader(*given) == given
+
+
+def test_reverse_kl_is_logged_whatever_divergence_is_trained(tmp_path):
+    data, found = DATASET.select(range(4)), []
+    for options in ({}, {"single_step_divergence": "forward_kl"}):
+        found.append(make_trainer(tmp_path, eval_dataset=data, **options).evaluate())
+    assert found[0]["eval_objective/single_step"] != pytest.approx(found[1]["eval_objective/single_step"], rel=1e-3)
+    assert found[0]["eval_objective/reverse_kl"] == pytest.approx(found[1]["eval_objective/reverse_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_micro_batch_of_faulty_rows_and_a_loss_that_is_not_finite_are_explained_in_training(tmp_path, training: bool):
+    trainer = make_trainer(tmp_path)
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:4]])
+    trainer.model.train(training)
+    faulty = leave_out_faulty({**batch, "faulty": torch.ones(4, dtype=torch.bool)})
+    trainer.compute_loss(trainer.model, {**faulty, "window_tokens": torch.tensor(0.0)})
+    assert bool(trainer.guard.faults) is training
+    trainer.guard.faults.clear()
+    trainer.compute_loss(trainer.model, {**batch, "advantages": batch["advantages"] * torch.nan})
+    assert bool(trainer.guard.faults) is training
