@@ -216,6 +216,11 @@ class TestRolloutFunction:
         with pytest.raises(ValueError, match="rollout_func returned logprobs from"):
             self.batch(self.make(tmp_path, given))
 
+    def test_logprobs_of_masked_tokens_may_be_anything(self, tmp_path):
+        trainer = self.make(tmp_path, [-1.0, 5.0, 5.0, -3.0], env_mask=[1, 0, 0, 1])
+        found = self.batch(trainer)["old_per_token_logps"]
+        torch.testing.assert_close(found[:, [0, 3]], torch.tensor([[-1.0, -3.0]] * 2))
+
     def test_weight_that_overflows_is_reported_with_the_cap_to_set(self, tmp_path, caplog):
         given, options = [-200.0] * 4, {"importance_weighting": "sequence"}
         assert self.batch(self.make(tmp_path, given, **options))["faulty"].all()
