@@ -491,3 +491,14 @@ def test_micro_batch_of_faulty_rows_and_a_loss_that_is_not_finite_are_explained_
     trainer.guard.faults.clear()
     trainer.compute_loss(trainer.model, {**batch, "advantages": batch["advantages"] * torch.nan})
     assert bool(trainer.guard.faults) is training
+
+
+def test_row_that_is_left_out_does_not_go_through_the_student(tmp_path):
+    """A NaN in the forward pass would give a NaN gradient even with weight 0."""
+    trainer = make_trainer(tmp_path, family="llama")
+    batch = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:2]])
+    trainer.model.train()
+    batch["prompt_ids"][1] = 299
+    trainer.model.model.embed_tokens.weight.data[299] = torch.nan
+    trainer.compute_loss(trainer.model, leave_out_faulty({**batch, "faulty": torch.tensor([False, True])})).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trainer.model.parameters())
