@@ -111,6 +111,10 @@ class TestRewardFunctions:
         shown.clear()
         make_trainer(tmp_path / "b", max_steps=3, logging_steps=2, log_completions=True).train()
         assert shown == [2, 3]  # those of the third step are shown by the log that ends the run
+        shown.clear()
+        options = {"eval_dataset": DATASET.select(range(4)), "eval_strategy": "steps", "eval_steps": 1}
+        make_trainer(tmp_path / "c", max_steps=2, logging_steps=1, log_completions=True, **options).train()
+        assert shown == [1, 1, 2, 2]  # of the training and of the evaluation
 
 
 def test_checkpointing_s_old_names_in_trl_cause_no_warnings(tmp_path):
