@@ -492,9 +492,10 @@ def test_micro_batch_of_faulty_rows_and_a_loss_that_is_not_finite_are_explained_
     faulty = leave_out_faulty({**batch, "faulty": torch.ones(4, dtype=torch.bool)})
     trainer.compute_loss(trainer.model, {**faulty, "window_tokens": torch.tensor(0.0)})
     assert bool(trainer.guard.faults) is training
-    trainer.guard.faults.clear()
-    trainer.compute_loss(trainer.model, {**batch, "advantages": batch["advantages"] * torch.nan})
-    assert bool(trainer.guard.faults) is training
+    for advantage in (torch.nan, 3e38):  # the sum of the second overflows
+        trainer.guard.faults.clear()
+        trainer.compute_loss(trainer.model, {**batch, "advantages": torch.full_like(batch["advantages"], advantage)})
+        assert bool(trainer.guard.faults) is training
 
 
 def test_row_that_is_left_out_does_not_go_through_the_student(tmp_path):
