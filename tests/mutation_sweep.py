@@ -303,7 +303,8 @@ def sweep_functions(arguments: argparse.Namespace) -> None:
 
 def sweep_modules(arguments: argparse.Namespace) -> None:
     """Try the mutants outside functions; the forks import the package."""
-    trace = StoredTraces(arguments.trace).of(arguments.tests)
+    stored = StoredTraces(arguments.trace)
+    trace = stored.of(arguments.tests)
 
     def run_tests(path: Path, mutant: Mutant, tests: list[str]) -> str | None:
         change_imports(path, mutant)
@@ -313,6 +314,8 @@ def sweep_modules(arguments: argparse.Namespace) -> None:
             if part and failure.name is None:
                 code = pytest.main([*PYTEST, "-x", *part], plugins=[failure])
                 if code != 0 and failure.name is None:
+                    if changed := stored.missing(sorted({name.partition("::")[0] for name in tests})):
+                        raise RuntimeError(f"{', '.join(changed)} changed during the sweep. Run it again.")
                     failure.name = f"pytest ended with {code!s}"
         return failure.name
 
